@@ -1,0 +1,83 @@
+"""Box arithmetic. (cx, cy, w, h) is what the network predicts; (x1, y1, x2, y2) is what areas and drawings need."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+AnyArray = Array | np.ndarray  # the two conversions serve the host (readers, drawing) and the device (losses) alike
+
+
+def cxcywh_to_xyxy(boxes: Num[AnyArray, "*n 4"]) -> Num[AnyArray, "*n 4"]:
+    """(cx, cy, w, h) -> (x1, y1, x2, y2)."""
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    return _namespace(boxes).concatenate([centre - 0.5 * size, centre + 0.5 * size], axis=-1)
+
+
+def xyxy_to_cxcywh(boxes: Num[AnyArray, "*n 4"]) -> Num[AnyArray, "*n 4"]:
+    """(x1, y1, x2, y2) -> (cx, cy, w, h)."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return _namespace(boxes).concatenate([(low + high) / 2, high - low], axis=-1)
+
+
+def _namespace(array: AnyArray):
+    return np if isinstance(array, np.ndarray) else jnp
+
+
+def _areas(boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def iou_and_giou(a: Float[Array, "*n 4"], b: Float[Array, "*n 4"]) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    """IoU and generalized IoU of (x1, y1, x2, y2) boxes, element by element after broadcasting (Rezatofighi et al. 2019).
+
+    Boxes without area would divide by zero: a pair whose union is empty has IoU 0.
+    """
+    low, high = jnp.maximum(a[..., :2], b[..., :2]), jnp.minimum(a[..., 2:], b[..., 2:])
+    size = jnp.clip(high - low, 0)
+    intersection = size[..., 0] * size[..., 1]
+    union = _areas(a) + _areas(b) - intersection
+    iou = intersection / jnp.where(union > 0, union, 1)
+    hull_size = jnp.clip(jnp.maximum(a[..., 2:], b[..., 2:]) - jnp.minimum(a[..., :2], b[..., :2]), 0)
+    hull = hull_size[..., 0] * hull_size[..., 1]
+    return iou, iou - (hull - union) / jnp.where(hull > 0, hull, 1)
+
+
+def pairwise_giou(a: Float[Array, "*b q 4"], b: Float[Array, "*b t 4"]) -> Float[Array, "*b q t"]:
+    """Generalized IoU of every box of `a` with every box of `b`, both (x1, y1, x2, y2)."""
+    return iou_and_giou(a[..., :, None, :], b[..., None, :, :])[1]
+
+
+def pairwise_iou(a: np.ndarray, b: np.ndarray, *, offset: float = 0.0) -> np.ndarray:
+    """IoU on the host: a [n 4], b [m 4] (x1, y1, x2, y2) -> [n m].
+
+    `offset=1` counts pixels inclusively, the convention of the released evaluation (test.py:30-44).
+    """
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    size = np.clip(high - low + offset, 0, None)
+    intersection = size[..., 0] * size[..., 1]
+    area_a = (a[:, 2] - a[:, 0] + offset) * (a[:, 3] - a[:, 1] + offset)
+    area_b = (b[:, 2] - b[:, 0] + offset) * (b[:, 3] - b[:, 1] + offset)
+    union = area_a[:, None] + area_b[None, :] - intersection
+    return intersection / np.where(union > 0, union, 1)
+
+
+def non_max_suppression(boxes: np.ndarray, scores: np.ndarray, *, threshold: float, offset: float = 0.0) -> np.ndarray:
+    """Indices of the boxes kept by greedy suppression, best score first; a box goes when its IoU with a kept one exceeds `threshold`.
+
+    boxes [n 4] (x1, y1, x2, y2), scores [n].
+    """
+    order = np.argsort(-scores, kind="stable")
+    overlaps = pairwise_iou(boxes, boxes, offset=offset)
+    kept: list[int] = []
+    for candidate in order:
+        if all(overlaps[candidate, other] <= threshold for other in kept):
+            kept.append(int(candidate))
+    return np.array(kept, dtype=np.int64)
+
+
+def inverse_sigmoid(x: Float[Array, "*n"], *, eps: float = 1e-5) -> Float[Array, "*n"]:
+    """log(x / (1 - x)) with x clipped to [0, 1] and both terms to at least `eps`, as in Deformable DETR."""
+    x = jnp.clip(x, 0, 1)
+    return jnp.log(jnp.maximum(x, eps) / jnp.maximum(1 - x, eps))
+
