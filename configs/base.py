@@ -63,11 +63,11 @@ def get_config() -> ConfigDict:
     optimizer.schedule = "step"  # step: x0.1 once; cosine: to zero
     optimizer.drop_at = 0.8  # share of the run after which "step" drops (epoch 40 of 50)
     optimizer.warmup_steps = 0  # linear from 0
-    optimizer.rules = (  # (regex over parameter paths, learning-rate multiplier; 0 = frozen): the first that matches decides, one must match
+    optimizer.rules = (  # (regex over whole parameter paths, learning-rate multiplier; 0 = frozen): exactly one must match each parameter
         (r"backbone/(stem|layer1)/.*", 0.0),
-        (r"backbone/.*", 0.1),
-        (r".*/sampling_offsets/.*|reference_points/.*", 0.1),
-        (r".*", 1.0),
+        (r"backbone/layer[234]/.*", 0.1),
+        (r"(.*/)?(sampling_offsets|reference_points)/.*", 0.1),
+        (r"(?!backbone/|(.*/)?(sampling_offsets|reference_points)/).*", 1.0),
     )
 
     data = config.data = ConfigDict()
