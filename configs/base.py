@@ -84,9 +84,12 @@ def get_config() -> ConfigDict:
     data.crop_size = (384, 600)  # smallest and largest side of the random crop
     data.crop_probability = 0.5
     data.flip_probability = 0.5
+    data.color_jitter = 0.0  # strength of random brightness, contrast and saturation, 0..1; not in the paper, for training from scratch
+    data.grayscale_probability = 0.0  # share of the training images shown without colour; not in the paper, for training from scratch
     data.eval_short_side = 800
     data.buckets = ((800, 1344), (1344, 800), (1088, 1088))  # (height, width) of the padded canvases; one compiled program each
     data.num_workers = 2  # processes; 0 = in this one
+    data.cache = False  # True: keep decoded images in memory (in each worker), for small data sets
     data.skip_corrupt = False  # True: a file that cannot be read is counted and left out instead of stopping the run
 
     train = config.train = ConfigDict()

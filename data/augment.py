@@ -1,0 +1,118 @@
+"""Train-only randomness: DETR's recipe (paper Appendix C; released datasets/emotic.py), and colour changes for training from scratch.
+
+What happens to an image is decided in two steps. `draw` turns a row of uniform numbers and the image's size into a `Transform`, without touching
+a pixel, so that the batch plan knows every final size beforehand; `apply` carries it out.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32, Int
+from PIL import Image, ImageEnhance
+
+from data.config import DataConfig
+from data.records import has_area
+from dsct_jax.preprocess import Size, resize, resized_size
+
+NUM_DRAWS = 12  # uniform numbers an image and epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """Geometry and colour of one augmented image: flip, then resize and crop (or not), then resize."""
+
+    size: Size  # final (height, width)
+    flip: bool = False
+    crop_resize: Size | None = None  # (height, width) before the crop
+    crop: tuple[int, int, int, int] | None = None  # top, left, height, width
+    brightness: float = 1.0  # factors, 1 = unchanged
+    contrast: float = 1.0
+    saturation: float = 1.0
+
+
+def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) -> Transform:
+    """The random transform of a `height` x `width` image that NUM_DRAWS numbers in [0, 1) stand for.
+
+    Half of the time (`crop_probability`) the image is brought to a short side of `crop_resize`, a region with sides between the two `crop_size`
+    is cut out, and that is resized; else the whole image is resized. Sides smaller than the smallest crop are kept whole.
+    """
+    flip, branch, before, crop_width, crop_height, top, left, side, brightness, contrast, saturation, gray = uniform
+    crop_resize, crop = None, None
+    visible = height, width
+    if branch < config.crop_probability:
+        crop_resize = resized_size(height, width, _pick(config.crop_resize, before))
+        visible = tuple(
+            _between(min(config.crop_size[0], length), min(config.crop_size[1], length), u)
+            for length, u in zip(crop_resize, (crop_height, crop_width), strict=True)
+        )
+        crop = (_between(0, crop_resize[0] - visible[0], top), _between(0, crop_resize[1] - visible[1], left), *visible)
+    strength = config.color_jitter
+    return Transform(
+        size=resized_size(*visible, _pick(config.short_sides, side), config.max_long_side),
+        flip=flip < config.flip_probability,
+        crop_resize=crop_resize,
+        crop=crop,
+        brightness=1 + strength * (2 * brightness - 1),
+        contrast=1 + strength * (2 * contrast - 1),
+        saturation=0.0 if gray < config.grayscale_probability else 1 + strength * (2 * saturation - 1),
+    )
+
+
+def apply(
+    transform: Transform, image: Image.Image, boxes: Float32[np.ndarray, "t 4"]
+) -> tuple[Image.Image, Float32[np.ndarray, "kept 4"], Int[np.ndarray, "kept"]]:
+    """The transformed RGB image, the (x1, y1, x2, y2) pixel boxes that are left in it, and which people they belong to."""
+    kept = np.arange(len(boxes))
+    if transform.flip:
+        boxes = flip_boxes(boxes, image.width)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if transform.crop is not None and transform.crop_resize is not None:
+        boxes = scale_boxes(boxes, (image.height, image.width), transform.crop_resize)
+        image = resize(image, transform.crop_resize)
+        boxes, kept = crop_boxes(boxes, transform.crop)
+        top, left, height, width = transform.crop
+        image = image.crop((left, top, left + width, top + height))
+    boxes = scale_boxes(boxes, (image.height, image.width), transform.size)
+    return _recolor(transform, resize(image, transform.size)), boxes, kept
+
+
+def flip_boxes(boxes: Float32[np.ndarray, "t 4"], width: int) -> Float32[np.ndarray, "t 4"]:
+    """(x1, y1, x2, y2) pixel boxes of the mirrored image."""
+    return boxes[:, [2, 1, 0, 3]] * np.array([-1, 1, -1, 1], np.float32) + np.array([width, 0, width, 0], np.float32)
+
+
+def scale_boxes(boxes: Float32[np.ndarray, "t 4"], old: Size, new: Size) -> Float32[np.ndarray, "t 4"]:
+    """Pixel boxes of an image resized from `old` to `new` (height, width)."""
+    vertical, horizontal = new[0] / old[0], new[1] / old[1]
+    return boxes * np.array([horizontal, vertical, horizontal, vertical], np.float32)
+
+
+def crop_boxes(
+    boxes: Float32[np.ndarray, "t 4"], crop: tuple[int, int, int, int]
+) -> tuple[Float32[np.ndarray, "kept 4"], Int[np.ndarray, "kept"]]:
+    """What is left of the boxes inside (top, left, height, width), and whose they are; any positive remainder counts, as in DETR."""
+    top, left, height, width = crop
+    moved = boxes - np.array([left, top, left, top], np.float32)
+    moved = np.clip(moved, 0, np.array([width, height, width, height], np.float32))
+    kept = np.flatnonzero(has_area(moved))
+    return moved[kept], kept
+
+
+def _recolor(transform: Transform, image: Image.Image) -> Image.Image:
+    if transform.brightness != 1:
+        image = ImageEnhance.Brightness(image).enhance(transform.brightness)
+    if transform.contrast != 1:
+        image = ImageEnhance.Contrast(image).enhance(transform.contrast)
+    if transform.saturation != 1:
+        image = ImageEnhance.Color(image).enhance(transform.saturation)
+    return image
+
+
+def _pick(choices: Sequence[int], uniform: float) -> int:
+    return choices[int(uniform * len(choices))]
+
+
+def _between(low: int, high: int, uniform: float) -> int:
+    """An integer of [low, high], both included."""
+    return low + int(uniform * (high - low + 1))

@@ -1,0 +1,135 @@
+"""One image and its people as every reader returns them, what a reader met on its way, and the checks that all readers share."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+from PIL import Image
+
+from dsct_jax.errors import UserError
+from dsct_jax.preprocess import DECODE_ERRORS, decode_image
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One image of a split: where its pixels come from and who is on it."""
+
+    image_id: int  # index in the split, from 0
+    image: Path | Callable[[], Image.Image]  # a file, or something that draws the image
+    width: int
+    height: int
+    boxes: Float32[np.ndarray, "t 4"]  # (x1, y1, x2, y2) in pixels, inside the image, each with an area
+    labels: Float32[np.ndarray, "t k"]  # multi-hot or one-hot; a row of zeros = a person without a label
+    name: str  # the file as the annotations call it, for messages
+    cues: tuple[str, ...] = ()  # scenes only: what decided each person's emotion
+
+    def load(self) -> Image.Image:
+        """The RGB image. Raises UserError naming the file when it cannot be read."""
+        return decode_image(self.image) if isinstance(self.image, Path) else self.image()
+
+
+@dataclasses.dataclass
+class ReadReport:
+    """What a reader counted; a run logs `lines()` once."""
+
+    source: str
+    images: int = 0
+    people: int = 0
+    clipped: int = 0  # boxes cut at the image border
+    dropped: int = 0  # boxes outside the image or without area
+    first_dropped: str = ""
+    crowds: int = 0  # annotations of groups, left out as DETR does
+    unlabelled: int = 0  # people kept without any label
+    resized: int = 0  # annotated size differs from the file's; the file wins
+    unreadable: int = 0  # images left out because skip_corrupt is set
+    first_unreadable: str = ""
+
+    def lines(self) -> list[str]:
+        """One line of totals and one for each thing that was not as annotated."""
+        lines = [f"{self.source}: {self.images} images, {self.people} people"]
+        if self.clipped:
+            lines.append(f"{self.source}: {self.clipped} boxes cut at the image border")
+        if self.dropped:
+            lines.append(f"{self.source}: {self.dropped} boxes dropped, outside the image or without area (first: {self.first_dropped})")
+        if self.crowds:
+            lines.append(f"{self.source}: {self.crowds} crowd annotations left out")
+        if self.unlabelled:
+            lines.append(f"{self.source}: {self.unlabelled} people without a label (kept, without a class loss)")
+        if self.resized:
+            lines.append(f"{self.source}: {self.resized} images whose annotated size is not the file's (the file's is used)")
+        if self.unreadable:
+            lines.append(f"{self.source}: {self.unreadable} images left out, missing or damaged (first: {self.first_unreadable})")
+        return lines
+
+
+def clip_boxes(boxes: Float32[np.ndarray, "t 4"], height: int, width: int) -> Float32[np.ndarray, "t 4"]:
+    """(x1, y1, x2, y2) cut at the borders of the image."""
+    return np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
+
+
+def has_area(boxes: Float32[np.ndarray, "t 4"]) -> np.ndarray:
+    """bool [t]: wider and higher than nothing. Boxes with a coordinate that is not a number have none."""
+    return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) from a file's header, without decoding it. Raises UserError naming the file."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image file; check config.data.data_dir, or set config.data.skip_corrupt=True to leave it out") from None
+    except DECODE_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be read as an image ({reason}); repair it, or set config.data.skip_corrupt=True to leave it out") from None
+
+
+class RecordBuilder:
+    """Collects the images of one split in order and applies the checks that are the same for every source."""
+
+    def __init__(self, source: str, *, num_classes: int, max_targets: int, skip_corrupt: bool) -> None:
+        self.records: list[Record] = []
+        self.report = ReadReport(source)
+        self._num_classes = num_classes
+        self._max_targets = max_targets
+        self._skip_corrupt = skip_corrupt
+
+    def add(
+        self, path: Path, name: str, boxes: list[tuple[float, ...]], labels: list[list[int]], *, annotated_size: tuple[int, int] | None = None
+    ) -> None:
+        """One image with the (x1, y1, x2, y2) pixel boxes of its people and the class indices of each.
+
+        Raises:
+            UserError: the image is missing or damaged and `skip_corrupt` is not set, or it shows more people than `max_targets`.
+        """
+        try:
+            height, width = image_size(path)
+        except UserError:
+            if not self._skip_corrupt:
+                raise
+            self.report.unreadable += 1
+            self.report.first_unreadable = self.report.first_unreadable or name
+            return
+        self.report.resized += annotated_size is not None and annotated_size != (height, width)
+        given = np.array(boxes, np.float32).reshape(-1, 4)
+        clipped = clip_boxes(given, height, width)
+        kept = has_area(clipped)
+        self.report.clipped += int((kept & (clipped != given).any(1)).sum())
+        if not kept.all():
+            self.report.dropped += int((~kept).sum())
+            worst = [round(float(value), 1) for value in given[np.argmin(kept)]]
+            self.report.first_dropped = self.report.first_dropped or f"{name}, box x1 y1 x2 y2 = {worst} of a {width}x{height} image"
+        if kept.sum() > self._max_targets:
+            raise UserError(
+                f"{self.report.source}: {name} shows {kept.sum()} people, more than config.data.max_targets={self._max_targets}: raise the limit"
+            )
+        hot = np.zeros((len(given), self._num_classes), np.float32)
+        for row, classes in zip(hot, labels, strict=True):
+            row[classes] = 1
+        hot = hot[kept]
+        self.report.images += 1
+        self.report.people += len(hot)
+        self.report.unlabelled += int((hot.sum(1) == 0).sum())
+        self.records.append(Record(len(self.records), path, width, height, clipped[kept], hot, name))

@@ -1,0 +1,2 @@
+from data.config import DataConfig
+def read_scenes(config: DataConfig, split: str): raise NotImplementedError

@@ -1,0 +1,111 @@
+"""Deterministic image -> model input: decode, resize, pad, normalise. Shared by training, evaluation and prediction.
+
+Sizes are (height, width) in pixels throughout; PIL's (width, height) stays inside this file.
+"""
+
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, UInt8
+from PIL import Image
+
+from dsct_jax.errors import UserError
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, of values in [0, 1] (released datasets/transforms.py)
+STD = (0.229, 0.224, 0.225)
+
+Size = tuple[int, int]
+
+# What PIL raises for files that are damaged, cut short or no images at all.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def decode_image(path: Path) -> Image.Image:
+    """The RGB image in a file of any mode PIL reads; alpha is dropped, palettes and CMYK are converted, 16-bit grey keeps its high byte.
+
+    An EXIF orientation is NOT applied: the data sets' boxes are given in the frame of the stored pixels.
+
+    Raises:
+        UserError: the file is missing, damaged, cut short or no image; the line names it.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):
+                high_byte = (np.asarray(image) >> 8).astype(np.uint8)
+                return Image.fromarray(high_byte).convert("RGB")
+            # Asking for RGB from a palette with transparency would warn; through RGBA the alpha is dropped all the same.
+            return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image file") from None
+    except DECODE_ERRORS as error:
+        raise UserError(f"{path}: cannot be read as an image ({' '.join(str(error).split()) or type(error).__name__})") from None
+
+
+def resized_size(height: int, width: int, short_side: int, max_long_side: int | None = None) -> Size:
+    """(height, width) after bringing the short side to `short_side` without the long one passing `max_long_side`, as DETR does it.
+
+    Source: released datasets/transforms.py:93-105. The long side is truncated, not rounded, and may pass the limit by a pixel or two because the
+    short side is rounded first (480x1500 at 800/1333 becomes 427x1334).
+    """
+    shortest, longest = min(height, width), max(height, width)
+    if max_long_side is not None and longest / shortest * short_side > max_long_side:
+        short_side = max(1, round(max_long_side * shortest / longest))
+    if shortest == short_side:
+        return height, width
+    if width < height:
+        return int(short_side * height / width), short_side
+    return short_side, int(short_side * width / height)
+
+
+def resize(image: Image.Image, size: Size) -> Image.Image:
+    """PIL's antialiased bilinear resize, which is what the released code uses; nothing to do costs nothing."""
+    height, width = size
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def choose_bucket(sizes: Iterable[Size], buckets: Iterable[Size]) -> Size | None:
+    """The canvas of least area that holds every size; the first of equals; None when no canvas does."""
+    height, width = (max(side) for side in zip(*sizes, strict=True))
+    fitting = [bucket for bucket in buckets if bucket[0] >= height and bucket[1] >= width]
+    return min(fitting, key=lambda bucket: bucket[0] * bucket[1], default=None)
+
+
+def shrink_to_fit(size: Size, bucket: Size) -> Size:
+    """`size` scaled down, aspect kept, until it fits the canvas; unchanged when it fits already."""
+    scale = min(bucket[0] / size[0], bucket[1] / size[1])
+    if scale >= 1:
+        return size
+    return max(1, min(bucket[0], int(size[0] * scale))), max(1, min(bucket[1], int(size[1] * scale)))
+
+
+def fit_bucket(size: Size, buckets: Iterable[Size]) -> tuple[Size, Size]:
+    """(size, bucket) of one image: the smallest canvas that holds it, else scaled down to the canvas that takes least away from it."""
+    buckets = tuple(buckets)
+    bucket = choose_bucket([size], buckets)
+    if bucket is None:
+        bucket = max(buckets, key=lambda candidate: min(candidate[0] / size[0], candidate[1] / size[1]))
+    return shrink_to_fit(size, bucket), bucket
+
+
+def pad_to(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.ndarray, "height width 3"]:
+    """The image in the upper left corner of a black canvas of `size`."""
+    canvas = np.zeros((*size, 3), np.uint8)
+    canvas[: image.shape[0], : image.shape[1]] = image
+    return canvas
+
+
+def prepare_image(
+    image: Image.Image, *, short_side: int, max_long_side: int, buckets: Iterable[Size]
+) -> tuple[UInt8[np.ndarray, "height width 3"], Size]:
+    """The evaluation transform of one RGB image: resized, padded to its canvas; and the (height, width) it fills there."""
+    size, bucket = fit_bucket(resized_size(image.height, image.width, short_side, max_long_side), buckets)
+    return pad_to(np.asarray(resize(image, size)), bucket), size
+
+
+def normalize(images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], padding_mask: Bool[Array, "b h w"]) -> Float32[Array, "b h w 3"]:
+    """ImageNet normalisation on the device of pixels 0..255; padding becomes exactly 0, as DETR pads after normalising."""
+    scaled = (images.astype(jnp.float32) / 255 - jnp.array(MEAN, jnp.float32)) / jnp.array(STD, jnp.float32)
+    return jnp.where(padding_mask[..., None], jnp.float32(0), scaled)
