@@ -88,9 +88,7 @@ def scale_boxes(boxes: Float32[np.ndarray, "t 4"], old: Size, new: Size) -> Floa
     return boxes * np.array([horizontal, vertical, horizontal, vertical], np.float32)
 
 
-def crop_boxes(
-    boxes: Float32[np.ndarray, "t 4"], crop: tuple[int, int, int, int]
-) -> tuple[Float32[np.ndarray, "kept 4"], Int[np.ndarray, "kept"]]:
+def crop_boxes(boxes: Float32[np.ndarray, "t 4"], crop: tuple[int, int, int, int]) -> tuple[Float32[np.ndarray, "kept 4"], Int[np.ndarray, "kept"]]:
     """What is left of the boxes inside (top, left, height, width), and whose they are; any positive remainder counts, as in DETR."""
     top, left, height, width = crop
     moved = boxes - np.array([left, top, left, top], np.float32)
