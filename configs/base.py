@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
     matcher.cost_class = 2.0  # theta_cls
     matcher.cost_bbox = 5.0  # theta_box, L1
     matcher.cost_giou = 2.0
+    matcher.class_cost = "focal"  # focal: as released; softmax: minus the probability of the label, goes with loss.class_loss = "softmax"
 
     loss = config.loss = ConfigDict()
     loss.weight_class = 5.0  # lambda_cls
@@ -55,6 +56,8 @@ def get_config() -> ConfigDict:
     loss.focal_gamma = 2.0
     loss.focal_normalization = "released"  # released: sum over queries and classes / boxes; paper: that / classes (a mean over classes)
     loss.class_weights = ()  # one weight a class against imbalance; () = none
+    loss.class_loss = "focal"  # focal: paper; softmax: cross-entropy of the class + focal "a subject", from scratch and multi-class only
+    loss.label_smoothing = 0.0  # share of the label given to the other classes, at matched queries
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.learning_rate = 2e-4

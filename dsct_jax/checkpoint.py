@@ -1,0 +1,132 @@
+"""Checkpoints of a run (orbax): save, exact resume, and the weights alone.
+
+A checkpoint has two parts, so that prediction reads only what it needs: `model` (parameters and frozen statistics) and `training` (step and
+optimizer). The position in the data and all random numbers are functions of the seed and the step, so nothing else has to be kept.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from dsct_jax.errors import UserError
+from dsct_jax.state import Flat
+from dsct_jax.step import TrainState
+
+DIRECTORY = "checkpoints"
+
+
+def _names(tree: Any) -> list[str]:
+    return [jax.tree_util.keystr(path, simple=True, separator=".").replace("/", ".") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    return dict(zip(_names(tree), jax.tree.leaves(tree), strict=True))
+
+
+def _parts(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    model = {"params": state.params | state.fixed, "frozen": state.frozen}
+    return _by_name(model), _by_name({"step": state.step, "opt_state": state.opt_state})
+
+
+class Checkpoints:
+    """The checkpoints below `workdir`; writes in the background, an unfinished one is never read."""
+
+    def __init__(self, workdir: Path, *, keep: int = 3, metadata: dict[str, Any] | None = None):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every leaf; the run tells what matters
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=metadata is not None, create=metadata is not None)
+        self._manager = ocp.CheckpointManager((workdir / DIRECTORY).absolute(), options=options, item_names=("model", "training", "metadata"))
+        self._metadata = metadata or {}
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Starts writing; returns before it is done."""
+        step = int(state.step)
+        if step == self.latest_step():
+            return
+        model, training = _parts(state)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(model), training=ocp.args.StandardSave(training), metadata=ocp.args.JsonSave(self._metadata)
+            ),
+        )
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The newest checkpoint in the place, shapes and shardings of `state`; raises UserError when it is of another model."""
+        step = self.latest_step()
+        templates = [
+            {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in part.items()} for part in _parts(state)
+        ]
+        saved = self._manager.item_metadata(step)
+        for template, part in zip(templates, ("model", "training"), strict=True):
+            require_same_shapes(template, dict(saved[part]), f"{self._manager.directory / str(step)}")
+        args = ocp.args.Composite(model=ocp.args.StandardRestore(templates[0]), training=ocp.args.StandardRestore(templates[1]))
+        restored = self._manager.restore(step, args=args)
+        model, training = restored["model"], restored["training"]
+
+        def fill(tree: Any, source: dict[str, Any], prefix: str) -> Any:
+            leaves = [source[name] for name in _names({prefix: tree})]
+            return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+        return dataclasses.replace(
+            state,
+            step=training["step"],
+            params=fill(state.params, model, "params"),
+            fixed=fill(state.fixed, model, "params"),
+            frozen=fill(state.frozen, model, "frozen"),
+            opt_state=fill(state.opt_state, training, "opt_state"),
+        )
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes writing and lets the directory go."""
+        self._manager.close()
+
+
+def require_same_shapes(expected: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
+    """Raises UserError, naming the first difference, unless `given` has exactly the names and shapes of `expected`."""
+
+    def shape(values: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
+        value = values.get(name)
+        return None if value is None else tuple(value if isinstance(value, tuple) else value.shape)
+
+    different = [name for name in {**expected, **given} if shape(expected, name) != shape(given, name)]
+    if different:
+        raise UserError(
+            f"{where}: weights of another model ({different[0]} and {len(different) - 1} more differ); "
+            "use the configuration it was trained with, or another --workdir"
+        )
+
+
+def load_weights(workdir: Path) -> tuple[Flat, Flat, dict[str, Any]]:
+    """Weights of the newest checkpoint below `workdir` as numpy: (parameters, frozen statistics, metadata). Any number of devices."""
+    if not (workdir / DIRECTORY).is_dir():
+        raise UserError(f"{workdir}: no {DIRECTORY}/ here; give the --workdir of a training run")
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.latest_step()
+    checkpoints.close()
+    if step is None:
+        raise UserError(f"{workdir / DIRECTORY}: holds no complete checkpoint; train first, or wait until one is written")
+    path = (workdir / DIRECTORY / str(step)).absolute()
+    reader = ocp.PyTreeCheckpointer()
+    leaves = reader.metadata(path / "model").item_metadata.tree
+    restored = reader.restore(path / "model", restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in leaves})
+    parts: dict[str, Flat] = {"params": {}, "frozen": {}}
+    for name, leaf in restored.items():
+        part, rest = name.split(".", 1)
+        parts[part][rest.replace(".", "/")] = leaf
+    metadata_file = path / "metadata" / "metadata"
+    return parts["params"], parts["frozen"], json.loads(metadata_file.read_text())

@@ -1,0 +1,98 @@
+"""A trained model, ready to use: from a run directory, a .safetensors file, or a released .pth."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from dsct_jax.batch import Predictions
+from dsct_jax.boxes import AnyArray
+from dsct_jax.checkpoint import DIRECTORY, load_weights, require_same_shapes
+from dsct_jax.errors import UserError
+from dsct_jax.model.dsct import DSCTConfig
+from dsct_jax.preprocess import Preprocessing
+from dsct_jax.settings import from_section, plain
+from dsct_jax.state import Flat, ModelFunctions
+from dsct_jax.torch_files import read_pth
+from dsct_jax.torch_weights import from_torch
+
+
+class Model:
+    """A network with its weights, in evaluation mode, and what is needed to use it: class names, label kind and preprocessing."""
+
+    def __init__(self, functions: ModelFunctions, params: Flat, frozen: Flat, config: Mapping[str, Any]):
+        self.functions, self.config = functions, plain(config)
+        self.params, self.frozen = jax.tree.map(jnp.asarray, (params, frozen))
+        self.class_names: tuple[str, ...] = tuple(self.config["class_names"])
+        self.multi_label: bool = self.config["multi_label"]
+        self.preprocessing = preprocessing_of(self.config)
+
+        def forward(params, frozen, images, mask, details):
+            return functions.bind(params, frozen)(images, mask, return_details=details)
+
+        self._forward = jax.jit(forward, static_argnums=4)
+
+    def __call__(self, images: Float[AnyArray, "b h w 3"], padding_mask: Bool[AnyArray, "b h w"], *, return_details: bool = False) -> Predictions:
+        """Normalised float32 images and their padding (True) -> logits [layers b q k+1] and boxes [layers b q 4]; the last layer is the answer.
+
+        `return_details` adds attention weights, sampling locations, reference points and selected context queries. Compiles once a shape.
+        """
+        return self._forward(self.params, self.frozen, jnp.asarray(images), jnp.asarray(padding_mask), return_details)
+
+    def save(self, path: Path | str) -> None:
+        """Writes weights and configuration into one .safetensors file that `load` reads."""
+        arrays = {f"params/{k}": np.asarray(v) for k, v in self.params.items()} | {f"frozen/{k}": np.asarray(v) for k, v in self.frozen.items()}
+        save_file(arrays, str(path), metadata={"config": json.dumps(self.config, sort_keys=True)})
+
+
+def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
+    """What the configuration does to a photograph before the network sees it."""
+    data = config["data"]
+    return Preprocessing(short_side=data["eval_short_side"], max_long_side=data["max_long_side"], buckets=plain(data["buckets"]))
+
+
+def model_config(config: Mapping[str, Any]) -> DSCTConfig:
+    """The `model` section and the number of classes as the network's configuration."""
+    return from_section(DSCTConfig, "model", config["model"], num_classes=len(config["class_names"]))
+
+
+def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
+    """Reads a model: a run directory, a .safetensors file of `Model.save`, or a released .pth (which needs `config` for its variant).
+
+    For the first two `config` may be left out; given, it replaces the stored one and must describe the same weights. Raises UserError when the
+    file or directory is missing, unreadable, or of another model.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    if path.is_dir():
+        if path.name == DIRECTORY:
+            path = path.parent
+        params, frozen, metadata = load_weights(path)
+        stored: Mapping[str, Any] | None = metadata["config"]
+    elif path.suffix == ".safetensors":
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+        if "config" not in metadata:
+            raise UserError(f"{path}: holds no configuration; only files written by this project's Model.save can be read")
+        arrays, stored = load_file(str(path)), json.loads(metadata["config"])
+        params, frozen = ({k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in ("params/", "frozen/"))
+    elif path.suffix in (".pth", ".pt"):
+        if config is None:
+            raise UserError(f"{path}: a .pth file does not say which variant it is; give a configuration, such as configs/emotic_r50_released.py")
+        functions = ModelFunctions(model_config(config))
+        flat = from_torch(read_pth(path), functions.param_shapes | functions.frozen_shapes)
+        return Model(functions, {k: flat[k] for k in functions.param_shapes}, {k: flat[k] for k in functions.frozen_shapes}, config)
+    else:
+        raise UserError(f"{path}: neither a run directory nor a .safetensors or .pth file")
+    chosen = stored if config is None else config
+    functions = ModelFunctions(model_config(chosen))
+    require_same_shapes(functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(path))
+    return Model(functions, params, frozen, chosen)

@@ -1,0 +1,204 @@
+"""The training loss: classification, L1 and generalized IoU of every decoder layer, as named terms and their weighted total (paper Eq. 3).
+
+A plain function of global arrays: under `jax.jit` with the batch axis sharded, its sums are sums over the whole batch.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from dsct_jax.batch import Targets
+from dsct_jax.boxes import cxcywh_to_xyxy, iou_and_giou
+from dsct_jax.errors import UserError
+
+CLASS_LOSSES = ("focal", "softmax")
+FOCAL_NORMALIZATIONS = ("released", "paper")
+_EXACT = jax.lax.Precision.HIGHEST  # a one-hot product must return the very number it selects
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights and forms of the loss terms; meaning and source of each in configs/base.py."""
+
+    weight_class: float = 5.0
+    weight_bbox: float = 5.0
+    weight_giou: float = 2.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    focal_normalization: str = "released"
+    class_weights: tuple[float, ...] = ()
+    class_loss: str = "focal"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_weights", tuple(self.class_weights))  # hashable, so that the configuration can be a static argument
+        if self.class_loss not in CLASS_LOSSES:
+            raise UserError(f"loss.class_loss={self.class_loss!r} is not one of {', '.join(CLASS_LOSSES)}")
+        if self.focal_normalization not in FOCAL_NORMALIZATIONS:
+            raise UserError(f"loss.focal_normalization={self.focal_normalization!r} is not one of {', '.join(FOCAL_NORMALIZATIONS)}")
+        if not (0 <= self.focal_alpha <= 1 and self.focal_gamma >= 0 and 0 <= self.label_smoothing < 1):
+            raise UserError(
+                f"loss: focal_alpha={self.focal_alpha} must lie in [0, 1], focal_gamma={self.focal_gamma} be at least 0, "
+                f"label_smoothing={self.label_smoothing} lie in [0, 1)"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matched:
+    """What each query is to answer: the target it was assigned to, zeros where there is none."""
+
+    boxes: Float[Array, "layers b q 4"]
+    labels: Float[Array, "layers b q k"]
+    exists: Bool[Array, "layers b q"]
+
+
+def count_boxes(valid: Bool[Array, "b t"]) -> Float[Array, ""]:
+    """`num_boxes` of a batch: its people, those that no query is left for included, and at least 1 (as released)."""
+    return jnp.maximum(valid.sum(), 1).astype(jnp.float32)
+
+
+def detection_losses(
+    logits: Float[Array, "layers b q c"],
+    boxes: Float[Array, "layers b q 4"],
+    targets: Targets,
+    assignment: Int[Array, "layers b q"],
+    *,
+    num_boxes: Num[Array, ""] | float,
+    config: LossConfig,
+    multi_label: bool,
+) -> dict[str, Float[Array, ""]]:
+    """Unweighted terms, their weighted total, and numbers for the log only.
+
+    Args:
+        logits: c = k + 1; the last one means "a subject" when `multi_label` (its target is 1 for every matched query, as released) and with
+            `class_loss="softmax"`; otherwise it has no part in the loss.
+        boxes: (cx, cy, w, h) in [0, 1].
+        assignment: index of the target of each query, -1 = none (`matcher.assign_on_host`).
+        num_boxes: `count_boxes` of the global batch; accumulated gradients need the number of all the batches they span.
+
+    Returns:
+        `loss_class`, `loss_bbox`, `loss_giou` of the last layer, the same with "/0", "/1" ... for the layers before it, and `total`, the weighted
+        sum of all of them. Not in the total: `cardinality_error` (mean over images of | queries whose highest logit is not the last - people |,
+        every layer), and of the last layer `class_error` (percent of the matched queries whose highest logit is not their class; 0 when
+        `multi_label`, as released) and `matched_iou` (mean over the matched queries, 0 when there is none).
+    """
+    num_classes = logits.shape[-1] - 1
+    if config.class_weights and len(config.class_weights) != num_classes:
+        raise UserError(f"loss.class_weights has {len(config.class_weights)} values for {num_classes} classes: give one a class, or () for none")
+    if multi_label and config.class_loss == "softmax":
+        raise UserError("loss.class_loss='softmax' needs multi_label=False: a softmax has exactly one label a person")
+    matched = _gather_targets(targets, assignment)
+    count = jnp.asarray(num_boxes, jnp.float32)
+
+    class_sums = _softmax_class_sums if config.class_loss == "softmax" else _focal_class_sums
+    bbox_sums, giou_sums, iou_sums = _box_sums(boxes, matched)
+    terms = {
+        "class": class_sums(logits, matched, config=config, multi_label=multi_label) / count,
+        "bbox": bbox_sums / count,
+        "giou": giou_sums / count,
+    }
+    weights = {"class": config.weight_class, "bbox": config.weight_bbox, "giou": config.weight_giou}
+    losses = {"total": sum((weights[name] * values.sum() for name, values in terms.items()), start=jnp.zeros(()))}
+    for name, values in terms.items():
+        losses |= _by_layer(f"loss_{name}", values)
+
+    num_matched = matched.exists[-1].sum()
+    losses |= _by_layer("cardinality_error", _cardinality_errors(logits, targets.valid))
+    losses["class_error"] = jnp.zeros(()) if multi_label else _class_error(logits[-1], matched.labels[-1], matched.exists[-1])
+    losses["matched_iou"] = iou_sums[-1] / jnp.maximum(num_matched, 1)
+    return losses
+
+
+def _gather_targets(targets: Targets, assignment: Int[Array, "layers b q"]) -> _Matched:
+    """The assigned target of each query as one-hot products, which stay local to a shard of the batch; a gather may not."""
+    chosen = jax.nn.one_hot(assignment, targets.boxes.shape[-2], dtype=jnp.float32)  # -1 gives a row of zeros
+    return _Matched(
+        boxes=jnp.einsum("lbqt,btx->lbqx", chosen, targets.boxes, precision=_EXACT),
+        labels=jnp.einsum("lbqt,btk->lbqk", chosen, targets.labels, precision=_EXACT),
+        exists=assignment >= 0,
+    )
+
+
+def _by_layer(name: str, values: Float[Array, "layers"]) -> dict[str, Float[Array, ""]]:
+    """The last layer under the bare name, the auxiliary ones numbered from 0."""
+    auxiliary = {f"{name}/{layer}": values[layer] for layer in range(values.shape[0] - 1)}
+    return {name: values[-1]} | auxiliary
+
+
+def sigmoid_focal_loss(logits: Float[Array, "*n"], targets: Float[Array, "*n"], *, alpha: float = 0.25, gamma: float = 2.0) -> Float[Array, "*n"]:
+    """Focal loss of each logit (Lin et al. 2017), targets in [0, 1]; a target in between mixes the two sides.
+
+    (1 - p)^gamma is formed from the log-probability, so neither the value nor the gradient overflows, whatever the logit and gamma.
+    """
+    log_p, log_not_p = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    positive = -alpha * jnp.exp(gamma * log_not_p) * log_p
+    negative = -(1 - alpha) * jnp.exp(gamma * log_p) * log_not_p
+    return targets * positive + (1 - targets) * negative
+
+
+def _focal_class_sums(logits: Float[Array, "layers b q c"], matched: _Matched, *, config: LossConfig, multi_label: bool) -> Float[Array, "layers"]:
+    """Sum over images, queries and classes; every query without a target is a negative of every class.
+
+    The emotions of a person who carries no label are unknown, not absent: they take no part. That the query is a subject is known.
+    """
+    num_classes = matched.labels.shape[-1]
+    labelled = matched.labels.any(-1)
+    targets, known = matched.labels, (labelled | ~matched.exists)[..., None]
+    if config.label_smoothing:
+        level = 1 / 2 if multi_label else 1 / num_classes
+        targets = jnp.where(labelled[..., None], targets * (1 - config.label_smoothing) + config.label_smoothing * level, targets)
+    loss = sigmoid_focal_loss(logits[..., :-1], targets, alpha=config.focal_alpha, gamma=config.focal_gamma)
+    if config.class_weights:
+        loss = loss * jnp.asarray(config.class_weights, jnp.float32).reshape(1, 1, 1, -1)
+    sums = jnp.where(known, loss, 0).sum((1, 2, 3))
+    if multi_label:
+        sums = sums + _subject_sums(logits, matched, config=config)
+    if config.focal_normalization == "paper":
+        sums = sums / (num_classes + multi_label)
+    return sums
+
+
+def _subject_sums(logits: Float[Array, "layers b q c"], matched: _Matched, *, config: LossConfig) -> Float[Array, "layers"]:
+    """Focal loss of the last logit: is this query a subject?"""
+    exists = matched.exists.astype(jnp.float32)
+    return sigmoid_focal_loss(logits[..., -1], exists, alpha=config.focal_alpha, gamma=config.focal_gamma).sum((1, 2))
+
+
+def _softmax_class_sums(logits: Float[Array, "layers b q c"], matched: _Matched, *, config: LossConfig, multi_label: bool) -> Float[Array, "layers"]:
+    """Cross-entropy over the classes where a labelled person is matched, plus "a subject" on the last logit of every query.
+
+    Not in the paper: it separates finding a person from naming the emotion, for training from scratch. `focal_normalization` does not apply.
+    """
+    del multi_label
+    labels, smoothing = matched.labels, config.label_smoothing
+    log_p = jax.nn.log_softmax(logits[..., :-1], axis=-1)
+    smoothed = labels * (1 - smoothing) + smoothing / labels.shape[-1] * labels.sum(-1, keepdims=True)  # zeros stay zeros without a label
+    entropy = -(smoothed * log_p).sum(-1)
+    if config.class_weights:
+        entropy = entropy * jnp.einsum("lbqk,k->lbq", labels, jnp.asarray(config.class_weights, jnp.float32), precision=_EXACT)
+    return entropy.sum((1, 2)) + _subject_sums(logits, matched, config=config)
+
+
+def _box_sums(
+    boxes: Float[Array, "layers b q 4"], matched: _Matched
+) -> tuple[Float[Array, "layers"], Float[Array, "layers"], Float[Array, "layers"]]:
+    """Sums over the matched queries of L1 in (cx, cy, w, h), of 1 - GIoU, and of IoU."""
+    # Queries without a target are compared with themselves: finite values and gradients whatever they predict, then masked.
+    target_boxes = jnp.where(matched.exists[..., None], matched.boxes, jax.lax.stop_gradient(boxes))
+    iou, giou = iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+    difference = boxes - target_boxes
+    distance = (difference * jax.lax.stop_gradient(jnp.sign(difference))).sum(-1)  # |.|, but with PyTorch's gradient 0 at 0; jnp.abs has 1 there
+    return tuple(jnp.where(matched.exists, values, 0).sum((1, 2)) for values in (distance, 1 - giou, jax.lax.stop_gradient(iou)))
+
+
+def _cardinality_errors(logits: Float[Array, "layers b q c"], valid: Bool[Array, "b t"]) -> Float[Array, "layers"]:
+    predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)  # layers b
+    return jnp.abs(predicted - valid.sum(-1)[None]).astype(jnp.float32).mean(-1)
+
+
+def _class_error(logits: Float[Array, "b q c"], labels: Float[Array, "b q k"], exists: Bool[Array, "b q"]) -> Float[Array, ""]:
+    labelled = exists & labels.any(-1)
+    right = labelled & (logits.argmax(-1) == labels.argmax(-1))
+    return 100 - 100 * right.sum() / jnp.maximum(labelled.sum(), 1)

@@ -1,0 +1,108 @@
+"""Which subject query answers for which person: the matching cost and its optimal assignment (paper Section 3.2, Eq. 1-2).
+
+The cost is computed on the device for all decoder layers at once; the assignment is solved on the host, between the two jitted halves of a step.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from scipy.optimize import linear_sum_assignment
+
+from dsct_jax.batch import Targets
+from dsct_jax.boxes import cxcywh_to_xyxy, iou_and_giou
+from dsct_jax.errors import UserError
+
+CLASS_COSTS = ("focal", "softmax")
+# The released matcher fixes these two, whatever the focal loss uses, and adds _LOG_OFFSET inside the logarithms.
+_ALPHA = 0.25
+_GAMMA = 2.0
+_LOG_OFFSET = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class MatcherConfig:
+    """Weights of the three costs (the paper's theta; the released code's set_cost_*), and the form of the first."""
+
+    cost_class: float = 2.0
+    cost_bbox: float = 5.0  # L1
+    cost_giou: float = 2.0
+    class_cost: str = "focal"  # focal: as released; softmax: minus the probability of the label, for class_loss="softmax" (multi-class only)
+
+    def __post_init__(self) -> None:
+        if self.class_cost not in CLASS_COSTS:
+            raise UserError(f"matcher.class_cost={self.class_cost!r} is not one of {', '.join(CLASS_COSTS)}")
+
+
+def matching_cost(
+    logits: Float[Array, "*lead b q c"],
+    boxes: Float[Array, "*lead b q 4"],
+    targets: Targets,
+    *,
+    config: MatcherConfig,
+    multi_label: bool,
+) -> Float[Array, "*lead b q t"]:
+    """Cost of answering for target t with query q; `lead` is usually the decoder layers, c = k + 1 (the last logit plays no part).
+
+    boxes are (cx, cy, w, h) in [0, 1]. Rows of targets that are not `targets.valid` hold finite but meaningless numbers. The class cost of a
+    target without any label is 0. Source: the released matcher.py:60-100.
+    """
+    if multi_label and config.class_cost == "softmax":
+        raise UserError("matcher.class_cost='softmax' needs multi_label=False: a softmax has exactly one label a person")
+    lead = (1,) * (logits.ndim - 3)
+    labels = targets.labels.reshape(*lead, *targets.labels.shape)
+    target_boxes = targets.boxes.reshape(*lead, *targets.boxes.shape)[..., None, :, :]  # lead b 1 t 4
+    query_boxes = boxes[..., :, None, :]  # lead b q 1 4
+
+    per_class = _softmax_class_cost(logits[..., :-1]) if config.class_cost == "softmax" else _focal_class_cost(logits[..., :-1])
+    if multi_label:
+        per_class = per_class / per_class.shape[-1]  # the released mean over all classes, of which only the positive ones count
+    labels = jnp.broadcast_to(labels, (*logits.shape[:-3], *targets.labels.shape))
+    class_cost = jnp.einsum("...qk,...tk->...qt", per_class, labels, precision=jax.lax.Precision.HIGHEST)
+    bbox_cost = jnp.abs(query_boxes - target_boxes).sum(-1)
+    giou = iou_and_giou(*jnp.broadcast_arrays(cxcywh_to_xyxy(query_boxes), cxcywh_to_xyxy(target_boxes)))[1]
+    return config.cost_class * class_cost + config.cost_bbox * bbox_cost - config.cost_giou * giou
+
+
+def _focal_class_cost(logits: Float[Array, "*n k"]) -> Float[Array, "*n k"]:
+    """Focal loss of calling the class positive minus that of calling it negative."""
+    probability = jax.nn.sigmoid(logits)
+    negative = (1 - _ALPHA) * probability**_GAMMA * -jnp.log(1 - probability + _LOG_OFFSET)
+    positive = _ALPHA * (1 - probability) ** _GAMMA * -jnp.log(probability + _LOG_OFFSET)
+    return positive - negative
+
+
+def _softmax_class_cost(logits: Float[Array, "*n k"]) -> Float[Array, "*n k"]:
+    """DETR's class cost: minus the probability."""
+    return -jax.nn.softmax(logits, axis=-1)
+
+
+def assign_on_host(
+    cost: Float[np.ndarray, "layers b q t"], valid: Bool[np.ndarray, "b t"], *, image_ids: Sequence[int] | None = None
+) -> Int[np.ndarray, "layers b q"]:
+    """Index of the target that each query is matched to, int32, -1 = none; the optimum of every layer and image (SciPy).
+
+    With more valid targets than queries the targets that would cost most stay without a query. `image_ids` [b] only improve the message.
+
+    Raises:
+        FloatingPointError: a cost of a valid target is not finite; names the decoder layer and the image.
+    """
+    wrong = ~np.isfinite(cost) & valid[None, :, None, :]
+    if wrong.any():
+        layer, image = (int(i) for i in np.argwhere(wrong)[0, :2])
+        name = f"image {image} of the batch" + ("" if image_ids is None else f" (id {image_ids[image]})")
+        raise FloatingPointError(
+            f"the matching cost of decoder layer {layer}, {name}, is not finite: the logits, boxes or targets hold NaN or infinity"
+        )
+    assignment = np.full(cost.shape[:3], -1, np.int32)
+    for image in range(cost.shape[1]):
+        people = np.flatnonzero(valid[image])
+        if people.size == 0:
+            continue
+        for layer in range(cost.shape[0]):
+            queries, matched = linear_sum_assignment(cost[layer, image][:, people])
+            assignment[layer, image, queries] = people[matched]
+    return assignment

@@ -1,0 +1,110 @@
+"""ResNet 18/34/50/101/152 and Wide-ResNet 50/101: image -> feature maps C3, C4, C5 at strides 8, 16, 32.
+
+Layout and strides are torchvision's (stride on the 3x3 of a bottleneck), so its weights load one to one. Source: He et al. 2015, Zagoruyko & Komodakis 2016.
+"""
+
+import dataclasses
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dsct_jax.model.layers import Conv, FrozenBatchNorm, GroupNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig:
+    """Shape of a residual network."""
+
+    bottleneck: bool
+    blocks: tuple[int, int, int, int]  # blocks of layer1 .. layer4
+    width: int = 64  # channels of the stem and planes of layer1; doubles from layer to layer
+    wide: int = 1  # factor on the 3x3 convolution of a bottleneck (Wide-ResNet: 2)
+
+    @property
+    def channels(self) -> tuple[int, int, int]:
+        """Channels of C3, C4, C5."""
+        expansion = 4 if self.bottleneck else 1
+        return tuple(self.width * factor * expansion for factor in (2, 4, 8))
+
+
+BACKBONES = {
+    "resnet18": ResNetConfig(False, (2, 2, 2, 2)),
+    "resnet34": ResNetConfig(False, (3, 4, 6, 3)),
+    "resnet50": ResNetConfig(True, (3, 4, 6, 3)),
+    "resnet101": ResNetConfig(True, (3, 4, 23, 3)),
+    "resnet152": ResNetConfig(True, (3, 8, 36, 3)),
+    "wide_resnet50": ResNetConfig(True, (3, 4, 6, 3), wide=2),
+    "wide_resnet101": ResNetConfig(True, (3, 4, 23, 3), wide=2),
+    "tiny": ResNetConfig(True, (1, 2, 2, 1), width=8),  # the size of the golden numbers: tests
+    "small": ResNetConfig(False, (1, 1, 1, 1), width=24),  # trains on a CPU: the demo and other runs from scratch
+}
+
+
+def _norm(kind: str, channels: int) -> FrozenBatchNorm | GroupNorm:
+    if kind == "frozen_batch":
+        return FrozenBatchNorm(channels)
+    return GroupNorm(channels, num_groups=max(1, min(32, channels // 8)))
+
+
+class Stem(nnx.Module):
+    """7x7 convolution with stride 2, normalisation, ReLU and 3x3 max pooling with stride 2."""
+
+    def __init__(self, width: int, *, norm: str, rngs: nnx.Rngs):
+        self.conv = Conv(3, width, 7, stride=2, rngs=rngs)
+        self.norm = _norm(norm, width)
+
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h4 w4 c"]:
+        x = jax.nn.relu(self.norm(self.conv(images)))
+        return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+class Block(nnx.Module):
+    """Residual block: two 3x3 convolutions, or 1x1 - 3x3 - 1x1 when `bottleneck`; the stride is on the (first) 3x3."""
+
+    def __init__(self, d_in: int, planes: int, *, stride: int, config: ResNetConfig, norm: str, rngs: nnx.Rngs):
+        if config.bottleneck:
+            inner, d_out = planes * config.wide, planes * 4
+            shapes = ((d_in, inner, 1, 1), (inner, inner, 3, stride), (inner, d_out, 1, 1))
+        else:
+            d_out = planes
+            shapes = ((d_in, d_out, 3, stride), (d_out, d_out, 3, 1))
+        self.convs = nnx.List([Conv(a, b, size, stride=s, rngs=rngs) for a, b, size, s in shapes])
+        self.norms = nnx.List([_norm(norm, b) for _, b, _, _ in shapes])
+        projects = stride != 1 or d_in != d_out
+        self.shortcut_conv = Conv(d_in, d_out, 1, stride=stride, rngs=rngs) if projects else None
+        self.shortcut_norm = _norm(norm, d_out) if projects else None
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        shortcut = x if self.shortcut_conv is None else self.shortcut_norm(self.shortcut_conv(x))
+        last = len(self.convs) - 1
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = norm(conv(x))
+            if i < last:
+                x = jax.nn.relu(x)
+        return jax.nn.relu(x + shortcut)
+
+
+class ResNet(nnx.Module):
+    """images [b h w 3] -> (C3, C4, C5)."""
+
+    def __init__(self, config: ResNetConfig, *, norm: str, rngs: nnx.Rngs):
+        self.stem = Stem(config.width, norm=norm, rngs=rngs)
+        layers, d_in = [], config.width
+        for i, count in enumerate(config.blocks):
+            planes, blocks = config.width * 2**i, []
+            for j in range(count):
+                blocks.append(Block(d_in, planes, stride=2 if i > 0 and j == 0 else 1, config=config, norm=norm, rngs=rngs))
+                d_in = planes * (4 if config.bottleneck else 1)
+            layers.append(nnx.List(blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = layers
+
+    def __call__(self, images: Float[Array, "b h w 3"]) -> list[jax.Array]:
+        x, features = self.stem(images), []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in layer:
+                x = block(x)
+            features.append(x)
+        return features[1:]
+
+

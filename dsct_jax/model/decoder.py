@@ -1,0 +1,139 @@
+"""The DSCT decoder: subject and context queries are decoupled, read the image together, and are fused in every layer (paper Fig. 4)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from dsct_jax.model.attention import DeformableAttention, SelfAttention, SpatialShapes
+from dsct_jax.model.encoder import FeedForward
+from dsct_jax.model.layers import DropoutNoise, dropout, layer_norm, linear
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionConfig:
+    """How a subject query takes in context queries; the fields are explained in configs/base.py."""
+
+    rule: str  # paper | released
+    semantic_selection: str  # smallest | largest
+    num_spatial_neighbors: int
+    num_semantic_neighbors: int
+    reweighting: str  # semantic | equal | spatial | attentive
+
+
+def nearest(scores: Float[Array, "*n m"], k: int) -> Bool[Array, "*n m"]:
+    """True at the `k` smallest scores of each row; ties go to the lower index. Built from comparisons, so it stays local to its shard."""
+    if k == 0:
+        return jnp.zeros(scores.shape, bool)
+    values, indices = jax.lax.top_k(-scores, k)
+    last_value, last_index = values[..., -1:], indices[..., -1:]
+    before = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1) <= last_index
+    return (-scores > last_value) | ((-scores == last_value) & before)
+
+
+def masked_softmax(logits: Float[Array, "b q m"], multiplicity: Float[Array, "b q m"]) -> Float[Array, "b q m"]:
+    """Softmax in which entry m counts `multiplicity` times: 0 = left out, 2 = selected twice. A row of zeros gives zeros."""
+    peak = jax.lax.stop_gradient(jnp.max(jnp.where(multiplicity > 0, logits, -jnp.inf), -1, keepdims=True))
+    weights = multiplicity * jnp.exp(jnp.where(multiplicity > 0, logits - peak, 0))
+    total = weights.sum(-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1)
+
+
+def subject_context_fusion(
+    subject: Float[Array, "b q d"],
+    context: Float[Array, "b m d"],
+    subject_points: Float[Array, "b q 2"],
+    context_points: Float[Array, "b m 2"],
+    *,
+    config: FusionConfig,
+    attentive_logits: Float[Array, "b q m"] | None = None,
+) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
+    """Spatial-semantic relational aggregation: the subject queries plus what they gather from selected context queries.
+
+    Distances (Eq. 6) and dot products (Eq. 7, not scaled) select `num_spatial_neighbors` nearest and `num_semantic_neighbors` most or least
+    similar context queries; "paper" adds one weighted sum over both selections (Eq. 8; a query selected twice counts twice), "released" adds
+    one a selection and a third over the subject queries themselves (transformer.py:327-330). Points are in [0, 1] of the padded canvas.
+    Returns the fused subject queries, and the selections and weights [b q m].
+    """
+    relevance = jnp.einsum("bqd,bmd->bqm", subject, context)
+    distance = jnp.sqrt(jnp.square(subject_points[:, :, None] - context_points[:, None]).sum(-1))
+    distance = jax.lax.stop_gradient(distance)
+    sign = 1 if config.semantic_selection == "smallest" else -1
+    spatial = nearest(distance, config.num_spatial_neighbors).astype(jnp.float32)
+    semantic = nearest(jax.lax.stop_gradient(sign * relevance), config.num_semantic_neighbors).astype(jnp.float32)
+    logits = {"semantic": relevance, "equal": jnp.zeros_like(relevance), "spatial": -distance, "attentive": attentive_logits}[config.reweighting]
+    if config.rule == "paper":
+        weights = masked_softmax(logits, spatial + semantic)
+    else:
+        weights = masked_softmax(logits, spatial) + masked_softmax(logits, semantic)
+    gathered = jnp.einsum("bqm,bmd->bqd", weights, context)
+    if config.rule == "released":
+        among_subjects = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", subject, subject))
+        gathered += jnp.einsum("bqk,bkd->bqd", among_subjects, subject)
+    return subject + gathered, {"spatial_selection": spatial > 0, "semantic_selection": semantic > 0, "context_weights": weights}
+
+
+class DecoderLayer(nnx.Module):
+    """Self-attention of all queries, deformable cross-attention, subject-context fusion, feed-forward block.
+
+    Tokens are ordered as released: `num_context` context queries, then the subject queries.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        *,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        feedforward_dim: int,
+        dropout_rate: float,
+        num_context: int,
+        fusion: FusionConfig | None,
+        rngs: nnx.Rngs,
+    ):
+        self.dropout_rate, self.num_context, self.fusion = dropout_rate, num_context, fusion
+        self.self_attention = SelfAttention(d, num_heads=num_heads, rngs=rngs)
+        self.norm2 = layer_norm(d, rngs=rngs)  # numbered as in the released weights
+        self.cross_attention = DeformableAttention(d, num_heads=num_heads, num_levels=num_levels, num_points=num_points, rngs=rngs)
+        self.norm1 = layer_norm(d, rngs=rngs)
+        attentive = fusion is not None and fusion.reweighting == "attentive"
+        self.context_logits = linear(d, num_context, rngs=rngs) if attentive else None
+        self.feedforward = FeedForward(d, feedforward_dim, dropout_rate=dropout_rate, rngs=rngs)
+        self.norm3 = layer_norm(d, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Float[Array, "b q d"],
+        positions: Float[Array, "b q d"],
+        reference_points: Float[Array, "b q l 2"],
+        memory: Float[Array, "b s d"],
+        memory_padding: Bool[Array, "b s"],
+        spatial_shapes: SpatialShapes,
+        *,
+        noise: DropoutNoise | None,
+        implementation: str | None,
+    ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
+        """`reference_points` are already rescaled to each level's padded map. Returns the tokens and what the layer looked at."""
+        attended, self_weights = self.self_attention(tokens, positions)
+        tokens = self.norm2(tokens + dropout(attended, self.dropout_rate, noise))
+        attended, details = self.cross_attention(
+            tokens + positions, reference_points, memory, memory_padding, spatial_shapes, implementation=implementation
+        )
+        tokens = self.norm1(tokens + dropout(attended, self.dropout_rate, noise))
+        if self.fusion is not None:
+            context, subject = jnp.split(tokens, [self.num_context], axis=1)
+            subject, selected = subject_context_fusion(
+                subject,
+                context,
+                reference_points[:, self.num_context :, 0],
+                reference_points[:, : self.num_context, 0],
+                config=self.fusion,
+                attentive_logits=None if self.context_logits is None else self.context_logits(subject),
+            )
+            tokens = jnp.concatenate([context, subject], 1)
+            details |= selected
+        tokens = self.norm3(tokens + dropout(self.feedforward(tokens, noise), self.dropout_rate, noise))
+        return tokens, details | {"self_attention_weights": self_weights}

@@ -1,0 +1,132 @@
+"""AdamW as the released recipe uses it: one table of rules decides which parameters move and how fast.
+
+The arithmetic is PyTorch's (decoupled decay, clipping by min(1, limit / (norm + 1e-6))), so that a released training run can be followed step by step.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from dsct_jax.errors import UserError
+
+Tree = Any  # nested dicts of arrays (or of ShapeDtypeStructs, or of floats), keys are strings or integers
+Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+SCHEDULES = ("step", "cosine")
+_DROP_FACTOR = 0.1
+_CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule and the rules over parameter paths; meaning and source of each field in configs/base.py."""
+
+    learning_rate: float = 2e-4
+    weight_decay: float = 1e-4
+    clip_norm: float = 0.1
+    schedule: str = "step"
+    drop_at: float = 0.8
+    warmup_steps: int = 0
+    rules: Sequence[tuple[str, float]] = ((".*", 1.0),)
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"optimizer.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+        if self.learning_rate <= 0 or self.weight_decay < 0 or self.clip_norm <= 0 or self.warmup_steps < 0:
+            raise UserError(
+                f"optimizer: learning_rate={self.learning_rate} and clip_norm={self.clip_norm} must be positive, "
+                f"weight_decay={self.weight_decay} and warmup_steps={self.warmup_steps} not negative (clip_norm=float('inf') does not clip)"
+            )
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
+    """Learning rate of step 0, 1 ...: linear from 0 over `warmup_steps`, then "step" (x0.1 once) or "cosine" (to 0 at `total_steps`)."""
+    drop_step = round(config.drop_at * total_steps)
+    decay_steps = max(total_steps - config.warmup_steps, 1)
+
+    def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
+        step = jnp.asarray(step, jnp.float32)
+        warm = jnp.minimum(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+        if config.schedule == "step":
+            return warm * jnp.where(step < drop_step, config.learning_rate, config.learning_rate * _DROP_FACTOR)
+        progress = jnp.clip((step - config.warmup_steps) / decay_steps, 0, 1)
+        return warm * config.learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+    return schedule
+
+
+def multipliers(params: Tree, rules: Sequence[tuple[str, float]]) -> Tree:
+    """Learning-rate multiplier of every parameter, in a tree like `params`; 0 = frozen.
+
+    A rule is (regular expression over the whole path "a/b/0/c", multiplier). A rule may match nothing.
+
+    Raises:
+        UserError: a parameter is matched by no rule or by several, a rule is not a regular expression, or its multiplier is negative.
+    """
+    compiled = []
+    for pattern, multiplier in rules:
+        if multiplier < 0:
+            raise UserError(f"optimizer.rules: the multiplier of {pattern!r} is {multiplier}; give 0 (frozen) or a positive number")
+        try:
+            compiled.append((re.compile(pattern), float(multiplier)))
+        except re.error as error:
+            raise UserError(f"optimizer.rules: {pattern!r} is not a regular expression ({error})") from error
+
+    def multiplier_of(path, _):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found = [(pattern.pattern, multiplier) for pattern, multiplier in compiled if pattern.fullmatch(name)]
+        if len(found) != 1:
+            which = "by several: " + " and ".join(repr(pattern) for pattern, _ in found) if found else "by none of: "
+            which += "" if found else ", ".join(repr(pattern.pattern) for pattern, _ in compiled)
+            raise UserError(f"optimizer.rules must match every parameter exactly once, but {name} is matched {which}")
+        return found[0][1]
+
+    return jax.tree_util.tree_map_with_path(multiplier_of, params)
+
+
+def global_norm_of_trained(gradients: Tree, multipliers: Tree) -> Float[Array, ""]:
+    """L2 norm of the gradient over all trained parameters, before clipping: the number that clipping compares, for the log."""
+    return optax.tree.norm([g for g, m in zip(jax.tree.leaves(gradients), jax.tree.leaves(multipliers), strict=True) if m > 0])
+
+
+def make_optimizer(config: OptimizerConfig, params: Tree, total_steps: int) -> optax.GradientTransformation:
+    """Clip, AdamW (0.9, 0.999, 1e-8), decay of every trained parameter, schedule and rules.
+
+    `params` gives the paths only (ShapeDtypeStructs do). Frozen parameters are not in the gradient norm, have no optimizer state and never
+    move; their gradients are not used, so that under jit the compiler drops the work of computing them.
+    """
+    scales = multipliers(params, config.rules)
+    trained = jax.tree.map(lambda scale: scale > 0, scales)
+    adamw = optax.chain(
+        _clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(make_schedule(config, total_steps)),
+    )
+    return optax.chain(optax.masked(adamw, trained), _scale_each(scales))
+
+
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """torch.nn.utils.clip_grad_norm_: optax divides by the norm without the epsilon, and only above the limit."""
+
+    def update(updates, state, params=None):
+        del params
+        factor = jnp.minimum(1.0, limit / (optax.tree.norm(updates) + _CLIP_EPSILON))
+        return jax.tree.map(lambda g: g * factor, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _scale_each(scales: Tree) -> optax.GradientTransformation:
+    """Each update times its own constant; a scale of 0 gives exactly 0, also from a gradient that is not finite."""
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda u, scale: u * scale if scale > 0 else jnp.zeros_like(u), updates, scales), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -1,0 +1,62 @@
+"""The model's values as one flat dictionary 'a/b/c' -> array, and back: what is trained, saved and exchanged."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from dsct_jax.model.dsct import DSCT, DSCTConfig
+from dsct_jax.model.layers import FrozenStatistic
+
+Flat = dict[str, jax.Array]
+
+
+def flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries -> {'a/b/c': leaf}, in the order of the tree."""
+    flat = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(value, f"{path}/") if isinstance(value, dict) else {path: value})
+    return flat
+
+
+def unflatten(flat: dict[str, Any]) -> dict[Any, Any]:
+    """The inverse of `flatten`; a part that is a number becomes an int, as in Flax's lists."""
+    tree: dict[Any, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = (int(part) if part.isdigit() else part for part in path.split("/"))
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return tree
+
+
+class ModelFunctions:
+    """A model's static half: what turns flat values into a callable network. Hashable by identity, so it may be closed over by jit."""
+
+    def __init__(self, config: DSCTConfig):
+        self.config = config
+        abstract = nnx.eval_shape(lambda: DSCT(config, rngs=nnx.Rngs(params=0)))
+        self.graph, params, frozen = nnx.split(abstract, nnx.Param, FrozenStatistic)
+        self.param_shapes = {k: tuple(v.shape) for k, v in flatten(nnx.to_pure_dict(params)).items()}
+        self.frozen_shapes = {k: tuple(v.shape) for k, v in flatten(nnx.to_pure_dict(frozen)).items()}
+        self._abstract = (params, frozen)
+
+    def init(self, seed: int) -> tuple[Flat, Flat]:
+        """Fresh values: (trainable parameters, frozen statistics)."""
+
+        def create(key):
+            _, params, frozen = nnx.split(DSCT(self.config, rngs=nnx.Rngs(params=key)), nnx.Param, FrozenStatistic)
+            return flatten(nnx.to_pure_dict(params)), flatten(nnx.to_pure_dict(frozen))
+
+        return jax.jit(create)(jax.random.key(seed))
+
+    def bind(self, params: Flat, frozen: Flat) -> DSCT:
+        """The network with these values."""
+        states = []
+        for abstract, flat in zip(self._abstract, (params, frozen), strict=True):
+            state = jax.tree.map(lambda x: x, abstract)
+            nnx.replace_by_pure_dict(state, unflatten(flat))
+            states.append(state)
+        return nnx.merge(self.graph, *states, copy=True)
