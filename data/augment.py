@@ -39,17 +39,16 @@ def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) 
     """
     flip, branch, before, crop_width, crop_height, top, left, side, brightness, contrast, saturation, gray = uniform
     crop_resize, crop = None, None
-    visible = height, width
     if branch < config.crop_probability:
         crop_resize = resized_size(height, width, _pick(config.crop_resize, before))
-        visible = tuple(
-            _between(min(config.crop_size[0], length), min(config.crop_size[1], length), u)
-            for length, u in zip(crop_resize, (crop_height, crop_width), strict=True)
-        )
-        crop = (_between(0, crop_resize[0] - visible[0], top), _between(0, crop_resize[1] - visible[1], left), *visible)
+        full_height, full_width = crop_resize
+        smallest, largest = config.crop_size
+        height = _between(min(smallest, full_height), min(largest, full_height), crop_height)
+        width = _between(min(smallest, full_width), min(largest, full_width), crop_width)
+        crop = (_between(0, full_height - height, top), _between(0, full_width - width, left), height, width)
     strength = config.color_jitter
     return Transform(
-        size=resized_size(*visible, _pick(config.short_sides, side), config.max_long_side),
+        size=resized_size(height, width, _pick(config.short_sides, side), config.max_long_side),
         flip=flip < config.flip_probability,
         crop_resize=crop_resize,
         crop=crop,

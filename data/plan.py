@@ -73,7 +73,8 @@ class BatchPlan:
         batches: list[PlannedBatch] = []
         queues: dict[Size, list[tuple[int, Transform]]] = {bucket: [] for bucket in self._config.buckets}
         for index in order:
-            transform = draw(self._config, *self._sizes[index], uniforms[index].tolist())
+            height, width = self._sizes[index]
+            transform = draw(self._config, height, width, uniforms[index].tolist())
             size, bucket = fit_bucket(transform.size, self._config.buckets)
             queue = queues[bucket]
             queue.append((index, dataclasses.replace(transform, size=size) if size != transform.size else transform))

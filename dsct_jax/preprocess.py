@@ -108,11 +108,10 @@ def pad_to(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.ndarray, "
     return canvas
 
 
-def prepare_image(
-    image: Image.Image, *, short_side: int, max_long_side: int, buckets: Iterable[Size]
-) -> tuple[UInt8[np.ndarray, "height width 3"], Size]:
+def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> tuple[UInt8[np.ndarray, "height width 3"], Size]:
     """The evaluation transform of one RGB image: resized, padded to its canvas; and the (height, width) it fills there."""
-    size, bucket = fit_bucket(resized_size(image.height, image.width, short_side, max_long_side), buckets)
+    wanted = resized_size(image.height, image.width, preprocessing.short_side, preprocessing.max_long_side)
+    size, bucket = fit_bucket(wanted, preprocessing.buckets)
     return pad_to(np.asarray(resize(image, size)), bucket), size
 
 
