@@ -90,7 +90,7 @@ def _corners(path: Path, annotation: dict) -> tuple[float, float, float, float]:
     box = annotation.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
         raise UserError(f"{path}: annotation {annotation.get('id')} needs a bbox [x, y, width, height] in pixels, not {box!r}")
-    x, y, width, height = box
+    x, y, width, height = map(float, box)
     return x, y, x + width, y + height
 
 
@@ -111,7 +111,7 @@ def _label_decoder(path: Path, document: dict, config: DataConfig) -> Callable[[
 
     def from_ids(annotation: dict) -> list[int]:
         category = annotation.get("category_id")
-        ids = category if isinstance(category, list) else [category]
+        ids: list[Any] = category if isinstance(category, list) else [category]
         for one in ids:
             if type(one) is not int or one not in class_of:
                 known = ", ".join(map(str, sorted(class_of)[:8])) + (", ..." if len(class_of) > 8 else "")

@@ -41,9 +41,6 @@ class DataConfig:
     skip_corrupt: bool
 
     def __post_init__(self) -> None:
-        for name in ("class_names", "short_sides", "crop_resize", "crop_size"):  # lists when the configuration comes back from its json
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "buckets", tuple(tuple(bucket) for bucket in self.buckets))
         self._require(self.source in SOURCES, "source", f"one of {', '.join(SOURCES)}")
         self._require(self.label_format in LABEL_FORMATS, "label_format", f"one of {', '.join(LABEL_FORMATS)}")
         self._require(len(set(self.class_names)) == len(self.class_names) > 0, "class_names", "at least one name, none twice")

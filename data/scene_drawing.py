@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 Color = tuple[int, ...]
+Length = float | int  # pixels of the final image
 _SCALE = 2
 _HEAD_HEIGHT = 1.12  # of its width
 
@@ -52,24 +53,24 @@ class _Canvas:
     def __init__(self, image: Image.Image) -> None:
         self._draw = ImageDraw.Draw(image)
 
-    def ellipse(self, x: float, y: float, half_width: float, half_height: float, fill: Color, outline: Color | None = None) -> None:
+    def ellipse(self, x: Length, y: Length, half_width: Length, half_height: Length, fill: Color, outline: Color | None = None) -> None:
         box = [(x - half_width) * _SCALE, (y - half_height) * _SCALE, (x + half_width) * _SCALE, (y + half_height) * _SCALE]
         self._draw.ellipse(box, fill=fill, outline=outline, width=2)
 
-    def polygon(self, points: list[tuple[float, float]], fill: Color) -> None:
+    def polygon(self, points: list[tuple[Length, Length]], fill: Color) -> None:
         self._draw.polygon([(x * _SCALE, y * _SCALE) for x, y in points], fill=fill)
 
-    def rectangle(self, x1: float, y1: float, x2: float, y2: float, fill: Color, outline: Color | None = None) -> None:
+    def rectangle(self, x1: Length, y1: Length, x2: Length, y2: Length, fill: Color, outline: Color | None = None) -> None:
         self._draw.rectangle([x1 * _SCALE, y1 * _SCALE, x2 * _SCALE, y2 * _SCALE], fill=fill, outline=outline, width=2)
 
-    def line(self, points: list[tuple[float, float]], fill: Color, width: float) -> None:
+    def line(self, points: list[tuple[Length, Length]], fill: Color, width: Length) -> None:
         self._draw.line([(x * _SCALE, y * _SCALE) for x, y in points], fill=fill, width=max(1, round(width * _SCALE)), joint="curve")
 
-    def arc(self, x: float, y: float, half_width: float, half_height: float, start: int, end: int, fill: Color, width: float) -> None:
+    def arc(self, x: Length, y: Length, half_width: Length, half_height: Length, start: int, end: int, fill: Color, width: Length) -> None:
         box = [(x - half_width) * _SCALE, (y - half_height) * _SCALE, (x + half_width) * _SCALE, (y + half_height) * _SCALE]
         self._draw.arc(box, start, end, fill=fill, width=max(1, round(width * _SCALE)))
 
-    def chord(self, x: float, y: float, half_width: float, half_height: float, start: int, end: int, fill: Color) -> None:
+    def chord(self, x: Length, y: Length, half_width: Length, half_height: Length, start: int, end: int, fill: Color) -> None:
         box = [(x - half_width) * _SCALE, (y - half_height) * _SCALE, (x + half_width) * _SCALE, (y + half_height) * _SCALE]
         self._draw.chord(box, start, end, fill=fill)
 
@@ -100,16 +101,16 @@ def _shade(rng: np.random.Generator, color: Color, amount: int = 14) -> Color:
     return tuple(int(np.clip(value + rng.integers(-amount, amount + 1), 0, 255)) for value in color)
 
 
-def _ground(canvas: _Canvas, scene: Scene, horizon: float, sky: Color, ground: Color) -> None:
+def _ground(canvas: _Canvas, scene: Scene, horizon: Length, sky: Color, ground: Color) -> None:
     canvas.rectangle(0, 0, scene.width, horizon, sky)
     canvas.rectangle(0, horizon, scene.width, scene.height, ground)
 
 
-def _plain(canvas: _Canvas, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
+def _plain(canvas: _Canvas, scene: Scene, horizon: Length, rng: np.random.Generator) -> None:
     _ground(canvas, scene, horizon, _shade(rng, (214, 218, 210)), _shade(rng, (176, 182, 150)))
 
 
-def _fair(canvas: _Canvas, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
+def _fair(canvas: _Canvas, scene: Scene, horizon: Length, rng: np.random.Generator) -> None:
     _ground(canvas, scene, horizon, _shade(rng, (125, 200, 250)), _shade(rng, (110, 200, 90)))
     canvas.ellipse(scene.width * rng.uniform(0.05, 0.95), scene.height * 0.2, 13, 13, (255, 225, 70))
     x, radius = scene.width * rng.uniform(0.1, 0.9), scene.height * 0.2
@@ -125,7 +126,7 @@ def _fair(canvas: _Canvas, scene: Scene, horizon: float, rng: np.random.Generato
         canvas.polygon([(left, 2), (left + 12, 2), (left + 6, 13)], colors[number % 4])
 
 
-def _rain(canvas: _Canvas, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
+def _rain(canvas: _Canvas, scene: Scene, horizon: Length, rng: np.random.Generator) -> None:
     _ground(canvas, scene, horizon, _shade(rng, (112, 128, 148)), _shade(rng, (84, 98, 112)))
     for _ in range(6):
         canvas.ellipse(rng.uniform(0, scene.width), rng.uniform(0, 14), rng.uniform(14, 26), rng.uniform(7, 12), _shade(rng, (78, 88, 102), 8))
@@ -134,7 +135,7 @@ def _rain(canvas: _Canvas, scene: Scene, horizon: float, rng: np.random.Generato
         canvas.line([(x, y), (x - 3, y + 11)], (176, 200, 228), 1)
 
 
-def _graveyard(canvas: _Canvas, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
+def _graveyard(canvas: _Canvas, scene: Scene, horizon: Length, rng: np.random.Generator) -> None:
     _ground(canvas, scene, horizon, _shade(rng, (26, 24, 56)), _shade(rng, (38, 52, 44)))
     canvas.ellipse(scene.width * rng.uniform(0.05, 0.95), scene.height * 0.13, 12, 12, (240, 238, 205))
     for _ in range(7):
@@ -149,7 +150,7 @@ def _graveyard(canvas: _Canvas, scene: Scene, horizon: float, rng: np.random.Gen
         canvas.line([(x, horizon - rise + 8), (x + side * 18, horizon - rise - 14)], (12, 10, 18), 2)
 
 
-def _fire(canvas: _Canvas, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
+def _fire(canvas: _Canvas, scene: Scene, horizon: Length, rng: np.random.Generator) -> None:
     _ground(canvas, scene, horizon, _shade(rng, (196, 62, 36)), _shade(rng, (74, 34, 28)))
     for x in np.arange(0, scene.width, 11.0):
         top = horizon - rng.uniform(16, 46)
@@ -201,26 +202,26 @@ _DARK = (25, 15, 15)
 _WHITE = (255, 255, 255)
 
 
-def _eyes(canvas: _Canvas, x: float, y: float, size: float, *, white: float, pupil: float) -> None:
+def _eyes(canvas: _Canvas, x: Length, y: Length, size: Length, *, white: Length, pupil: Length) -> None:
     for side in (-1, 1):
         canvas.ellipse(x + side * size * 0.19, y, size * white, size * white, _WHITE)
         canvas.ellipse(x + side * size * 0.19, y, size * pupil, size * pupil, _DARK)
 
 
-def _brows(canvas: _Canvas, x: float, y: float, size: float, *, inner: float, outer: float, width: float) -> None:
+def _brows(canvas: _Canvas, x: Length, y: Length, size: Length, *, inner: Length, outer: Length, width: Length) -> None:
     """`inner` and `outer`: height of the two ends above the eyes, in head widths."""
     for side in (-1, 1):
         ends = [(x + side * size * 0.08, y - size * inner), (x + side * size * 0.32, y - size * outer)]
         canvas.line(ends, _DARK, size * width)
 
 
-def _neutral_face(canvas: _Canvas, x: float, y: float, size: float) -> None:
+def _neutral_face(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
     _eyes(canvas, x, y, size, white=0.0, pupil=0.06)
     _brows(canvas, x, y, size, inner=0.14, outer=0.14, width=0.04)
     canvas.line([(x - size * 0.13, y + size * 0.27), (x + size * 0.13, y + size * 0.27)], _DARK, size * 0.05)
 
 
-def _happy_face(canvas: _Canvas, x: float, y: float, size: float) -> None:
+def _happy_face(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
     for side in (-1, 1):
         canvas.arc(x + side * size * 0.19, y + size * 0.04, size * 0.1, size * 0.1, 190, 350, _DARK, size * 0.06)
         canvas.ellipse(x + side * size * 0.29, y + size * 0.16, size * 0.08, size * 0.06, (250, 130, 130))
@@ -228,7 +229,7 @@ def _happy_face(canvas: _Canvas, x: float, y: float, size: float) -> None:
     canvas.chord(x, y + size * 0.17, size * 0.21, size * 0.10, 0, 180, _WHITE)
 
 
-def _sad_face(canvas: _Canvas, x: float, y: float, size: float) -> None:
+def _sad_face(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
     _eyes(canvas, x, y + size * 0.02, size, white=0.0, pupil=0.06)
     _brows(canvas, x, y, size, inner=0.22, outer=0.08, width=0.06)
     canvas.arc(x, y + size * 0.40, size * 0.2, size * 0.18, 195, 345, _DARK, size * 0.07)
@@ -236,7 +237,7 @@ def _sad_face(canvas: _Canvas, x: float, y: float, size: float) -> None:
         canvas.ellipse(x + side * size * 0.22, y + size * 0.2, size * 0.06, size * 0.11, (70, 150, 255))
 
 
-def _angry_face(canvas: _Canvas, x: float, y: float, size: float) -> None:
+def _angry_face(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
     _eyes(canvas, x, y + size * 0.03, size, white=0.09, pupil=0.06)
     _brows(canvas, x, y, size, inner=0.02, outer=0.20, width=0.10)
     canvas.rectangle(x - size * 0.2, y + size * 0.2, x + size * 0.2, y + size * 0.36, _WHITE, _DARK)
@@ -244,19 +245,19 @@ def _angry_face(canvas: _Canvas, x: float, y: float, size: float) -> None:
         canvas.line([(x + size * tooth, y + size * 0.2), (x + size * tooth, y + size * 0.36)], _DARK, size * 0.03)
 
 
-def _fearful_face(canvas: _Canvas, x: float, y: float, size: float) -> None:
+def _fearful_face(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
     _eyes(canvas, x, y - size * 0.02, size, white=0.15, pupil=0.05)
     _brows(canvas, x, y - size * 0.08, size, inner=0.2, outer=0.14, width=0.05)
     canvas.ellipse(x, y + size * 0.3, size * 0.11, size * 0.14, _DARK)
 
 
-def _balloon(canvas: _Canvas, x: float, y: float, size: float) -> None:
+def _balloon(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
     canvas.line([(x, y), (x, y + size * 1.6)], _DARK, 1)
     canvas.ellipse(x, y - size * 0.1, size * 0.9, size, (255, 225, 40), _DARK)
     canvas.ellipse(x - size * 0.3, y - size * 0.4, size * 0.2, size * 0.25, _WHITE)
 
 
-def _broken_heart(canvas: _Canvas, x: float, y: float, size: float) -> None:
+def _broken_heart(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
     for side in (-1, 1):
         canvas.ellipse(x + side * size * 0.45, y - size * 0.3, size * 0.52, size * 0.52, (60, 90, 200), _DARK)
     canvas.polygon([(x - size * 0.9, y - size * 0.1), (x + size * 0.9, y - size * 0.1), (x, y + size)], (60, 90, 200))
@@ -264,7 +265,7 @@ def _broken_heart(canvas: _Canvas, x: float, y: float, size: float) -> None:
     canvas.line(crack, _WHITE, size * 0.18)
 
 
-def _spider(canvas: _Canvas, x: float, y: float, size: float) -> None:
+def _spider(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
     canvas.ellipse(x, y, size * 1.1, size, (235, 235, 225))
     for side in (-1, 1):
         for leg in (-0.8, -0.25, 0.3, 0.85):
@@ -272,32 +273,32 @@ def _spider(canvas: _Canvas, x: float, y: float, size: float) -> None:
     canvas.ellipse(x, y, size * 0.42, size * 0.5, (10, 10, 10))
 
 
-def _torch(canvas: _Canvas, x: float, y: float, size: float) -> None:
+def _torch(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
     canvas.rectangle(x - size * 0.2, y, x + size * 0.2, y + size * 1.5, (90, 55, 25))
     crown = ((-0.8, 0.2), (-0.4, -1.0), (0.0, -0.5), (0.4, -1.0), (0.8, 0.2))
     canvas.polygon([(x + size * dx, y + size * dy) for dx, dy in crown], (225, 30, 20))
     canvas.ellipse(x, y, size * 0.4, size * 0.4, (255, 170, 30))
 
 
-def _dancer(canvas: _Canvas, x: float, foot: float, height: float) -> None:
+def _dancer(canvas: _Canvas, x: Length, foot: Length, height: Length) -> None:
     _figure(canvas, x, foot, height, (255, 200, 30), arms_up=True)
     for side, color in ((-1, (250, 70, 100)), (1, (70, 130, 250))):
         canvas.ellipse(x + side * height * 0.28, foot - height * 1.02, height * 0.13, height * 0.15, color)
 
 
-def _mourner(canvas: _Canvas, x: float, foot: float, height: float) -> None:
+def _mourner(canvas: _Canvas, x: Length, foot: Length, height: Length) -> None:
     _figure(canvas, x, foot, height, (50, 60, 110), arms_up=False)
     canvas.chord(x, foot - height * 0.82, height * 0.38, height * 0.3, 180, 360, (45, 60, 150))
 
 
-def _raging_man(canvas: _Canvas, x: float, foot: float, height: float) -> None:
+def _raging_man(canvas: _Canvas, x: Length, foot: Length, height: Length) -> None:
     for offset, rise in ((-0.26, 0.8), (0.0, 1.15), (0.26, 0.8)):
         tip = (x + offset * height, foot - rise * height)
         canvas.polygon([(x + (offset - 0.18) * height, foot), tip, (x + (offset + 0.18) * height, foot)], (255, 140, 30))
     _figure(canvas, x, foot, height * 0.9, (190, 20, 20), arms_up=True)
 
 
-def _ghost(canvas: _Canvas, x: float, foot: float, height: float) -> None:
+def _ghost(canvas: _Canvas, x: Length, foot: Length, height: Length) -> None:
     half = height * 0.28
     canvas.ellipse(x, foot - height * 0.68, half, height * 0.32, (250, 250, 255), (70, 70, 90))
     canvas.rectangle(x - half, foot - height * 0.68, x + half, foot, (250, 250, 255))
@@ -306,7 +307,7 @@ def _ghost(canvas: _Canvas, x: float, foot: float, height: float) -> None:
     canvas.ellipse(x, foot - height * 0.42, half * 0.25, half * 0.4, (10, 10, 20))
 
 
-def _figure(canvas: _Canvas, x: float, foot: float, height: float, color: Color, *, arms_up: bool) -> None:
+def _figure(canvas: _Canvas, x: Length, foot: Length, height: Length, color: Color, *, arms_up: bool) -> None:
     canvas.ellipse(x, foot - height * 0.83, height * 0.13, height * 0.14, (225, 180, 140))
     canvas.polygon([(x - height * 0.2, foot), (x, foot - height * 0.72), (x + height * 0.2, foot)], color)
     reach = foot - height * (0.92 if arms_up else 0.35)

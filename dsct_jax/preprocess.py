@@ -86,10 +86,12 @@ def choose_bucket(sizes: Iterable[Size], buckets: Iterable[Size]) -> Size | None
 
 def shrink_to_fit(size: Size, bucket: Size) -> Size:
     """`size` scaled down, aspect kept, until it fits the canvas; unchanged when it fits already."""
-    scale = min(bucket[0] / size[0], bucket[1] / size[1])
-    if scale >= 1:
+    (height, width), (room_height, room_width) = size, bucket
+    if height <= room_height and width <= room_width:
         return size
-    return max(1, min(bucket[0], int(size[0] * scale))), max(1, min(bucket[1], int(size[1] * scale)))
+    if room_height * width <= room_width * height:
+        return room_height, max(1, width * room_height // height)
+    return max(1, height * room_width // width), room_width
 
 
 def fit_bucket(size: Size, buckets: Iterable[Size]) -> tuple[Size, Size]:

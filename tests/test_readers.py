@@ -1,6 +1,5 @@
 """Annotation files of every kind, written here from scratch, and read back exactly; and each bad input with its one line."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -245,13 +244,8 @@ def test_caer_s_json_with_plain_class_numbers(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("source", "cocoo"), ("label_format", "mask"), ("label_format", "bits"), ("buckets", ()), ("buckets", ((96,),)), ("short_sides", ()), ("crop_size", (600, 384)),
+    [("source", "cocoo"), ("label_format", "mask"), ("label_format", "bits"), ("buckets", ()), ("buckets", ((96, 0),)), ("short_sides", ()), ("crop_size", (600, 384)),
      ("flip_probability", 1.5), ("num_workers", -1), ("max_targets", 0), ("class_names", ("a", "a"))],
 )  # fmt: skip
 def test_a_configuration_that_no_run_could_use_names_the_field(tmp_path, field, value):
     assert f"{field}=" in one_line(lambda: make_config(tmp_path, **{field: value}))
-
-
-def test_a_configuration_read_back_from_json_is_the_same(tmp_path):
-    config = make_config(tmp_path)
-    assert DataConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
