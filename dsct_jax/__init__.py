@@ -7,7 +7,6 @@
 
 from dsct_jax.errors import UserError
 from dsct_jax.load import Model, load
-from dsct_jax.predict import Subject, predict
 
-__all__ = ["Model", "Subject", "UserError", "load", "predict"]
+__all__ = ["Model", "UserError", "load"]
 __version__ = "0.1.0"

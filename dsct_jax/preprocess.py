@@ -3,6 +3,7 @@
 Sizes are (height, width) in pixels throughout; PIL's (width, height) stays inside this file.
 """
 
+import dataclasses
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,16 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, of values in [0, 1] (released dat
 STD = (0.229, 0.224, 0.225)
 
 Size = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """What evaluation and prediction do to a photograph: its size, and the (height, width) canvases it may be padded to."""
+
+    short_side: int
+    max_long_side: int
+    buckets: tuple[Size, ...]
+
 
 # What PIL raises for files that are damaged, cut short or no images at all.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
