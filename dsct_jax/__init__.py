@@ -7,6 +7,7 @@
 
 from dsct_jax.errors import UserError
 from dsct_jax.load import Model, load
+from dsct_jax.subjects import Subject, predict
 
-__all__ = ["Model", "UserError", "load"]
+__all__ = ["Model", "Subject", "UserError", "load", "predict"]
 __version__ = "0.1.0"
