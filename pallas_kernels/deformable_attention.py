@@ -1,0 +1,106 @@
+"""Multi-scale deformable attention: the one public door, in two forms, over several implementations.
+
+Each query samples `p` points on each of `l` feature levels around its reference point, bilinearly, and sums the samples by their weights, for every
+head (Zhu et al., Deformable DETR, Eq. 3). `deformable_attention` takes locations and weights; `deformable_attention_from_offsets`, which the model
+uses, takes what the projections produce and does the softmax and the location arithmetic inside.
+
+Implementations: `reference` (plain jax.numpy, the definition), `xla` (fastest portable form; lowers for every platform and for jax.export).
+`implementation=None` picks the best for the default platform when the call is traced; `default_implementation` says which that is.
+
+Contract of all of them:
+- Locations are (x, y), 0 and 1 the outer edges of a level; pixel centres are half-way: pixel = location * size - 0.5. Outside the map lie zeros.
+- Locations, softmax and sums are float32 whatever the type of `value` (float64 if `value` is). The result has the type of `value`.
+- A location that is not finite, or far outside, contributes zero and receives a zero gradient.
+"""
+
+import logging
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels import reference, xla
+from pallas_kernels.reference import SpatialShapes
+
+IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+
+_log = logging.getLogger(__name__)
+_logged: set[str] = set()
+
+
+def default_implementation(platform: str | None = None) -> str:
+    """Name of the implementation that `None` stands for on `platform` ("cpu", "gpu", "tpu"; default: where jax would run now)."""
+    return "xla"
+
+
+def deformable_attention(
+    value: Float[Array, "b s n d"],
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Float[Array, "b q n l p 2"],
+    attention_weights: Float[Array, "b q n l p"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "b q n*d"]:
+    """Attend to `value` at `sampling_locations`.
+
+    Args:
+        value: the memory, levels concatenated, each row-major; s = sum of height * width. float32, bfloat16 or float64.
+        spatial_shapes: static ((height, width), ...) of the l levels.
+        sampling_locations: (x, y) in [0, 1] of each level's padded map.
+        attention_weights: weight of each sample; usually sums to one over (l p), which is not required.
+        implementation: a name of IMPLEMENTATIONS, or None for the best here.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown implementation.
+    """
+    _check(value, spatial_shapes, sampling_locations, attention_weights)
+    return _choose(implementation).deformable_attention(value, spatial_shapes, sampling_locations, attention_weights)
+
+
+def deformable_attention_from_offsets(
+    value: Float[Array, "b s n d"],
+    spatial_shapes: SpatialShapes,
+    reference_points: Float[Array, "b q l 2"],
+    offsets: Float[Array, "b q n l p 2"],
+    logits: Float[Array, "b q n l p"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "b q n*d"]:
+    """Attend to `value` around `reference_points`: locations reference_points + offsets / (width, height), weights softmax(logits) over (l p).
+
+    Args:
+        value, spatial_shapes, implementation: as in `deformable_attention`.
+        reference_points: (x, y) in [0, 1] of each level's padded map (scaled by the valid ratios where images are padded).
+        offsets: (x, y) in pixels of each level.
+        logits: before the softmax, which runs over levels and points together, in float32.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown implementation.
+    """
+    _check(value, spatial_shapes, offsets, logits)
+    b, q, _, l = logits.shape[:4]
+    if reference_points.shape != (b, q, l, 2):
+        raise ValueError(f"reference_points must be [b q l 2] = {(b, q, l, 2)}, got {reference_points.shape}")
+    return _choose(implementation).deformable_attention_from_offsets(value, spatial_shapes, reference_points, offsets, logits)
+
+
+def _choose(name: str | None):
+    name = name or default_implementation()
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)} or None, got {name!r}")
+    if name not in _logged:
+        _logged.add(name)
+        _log.info("deformable attention: %s on %s", name, jax.default_backend())
+    return IMPLEMENTATIONS[name]
+
+
+def _check(value: jax.Array, spatial_shapes: SpatialShapes, points: jax.Array, weights: jax.Array) -> None:
+    if value.ndim != 4 or points.ndim != 6 or points.shape[-1] != 2:
+        raise ValueError(f"value must be [b s n d] and points [b q n l p 2], got {value.shape} and {points.shape}")
+    b, s, n, _ = value.shape
+    if weights.shape != points.shape[:-1]:
+        raise ValueError(f"weights must be [b q n l p] = {points.shape[:-1]}, got {weights.shape}")
+    if (points.shape[0], points.shape[2], points.shape[3]) != (b, n, len(spatial_shapes)):
+        raise ValueError(f"points {points.shape} must agree with value {value.shape} in b and n, and have l = {len(spatial_shapes)} levels")
+    tokens = sum(height * width for height, width in spatial_shapes)
+    if isinstance(tokens, int) and tokens != s:
+        raise ValueError(f"spatial_shapes {spatial_shapes} hold {tokens} tokens, but value has s = {s}")

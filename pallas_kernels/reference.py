@@ -1,0 +1,60 @@
+"""Multi-scale deformable attention in plain jax.numpy: the definition, differentiated by JAX. Every other implementation is tested against it.
+
+Source: Zhu et al., Deformable DETR (ICLR 2021), Eq. 3; the paper's Eq. 9; ms_deform_attn_core_pytorch of the released code.
+Letters: b batch, s memory tokens (all levels, row-major, concatenated), q queries, n heads, d head size, l levels, p points.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+SpatialShapes = tuple[tuple[Any, Any], ...]  # ((height, width), ...) of each level: ints, or symbolic sizes under jax.export
+
+
+def deformable_attention(
+    value: Float[Array, "b s n d"],
+    spatial_shapes: SpatialShapes,
+    sampling_locations: Float[Array, "b q n l p 2"],
+    attention_weights: Float[Array, "b q n l p"],
+) -> Float[Array, "b q n*d"]:
+    """Weighted sum of bilinear samples of `value`; see `pallas_kernels.deformable_attention` for the contract."""
+    b, _, n, d = value.shape
+    q = sampling_locations.shape[1]
+    dtype = jnp.promote_types(value.dtype, jnp.float32)
+    out = jnp.zeros((b, q, n, d), dtype)
+    start = 0
+    for level, (height, width) in enumerate(spatial_shapes):
+        level_value = jax.lax.slice_in_dim(value, start, start + height * width, axis=1).astype(dtype)
+        start += height * width
+        x = sampling_locations[:, :, :, level, :, 0].astype(dtype) * width - 0.5  # pixel centres lie at integers
+        y = sampling_locations[:, :, :, level, :, 1].astype(dtype) * height - 0.5
+        weights = attention_weights[:, :, :, level].astype(dtype)
+        inside = (x > -1) & (x < width) & (y > -1) & (y < height)  # False for what is not finite, too
+        x, y = jnp.where(inside, x, 0), jnp.where(inside, y, 0)
+        left, top = jnp.floor(x), jnp.floor(y)
+        for row, column in ((top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)):
+            on_map = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            weight = jnp.where(on_map, weights * (1 - jnp.abs(x - column)) * (1 - jnp.abs(y - row)), 0)
+            token = jnp.clip(row, 0, height - 1).astype(jnp.int32) * width + jnp.clip(column, 0, width - 1).astype(jnp.int32)
+            index = token.transpose(0, 2, 1, 3).reshape(b, n, -1, 1)  # b n (q p) 1
+            corner = jnp.take_along_axis(level_value.transpose(0, 2, 1, 3), index, axis=2).reshape(b, n, q, -1, d)
+            out += jnp.einsum("bnqpd,bqnp->bqnd", corner, weight, precision="highest")
+    return out.reshape(b, q, n * d).astype(value.dtype)
+
+
+def deformable_attention_from_offsets(
+    value: Float[Array, "b s n d"],
+    spatial_shapes: SpatialShapes,
+    reference_points: Float[Array, "b q l 2"],
+    offsets: Float[Array, "b q n l p 2"],
+    logits: Float[Array, "b q n l p"],
+) -> Float[Array, "b q n*d"]:
+    """The same with locations reference_points + offsets / (width, height) and weights softmax(logits) over all levels and points."""
+    b, q, n, l, p = logits.shape
+    dtype = jnp.promote_types(value.dtype, jnp.float32)
+    sizes = jnp.stack([jnp.stack([jnp.asarray(width, dtype), jnp.asarray(height, dtype)]) for height, width in spatial_shapes])
+    locations = reference_points.astype(dtype)[:, :, None, :, None] + offsets.astype(dtype) / sizes.reshape(1, 1, 1, l, 1, 2)
+    weights = jax.nn.softmax(logits.astype(dtype).reshape(b, q, n, l * p), axis=-1).reshape(b, q, n, l, p)
+    return deformable_attention(value, spatial_shapes, locations, weights)
