@@ -149,10 +149,7 @@ def predict_each(
     waiting: dict[Size, list[_Prepared]] = defaultdict(list)
     for index, photograph in enumerate(images):
         image = as_rgb(photograph)
-        preprocessing = model.preprocessing
-        pixels, size = prepare_image(
-            image, short_side=preprocessing.short_side, max_long_side=preprocessing.max_long_side, buckets=preprocessing.buckets
-        )
+        pixels, size = prepare_image(image, model.preprocessing)
         canvas = pixels.shape[0], pixels.shape[1]
         waiting[canvas].append(_Prepared(index, image, pixels, size))
         if len(waiting[canvas]) == batch_size:
