@@ -12,9 +12,9 @@ four people stand in a setting; a network has to find their heads (the boxes) an
 each other, and people with an expression also hold objects (30 %), so no cue stands in for another. With the four SCENE_CLASSES the best accuracy
 that each kind of sight allows is therefore known:
 
-    guessing 25 %, the face alone 62.5 %, face and surroundings within reach 85 %, everything 100 %.
+    guessing 25 %, the face alone 62.5 %, face and setting 77.5 %, face and what is near 85 %, everything 100 %.
 
-With `multi_label` a person carries the union of what they show, hold, are held by and stand in (one to three labels).
+With `multi_label` a person carries the union of what they show, hold, are held by and stand in: one to three labels, 1.7 on average.
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ def _places(rng: np.random.Generator, width: int, partners: list[int], distant_p
     shares *= slack / shares.sum()
     centres, x = [], 0.0
     for gap, slot in zip(shares, widths, strict=False):
-        centres.append(x + gap + unit * slot / 2)
+        centres.append(float(x + gap + unit * slot / 2))
         x += gap + unit * slot
     distant_x = centres.pop(distant_place) if distant_place >= 0 else -1.0
     return centres, distant_x, unit

@@ -134,7 +134,7 @@ def evaluate(results: Iterable[ImageResult], *, class_names: Sequence[str], mult
     precisions, counts = average_precision(probabilities, labels), labels.sum(0)
     metrics: dict[str, Any] = {
         "num_images": len(results),
-        "num_people": len(labelled),
+        "num_people": len(people.labels),
         "num_labelled": int(labelled.sum()),
         "mean_iou": float(people.iou.mean()),
         "mean_candidates": float(np.mean([count for _, count in selected])),

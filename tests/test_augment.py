@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import ks_2samp
@@ -44,11 +44,14 @@ def test_final_sizes_are_distributed_as_in_the_released_transform():
     assert ks_2samp(ours[:, 1] / ours[:, 0], released[:, 1] / released[:, 0]).pvalue > 0.05  # the mix of crops and whole images
 
 
+@settings(deadline=None)
 @given(st.integers(20, 900), st.integers(20, 900), st.lists(st.floats(0, 1, exclude_max=True), min_size=NUM_DRAWS, max_size=NUM_DRAWS))
 def test_crops_lie_inside_the_image_and_have_allowed_sides(height, width, uniform):
     transform = draw(CONFIG, height, width, uniform)
     assert (transform.crop is None) == (uniform[1] >= 0.5) and transform.flip == (uniform[0] < 0.5)
-    assert min(transform.size) in CONFIG.short_sides or max(transform.size) >= CONFIG.max_long_side - max(1, max(transform.size) // min(transform.size))
+    assert min(transform.size) in CONFIG.short_sides or max(transform.size) >= CONFIG.max_long_side - max(
+        1, max(transform.size) // min(transform.size)
+    )
     if transform.crop is not None:
         top, left, crop_height, crop_width = transform.crop
         assert min(transform.crop_resize) in CONFIG.crop_resize

@@ -84,7 +84,7 @@ def test_softmax_class_cost_and_several_labels_exclude_each_other():
     arrays, targets = golden("ml_main")
     with pytest.raises(UserError, match="class_cost='softmax' needs multi_label=False"):
         cost_of(jnp.asarray(arrays["logits"]), jnp.asarray(arrays["boxes"]), targets, config=MatcherConfig(class_cost="softmax"), multi_label=True)
-    with pytest.raises(UserError, match="matcher.class_cost='hinge' is not one of focal, softmax"):
+    with pytest.raises(UserError, match=r"matcher\.class_cost='hinge' is not one of focal, softmax"):
         MatcherConfig(class_cost="hinge")
 
 

@@ -45,8 +45,16 @@ def train_set(config: DataConfig | None = None, **changes: Any) -> Dataset:
 
 def arrays(batch: Batch) -> dict[str, np.ndarray]:
     targets = batch.targets
-    return {"images": batch.images, "sizes": batch.sizes, "boxes": targets.boxes, "labels": targets.labels, "valid": targets.valid,
-            "image_ids": batch.image_ids, "original_sizes": batch.original_sizes, "real": batch.real}  # fmt: skip
+    return {
+        "images": batch.images,
+        "sizes": batch.sizes,
+        "boxes": targets.boxes,
+        "labels": targets.labels,
+        "valid": targets.valid,
+        "image_ids": batch.image_ids,
+        "original_sizes": batch.original_sizes,
+        "real": batch.real,
+    }
 
 
 def assert_same(one: Batch, other: Batch) -> None:

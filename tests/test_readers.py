@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -86,11 +86,13 @@ def test_emotic_bit_masks(tmp_path):
     assert report.unlabelled == 1
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**26 - 1))
 def test_decode_bits_reads_the_padded_binary_string_from_the_left(mask):
     assert decode_bits(mask, 26) == [index for index, bit in enumerate(format(mask, "026b")) if bit == "1"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(*[st.floats(-200, 200, width=32)] * 4), min_size=1, max_size=5), st.integers(1, 100), st.integers(1, 100))
 def test_clipping_keeps_exactly_the_part_inside(boxes, height, width):
     given_boxes = np.array(boxes, np.float32)
@@ -151,8 +153,14 @@ def test_each_unusable_file_is_one_line_that_names_it(tmp_path):
     config = make_config(tmp_path)
     path = tmp_path / "train.json"
     assert "train.json: no such annotation file" in one_line(lambda: read_coco(config, "train"))
-    for text, says in (("", "not valid json"), ('{"images": [', "not valid json"), ("[]", "'images' is missing"), ('{"images": []}', "'annotations'"),
-                       ('{"images": [], "annotations": []}', "lists no images"), ('{"images": [1], "annotations": []}', "must hold objects")):  # fmt: skip
+    for text, says in (
+        ("", "not valid json"),
+        ('{"images": [', "not valid json"),
+        ("[]", "'images' is missing"),
+        ('{"images": []}', "'annotations'"),
+        ('{"images": [], "annotations": []}', "lists no images"),
+        ('{"images": [1], "annotations": []}', "must hold objects"),
+    ):
         path.write_text(text)
         message = one_line(lambda: read_coco(config, "train"))
         assert says in message and "train.json" in message
@@ -195,8 +203,13 @@ def caer_config(root: Path, **changes: Any) -> DataConfig:
 def test_caer_s_box_list(tmp_path):
     for name in ("Train/Anger/0001.png", "Train/Happy/0002.png", "test/Sad/0003.png"):
         write_image(tmp_path, name)
-    lines = ["train/Anger/0001.png,Anger,-2,3,20,25", "train/Happy/0002.png, 3, 1,2,11,12", "", "test/Sad/0003.png,sad,4,4,8,8",
-             "train/Happy/0002.png,happy,20,2,31.5,12"]  # fmt: skip
+    lines = [
+        "train/Anger/0001.png,Anger,-2,3,20,25",
+        "train/Happy/0002.png, 3, 1,2,11,12",
+        "",
+        "test/Sad/0003.png,sad,4,4,8,8",
+        "train/Happy/0002.png,happy,20,2,31.5,12",
+    ]
     (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
     records, report = read_caer_s(caer_config(tmp_path, train="train.txt"), "train")
     assert [np.argmax(record.labels, 1).tolist() for record in records] == [[0], [3, 3], [5]]
@@ -244,8 +257,19 @@ def test_caer_s_json_with_plain_class_numbers(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("source", "cocoo"), ("label_format", "mask"), ("label_format", "bits"), ("buckets", ()), ("buckets", ((96, 0),)), ("short_sides", ()), ("crop_size", (600, 384)),
-     ("flip_probability", 1.5), ("num_workers", -1), ("max_targets", 0), ("class_names", ("a", "a"))],
-)  # fmt: skip
+    [
+        ("source", "cocoo"),
+        ("label_format", "mask"),
+        ("label_format", "bits"),
+        ("buckets", ()),
+        ("buckets", ((96, 0),)),
+        ("short_sides", ()),
+        ("crop_size", (600, 384)),
+        ("flip_probability", 1.5),
+        ("num_workers", -1),
+        ("max_targets", 0),
+        ("class_names", ("a", "a")),
+    ],
+)
 def test_a_configuration_that_no_run_could_use_names_the_field(tmp_path, field, value):
     assert f"{field}=" in one_line(lambda: make_config(tmp_path, **{field: value}))

@@ -120,9 +120,13 @@ def test_splits_have_no_scene_in_common():
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"train": "train.json"}, "config.data.train='train.json'"), ({"train": "0"}, "number of images"), ({"class_names": ("Anger", "Happy")}, "lacks Fear, Sad"),
-     ({"max_targets": 1}, "max_targets=1")],
-)  # fmt: skip
+    [
+        ({"train": "train.json"}, "config.data.train='train.json'"),
+        ({"train": "0"}, "number of images"),
+        ({"class_names": ("Anger", "Happy")}, "lacks Fear, Sad"),
+        ({"max_targets": 1}, "max_targets=1"),
+    ],
+)
 def test_bad_settings_are_one_line(changes, says):
     with pytest.raises(UserError) as error:
         read_scenes(make_config(**changes), "train")

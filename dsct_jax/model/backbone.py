@@ -37,7 +37,7 @@ BACKBONES = {
     "wide_resnet50": ResNetConfig(True, (3, 4, 6, 3), wide=2),
     "wide_resnet101": ResNetConfig(True, (3, 4, 23, 3), wide=2),
     "tiny": ResNetConfig(True, (1, 2, 2, 1), width=8),  # the size of the golden numbers: tests
-    "small": ResNetConfig(False, (1, 1, 1, 1), width=24),  # trains on a CPU: the demo and other runs from scratch
+    "small": ResNetConfig(False, (1, 1, 1, 1), width=16),  # trains on a CPU: the demo and other runs from scratch
 }
 
 

@@ -1,0 +1,55 @@
+"""From scratch on a CPU: a few thousand small photographs with one face each, CAER-S layout and classes.
+
+    python train.py --config=configs/faces_single.py --workdir=runs/faces_single --config.data.data_dir=DIR
+
+DIR holds {train,val,test}/<Class>/*.jpg and {train,val,test}.json.
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.name = "faces_single"
+    config.class_names = base.CAER_S_CLASSES
+    config.multi_label = False
+
+    config.model.update(
+        backbone="small",
+        norm="group",
+        hidden_dim=64,
+        num_heads=4,
+        num_points=4,
+        feedforward_dim=128,
+        num_encoder_layers=1,
+        num_decoder_layers=3,
+        dropout=0.0,
+        num_subject_queries=4,
+        num_context_queries=16,
+        num_spatial_neighbors=8,
+        num_semantic_neighbors=4,
+    )
+    config.loss.class_loss = "softmax"
+    config.matcher.class_cost = "softmax"
+    config.optimizer.update(
+        learning_rate=1e-3,
+        schedule="cosine",
+        warmup_steps=200,
+        clip_norm=5.0,
+        rules=((r"(?!(.*/)?(sampling_offsets|reference_points)/).*", 1.0), (r"(.*/)?(sampling_offsets|reference_points)/.*", 0.3)),
+    )
+    config.data.update(
+        source="coco",
+        max_targets=4,
+        short_sides=(104, 112, 120, 128),
+        max_long_side=176,
+        crop_probability=0.0,
+        color_jitter=0.3,
+        grayscale_probability=0.1,
+        eval_short_side=120,
+        buckets=((128, 176), (176, 128)),
+        num_workers=0,
+        cache=True,
+    )
+    config.train.update(batch_size=32, eval_batch_size=50, epochs=40, eval_every=2.0, checkpoint_every=2.0, log_every=25)
+    return config
