@@ -1,6 +1,6 @@
 """What a run has learnt so far, for people: curves.png and metrics.md from its metrics.jsonl.
 
-    python -m dsct_jax.report runs/demo
+python -m dsct_jax.report runs/demo
 """
 
 import argparse

@@ -106,9 +106,7 @@ def make_train_step(
         pull_back = jax.tree.map(lambda x: x[0], pull_back)
 
         def objective(logits, boxes):
-            terms = detection_losses(
-                logits, boxes, batch.targets, assignment, num_boxes=num_boxes, config=loss, multi_label=multi_label
-            )
+            terms = detection_losses(logits, boxes, batch.targets, assignment, num_boxes=num_boxes, config=loss, multi_label=multi_label)
             return terms["total"], terms
 
         cotangents, terms = jax.grad(objective, argnums=(0, 1), has_aux=True)(logits, boxes)
@@ -125,9 +123,9 @@ def make_train_step(
 
     def second_half(state: TrainState, pull_back, logits, boxes, batch: Batch, assignment):
         num_boxes = jnp.maximum(batch.targets.valid.sum(), 1).astype(jnp.float32)
-        grads, terms = shard(
-            gradients, in_specs=(data, layered, layered, data, layered, replicated), out_specs=(replicated, replicated)
-        )(pull_back, logits, boxes, batch, assignment, num_boxes)
+        grads, terms = shard(gradients, in_specs=(data, layered, layered, data, layered, replicated), out_specs=(replicated, replicated))(
+            pull_back, logits, boxes, batch, assignment, num_boxes
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = terms | {"grad_norm": optax.global_norm(grads), "num_boxes": num_boxes}
@@ -140,7 +138,7 @@ def make_train_step(
         assignment = assign_shards(cost, batch.targets.valid, mesh)
         return second_half(state, pull_back, logits, boxes, batch, assignment)
 
-    step.first_half, step.second_half = first_half, second_half
+    step.first_half, step.second_half = first_half, second_half  # type: ignore[attr-defined]
     return step
 
 

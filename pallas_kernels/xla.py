@@ -1,8 +1,8 @@
 """Multi-scale deformable attention in portable XLA operations, with its own backward pass.
 
-All corners of all points reduce to one primitive, `out[i] = sum_k weight[k, i] * table[index[k, i]]` for i over (query, head): a scan over the corners k
-gathers whole rows and never materialises more than a few of them. Nothing but row gathers, row scatters and dense arithmetic, so it lowers for CPU,
-GPU and TPU alike; a TPU has no scalar gathers worth looping over, but moves rows well.
+All corners of all points reduce to one primitive, `out[i] = sum_k weight[k, i] * table[index[k, i]]` for i over (query, head): a scan over the
+corners k gathers whole rows and never materialises more than a few of them. Nothing but row gathers, row scatters and dense arithmetic, so it
+lowers for CPU, GPU and TPU alike; a TPU has no scalar gathers worth looping over, but moves rows well.
 """
 
 import functools
@@ -81,7 +81,9 @@ def _forward(spatial_shapes: SpatialShapes, value, x, y, weights):
             total += _take(rows, i).astype(total.dtype) * w[:, None]
         return total, None
 
-    chunks = (index.reshape(-1, UNROLL, q * n), weight.reshape(-1, UNROLL, q * n)) if index.shape[0] % UNROLL == 0 else (index[:, None], weight[:, None])
+    chunks = (
+        (index.reshape(-1, UNROLL, q * n), weight.reshape(-1, UNROLL, q * n)) if index.shape[0] % UNROLL == 0 else (index[:, None], weight[:, None])
+    )
     out, _ = jax.lax.scan(add_corners, jnp.zeros((q * n, d), weight.dtype), chunks)
     return out.reshape(q, n, d).astype(value.dtype), (value, x, y, weights)
 

@@ -1,4 +1,4 @@
-"""What every test runs under: the CPU with 8 simulated devices (JAX_PLATFORMS=cuda,cpu for the gpu tests), float32, checked shapes, golden numbers."""
+"""What every test runs under: the CPU with 8 simulated devices (a GPU with JAX_PLATFORMS=cuda,cpu), float32, checked shapes, golden numbers."""
 
 import importlib.util
 import os

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,7 @@ class RedFinder:
     class_names = CLASSES
     multi_label = True
     preprocessing = Preprocessing(short_side=64, max_long_side=96, buckets=((64, 96), (96, 64), (72, 72)))
-    config = {"loss": {"class_loss": "focal"}}
+    config: ClassVar = {"loss": {"class_loss": "focal"}}
 
     def __init__(self):
         self.shapes = []
@@ -115,7 +116,9 @@ def test_images_of_every_kind(mode):
         assert dsct_jax.predict(RedFinder(), [given]) == dsct_jax.predict(RedFinder(), [image])
 
 
-@pytest.mark.parametrize("array", [np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((1, 4, 4, 3), np.uint8), np.zeros((0, 4, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((1, 4, 4, 3), np.uint8), np.zeros((0, 4, 3), np.uint8)]
+)
 def test_other_arrays_are_refused(array):
     with pytest.raises(UserError, match="image array"):
         dsct_jax.predict(RedFinder(), [array])

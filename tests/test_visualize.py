@@ -80,7 +80,12 @@ def test_panels_of_close_people_do_not_cover_each_other():
 
 
 def test_labels_say_what_is_known():
-    assert label_lines(subject((0, 0, 1, 1), "a", "b", "c", "d", "e", a=0.9, b=0.8, c=0.7, d=0.6, e=0.55)) == ["a 0.90", "b 0.80", "c 0.70", "+ 2 more"]
+    assert label_lines(subject((0, 0, 1, 1), "a", "b", "c", "d", "e", a=0.9, b=0.8, c=0.7, d=0.6, e=0.55)) == [
+        "a 0.90",
+        "b 0.80",
+        "c 0.70",
+        "+ 2 more",
+    ]
     assert label_lines(subject((0, 0, 1, 1), a=0.4, b=0.45)) == ["(b 0.45)"]
     assert label_lines(subject((0, 0, 1, 1), "a")) == ["a"]
     assert label_lines(subject((0, 0, 1, 1))) == []
