@@ -128,7 +128,7 @@ def make_train_step(
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = terms | {"grad_norm": optax.global_norm(grads), "num_boxes": num_boxes}
+        metrics = terms | {"grad_norm": optax.tree.norm(grads), "num_boxes": num_boxes}
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     second_half = jax.jit(second_half, donate_argnums=0)

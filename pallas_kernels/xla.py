@@ -9,7 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from pallas_kernels.reference import SpatialShapes
 
@@ -54,7 +54,7 @@ def _points_first(pairs: Float[Array, "b q n l p 2"], dtype) -> tuple[jax.Array,
     return pairs[0], pairs[1]
 
 
-def _sizes(spatial_shapes: SpatialShapes, side: int, dtype) -> Float[Array, "l 1 1 1"]:
+def _sizes(spatial_shapes: SpatialShapes, side: int, dtype) -> Num[Array, "l 1 1 1"]:
     return jnp.stack([jnp.asarray(shape[side], dtype) for shape in spatial_shapes]).reshape(-1, 1, 1, 1)
 
 
