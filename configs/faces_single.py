@@ -19,7 +19,7 @@ def get_config():
         norm="group",
         hidden_dim=64,
         num_heads=4,
-        num_points=4,
+        num_points=2,
         feedforward_dim=128,
         num_encoder_layers=1,
         num_decoder_layers=3,
@@ -30,6 +30,7 @@ def get_config():
         num_semantic_neighbors=4,
     )
     config.loss.class_loss = "softmax"
+    config.loss.label_smoothing = 0.1
     config.matcher.class_cost = "softmax"
     config.optimizer.update(
         learning_rate=1e-3,
@@ -41,15 +42,15 @@ def get_config():
     config.data.update(
         source="coco",
         max_targets=4,
-        short_sides=(104, 112, 120, 128),
-        max_long_side=176,
+        short_sides=(88, 92, 96, 100, 104),
+        max_long_side=144,
         crop_probability=0.0,
         color_jitter=0.3,
         grayscale_probability=0.1,
-        eval_short_side=120,
-        buckets=((128, 176), (176, 128)),
+        eval_short_side=96,
+        buckets=((104, 144), (128, 104)),
         num_workers=0,
         cache=True,
     )
-    config.train.update(batch_size=32, eval_batch_size=50, epochs=40, eval_every=2.0, checkpoint_every=2.0, log_every=25)
+    config.train.update(batch_size=16, eval_batch_size=50, epochs=30, eval_every=2.0, checkpoint_every=2.0, log_every=25)
     return config

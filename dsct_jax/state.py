@@ -47,11 +47,8 @@ class ModelFunctions:
     def init(self, seed: int) -> tuple[Flat, Flat]:
         """Fresh values: (trainable parameters, frozen statistics)."""
 
-        def create(key):
-            _, params, frozen = nnx.split(DSCT(self.config, rngs=nnx.Rngs(params=key)), nnx.Param, FrozenStatistic)  # type: ignore[misc]
-            return flatten(nnx.to_pure_dict(params)), flatten(nnx.to_pure_dict(frozen))
-
-        return jax.jit(create)(jax.random.key(seed))
+        _, params, frozen = nnx.split(DSCT(self.config, rngs=nnx.Rngs(params=seed)), nnx.Param, FrozenStatistic)  # type: ignore[misc]
+        return flatten(nnx.to_pure_dict(params)), flatten(nnx.to_pure_dict(frozen))
 
     def bind(self, params: Flat, frozen: Flat) -> DSCT:
         """The network with these values."""

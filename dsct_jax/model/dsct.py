@@ -14,7 +14,7 @@ from dsct_jax.model.backbone import BACKBONES, ResNet
 from dsct_jax.model.decoder import DecoderLayer, FusionConfig
 from dsct_jax.model.encoder import EncoderLayer, encoder_reference_points
 from dsct_jax.model.heads import BoxHead, class_head
-from dsct_jax.model.layers import Conv, DropoutNoise, GroupNorm, linear, xavier_uniform
+from dsct_jax.model.layers import Conv, DropoutNoise, GroupNorm, linear, standard_normal, xavier_uniform
 from dsct_jax.model.position import resize_mask, sine_position, valid_ratio
 
 
@@ -94,7 +94,7 @@ class DSCT(nnx.Module):
         widths = list(resnet.channels) + [resnet.channels[-1]] + [d] * (config.num_levels - 4)
         shapes = [(1, 1)] * 3 + [(3, 2)] * (config.num_levels - 3)
         self.input_proj = nnx.List([InputProjection(c, d, size=k, stride=s, rngs=rngs) for c, (k, s) in zip(widths, shapes, strict=False)])
-        self.level_embed = nnx.Param(jax.random.normal(rngs.params(), (config.num_levels, d)))
+        self.level_embed = nnx.Param(standard_normal(rngs.params(), (config.num_levels, d)))
         common: dict[str, Any] = {
             "num_heads": config.num_heads,
             "num_levels": config.num_levels,
@@ -104,8 +104,8 @@ class DSCT(nnx.Module):
             "rngs": rngs,
         }
         self.encoder = nnx.List([EncoderLayer(d, **common) for _ in range(config.num_encoder_layers)])
-        self.context_queries = nnx.Param(jax.random.normal(rngs.params(), (config.num_context_queries, 2 * d)))
-        self.subject_queries = nnx.Param(jax.random.normal(rngs.params(), (config.num_subject_queries, 2 * d)))
+        self.context_queries = nnx.Param(standard_normal(rngs.params(), (config.num_context_queries, 2 * d)))
+        self.subject_queries = nnx.Param(standard_normal(rngs.params(), (config.num_subject_queries, 2 * d)))
         self.reference_points = linear(d, 2, rngs=rngs)
         self.decoder = nnx.List(
             [
