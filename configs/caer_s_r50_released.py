@@ -1,6 +1,6 @@
 """CAER-S as the authors' released script runs it: fusion off, class weight 9, lr 2e-5, batch 4. Their README reports 89.19 % accuracy.
 
-    python train.py --config=configs/caer_s_r50_released.py --workdir=runs/caer_s_r50_released --config.data.data_dir=DIR
+python train.py --config=configs/caer_s_r50_released.py --workdir=runs/caer_s_r50_released --config.data.data_dir=DIR
 """
 
 from configs import caer_s_r50

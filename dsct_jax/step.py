@@ -108,9 +108,7 @@ def make_train_step(
         def objective(logits, boxes):
             # A filler that completes the last batch of an epoch is no negative example: logits this low cost nothing and learn nothing.
             logits = jnp.where(batch.real[None, :, None, None], logits, -100.0)
-            terms = detection_losses(
-                logits, boxes, batch.targets, assignment, num_boxes=num_boxes, config=loss, multi_label=multi_label
-            )
+            terms = detection_losses(logits, boxes, batch.targets, assignment, num_boxes=num_boxes, config=loss, multi_label=multi_label)
             return terms["total"], terms
 
         cotangents, terms = jax.grad(objective, argnums=(0, 1), has_aux=True)(logits, boxes)
@@ -127,12 +125,12 @@ def make_train_step(
 
     def second_half(state: TrainState, pull_back, logits, boxes, batch: Batch, assignment):
         num_boxes = jnp.maximum(batch.targets.valid.sum(), 1).astype(jnp.float32)
-        grads, terms = shard(
-            gradients, in_specs=(data, layered, layered, data, layered, replicated), out_specs=(replicated, replicated)
-        )(pull_back, logits, boxes, batch, assignment, num_boxes)
+        grads, terms = shard(gradients, in_specs=(data, layered, layered, data, layered, replicated), out_specs=(replicated, replicated))(
+            pull_back, logits, boxes, batch, assignment, num_boxes
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = terms | {"grad_norm": optax.global_norm(grads), "num_boxes": num_boxes}
+        metrics = terms | {"grad_norm": optax.tree.norm(grads), "num_boxes": num_boxes}
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     second_half = jax.jit(second_half, donate_argnums=0)
@@ -142,7 +140,7 @@ def make_train_step(
         assignment = assign_shards(cost, batch.targets.valid, mesh)
         return second_half(state, pull_back, logits, boxes, batch, assignment)
 
-    step.first_half, step.second_half = first_half, second_half
+    step.first_half, step.second_half = first_half, second_half  # type: ignore[attr-defined]
     return step
 
 

@@ -1,15 +1,15 @@
 """Multi-scale deformable attention in portable XLA operations, with its own backward pass.
 
-All corners of all points reduce to one primitive, `out[i] = sum_k weight[k, i] * table[index[k, i]]` for i over (query, head): a scan over the corners k
-gathers whole rows and never materialises more than a few of them. Nothing but row gathers, row scatters and dense arithmetic, so it lowers for CPU,
-GPU and TPU alike; a TPU has no scalar gathers worth looping over, but moves rows well.
+All corners of all points reduce to one primitive, `out[i] = sum_k weight[k, i] * table[index[k, i]]` for i over (query, head): a scan over the
+corners k gathers whole rows and never materialises more than a few of them. Nothing but row gathers, row scatters and dense arithmetic, so it
+lowers for CPU, GPU and TPU alike; a TPU has no scalar gathers worth looping over, but moves rows well.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from pallas_kernels.reference import SpatialShapes
 
@@ -54,7 +54,7 @@ def _points_first(pairs: Float[Array, "b q n l p 2"], dtype) -> tuple[jax.Array,
     return pairs[0], pairs[1]
 
 
-def _sizes(spatial_shapes: SpatialShapes, side: int, dtype) -> Float[Array, "l 1 1 1"]:
+def _sizes(spatial_shapes: SpatialShapes, side: int, dtype) -> Num[Array, "l 1 1 1"]:
     return jnp.stack([jnp.asarray(shape[side], dtype) for shape in spatial_shapes]).reshape(-1, 1, 1, 1)
 
 
@@ -81,7 +81,9 @@ def _forward(spatial_shapes: SpatialShapes, value, x, y, weights):
             total += _take(rows, i).astype(total.dtype) * w[:, None]
         return total, None
 
-    chunks = (index.reshape(-1, UNROLL, q * n), weight.reshape(-1, UNROLL, q * n)) if index.shape[0] % UNROLL == 0 else (index[:, None], weight[:, None])
+    chunks = (
+        (index.reshape(-1, UNROLL, q * n), weight.reshape(-1, UNROLL, q * n)) if index.shape[0] % UNROLL == 0 else (index[:, None], weight[:, None])
+    )
     out, _ = jax.lax.scan(add_corners, jnp.zeros((q * n, d), weight.dtype), chunks)
     return out.reshape(q, n, d).astype(value.dtype), (value, x, y, weights)
 

@@ -1,4 +1,4 @@
-"""What every test runs under: the CPU with 8 simulated devices (JAX_PLATFORMS=cuda,cpu for the gpu tests), float32, checked shapes, golden numbers."""
+"""What every test runs under: the CPU with 8 simulated devices (a GPU with JAX_PLATFORMS=cuda,cpu), float32, checked shapes, golden numbers."""
 
 import importlib.util
 import os
@@ -14,7 +14,6 @@ GOLDEN = Path(__file__).parent / "golden"
 # Read when jax is imported, and inherited by the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_ENABLE_X64"] = "0"
-os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("MPLBACKEND", "agg")

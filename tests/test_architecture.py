@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("dsct_jax", "pallas_kernels", "data", "configs")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PINNED = {path.name: dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", path.read_text(), re.MULTILINE)) for path in sorted((ROOT / "constraints").glob("*.txt"))}
+PINNED = {
+    path.name: dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", path.read_text(), re.MULTILINE)) for path in sorted((ROOT / "constraints").glob("*.txt"))
+}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -33,7 +35,9 @@ def room(folder: str) -> dict[str, set[str]]:
 def wrong(files: dict[str, set[str]], allowed) -> list[str]:
     """file -> import, for every import of one of our rooms (or of ml_collections) that is not allowed."""
     watched = (*ROOMS, "ml_collections", "train", "tests", "benchmarks")
-    return [f"{file} -> {name}" for file, names in files.items() for name in sorted(names) if name.split(".")[0] in watched and not allowed(file, name)]
+    return [
+        f"{file} -> {name}" for file, names in files.items() for name in sorted(names) if name.split(".")[0] in watched and not allowed(file, name)
+    ]
 
 
 def within(name: str, *modules: str) -> bool:

@@ -130,9 +130,9 @@ def test_wrong_weights_are_named(small, golden):
     lacking = {k: v for k, v in state.items() if k != "level_embed" and k != "transformer.level_embed"}
     with pytest.raises(UserError, match="level_embed is missing"):
         from_torch(lacking, shapes)
-    with pytest.raises(UserError, match="'surprise.weight' is matched by 0 rules"):
+    with pytest.raises(UserError, match=r"'surprise\.weight' is matched by 0 rules"):
         from_torch(state | {"surprise.weight": np.zeros(1)}, shapes)
-    with pytest.raises(UserError, match="query_embed.weight has shape"):
+    with pytest.raises(UserError, match=r"query_embed\.weight has shape"):
         from_torch(state | {"query_embed.weight": np.zeros((3, 128), np.float32)}, shapes)
     with pytest.raises(UserError, match=r"class_embed_dsct.1.bias differs from class_embed_dsct.0.bias"):
         from_torch(state | {"class_embed_dsct.1.bias": np.ones(27, np.float32)}, shapes)

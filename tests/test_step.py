@@ -100,7 +100,7 @@ def test_trajectory_parameters(trajectory):
         np.testing.assert_allclose(final[key.removeprefix("final/")], arrays[key], rtol=0, atol=3e-5, err_msg=key)
     for name, group, norm in zip(arrays["param_names"], arrays["param_group"], arrays["final_sumsq_f64"], strict=True):
         assert np.isclose(np.sum(np.square(final[str(name)], dtype=np.float64)), norm, rtol=1e-4), (name, group)
-    assert {k for k in to_torch(state.fixed, num_decoder_layers=2)} == set(arrays["frozen_names"])
+    assert set(to_torch(state.fixed, num_decoder_layers=2)) == set(arrays["frozen_names"])
 
 
 TINY = DSCTConfig(
