@@ -30,6 +30,7 @@ __all__ = ["DataConfig", "Dataset", "make_dataset"]
 
 _READERS = {"coco": read_coco, "caer_s": read_caer_s, "scenes": read_scenes}
 _ENDLESS = 2**40  # steps
+_log = logging.getLogger(__name__)
 
 
 def make_dataset(data: DataConfig, split: str, *, batch_size: int, seed: int, training: bool, host_index: int = 0, host_count: int = 1) -> "Dataset":
@@ -103,7 +104,7 @@ class Dataset:
                 raise UserError(element["error"])
             for name, message in element["skipped"]:
                 if name not in self.skipped:
-                    logging.warning("left out: %s", message)
+                    _log.warning("left out: %s", message)
                 self.skipped[name] += 1
             arrays = element["arrays"]
             targets = Targets(boxes=arrays["boxes"], labels=arrays["labels"], valid=arrays["valid"])

@@ -6,7 +6,6 @@ optimizer). The position in the data and all random numbers are functions of the
 
 import dataclasses
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dsct_jax.errors import UserError
+from dsct_jax.settings import differences
 from dsct_jax.state import Flat
 from dsct_jax.step import TrainState
 
 DIRECTORY = "checkpoints"
+MODEL_FIELDS = ("class_names", "multi_label", "model")  # of a configuration: what the weights mean
 
 
 def _names(tree: Any) -> list[str]:
@@ -39,7 +40,6 @@ class Checkpoints:
     """The checkpoints below `workdir`; writes in the background, an unfinished one is never read."""
 
     def __init__(self, workdir: Path, *, keep: int = 3, metadata: dict[str, Any] | None = None):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every leaf; the run tells what matters
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=metadata is not None, create=metadata is not None)
         self._manager = ocp.CheckpointManager((workdir / DIRECTORY).absolute(), options=options, item_names=("model", "training", "metadata"))
         self._metadata = metadata or {}
@@ -62,14 +62,16 @@ class Checkpoints:
         )
 
     def restore(self, state: TrainState) -> TrainState:
-        """The newest checkpoint in the place, shapes and shardings of `state`; raises UserError when it is of another model."""
+        """The newest checkpoint in the place, shapes and shardings of `state`; raises UserError when it is of another model or damaged."""
         step = self.latest_step()
+        path = self._manager.directory / str(step)
+        require_same_model(_read_metadata(path)["config"], self._metadata["config"], str(path))
         templates = [
             {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in part.items()} for part in _parts(state)
         ]
         saved = self._manager.item_metadata(step)
         for template, part in zip(templates, ("model", "training"), strict=True):
-            require_same_shapes(template, dict(saved[part]), f"{self._manager.directory / str(step)}")
+            require_same_shapes(template, dict(saved[part]), str(path))
         args = ocp.args.Composite(model=ocp.args.StandardRestore(templates[0]), training=ocp.args.StandardRestore(templates[1]))
         restored = self._manager.restore(step, args=args)
         model, training = restored["model"], restored["training"]
@@ -94,6 +96,13 @@ class Checkpoints:
     def close(self) -> None:
         """Finishes writing and lets the directory go."""
         self._manager.close()
+
+
+def require_same_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+    """Raises UserError, naming the fields, when two configurations describe different models: shapes alone do not tell how a model computes."""
+    different = [line for key in MODEL_FIELDS if key in stored for line in differences({key: stored[key]}, {key: wanted[key]})]
+    if different:
+        raise UserError(f"{where}: a checkpoint of another model (config.{'; config.'.join(different)}); use the same model, or another --workdir")
 
 
 def require_same_shapes(expected: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
@@ -128,5 +137,8 @@ def load_weights(workdir: Path) -> tuple[Flat, Flat, dict[str, Any]]:
     for name, leaf in restored.items():
         part, rest = name.split(".", 1)
         parts[part][rest.replace(".", "/")] = leaf
-    metadata_file = path / "metadata" / "metadata"
-    return parts["params"], parts["frozen"], json.loads(metadata_file.read_text())
+    return parts["params"], parts["frozen"], _read_metadata(path)
+
+
+def _read_metadata(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "metadata" / "metadata").read_text())

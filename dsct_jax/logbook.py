@@ -1,14 +1,62 @@
-"""What a run writes down: metrics.jsonl, TensorBoard events, and its progress on the terminal."""
+"""What a run writes down: config.json, env.json, metrics.jsonl, TensorBoard events, and its progress on the terminal."""
 
+import importlib.metadata
 import json
 import os
+import platform
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from dsct_jax.settings import differences
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on besides the code."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def write_settings(config: Mapping[str, Any], workdir: Path) -> list[str]:
+    """Writes config.json and env.json: what ran, and where. Returns the fields that differ from those of an earlier config.json."""
+    changed = differences(_read_mapping(workdir / "config.json"), config)
+    _replace(workdir / "config.json", json.dumps(config, indent=1) + "\n")
+    devices = {"platform": jax.default_backend(), "kind": jax.devices()[0].device_kind, "count": jax.device_count()}
+    environment = {"versions": versions(), "devices": devices, "host": platform.platform(), "commit": _commit(), "command": sys.argv}
+    _replace(workdir / "env.json", json.dumps(environment, indent=1) + "\n")
+    return changed
+
+
+def _read_mapping(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _commit() -> str | None:
+    """The commit of a checkout; None for an installed package, or without git."""
+    if shutil.which("git") is None:
+        return None
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return found.stdout.strip() or None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file whole: a kill leaves the old one or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def _duration(seconds: float) -> str:
@@ -24,9 +72,7 @@ class Logbook:
         self._path = workdir / "metrics.jsonl"
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start_step]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(temporary, self._path)
+            _replace(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
         self._total, self._start_step, self._start = total_steps, start_step, time.monotonic()
@@ -42,6 +88,10 @@ class Logbook:
     def tell(self, text: str) -> None:
         """One line for the user, above the progress bar where there is one."""
         tqdm.write(text) if self._bar is not None else print(text, flush=True)
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that will not come again, such as a compilation, is not counted when the remaining time is estimated."""
+        self._start += seconds
 
     def progress(self, step: int, text: str) -> None:
         """Where the run stands: a bar on a terminal, a plain line elsewhere."""
@@ -64,5 +114,5 @@ class Logbook:
 def _step_of(line: str) -> int:
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # the line that was being written when the run was killed
+    except (ValueError, KeyError, TypeError):  # the line that was being written when the run was killed
         return sys.maxsize

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from dsct_jax.errors import UserError
 from dsct_jax.load import load
 from dsct_jax.preprocess import decode_image
 from dsct_jax.settings import plain
-from dsct_jax.subjects import BATCH_SIZE, Detector, Selection, Subject, predict, predict_each
+from dsct_jax.subjects import BATCH_SIZE, Detector, Selection, Subject, predict_each
 from dsct_jax.visualize import contact_sheet, draw_subjects
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what is looked for in folders
@@ -224,15 +223,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     return 0
 
-
-class _CallableModule(types.ModuleType):
-    """Importing this module puts it in the place of the function `dsct_jax.predict`; so it answers to the same call."""
-
-    def __call__(self, *arguments: Any, **options: Any) -> list[list[Subject]]:
-        return predict(*arguments, **options)
-
-
-sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     sys.exit(main())

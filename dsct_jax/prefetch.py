@@ -12,7 +12,8 @@ _END = object()
 class Prefetch:
     """Iterates over `place(item)` of every item of `source`, computed by one thread up to `depth` ahead; use as a context manager.
 
-    An error in the source or in `place` is raised where the item would have come.
+    An error in the source or in `place` is raised where the item would have come. Leaving the context closes a source that can be closed, so
+    that its workers stop at once.
     """
 
     def __init__(self, source: Iterable[Any], place: Callable[[Any], Any], *, depth: int = 2):
@@ -45,3 +46,6 @@ class Prefetch:
 
     def __exit__(self, *_: Any) -> None:
         self._executor.shutdown(cancel_futures=True)
+        close = getattr(self._source, "close", None)
+        if close is not None:
+            close()

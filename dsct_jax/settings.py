@@ -1,8 +1,10 @@
-"""From a configuration's sections (plain mappings) to the frozen dataclasses that the library takes: an unknown key is an error."""
+"""From a configuration's sections (plain mappings) to the frozen dataclasses that the library takes: what does not fit is an error that names the field."""
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from dsct_jax.errors import UserError
@@ -21,13 +23,70 @@ def plain(value: Any) -> Any:
     return value
 
 
+def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The section `name` of a configuration; raises UserError where there is none."""
+    found = config.get(name)
+    if not isinstance(found, Mapping):
+        raise UserError(f"config.{name}: the section is missing; start from configs/base.py")
+    return found
+
+
 def from_section(cls: type[T], name: str, values: Mapping[str, Any], **extra: Any) -> T:
-    """`cls(**values, **extra)`; a key that `cls` does not have raises UserError with the section `name` and the closest field."""
-    fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    """`cls(**values, **extra)`, `cls` being a dataclass and `name` the section ("" = the top level).
+
+    Raises:
+        UserError: a key that `cls` does not have (with the closest field), a field without a value, or a value of another type than the field's.
+    """
+    prefix = f"config.{name}." if name else "config."
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    own = [field for field in fields if field not in extra]
+    hints = typing.get_type_hints(cls)
     for key in values:
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            raise UserError(
-                f"config.{name}.{key}: unknown field" + (f"; did you mean {name}.{close[0]}?" if close else f"; {name} has {', '.join(fields)}")
-            )
-    return cls(**{key: plain(value) for key, value in values.items()}, **extra)
+        if key not in own:
+            close = difflib.get_close_matches(key, own, n=1)
+            raise UserError(f"{prefix}{key}: unknown field; " + (f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(own)}"))
+    given = {key: plain(value) for key, value in values.items()}
+    for key, field in fields.items():
+        if key not in given and key not in extra and field.default is field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{prefix}{key}: missing; start from configs/base.py")
+    for key, value in given.items():
+        if not _fits(value, hints[key]):
+            raise UserError(f"{prefix}{key}={value!r} cannot be used: must be {_describe(hints[key])}")
+    return cls(**given, **extra)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], *, prefix: str = "") -> list[str]:
+    """`field: old -> new` for every field that both configurations have with different values."""
+    found: list[str] = []
+    for key in before.keys() & after.keys():
+        old, new, name = plain(before[key]), plain(after[key]), f"{prefix}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, prefix=f"{name}.")
+        elif old != new:
+            found.append(f"{name}: {old!r} -> {new!r}")
+    return sorted(found)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Sequence or (origin is tuple and inner[-1] is Ellipsis):
+        return isinstance(value, tuple) and all(_fits(entry, inner[0]) for entry in value)
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    """A type in words: 'a list of (a list of whole numbers)'."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_describe, inner))
+    if origin is Sequence or (origin is tuple and inner[-1] is Ellipsis):
+        return f"a list, each entry {_describe(inner[0])}"
+    if origin is tuple:
+        return f"({', '.join(map(_describe, inner))})"
+    return {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}.get(hint, str(hint))

@@ -1,0 +1,32 @@
+"""How the process of a command starts: what it says on the terminal, and programs compiled by earlier runs. Never called by the library itself."""
+
+import contextlib
+import logging
+import os
+import platform
+import sys
+from pathlib import Path
+
+import jax
+
+
+def start_process() -> None:
+    """Call once, before anything is compiled.
+
+    The terminal shows this project's own lines (stdout) and warnings of others (stderr). Compiled programs are kept in a directory of the user,
+    $XDG_CACHE_HOME/dsct_jax or ~/.cache/dsct_jax, unless JAX_COMPILATION_CACHE_DIR says where, so that the second start of a run does not compile.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every leaf
+    ours = logging.StreamHandler(sys.stdout)
+    for room in ("dsct_jax", "pallas_kernels", "data"):
+        logger = logging.getLogger(room)
+        logger.addHandler(ours)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    if jax.config.jax_compilation_cache_dir is None:
+        # One directory a machine: programs for a CPU use its instructions, and home directories are shared.
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dsct_jax" / (platform.node() or "local")
+        with contextlib.suppress(OSError):  # no such place to write: every start compiles
+            directory.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(directory))
