@@ -1,7 +1,7 @@
-# Each command sets up .venv first: make demo | make test | make lint | make bench
+# Each command sets up .venv first: make demo | make test | make lint | make bench | make docs
 # PYTHON=/path/to/python chooses the interpreter (3.11 or newer) that .venv is made with.
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench docs clean
 .DELETE_ON_ERROR:
 SHELL := /bin/sh
 
@@ -13,7 +13,8 @@ help:
 	@echo 'make demo   train, evaluate and predict on the built-in scenes; results in $(DEMO)'
 	@echo 'make test   run the tests'
 	@echo 'make lint   style, types and import directions'
-	@echo 'make bench  time the deformable attention operation'
+	@echo 'make bench  time the whole model on the CPU'
+	@echo 'make docs   build the pages of docs/ into build/docs'
 
 demo: .venv/.with-base
 	@$(BIN)/python train.py --config=configs/demo.py --workdir=$(DEMO)
@@ -30,7 +31,10 @@ lint: .venv/.with-lint
 	@$(BIN)/lint-imports --no-cache
 
 bench: .venv/.with-base
-	@$(BIN)/python -m pallas_kernels.bench
+	@$(BIN)/python -m benchmarks.model_cpu
+
+docs: .venv/.with-docs
+	@$(BIN)/mkdocs build --quiet --strict --site-dir build/docs
 
 clean:
 	rm -rf .venv .jax_cache
