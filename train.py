@@ -6,155 +6,236 @@
 The same command again continues from the newest checkpoint in the workdir.
 """
 
+import argparse
+import contextlib
+import dataclasses
 import json
-import platform
-import subprocess
+import runpy
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from data.config import DataConfig
+from data.config import SPLITS, DataConfig
 from data.pipeline import Dataset, make_dataset
 from dsct_jax.batch import Batch
-from dsct_jax.checkpoint import Checkpoints, load_weights, require_same_shapes
+from dsct_jax.checkpoint import Checkpoints, load_weights, require_same_model, require_same_shapes
 from dsct_jax.errors import UserError
 from dsct_jax.evaluate import ImageResult, evaluate, format_table
 from dsct_jax.load import model_config
-from dsct_jax.logbook import Logbook
+from dsct_jax.logbook import Logbook, versions, write_settings
 from dsct_jax.losses import LossConfig
 from dsct_jax.matcher import MatcherConfig
+from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule, multipliers
 from dsct_jax.prefetch import Prefetch
-from dsct_jax.settings import from_section, plain
-from dsct_jax.state import ModelFunctions
+from dsct_jax.settings import entry, from_section, plain
+from dsct_jax.startup import start_process
+from dsct_jax.state import Flat, ModelFunctions
 from dsct_jax.step import TrainState, make_eval_step, make_mesh, make_train_step, replicate, shard_batch
 
-config_flags.DEFINE_config_file("config", None, "Configuration file, such as configs/demo.py.", lock_config=True)
-flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, settings.")
-flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train (and evaluate on the way), or evaluate the newest checkpoint.")
-flags.DEFINE_enum("split", "test", ["train", "val", "test"], "What --mode=eval evaluates.")
-flags.mark_flags_as_required(["config", "workdir"])
-
-# Numbers the command line cannot know in advance; every other one is in the configuration.
-SHOWN_METRICS = ("mAP", "accuracy", "macro_f1", "mean_iou")
+SHOWN_METRICS = ("mAP", "accuracy", "macro_f1", "mean_iou")  # in the line of a validation
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The `train` section of a configuration; configs/base.py explains each field."""
+
+    batch_size: int
+    eval_batch_size: int
+    epochs: float
+    steps: int
+    eval_every: float
+    checkpoint_every: float
+    keep_checkpoints: int
+    log_every: int
+
+    def __post_init__(self) -> None:
+        for field in ("batch_size", "eval_batch_size", "keep_checkpoints", "log_every"):
+            if getattr(self, field) < 1:
+                raise UserError(f"config.train.{field}={getattr(self, field)} cannot be used: must be at least 1")
+        for field in ("epochs", "eval_every", "checkpoint_every"):
+            if not 0 < getattr(self, field) < float("inf"):
+                raise UserError(f"config.train.{field}={getattr(self, field)} cannot be used: must be more than 0")
+        if self.steps < 0:
+            raise UserError(f"config.train.steps={self.steps} cannot be used: must be 0 (as many as config.train.epochs say) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole configuration as the library takes it."""
+
+    name: str
+    seed: int
+    class_names: tuple[str, ...]
+    multi_label: bool
+    model: DSCTConfig
+    matcher: MatcherConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    data: DataConfig
+    train: TrainConfig
+
+    @classmethod
+    def from_mapping(cls, config: Mapping[str, Any]) -> "RunConfig":
+        """Raises UserError at the first field that is unknown, missing, or cannot be used."""
+        sections = {"matcher": MatcherConfig, "loss": LossConfig, "optimizer": OptimizerConfig, "train": TrainConfig}
+        parts: dict[str, Any] = {name: from_section(kind, name, entry(config, name, Mapping)) for name, kind in sections.items()}
+        parts["model"] = model_config(config)
+        classes = {"class_names": entry(config, "class_names", tuple), "multi_label": entry(config, "multi_label", bool)}
+        parts["data"] = from_section(DataConfig, "data", entry(config, "data", Mapping), **classes)
+        return from_section(cls, "", {key: value for key, value in config.items() if key not in parts}, **parts)
+
+
+def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
     """Trains to the end of the schedule, evaluating and saving on the way; returns the last validation metrics."""
-    mesh = make_mesh()
-    check_batch_sizes(config, mesh.size)
-    data_config = from_section(DataConfig, "data", config.data, class_names=plain(config.class_names), multi_label=config.multi_label)
-    train_data = open_data(data_config, "train", batch_size=config.train.batch_size, seed=config.seed, training=True)
-    val_data = open_data(data_config, "val", batch_size=config.train.eval_batch_size, seed=config.seed, training=False)
-    total_steps = config.train.steps or round(config.train.epochs * train_data.steps_per_epoch)
+    run, mesh = RunConfig.from_mapping(config), make_mesh()
+    require_divisible(run.train, mesh)
+    train_data = open_data(run, "train", training=True)
+    val_data = open_data(run, "val", training=False)
+    epoch_steps = train_data.steps_per_epoch
+    total_steps = run.train.steps or max(1, round(run.train.epochs * epoch_steps))
+    functions = ModelFunctions(run.model)
+    optimizer, state = initial_state(run, functions, total_steps, mesh)
+    metadata = {"config": config, "versions": versions()}
 
-    functions = ModelFunctions(model_config(config))
-    optimizer_config = from_section(OptimizerConfig, "optimizer", config.optimizer)
-    params, frozen = functions.init(config.seed)
-    rates = multipliers(params, optimizer_config.rules)
-    trained = {path: value for path, value in params.items() if rates[path] > 0}
-    fixed = {path: value for path, value in params.items() if path not in trained}
-    optimizer = make_optimizer(optimizer_config, trained, total_steps)
-    state = TrainState(step=np.int32(0), params=trained, fixed=fixed, frozen=frozen, opt_state=optimizer.init(trained))
-    state = replicate(state, mesh)
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, keep=run.train.keep_checkpoints, metadata=metadata)))
+        if checkpoints.latest_step() is not None:
+            state = checkpoints.restore(state)
+        start_step = int(state.step)
+        changed = write_settings(config, workdir)
+        logbook = stack.enter_context(contextlib.closing(Logbook(workdir, start_step=start_step, total_steps=total_steps)))
+        trained = sum(value.size for value in state.params.values())
+        logbook.tell(
+            f"{run.name}: {train_data.num_images} images, {trained:,} trained parameters, {mesh.size} device(s), steps {start_step} to {total_steps}"
+        )
+        if start_step > 0 and changed:
+            logbook.tell(f"settings changed since the last start: config.{'; config.'.join(changed)}")
+        if start_step >= total_steps:
+            logbook.tell(f"nothing left to train: {workdir} stands at step {start_step}; raise config.train.epochs to go on, or use --mode=eval")
+            return {}
 
-    workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints, metadata={"config": plain(config), "versions": versions()})
-    if checkpoints.latest_step() is not None:
-        state = checkpoints.restore(state)
-    start_step = int(state.step)
-    write_settings(config, workdir)
-    logbook = Logbook(workdir, start_step=start_step, total_steps=total_steps)
-    logbook.tell(
-        f"{config.name}: {train_data.num_images} images, {sum(v.size for v in trained.values()):,} trained parameters, {mesh.size} device(s), "
-        f"steps {start_step} to {total_steps}"
-    )
-
-    train_step = make_train_step(
-        functions,
-        optimizer,
-        loss=from_section(LossConfig, "loss", config.loss),
-        matcher=from_section(MatcherConfig, "matcher", config.matcher),
-        multi_label=config.multi_label,
-        mesh=mesh,
-        seed=config.seed,
-    )
-    eval_step = make_eval_step(functions, mesh=mesh)
-    schedule = make_schedule(optimizer_config, total_steps)
-    eval_steps = max(1, round(config.train.eval_every * train_data.steps_per_epoch))
-    checkpoint_steps = max(1, round(config.train.checkpoint_every * train_data.steps_per_epoch))
-    metrics: dict[str, float] = {}
-    seen_shapes: set[tuple[int, ...]] = set()
-    pending: list[dict[str, jax.Array]] = []
-    batches = Prefetch(train_data.iterator(start_step, total_steps - start_step), lambda batch: shard_batch(batch, mesh))
-    clock = time.monotonic()
-    with batches:
+        step_function = make_train_step(
+            functions, optimizer, loss=run.loss, matcher=run.matcher, multi_label=run.multi_label, mesh=mesh, seed=run.seed
+        )
+        eval_step = make_eval_step(functions, mesh=mesh)
+        schedule = make_schedule(run.optimizer, total_steps)
+        eval_steps = max(1, round(run.train.eval_every * epoch_steps))
+        checkpoint_steps = max(1, round(run.train.checkpoint_every * epoch_steps))
+        metrics: dict[str, float] = {}
+        seen_shapes: set[tuple[int, ...]] = set()
+        pending: list[dict[str, jax.Array]] = []
+        batches = Prefetch(train_data.iterator(start_step, total_steps - start_step), lambda batch: shard_batch(batch, mesh))
+        stack.enter_context(batches)
+        clock = time.monotonic()
         for step, batch in enumerate(batches, start_step + 1):
+            started = time.monotonic()
+            state, terms = step_function(state, batch)
+            pending.append(terms)
             if batch.images.shape not in seen_shapes:
                 seen_shapes.add(batch.images.shape)
-                logbook.tell(f"compiling for images {batch.images.shape} (program {len(seen_shapes)} of at most {len(config.data.buckets)})")
-            state, terms = train_step(state, batch)
-            pending.append(terms)
+                seconds = time.monotonic() - started
+                logbook.tell(f"compiled for images {batch.images.shape} in {seconds:.1f} s, program {len(seen_shapes)} of at most {len(run.data.buckets)}")
+                logbook.leave_out(seconds)
+                clock += seconds
             last = step == total_steps
-            if step % config.train.log_every == 0 or last:
+            saving = step % checkpoint_steps == 0 or last
+            # A line at every checkpoint too: a run that continues there then writes the same lines as one that never stopped.
+            if step % run.train.log_every == 0 or saving:
                 means = mean_of(pending)
-                if not np.isfinite(means["total"]):
-                    raise UserError(
-                        f"step {step}: the loss is {means['total']}; lower optimizer.learning_rate, then run again from the last checkpoint"
-                    )
+                require_finite(means, step)
                 seconds = time.monotonic() - clock
-                speed, waited = len(pending) * config.train.batch_size / seconds, batches.take_wait() / seconds
+                speed, waited = len(pending) * run.train.batch_size / seconds, batches.take_wait() / seconds
                 scalars = {f"train/{name}": value for name, value in means.items()} | {"train/learning_rate": float(schedule(step - 1))}
                 logbook.write(step, scalars | {"time/images_per_s": speed, "time/data_wait": waited})
                 logbook.progress(step, f"loss {means['total']:.3f}  {speed:.1f} images/s  data wait {waited:.0%}")
                 pending, clock = [], time.monotonic()
             if step % eval_steps == 0 or last:
-                metrics = run_evaluation(eval_step, state, val_data, config, mesh)
+                metrics = run_evaluation(eval_step, state.params | state.fixed, state.frozen, val_data, run, mesh)
                 logbook.write(step, {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)})
                 logbook.tell("validation: " + "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics))
                 batches.take_wait()
                 clock = time.monotonic()
-            if step % checkpoint_steps == 0 or last:
+            if saving:
                 checkpoints.save(state)
-    checkpoints.close()
-    logbook.close()
+        tell_skipped(train_data, val_data, tell=logbook.tell)
     return metrics
 
 
-def check_batch_sizes(config: ConfigDict, num_devices: int) -> None:
+def initial_state(run: RunConfig, functions: ModelFunctions, total_steps: int, mesh: Mesh):
+    """(optimizer, fresh TrainState on every device)."""
+    params, frozen = functions.init(run.seed)
+    rates = multipliers(params, run.optimizer.rules)
+    trained = {path: value for path, value in params.items() if rates[path] > 0}
+    fixed = {path: value for path, value in params.items() if path not in trained}
+    optimizer = make_optimizer(run.optimizer, trained, total_steps)
+    state = TrainState(step=np.int32(0), params=trained, fixed=fixed, frozen=frozen, opt_state=optimizer.init(trained))
+    return optimizer, replicate(state, mesh)
+
+
+def require_divisible(config: TrainConfig, mesh: Mesh) -> None:
     """Raises UserError unless the global batch sizes divide by the number of devices."""
     for field in ("batch_size", "eval_batch_size"):
-        size = config.train[field]
-        if size < 1 or size % num_devices:
-            raise UserError(f"config.train.{field}: {size} does not divide by the {num_devices} devices; use a multiple of {num_devices}")
+        if getattr(config, field) % mesh.size:
+            raise UserError(
+                f"config.train.{field}={getattr(config, field)} cannot be shared by {mesh.size} devices: set it to a multiple of {mesh.size}"
+            )
 
 
-def open_data(data_config: DataConfig, split: str, **arguments) -> Dataset:
+def require_finite(means: Mapping[str, float], step: int) -> None:
+    """Raises UserError when the loss or its gradient is lost; before a checkpoint is written, so that the last one is good."""
+    for name in ("total", "grad_norm"):
+        if not np.isfinite(means[name]):
+            raise UserError(f"step {step}: {name} is {means[name]}; lower config.optimizer.learning_rate, then run again from the last checkpoint")
+
+
+def mean_of(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
+    """Mean of every metric over the steps since the last line of the log."""
+    fetched = jax.device_get(pending)
+    return {name: float(np.mean([terms[name] for terms in fetched])) for name in fetched[0]}
+
+
+def open_data(run: RunConfig, split: str, *, training: bool) -> Dataset:
     """The data of one split for this process; says what was read and what had to be left out."""
-    data = make_dataset(data_config, split, host_index=jax.process_index(), host_count=jax.process_count(), **arguments)
+    batch_size = run.train.batch_size if training else run.train.eval_batch_size
+    hosts = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+    data = make_dataset(run.data, split, batch_size=batch_size, seed=run.seed, training=training, **hosts)
     print(f"{split}: {data.report}", flush=True)
     return data
 
 
-def run_evaluation(eval_step, state_or_weights, data: Dataset, config: ConfigDict, mesh) -> dict[str, float]:
+def tell_skipped(*datasets: Dataset, tell) -> None:
+    """At the end of a run: how many images could not be read (only with config.data.skip_corrupt)."""
+    names = {name for data in datasets for name in data.skipped}
+    unreadable = sum(data.report.unreadable for data in datasets)
+    if names or unreadable:
+        times = sum(sum(data.skipped.values()) for data in datasets)
+        tell(f"left out: {unreadable} images that could not be opened, and {len(names)} damaged ones ({times} times)")
+
+
+def run_evaluation(eval_step, params: Flat, frozen: Flat, data: Dataset, run: RunConfig, mesh: Mesh) -> dict[str, float]:
     """Every image of `data` once -> metrics."""
-    params, frozen = (
-        (state_or_weights.params | state_or_weights.fixed, state_or_weights.frozen) if isinstance(state_or_weights, TrainState) else state_or_weights
-    )
     results: list[ImageResult] = []
+    seen = 0
     with Prefetch(data.iterator(), lambda batch: (batch, shard_batch(batch, mesh))) as batches:
         for batch, sharded in batches:
             predictions = eval_step(params, frozen, sharded)
             results += image_results(batch, np.asarray(predictions.logits[-1]), np.asarray(predictions.boxes[-1]))
-    if len(results) != data.num_images:
-        raise RuntimeError(f"evaluated {len(results)} of {data.num_images} images")
-    return evaluate(results, class_names=tuple(config.class_names), multi_label=config.multi_label)
+            seen += int((batch.image_ids >= 0).sum())  # images that were skipped as damaged keep their number
+    if seen != data.num_images:
+        raise RuntimeError(f"evaluated {seen} of {data.num_images} images")
+    if not results:
+        raise UserError(f"{data.report.source}: none of its {data.num_images} images could be read")
+    return evaluate(results, class_names=run.class_names, multi_label=run.multi_label)
 
 
 def image_results(batch: Batch, logits: np.ndarray, boxes: np.ndarray) -> Iterator[ImageResult]:
@@ -173,56 +254,87 @@ def image_results(batch: Batch, logits: np.ndarray, boxes: np.ndarray) -> Iterat
         )
 
 
-def evaluate_checkpoint(config: ConfigDict, workdir: Path, split: str) -> None:
+def evaluate_checkpoint(config: Mapping[str, Any], workdir: Path, split: str) -> dict[str, float]:
     """Evaluates the newest checkpoint on a split; prints the table and writes metrics_<split>.json beside it."""
-    mesh = make_mesh()
-    check_batch_sizes(config, mesh.size)
-    functions = ModelFunctions(model_config(config))
-    params, frozen, _ = load_weights(workdir)
+    run, mesh = RunConfig.from_mapping(config), make_mesh()
+    require_divisible(run.train, mesh)
+    params, frozen, metadata = load_weights(workdir)
+    require_same_model(metadata["config"], config, str(workdir))
+    functions = ModelFunctions(run.model)
     require_same_shapes(functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(workdir))
-    data_config = from_section(DataConfig, "data", config.data, class_names=plain(config.class_names), multi_label=config.multi_label)
-    data = open_data(data_config, split, batch_size=config.train.eval_batch_size, seed=config.seed, training=False)
-    metrics = run_evaluation(make_eval_step(functions, mesh=mesh), replicate((params, frozen), mesh), data, config, mesh)
+    data = open_data(run, split, training=False)
+    metrics = run_evaluation(make_eval_step(functions, mesh=mesh), *replicate((params, frozen), mesh), data, run, mesh)
     print(format_table(metrics))
+    tell_skipped(data, tell=print)
     (workdir / f"metrics_{split}.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    return metrics
 
 
-def versions() -> dict[str, str]:
-    """What the numbers of a run depend on besides the code."""
-    import flax
-    import optax
-    import orbax.checkpoint
+def read_config(path: Path, overrides: list[str]) -> Mapping[str, Any]:
+    """`get_config()` of a configuration file with --config.section.field=value applied, as plain values.
 
-    found = {module.__name__: module.__version__ for module in (jax, flax, optax, orbax.checkpoint, np)}
-    return found | {"python": platform.python_version()}
-
-
-def write_settings(config: ConfigDict, workdir: Path) -> None:
-    """config.json and env.json: what ran, and where."""
-    (workdir / "config.json").write_text(json.dumps(plain(config), indent=1) + "\n")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
-    devices = {"platform": jax.default_backend(), "kind": jax.devices()[0].device_kind, "count": jax.device_count()}
-    environment = {"versions": versions(), "devices": devices, "host": platform.platform(), "commit": commit or None, "command": sys.argv}
-    (workdir / "env.json").write_text(json.dumps(environment, indent=1) + "\n")
-
-
-def mean_of(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Mean of every metric over the steps since the last line of the log."""
-    fetched = jax.device_get(pending)
-    return {name: float(np.mean([terms[name] for terms in fetched])) for name in fetched[0]}
-
-
-def main(_: list[str]) -> None:
-    """Runs the chosen mode; a user's mistake ends in one line and exit status 2."""
-    config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
+    Raises:
+        UserError: the file is missing or fails, or an override names no field or has a value of another type.
+    """
+    if not path.is_file():
+        raise UserError(f"--config={path}: no such file; there are {', '.join(map(str, sorted(Path('configs').glob('[!_]*.py'))))}")
     try:
-        if flags.FLAGS.mode == "train":
-            train(config, workdir)
+        config = runpy.run_path(str(path))["get_config"]()
+    except (ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, SyntaxError, TypeError, ValueError) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        reason = "has no get_config()" if str(error) == "'get_config'" else f"{type(error).__name__}: {error}"
+        raise UserError(f"--config={where}: {' '.join(reason.split())}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={path}: get_config() returns no ConfigDict; start from configs/base.py")
+    config.lock()
+    values, arguments = flags.FlagValues(), ["train.py", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+        left = values(arguments)[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if left:
+        raise UserError(f"{left[0]}: unexpected argument; a setting is written --config.section.field=value")
+    return plain(config)
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(message)
+
+
+def make_parser() -> Parser:
+    """The command's own flags; what begins with --config. is left to `read_config`."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, required=True, help="configuration file, such as configs/demo.py")
+    parser.add_argument("--workdir", type=Path, required=True, help="directory of the run: checkpoints, metrics, settings")
+    parser.add_argument("--mode", choices=["train", "eval"], default="train", help="train, evaluating on the way; or evaluate the newest checkpoint")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="what --mode=eval evaluates")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the chosen mode; a user's mistake is one line on stderr and exit status 2."""
+    try:
+        arguments, overrides = make_parser().parse_known_args(argv)
+        config = read_config(arguments.config, overrides)
+        if arguments.mode == "train":
+            train(config, arguments.workdir)
         else:
-            evaluate_checkpoint(config, workdir, flags.FLAGS.split)
+            evaluate_checkpoint(config, arguments.workdir, arguments.split)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start_process()
+    sys.exit(main())

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from dsct_jax.batch import Predictions
 from dsct_jax.boxes import AnyArray
@@ -18,7 +18,7 @@ from dsct_jax.checkpoint import DIRECTORY, load_weights, require_same_shapes
 from dsct_jax.errors import UserError
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.preprocess import Preprocessing
-from dsct_jax.settings import from_section, plain
+from dsct_jax.settings import entry, from_section, plain
 from dsct_jax.state import Flat, ModelFunctions
 from dsct_jax.torch_files import read_pth
 from dsct_jax.torch_weights import from_torch
@@ -30,8 +30,8 @@ class Model:
     def __init__(self, functions: ModelFunctions, params: Flat, frozen: Flat, config: Mapping[str, Any]):
         self.functions, self.config = functions, plain(config)
         self.params, self.frozen = jax.tree.map(jnp.asarray, (params, frozen))
-        self.class_names: tuple[str, ...] = tuple(self.config["class_names"])
-        self.multi_label: bool = self.config["multi_label"]
+        self.class_names: tuple[str, ...] = entry(self.config, "class_names", tuple)
+        self.multi_label: bool = entry(self.config, "multi_label", bool)
         self.preprocessing = preprocessing_of(self.config)
 
         def forward(params, frozen, images, mask, details):
@@ -54,13 +54,16 @@ class Model:
 
 def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
     """What the configuration does to a photograph before the network sees it."""
-    data = config["data"]
-    return Preprocessing(short_side=data["eval_short_side"], max_long_side=data["max_long_side"], buckets=plain(data["buckets"]))
+    data, fields = entry(config, "data", Mapping), ("eval_short_side", "max_long_side", "buckets")
+    if missing := [field for field in fields if field not in data]:
+        raise UserError(f"config.data.{missing[0]}: missing; start from configs/base.py")
+    short_side, max_long_side, buckets = (data[field] for field in fields)
+    return Preprocessing(short_side=short_side, max_long_side=max_long_side, buckets=buckets)
 
 
 def model_config(config: Mapping[str, Any]) -> DSCTConfig:
     """The `model` section and the number of classes as the network's configuration."""
-    return from_section(DSCTConfig, "model", config["model"], num_classes=len(config["class_names"]))
+    return from_section(DSCTConfig, "model", entry(config, "model", Mapping), num_classes=len(entry(config, "class_names", tuple)))
 
 
 def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
@@ -69,21 +72,14 @@ def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
     For the first two `config` may be left out; given, it replaces the stored one and must describe the same weights. Raises UserError when the
     file or directory is missing, unreadable, or of another model.
     """
-    path = Path(path)
+    path, config = Path(path), None if config is None else plain(config)
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
     if path.is_dir():
-        if path.name == DIRECTORY:
-            path = path.parent
-        params, frozen, metadata = load_weights(path)
-        stored: Mapping[str, Any] = metadata["config"]
+        params, frozen, metadata = load_weights(path.parent if path.name == DIRECTORY else path)
+        stored = plain(metadata["config"])
     elif path.suffix == ".safetensors":
-        with safe_open(str(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-        if "config" not in metadata:
-            raise UserError(f"{path}: holds no configuration; only files written by this project's Model.save can be read")
-        arrays, stored = load_file(str(path)), json.loads(metadata["config"])
-        params, frozen = ({k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in ("params/", "frozen/"))
+        params, frozen, stored = _read_safetensors(path)
     elif path.suffix in (".pth", ".pt"):
         if config is None:
             raise UserError(f"{path}: a .pth file does not say which variant it is; give a configuration, such as configs/emotic_r50_released.py")
@@ -96,3 +92,17 @@ def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
     functions = ModelFunctions(model_config(chosen))
     require_same_shapes(functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(path))
     return Model(functions, params, frozen, chosen)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]:
+    """(parameters, frozen statistics, configuration) of a file written by `Model.save`."""
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as .safetensors ({error}); the file may be cut short, copy it again") from None
+    if "config" not in metadata:
+        raise UserError(f"{path}: holds no configuration; only files written by this project's Model.save can be read")
+    params, frozen = ({k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in ("params/", "frozen/"))
+    return params, frozen, plain(json.loads(metadata["config"]))

@@ -23,11 +23,11 @@ def plain(value: Any) -> Any:
     return value
 
 
-def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The section `name` of a configuration; raises UserError where there is none."""
+def entry(config: Mapping[str, Any], name: str, kind: type[T]) -> T:
+    """The section or field `name` of a configuration's top level; raises UserError where it is missing or no `kind`."""
     found = config.get(name)
-    if not isinstance(found, Mapping):
-        raise UserError(f"config.{name}: the section is missing; start from configs/base.py")
+    if not isinstance(found, kind):
+        raise UserError(f"config.{name}: " + ("missing" if found is None else f"{found!r} cannot be used") + "; start from configs/base.py")
     return found
 
 
