@@ -10,10 +10,8 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import runpy
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,7 +35,7 @@ from dsct_jax.matcher import MatcherConfig
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule, multipliers
 from dsct_jax.prefetch import Prefetch
-from dsct_jax.settings import entry, from_section, plain
+from dsct_jax.settings import entry, from_section, plain, read_config, unknown_field
 from dsct_jax.startup import start_process
 from dsct_jax.state import Flat, ModelFunctions
 from dsct_jax.step import TrainState, make_eval_step, make_mesh, make_train_step, replicate, shard_batch
@@ -210,16 +208,17 @@ def open_data(run: RunConfig, split: str, *, training: bool) -> Dataset:
     hosts = {"host_index": jax.process_index(), "host_count": jax.process_count()}
     data = make_dataset(run.data, split, batch_size=batch_size, seed=run.seed, training=training, **hosts)
     print(f"{split}: {data.report}", flush=True)
+    if data.report.people == 0:
+        raise UserError(f"{data.report.source}: shows no person; {split} data need at least one box inside an image")
     return data
 
 
 def tell_skipped(*datasets: Dataset, tell) -> None:
     """At the end of a run: how many images could not be read (only with config.data.skip_corrupt)."""
-    names = {name for data in datasets for name in data.skipped}
+    damaged = {name for data in datasets for name in data.skipped}
     unreadable = sum(data.report.unreadable for data in datasets)
-    if names or unreadable:
-        times = sum(sum(data.skipped.values()) for data in datasets)
-        tell(f"left out: {unreadable} images that could not be opened, and {len(names)} damaged ones ({times} times)")
+    if damaged or unreadable:
+        tell(f"left out: {unreadable} image(s) that could not be opened and {len(damaged)} with damaged pixels")
 
 
 def run_evaluation(eval_step, params: Flat, frozen: Flat, data: Dataset, run: RunConfig, mesh: Mesh) -> dict[str, float]:
@@ -270,33 +269,28 @@ def evaluate_checkpoint(config: Mapping[str, Any], workdir: Path, split: str) ->
     return metrics
 
 
-def read_config(path: Path, overrides: list[str]) -> Mapping[str, Any]:
-    """`get_config()` of a configuration file with --config.section.field=value applied, as plain values.
+def override(config: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`config` with each --config.section.field=value applied.
 
     Raises:
-        UserError: the file is missing or fails, or an override names no field or has a value of another type.
+        UserError: an argument of another form, a field that does not exist, or a value of another type.
     """
-    if not path.is_file():
-        raise UserError(f"--config={path}: no such file; there are {', '.join(map(str, sorted(Path('configs').glob('[!_]*.py'))))}")
+    for argument in overrides:
+        if not argument.startswith("--config."):
+            raise UserError(f"{argument}: unexpected argument; a setting is written --config.section.field=value")
+        fields: Any = config
+        prefix, *path = argument.removeprefix("--").split("=")[0].split(".")
+        for key in path:
+            if not isinstance(fields, Mapping) or key not in fields:
+                raise unknown_field(f"--{prefix}.", key, fields if isinstance(fields, Mapping) else ())
+            fields, prefix = fields[key], f"{prefix}.{key}"
+    locked, values, arguments = ConfigDict(config).lock(), flags.FlagValues(), ["train.py", *overrides]
     try:
-        config = runpy.run_path(str(path))["get_config"]()
-    except (ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, SyntaxError, TypeError, ValueError) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        where = f"{path}, line {lines[-1]}" if lines else str(path)
-        reason = "has no get_config()" if str(error) == "'get_config'" else f"{type(error).__name__}: {error}"
-        raise UserError(f"--config={where}: {' '.join(reason.split())}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={path}: get_config() returns no ConfigDict; start from configs/base.py")
-    config.lock()
-    values, arguments = flags.FlagValues(), ["train.py", *overrides]
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
-        left = values(arguments)[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
-    if left:
-        raise UserError(f"{left[0]}: unexpected argument; a setting is written --config.section.field=value")
-    return plain(config)
+        config_flags.DEFINE_config_dict("config", locked, flag_values=values, sys_argv=arguments)
+        values(arguments)
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).removeprefix("flag ").split())) from error
+    return plain(locked)
 
 
 class Parser(argparse.ArgumentParser):
@@ -308,10 +302,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> Parser:
-    """The command's own flags; what begins with --config. is left to `read_config`."""
+    """The command's own flags; what begins with --config. is left to `override`."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, required=True, help="configuration file, such as configs/demo.py")
-    parser.add_argument("--workdir", type=Path, required=True, help="directory of the run: checkpoints, metrics, settings")
+    parser.add_argument("--config", type=Path, help="configuration file, such as configs/demo.py, or a run's config.json")
+    parser.add_argument("--workdir", type=Path, help="directory of the run: checkpoints, metrics, settings")
     parser.add_argument("--mode", choices=["train", "eval"], default="train", help="train, evaluating on the way; or evaluate the newest checkpoint")
     parser.add_argument("--split", choices=SPLITS, default="test", help="what --mode=eval evaluates")
     return parser
@@ -321,7 +315,12 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the chosen mode; a user's mistake is one line on stderr and exit status 2."""
     try:
         arguments, overrides = make_parser().parse_known_args(argv)
-        config = read_config(arguments.config, overrides)
+        for name in ("config", "workdir"):
+            if getattr(arguments, name) is None:
+                raise UserError(f"--{name} is missing" + (f", but there is {overrides[0]}" if overrides else "") + "; see train.py --help")
+        if arguments.workdir.exists() and not arguments.workdir.is_dir():
+            raise UserError(f"--workdir={arguments.workdir}: is a file; name a directory")
+        config = override(read_config(arguments.config), overrides)
         if arguments.mode == "train":
             train(config, arguments.workdir)
         else:

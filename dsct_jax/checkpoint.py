@@ -64,7 +64,7 @@ class Checkpoints:
     def restore(self, state: TrainState) -> TrainState:
         """The newest checkpoint in the place, shapes and shardings of `state`; raises UserError when it is of another model or damaged."""
         step = self.latest_step()
-        path = self._manager.directory / str(step)
+        path = Path(self._manager.directory) / str(step)
         require_same_model(_read_metadata(path)["config"], self._metadata["config"], str(path))
         templates = [
             {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in part.items()} for part in _parts(state)

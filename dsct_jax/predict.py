@@ -8,7 +8,6 @@ The library function is `dsct_jax.predict` (in dsct_jax/subjects.py).
 import argparse
 import dataclasses
 import glob
-import importlib.util
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from dsct_jax.errors import UserError
 from dsct_jax.load import load
 from dsct_jax.preprocess import decode_image
-from dsct_jax.settings import plain
+from dsct_jax.settings import read_config
 from dsct_jax.subjects import BATCH_SIZE, Detector, Selection, Subject, predict_each
 from dsct_jax.visualize import contact_sheet, draw_subjects
 
@@ -61,25 +60,6 @@ def find_images(paths: Sequence[str], *, leave_out: Path) -> list[Path]:
 def read_photograph(path: Path) -> Image.Image:
     """The RGB image in a file, upright: its EXIF orientation is applied, as every viewer does. Raises UserError for a file that is no image."""
     return ImageOps.exif_transpose(decode_image(path))
-
-
-def read_config(path: Path) -> Mapping[str, Any]:
-    """A configuration as a plain mapping: a run's config.json, or a configuration file with `get_config()`, such as configs/emotic_r50.py."""
-    if not path.is_file():
-        raise UserError(f"--config={path}: no such file")
-    if path.suffix == ".json":
-        try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"--config={path}: no JSON ({error})") from None
-    spec = importlib.util.spec_from_file_location("_config", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config={path}: neither a .py nor a .json file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config={path}: has no get_config()")
-    return plain(module.get_config())
 
 
 def predict_files(

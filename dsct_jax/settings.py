@@ -2,9 +2,13 @@
 
 import dataclasses
 import difflib
+import json
+import runpy
+import traceback
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dsct_jax.errors import UserError
@@ -21,6 +25,26 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(plain(entry) for entry in value)
     return value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A configuration as plain values: of a file with `get_config()`, such as configs/demo.py, or a run's config.json.
+
+    Raises:
+        UserError: the file is missing, fails, or gives no mapping; the line names it.
+    """
+    if not path.is_file():
+        raise UserError(f"--config={path}: no such file")
+    try:
+        config = plain(json.loads(path.read_text()) if path.suffix == ".json" else runpy.run_path(str(path))["get_config"]())
+    except (ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, SyntaxError, TypeError, ValueError) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        reason = "has no get_config()" if str(error) == "'get_config'" else f"{type(error).__name__}: {error}"
+        raise UserError(f"--config={where}: {' '.join(reason.split())}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--config={path}: gives no mapping but {type(config).__name__}; start from configs/base.py")
+    return config
 
 
 def entry(config: Mapping[str, Any], name: str, kind: type[T]) -> T:
@@ -43,8 +67,7 @@ def from_section(cls: type[T], name: str, values: Mapping[str, Any], **extra: An
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in own:
-            close = difflib.get_close_matches(key, own, n=1)
-            raise UserError(f"{prefix}{key}: unknown field; " + (f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(own)}"))
+            raise unknown_field(prefix, key, own)
     given = {key: plain(value) for key, value in values.items()}
     for key, field in fields.items():
         if key not in given and key not in extra and field.default is field.default_factory is dataclasses.MISSING:
@@ -53,6 +76,13 @@ def from_section(cls: type[T], name: str, values: Mapping[str, Any], **extra: An
         if not _fits(value, hints[key]):
             raise UserError(f"{prefix}{key}={value!r} cannot be used: must be {_describe(hints[key])}")
     return cls(**given, **extra)
+
+
+def unknown_field(prefix: str, key: str, known: Iterable[str]) -> UserError:
+    """The error for a field `prefix` + `key` that is none of `known`."""
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=1)
+    return UserError(f"{prefix}{key}: unknown field; " + (f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(known)}"))
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], *, prefix: str = "") -> list[str]:

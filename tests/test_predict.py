@@ -16,6 +16,7 @@ from dsct_jax.batch import Predictions
 from dsct_jax.boxes import pairwise_iou
 from dsct_jax.errors import UserError
 from dsct_jax.preprocess import MEAN, STD, Preprocessing
+from dsct_jax.settings import read_config
 from dsct_jax.subjects import Selection, has_subject_logit, predict_each, select_subjects
 
 CLASSES = ("calm", "glad", "angry")
@@ -299,11 +300,10 @@ def test_unreadable_files_can_be_left_out(command, folder, tmp_path, capsys):
 
 
 def test_configurations_are_read_from_python_and_json(tmp_path):
-    read_config = importlib.import_module("dsct_jax.predict").read_config
     (tmp_path / "c.py").write_text("def get_config():\n    return {'class_names': ['a'], 'data': {'buckets': [[1, 2]]}}\n")
     (tmp_path / "c.json").write_text('{"class_names": ["a"]}')
     assert read_config(tmp_path / "c.py") == {"class_names": ("a",), "data": {"buckets": ((1, 2),)}}
-    assert read_config(tmp_path / "c.json") == {"class_names": ["a"]}
+    assert read_config(tmp_path / "c.json") == {"class_names": ("a",)}
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match=r"broken\.json"):
         read_config(tmp_path / "broken.json")
