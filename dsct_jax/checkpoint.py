@@ -4,9 +4,10 @@ A checkpoint has two parts, so that prediction reads only what it needs: `model`
 optimizer). The position in the data and all random numbers are functions of the seed and the step, so nothing else has to be kept.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,11 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, *, keep: int = 3, metadata: dict[str, Any] | None = None):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=metadata is not None, create=metadata is not None)
-        self._manager = ocp.CheckpointManager((workdir / DIRECTORY).absolute(), options=options, item_names=("model", "training", "metadata"))
+        handlers = {"model": ocp.StandardCheckpointHandler(), "training": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
+        try:
+            self._manager = ocp.CheckpointManager((workdir / DIRECTORY).absolute(), options=options, item_handlers=handlers)
+        except OSError as error:
+            raise UserError(f"--workdir={workdir}: cannot be used ({error.strerror}); name another directory") from error
         self._metadata = metadata or {}
 
     def latest_step(self) -> int | None:
@@ -65,15 +70,16 @@ class Checkpoints:
         """The newest checkpoint in the place, shapes and shardings of `state`; raises UserError when it is of another model or damaged."""
         step = self.latest_step()
         path = Path(self._manager.directory) / str(step)
-        require_same_model(_read_metadata(path)["config"], self._metadata["config"], str(path))
         templates = [
             {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in part.items()} for part in _parts(state)
         ]
-        saved = self._manager.item_metadata(step)
-        for template, part in zip(templates, ("model", "training"), strict=True):
-            require_same_shapes(template, dict(saved[part]), str(path))
-        args = ocp.args.Composite(model=ocp.args.StandardRestore(templates[0]), training=ocp.args.StandardRestore(templates[1]))
-        restored = self._manager.restore(step, args=args)
+        with _damage_reported(path):
+            require_same_model(_read_metadata(path)["config"], self._metadata["config"], str(path))
+            saved = self._manager.item_metadata(step)
+            for template, part in zip(templates, ("model", "training"), strict=True):
+                require_same_shapes(template, dict(saved[part]), str(path))
+            args = ocp.args.Composite(model=ocp.args.StandardRestore(templates[0]), training=ocp.args.StandardRestore(templates[1]))
+            restored = self._manager.restore(step, args=args)
         model, training = restored["model"], restored["training"]
 
         def fill(tree: Any, source: dict[str, Any], prefix: str) -> Any:
@@ -131,14 +137,28 @@ def load_weights(workdir: Path) -> tuple[Flat, Flat, dict[str, Any]]:
         raise UserError(f"{workdir / DIRECTORY}: holds no complete checkpoint; train first, or wait until one is written")
     path = (workdir / DIRECTORY / str(step)).absolute()
     reader = ocp.PyTreeCheckpointer()
-    leaves = reader.metadata(path / "model").item_metadata.tree
-    restored = reader.restore(path / "model", restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in leaves})
+    with _damage_reported(path):
+        metadata = _read_metadata(path)
+        leaves = reader.metadata(path / "model").item_metadata.tree
+        restored = reader.restore(path / "model", restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in leaves})
     parts: dict[str, Flat] = {"params": {}, "frozen": {}}
     for name, leaf in restored.items():
         part, rest = name.split(".", 1)
         parts[part][rest.replace(".", "/")] = leaf
-    return parts["params"], parts["frozen"], _read_metadata(path)
+    return parts["params"], parts["frozen"], metadata
 
 
 def _read_metadata(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "metadata" / "metadata").read_text())
+
+
+@contextlib.contextmanager
+def _damage_reported(path: Path) -> Iterator[None]:
+    """Turns what reading a damaged checkpoint raises into a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # orbax raises anything, down to a bare Exception, for files that were cut or removed
+        reason = str(error).split("\n")[0][:200] or type(error).__name__
+        raise UserError(f"{path}: this checkpoint is damaged ({reason}); remove it to continue from the one before") from error

@@ -17,7 +17,7 @@ def start_process() -> None:
     $XDG_CACHE_HOME/dsct_jax or ~/.cache/dsct_jax, unless JAX_COMPILATION_CACHE_DIR says where, so that the second start of a run does not compile.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every leaf
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells every leaf, and twice what it raises
     ours = logging.StreamHandler(sys.stdout)
     for room in ("dsct_jax", "pallas_kernels", "data"):
         logger = logging.getLogger(room)
