@@ -104,5 +104,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.n
         raise UserError(f"{path}: cannot be read as .safetensors ({error}); the file may be cut short, copy it again") from None
     if "config" not in metadata:
         raise UserError(f"{path}: holds no configuration; only files written by this project's Model.save can be read")
+    try:
+        stored = plain(json.loads(metadata["config"]))
+    except ValueError as error:
+        raise UserError(f"{path}: the configuration in it is damaged ({error}); copy the file again") from None
     params, frozen = ({k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in ("params/", "frozen/"))
-    return params, frozen, plain(json.loads(metadata["config"]))
+    return params, frozen, stored

@@ -8,7 +8,9 @@ import io
 import math
 import pickle
 import zipfile
+import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,10 @@ _DTYPES = {
 }
 
 
+# What a pickle or an archive that was damaged or forged can raise.
+_UNREADABLE = (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError, zlib.error)
+
+
 class Opaque:
     """Stands for an object that carries no weights, such as the training script's arguments; it keeps nothing and does nothing."""
 
@@ -39,18 +45,36 @@ class Opaque:
         pass
 
 
+class _Rebuild:
+    """A function that a pickle may call and may not change: functions and partials can be given another body by a crafted file."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, _: Any) -> None:
+        raise pickle.UnpicklingError("it tries to change a function")
+
+
 def _tensor(storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> np.ndarray:
-    if not size or math.prod(size) == 0:
-        return storage[offset : offset + (0 if math.prod(size) == 0 else 1)].reshape(size)
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if offset < 0 or min(stride) < 0 or last >= storage.size:
+    count = math.prod(size)
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if count else offset
+    if storage.ndim != 1 or min(offset, *size, *stride, 0) < 0 or count > storage.size or (count and last >= storage.size):
         raise pickle.UnpicklingError("a tensor reaches outside its storage")
     strides = tuple(s * storage.itemsize for s in stride)
     return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
 
 
-def _parameter(data: np.ndarray, *_: Any) -> np.ndarray:
-    return data
+_ALLOWED = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Rebuild(lambda data, *_: data),
+    ("argparse", "Namespace"): Opaque,
+}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -59,14 +83,8 @@ class _Unpickler(pickle.Unpickler):
         self._archive, self._root = archive, root
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-            ("torch._utils", "_rebuild_parameter"): _parameter,
-            ("argparse", "Namespace"): Opaque,
-        }
-        if (module, name) in allowed:
-            return allowed[module, name]
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
         if module == "torch" and name in _DTYPES:
             return name
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no file of weights needs")
@@ -75,7 +93,7 @@ class _Unpickler(pickle.Unpickler):
         kind, storage_type, key, _, count = pid
         if kind != "storage":
             raise pickle.UnpicklingError(f"unknown reference {kind!r}")
-        return np.frombuffer(self._archive.read(f"{self._root}/data/{key}"), _DTYPES[storage_type], count)
+        return np.frombuffer(self._archive.read(f"{self._root}data/{key}"), _DTYPES[storage_type], count)
 
 
 def read_pth(path: Path) -> dict[str, np.ndarray]:
@@ -85,12 +103,19 @@ def read_pth(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            description = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            content = _Unpickler(io.BytesIO(archive.read(description)), archive, description.removesuffix("/data.pkl")).load()
+            description = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            root = description.removesuffix("data.pkl")
+            if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+                raise UserError(f"{path}: written on a big-endian machine; save it again on another one")
+            content = _Unpickler(io.BytesIO(archive.read(description)), archive, root).load()
     except (zipfile.BadZipFile, StopIteration):
-        raise UserError(f"{path}: not a .pth file of PyTorch 1.6 or newer; save it again with torch.save") from None
-    except (pickle.UnpicklingError, KeyError, EOFError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: refused, {error}") from None
+        raise UserError(f"{path}: not a .pth file of PyTorch 1.6 or newer, or cut short; copy it again, or save it again with torch.save") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UserError:
+        raise
+    except _UNREADABLE as error:
+        raise UserError(f"{path}: refused, {' '.join(str(error).split()) or type(error).__name__}") from None
     for entry in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(entry), dict):
             content = content[entry]

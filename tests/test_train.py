@@ -28,7 +28,7 @@ from dsct_jax.state import ModelFunctions
 ROOT = Path(__file__).parent.parent
 DEBUG = "--config=configs/debug.py"
 EIGHT = ["--config.train.batch_size=8", "--config.train.eval_batch_size=8"]  # the tests' own process has 8 devices
-ENVIRONMENT = os.environ | {"XLA_FLAGS": ""}  # one device
+ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device; compiled in a third of the time
 
 
 def command(*arguments: str) -> list[str]:
