@@ -1,19 +1,27 @@
-"""Multi-scale deformable attention in portable XLA operations, with its own backward pass.
+"""Multi-scale deformable attention in portable XLA operations, with its own backward pass: gathers and scatters of whole rows, and dense arithmetic.
 
-All corners of all points reduce to one primitive, `out[i] = sum_k weight[k, i] * table[index[k, i]]` for i over (query, head): a scan over the
-corners k gathers whole rows and never materialises more than a few of them. Nothing but row gathers, row scatters and dense arithmetic, so it
-lowers for CPU, GPU and TPU alike; a TPU has no scalar gathers worth looping over, but moves rows well.
+Forward: a scan over the levels adds the four corners of each point, row by row, to one running sum. The index arithmetic stays inside the gather's
+fusion, so nothing but the sum is materialised (PyTorch's grid_sample formulation writes every sample of every point).
+
+Backward: only the inputs are kept; corners are computed again. Two forms, chosen when the program is lowered:
+- CPU: blocks of queries small enough for the cache, all corners of a block at once; one scatter a block into a gradient updated in place.
+- everything else: a scan over the corners with all queries at once, the parallelism an accelerator needs.
+
+A TPU has no fast scalar gathers, but moves rows well; both passes move only rows of `d` numbers, and loop over levels or corners, never over queries.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jax.lax import GatherScatterMode
+from jaxtyping import Array, Float
 
 from pallas_kernels.reference import SpatialShapes
 
-UNROLL = 8  # corners gathered in one fused loop body
+CPU_BLOCK = 512  # (query, head) pairs a block of the CPU's backward pass; with 64 corners its rows fill 4 MiB
+CPU_LANES = 4  # partial sums a dot product; XLA's CPU backend vectorises these over the rows, a full reduction in a fusion not at all
 
 
 def deformable_attention(
@@ -23,12 +31,11 @@ def deformable_attention(
     attention_weights: Float[Array, "b q n l p"],
 ) -> Float[Array, "b q n*d"]:
     """See `pallas_kernels.deformable_attention`."""
+    b, q, _, l = attention_weights.shape[:4]
     dtype = jnp.promote_types(value.dtype, jnp.float32)
-    x, y = _points_first(sampling_locations, dtype)
-    weights = jnp.transpose(attention_weights.astype(dtype), (0, 3, 4, 1, 2))
-    x = x * _sizes(spatial_shapes, 1, dtype) - 0.5
-    y = y * _sizes(spatial_shapes, 0, dtype) - 0.5
-    return _sample(value, spatial_shapes, x, y, weights)
+    origin = jnp.full((b, q, l, 2), -0.5, dtype)
+    offsets = sampling_locations.astype(dtype) * _sizes(spatial_shapes, dtype)[:, None, :]
+    return _sample(spatial_shapes, value, origin, offsets, attention_weights.astype(dtype))
 
 
 def deformable_attention_from_offsets(
@@ -40,108 +47,163 @@ def deformable_attention_from_offsets(
 ) -> Float[Array, "b q n*d"]:
     """See `pallas_kernels.deformable_attention`."""
     dtype = jnp.promote_types(value.dtype, jnp.float32)
-    x, y = _points_first(offsets, dtype)
-    reference = jnp.transpose(reference_points.astype(dtype), (3, 0, 2, 1))[:, :, :, None, :, None]  # 2 b l 1 q 1
-    weights = jax.nn.softmax(jnp.transpose(logits.astype(dtype), (0, 3, 4, 1, 2)), axis=(1, 2))
-    x = reference[0] * _sizes(spatial_shapes, 1, dtype) + x - 0.5
-    y = reference[1] * _sizes(spatial_shapes, 0, dtype) + y - 0.5
-    return _sample(value, spatial_shapes, x, y, weights)
+    origin = reference_points.astype(dtype) * _sizes(spatial_shapes, dtype) - 0.5
+    weights = jax.nn.softmax(logits.astype(dtype).reshape(*logits.shape[:3], -1), axis=-1).reshape(logits.shape)
+    return _sample(spatial_shapes, value, origin, offsets.astype(dtype), weights)
 
 
-def _points_first(pairs: Float[Array, "b q n l p 2"], dtype) -> tuple[jax.Array, jax.Array]:
-    """x and y, each [b l p q n]: the scan runs over the leading axes."""
-    pairs = jnp.transpose(pairs.astype(dtype), (5, 0, 3, 4, 1, 2))
-    return pairs[0], pairs[1]
+def _sizes(spatial_shapes: SpatialShapes, dtype) -> Float[Array, "l 2"]:
+    """(width, height) of each level."""
+    return jnp.stack([jnp.stack([jnp.asarray(width, dtype), jnp.asarray(height, dtype)]) for height, width in spatial_shapes])
 
 
-def _sizes(spatial_shapes: SpatialShapes, side: int, dtype) -> Num[Array, "l 1 1 1"]:
-    return jnp.stack([jnp.asarray(shape[side], dtype) for shape in spatial_shapes]).reshape(-1, 1, 1, 1)
+def _starts(spatial_shapes: SpatialShapes) -> jax.Array:
+    """First token of each level [l]."""
+    starts, start = [], 0
+    for height, width in spatial_shapes:
+        starts.append(jnp.asarray(start, jnp.int32))
+        start += height * width
+    return jnp.stack(starts)
 
 
-def _sample(value, spatial_shapes: SpatialShapes, x, y, weights):
-    """value [b s n d], pixel positions and weights [b l p q n] -> [b q (n d)]. One image at a time under vmap: a row table shared by the
-    batch would be gathered to every device of a mesh."""
-    out = jax.vmap(functools.partial(_sample_image, spatial_shapes))(value, x, y, weights)
-    return out.reshape(*out.shape[:2], -1)
+def _sample(spatial_shapes: SpatialShapes, value, origin, offsets, weights):
+    """Pixels are origin [b q l 2] + offsets [b q n l p 2]. One image at a time under vmap: indices into a table shared by the whole batch would
+    make the partitioner gather the batch to every device of a mesh."""
+    return jax.vmap(functools.partial(_sample_image, spatial_shapes))(value, origin, offsets, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sample_image(spatial_shapes: SpatialShapes, value, x, y, weights):
-    return _forward(spatial_shapes, value, x, y, weights)[0]
-
-
-def _forward(spatial_shapes: SpatialShapes, value, x, y, weights):
+def _sample_image(spatial_shapes: SpatialShapes, value, origin, offsets, weights):
+    """value [s n d], origin [q l 2], offsets [q n l p 2], weights [q n l p] -> [q (n d)]."""
     s, n, d = value.shape
-    q = x.shape[2]
+    q, _, l, p = weights.shape
     rows = value.reshape(s * n, d)
-    index, weight = _corner_rows(spatial_shapes, x, y, n), _corner_weights(spatial_shapes, x, y, weights)
+    sizes, starts = _sizes(spatial_shapes, weights.dtype), _starts(spatial_shapes)
+    head = jnp.arange(q * n, dtype=jnp.int32) % n
+    origin = jnp.broadcast_to(origin[:, None], (q, n, l, 2)).reshape(q * n, l, 2)
+    offsets, weights = offsets.reshape(q * n, l, p, 2), weights.reshape(q * n, l, p)
 
-    def add_corners(total, chunk):
-        for i, w in zip(*chunk, strict=True):
-            total += _take(rows, i).astype(total.dtype) * w[:, None]
+    def add_level(total, level):
+        (width, height), start = sizes[level], starts[level]
+        level_origin, level_offsets, level_weights = (jax.lax.dynamic_index_in_dim(x, level, 1, keepdims=False) for x in (origin, offsets, weights))
+        for point in range(p):
+            x, y = level_origin[:, 0] + level_offsets[:, point, 0], level_origin[:, 1] + level_offsets[:, point, 1]
+            corner_weights = _corner_weights(width, height, x, y, level_weights[:, point])
+            for token, weight in zip(_corner_tokens(width, height, start, x, y), corner_weights, strict=True):
+                total += _take(rows, token * n + head).astype(total.dtype) * weight[:, None]
         return total, None
 
-    chunks = (
-        (index.reshape(-1, UNROLL, q * n), weight.reshape(-1, UNROLL, q * n)) if index.shape[0] % UNROLL == 0 else (index[:, None], weight[:, None])
+    out, _ = jax.lax.scan(add_level, jnp.zeros((q * n, d), weights.dtype), jnp.arange(l))
+    return out.reshape(q, n * d).astype(value.dtype)
+
+
+def _forward(spatial_shapes: SpatialShapes, *inputs):
+    return _sample_image(spatial_shapes, *inputs), inputs
+
+
+def _backward(spatial_shapes: SpatialShapes, inputs, cotangent):
+    value, _, offsets, weights = inputs
+    cotangent = cotangent.astype(weights.dtype).reshape(*weights.shape[:2], value.shape[-1])  # q n d
+    grad_rows, grad_offsets, grad_weights = jax.lax.platform_dependent(
+        *inputs,
+        cotangent,
+        cpu=functools.partial(_gradients_by_block, spatial_shapes),
+        default=functools.partial(_gradients_by_corner, spatial_shapes),
     )
-    out, _ = jax.lax.scan(add_corners, jnp.zeros((q * n, d), weight.dtype), chunks)
-    return out.reshape(q, n, d).astype(value.dtype), (value, x, y, weights)
-
-
-def _backward(spatial_shapes: SpatialShapes, residuals, cotangent):
-    value, x, y, weights = residuals
-    s, n, d = value.shape
-    rows = value.reshape(s * n, d)
-    index = _corner_rows(spatial_shapes, x, y, n)
-    weight, weight_pullback = jax.vjp(functools.partial(_corner_weights, spatial_shapes), x, y, weights)
-    cotangent = cotangent.astype(weight.dtype).reshape(-1, d)
-
-    def spread_corner(grad_rows, corner):
-        i, w = corner
-        grad_rows = grad_rows.at[i].add(cotangent * w[:, None], mode="promise_in_bounds")
-        # einsum, not multiply and sum: XLA's CPU backend gathers again for every term of a fused reduction
-        return grad_rows, jnp.einsum("id,id->i", _take(rows, i).astype(cotangent.dtype), cotangent)
-
-    grad_rows, grad_weight = jax.lax.scan(spread_corner, jnp.zeros((s * n, d), weight.dtype), (index, weight))
-    return grad_rows.reshape(s, n, d).astype(value.dtype), *weight_pullback(grad_weight)
+    return grad_rows.reshape(value.shape).astype(value.dtype), grad_offsets.sum((1, 3)), grad_offsets, grad_weights
 
 
 _sample_image.defvjp(_forward, _backward)
 
 
-def _take(rows, index):
-    return rows.at[index].get(mode="promise_in_bounds")
+def _gradients_by_block(spatial_shapes: SpatialShapes, value, origin, offsets, weights, cotangent):
+    s, n, d = value.shape
+    q, _, l, p = weights.shape
+    block = min(q, max(1, CPU_BLOCK // n))
+    rows, lanes = value.reshape(s * n, d), math.gcd(d, CPU_LANES)
+    sizes, start = _sizes(spatial_shapes, weights.dtype).reshape(l, 2, 1), _starts(spatial_shapes).reshape(l, 1)
+    width, height = sizes[:, 0], sizes[:, 1]
+    head = (jnp.arange(block * n, dtype=jnp.int32) % n).reshape(-1, 1, 1)
+
+    def first(i):  # the last block is moved back to end with the last query
+        return jnp.minimum(i * block, q - block)
+
+    def cut(i):
+        return tuple(jax.lax.dynamic_slice_in_dim(x, first(i), block) for x in (origin, offsets, weights, cotangent))
+
+    def add_block(i, carry):
+        # The block was cut in the step before: a slice fused into the loops below would keep LLVM from vectorising them.
+        (block_origin, block_offsets, block_weights, block_cotangent), grad_rows, *gradients = carry
+        x, y = jnp.moveaxis((block_origin[:, None, :, None] + block_offsets).reshape(-1, l, p, 2), -1, 0)
+        corner_weights, pullback = jax.vjp(functools.partial(_corner_weights, width, height), x, y, block_weights.reshape(-1, l, p))
+        index = jnp.stack([token * n + head for token in _corner_tokens(width, height, start, x, y)], -1).reshape(-1)
+        g = block_cotangent.reshape(-1, 1, d)
+        partial_sums = sum(
+            _take(rows, index, lane, lanes).astype(g.dtype).reshape(g.shape[0], -1, lanes) * g[..., lane : lane + lanes] for lane in range(0, d, lanes)
+        )
+        scores = (partial_sums.reshape(-1, lanes) @ jnp.ones((lanes, 1), g.dtype)).reshape(-1, l, p, 4)
+        grad_x, grad_y, grad_weights = pullback(tuple(scores[..., corner] for corner in range(4)))
+        new = (jnp.stack([grad_x, grad_y], -1).reshape(block, n, l, p, 2), grad_weights.reshape(block, n, l, p))
+        gradients = [jax.lax.dynamic_update_slice_in_dim(old, x, first(i), 0) for old, x in zip(gradients, new, strict=True)]
+        fresh = jnp.repeat(first(i) + jnp.arange(block) >= i * block, n)  # the others were added by the block before
+        spread = jnp.where(fresh[:, None, None, None], jnp.stack(corner_weights, -1), 0).reshape(-1, l * p * 4, 1)
+        grad_rows = grad_rows.at[index].add((spread * g).reshape(-1, d), mode="promise_in_bounds")
+        return cut(i + 1), grad_rows, *gradients
+
+    zeros = (jnp.zeros(rows.shape, weights.dtype), jnp.zeros_like(offsets), jnp.zeros_like(weights))
+    return jax.lax.fori_loop(0, -(-q // block), add_block, (cut(0), *zeros))[1:]
 
 
-def _corners(spatial_shapes: SpatialShapes, x, y):
-    """Yields for each corner its column, row and whether it lies on the map, all [l p q n]."""
-    width, height = _sizes(spatial_shapes, 1, x.dtype), _sizes(spatial_shapes, 0, x.dtype)
-    inside = (x > -1) & (x < width) & (y > -1) & (y < height)  # False for what is not finite, too
-    left, top = jnp.floor(jnp.where(inside, x, 0)), jnp.floor(jnp.where(inside, y, 0))
-    for row, column in ((top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)):
-        yield row, column, inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
-
-
-def _corner_weights(spatial_shapes: SpatialShapes, x, y, weights) -> jax.Array:
-    """[4 l p, q n]; zero for corners outside the map."""
-    corners = [
-        jnp.where(on_map, weights * (1 - jnp.abs(jnp.where(on_map, x, 0) - column)) * (1 - jnp.abs(jnp.where(on_map, y, 0) - row)), 0)
-        for row, column, on_map in _corners(spatial_shapes, x, y)
-    ]
-    return jnp.stack(corners).reshape(-1, x.shape[2] * x.shape[3])
-
-
-def _corner_rows(spatial_shapes: SpatialShapes, x, y, n: int) -> jax.Array:
-    """Rows of the table (token, head) [4 l p, q n]; corners outside the map point at its nearest row."""
-    starts, start = [], 0
-    for height, width in spatial_shapes:
-        starts.append(jnp.asarray(start, jnp.int32))
-        start += height * width
-    first = jnp.stack(starts).reshape(-1, 1, 1, 1)
-    width, height = _sizes(spatial_shapes, 1, jnp.int32), _sizes(spatial_shapes, 0, jnp.int32)
+def _gradients_by_corner(spatial_shapes: SpatialShapes, value, origin, offsets, weights, cotangent):
+    s, n, d = value.shape
+    rows = value.reshape(s * n, d)
+    x, y = jnp.moveaxis(origin[:, None, :, None] + offsets, (-1, 2, 3), (0, 1, 2))  # each l p q n
+    (width, height), start = jnp.moveaxis(_sizes(spatial_shapes, weights.dtype), 1, 0)[..., None, None, None], _starts(spatial_shapes)[:, None, None, None]
+    corner_weights, pullback = jax.vjp(functools.partial(_corner_weights, width, height), x, y, jnp.moveaxis(weights, (2, 3), (0, 1)))
     head = jnp.arange(n, dtype=jnp.int32)
-    corners = []
-    for row, column, _ in _corners(spatial_shapes, x, y):
-        row, column = jnp.clip(row.astype(jnp.int32), 0, height - 1), jnp.clip(column.astype(jnp.int32), 0, width - 1)
-        corners.append((first + row * width + column) * n + head)
-    return jnp.stack(corners).reshape(-1, x.shape[2] * x.shape[3])
+    index = jnp.stack([token * n + head for token in _corner_tokens(width, height, start, x, y)]).reshape(-1, weights.shape[0] * n)
+    g = cotangent.reshape(-1, d)
+
+    def add_corner(grad_rows, corner):
+        i, w = corner
+        score = jnp.einsum("id,id->i", _take(rows, i).astype(g.dtype), g, precision="highest")
+        return grad_rows.at[i].add(w[:, None] * g, mode="promise_in_bounds"), score
+
+    spread = jnp.stack(corner_weights).reshape(index.shape)
+    grad_rows, scores = jax.lax.scan(add_corner, jnp.zeros(rows.shape, g.dtype), (index, spread))
+    grad_x, grad_y, grad_weights = pullback(tuple(scores.reshape(4, *x.shape)))
+    grad_offsets = jnp.moveaxis(jnp.stack([grad_x, grad_y]), (0, 1, 2), (-1, 2, 3))
+    return grad_rows, grad_offsets, jnp.moveaxis(grad_weights, (0, 1), (2, 3))
+
+
+def _take(rows, index, first=0, count=None):
+    """rows[index, first : first + count]; the indices are in bounds by construction."""
+    count = rows.shape[1] if count is None else count
+    numbers = jax.lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
+    start = jnp.stack([index, jnp.full_like(index, first)], -1)
+    return jax.lax.gather(rows, start, numbers, (1, count), mode=GatherScatterMode.PROMISE_IN_BOUNDS)
+
+
+def _floor(width, height, x, y):
+    """Top left corner and the place inside its cell; points that touch no pixel, or are not finite, lie at (-1, -1), where all weights are zero."""
+    inside = (x > -1) & (x < width) & (y > -1) & (y < height)
+    x, y = jnp.where(inside, x, -1), jnp.where(inside, y, -1)
+    left, top = jnp.floor(x), jnp.floor(y)
+    return left, top, x - left, y - top
+
+
+def _corner_weights(width, height, x, y, weights) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Weights of the top left, top right, bottom left and bottom right pixel; zero outside the map."""
+    left, top, dx, dy = _floor(width, height, x, y)
+    columns = jnp.where(left >= 0, 1 - dx, 0), jnp.where(left < width - 1, dx, 0)
+    rows = jnp.where(top >= 0, 1 - dy, 0) * weights, jnp.where(top < height - 1, dy, 0) * weights
+    return rows[0] * columns[0], rows[0] * columns[1], rows[1] * columns[0], rows[1] * columns[1]
+
+
+def _corner_tokens(width, height, start, x, y) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Tokens of the same four pixels; outside the map the nearest one."""
+    left, top, _, _ = (i.astype(jnp.int32) for i in _floor(width, height, x, y))
+    width, height = width.astype(jnp.int32), height.astype(jnp.int32)
+    columns = jnp.maximum(left, 0), jnp.minimum(left + 1, width - 1)
+    rows = start + jnp.maximum(top, 0) * width, start + jnp.minimum(top + 1, height - 1) * width
+    return rows[0] + columns[0], rows[0] + columns[1], rows[1] + columns[0], rows[1] + columns[1]
