@@ -1,11 +1,12 @@
 # Each command sets up .venv first: make demo | make test | make lint | make bench | make docs
-# PYTHON=/path/to/python chooses the interpreter (3.11 or newer) that .venv is made with.
+# PYTHON=/path/to/python chooses the interpreter (3.11 or newer) that .venv is made with; WORKERS=1 runs the tests one after another.
 
 .PHONY: help demo test lint bench docs clean
 .DELETE_ON_ERROR:
 SHELL := /bin/sh
 
 PYTHON ?=
+WORKERS ?= 2
 BIN := .venv/bin
 DEMO := runs/demo
 
@@ -22,7 +23,7 @@ demo: .venv/.with-base
 	@$(BIN)/python -m dsct_jax.report $(DEMO)
 
 test: .venv/.with-test
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: .venv/.with-lint
 	@$(BIN)/ruff check .

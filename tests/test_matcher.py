@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsct_jax.batch import Targets
-from dsct_jax.errors import UserError
 from dsct_jax.matcher import MatcherConfig, assign_on_host, matching_cost
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "matcher.npz")
@@ -68,24 +67,6 @@ def test_an_unlabelled_person_adds_no_class_cost():
     cost = cost_of(logits, boxes, bare, config=MatcherConfig(), multi_label=False)
     without_class = cost_of(logits, boxes, targets, config=MatcherConfig(cost_class=0.0), multi_label=False)
     np.testing.assert_allclose(cost, without_class, atol=1e-6)
-
-
-def test_softmax_class_cost_is_minus_the_probability_of_the_label():
-    arrays, targets = golden("mc_main")
-    config = MatcherConfig(cost_class=1.0, cost_bbox=0.0, cost_giou=0.0, class_cost="softmax")
-    cost = cost_of(jnp.asarray(arrays["logits"]), jnp.asarray(arrays["boxes"]), targets, config=config, multi_label=False)
-    logits = arrays["logits"][..., :7].astype(np.float64)
-    probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    expected = -np.take_along_axis(probability[:, :, None, :], arrays["tgt_labels"][:, None, :, None], axis=-1)[..., 0]
-    np.testing.assert_allclose(np.where(arrays["valid"][:, None], cost, 0), np.where(arrays["valid"][:, None], expected, 0), atol=1e-6)
-
-
-def test_softmax_class_cost_and_several_labels_exclude_each_other():
-    arrays, targets = golden("ml_main")
-    with pytest.raises(UserError, match="class_cost='softmax' needs multi_label=False"):
-        cost_of(jnp.asarray(arrays["logits"]), jnp.asarray(arrays["boxes"]), targets, config=MatcherConfig(class_cost="softmax"), multi_label=True)
-    with pytest.raises(UserError, match=r"matcher\.class_cost='hinge' is not one of focal, softmax"):
-        MatcherConfig(class_cost="hinge")
 
 
 def test_a_cost_that_is_not_finite_names_layer_and_image():

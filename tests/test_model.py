@@ -221,10 +221,19 @@ def _by_hand(subject, context, spatial, semantic, rule, weigh):
     return fused
 
 
-@pytest.mark.parametrize("rule", ["paper", "released"])
-@pytest.mark.parametrize("selection", ["smallest", "largest"])
-@pytest.mark.parametrize("reweighting", ["semantic", "equal", "spatial", "attentive"])
-@pytest.mark.parametrize(("k_sp", "k_sm"), [(3, 2), (0, 4), (5, 0)])
+@pytest.mark.parametrize(
+    ("rule", "selection", "reweighting", "k_sp", "k_sm"),
+    [
+        ("paper", "smallest", "semantic", 3, 2),
+        ("paper", "largest", "equal", 3, 2),
+        ("paper", "smallest", "spatial", 5, 0),
+        ("paper", "largest", "attentive", 0, 4),
+        ("released", "largest", "semantic", 3, 2),
+        ("released", "smallest", "equal", 0, 4),
+        ("released", "largest", "spatial", 5, 0),
+        ("released", "smallest", "attentive", 3, 2),
+    ],
+)
 def test_fusion_variants_against_the_equations(rule, selection, reweighting, k_sp, k_sm):
     rng = np.random.default_rng(5)
     subject, context = rng.normal(size=(2, 8)), rng.normal(size=(7, 8))

