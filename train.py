@@ -142,7 +142,8 @@ def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
             if batch.images.shape not in seen_shapes:
                 seen_shapes.add(batch.images.shape)
                 seconds = time.monotonic() - started
-                logbook.tell(f"compiled for images {batch.images.shape} in {seconds:.1f} s, program {len(seen_shapes)} of at most {len(run.data.buckets)}")
+                programs = f"program {len(seen_shapes)} of at most {len(run.data.buckets)}"
+                logbook.tell(f"compiled for images {batch.images.shape} in {seconds:.1f} s ({programs})")
                 logbook.leave_out(seconds)
                 clock += seconds
             last = step == total_steps
@@ -262,7 +263,8 @@ def evaluate_checkpoint(config: Mapping[str, Any], workdir: Path, split: str) ->
     functions = ModelFunctions(run.model)
     require_same_shapes(functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(workdir))
     data = open_data(run, split, training=False)
-    metrics = run_evaluation(make_eval_step(functions, mesh=mesh), *replicate((params, frozen), mesh), data, run, mesh)
+    params, frozen = replicate((params, frozen), mesh)
+    metrics = run_evaluation(make_eval_step(functions, mesh=mesh), params, frozen, data, run, mesh)
     print(format_table(metrics))
     tell_skipped(data, tell=print)
     (workdir / f"metrics_{split}.json").write_text(json.dumps(metrics, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""From a configuration's sections (plain mappings) to the frozen dataclasses that the library takes: what does not fit is an error that names the field."""
+"""Configurations: read from files, and turned into the frozen dataclasses that the library takes; what does not fit is an error naming the field."""
 
 import dataclasses
 import difflib
@@ -35,6 +35,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"--config={path}: no such file")
+    if path.suffix not in (".py", ".json"):
+        raise UserError(f"--config={path}: neither a .py nor a .json file")
     try:
         config = plain(json.loads(path.read_text()) if path.suffix == ".json" else runpy.run_path(str(path))["get_config"]())
     except (ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, SyntaxError, TypeError, ValueError) as error:
@@ -47,7 +49,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def entry(config: Mapping[str, Any], name: str, kind: type[T]) -> T:
+def entry(config: Mapping[str, Any], name: str, kind: type) -> Any:
     """The section or field `name` of a configuration's top level; raises UserError where it is missing or no `kind`."""
     found = config.get(name)
     if not isinstance(found, kind):

@@ -6,8 +6,15 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """Python's own report, but for what tensorstore says of reads still under way when orbax gave up on a damaged checkpoint."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def start_process() -> None:
@@ -24,7 +31,8 @@ def start_process() -> None:
         logger.addHandler(ours)
         logger.setLevel(logging.INFO)
         logger.propagate = False
-    if jax.config.jax_compilation_cache_dir is None:
+    sys.unraisablehook = _report_unraisable
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # One directory a machine: programs for a CPU use its instructions, and home directories are shared.
         directory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dsct_jax" / (platform.node() or "local")
         with contextlib.suppress(OSError):  # no such place to write: every start compiles

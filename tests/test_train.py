@@ -1,6 +1,7 @@
 """The run from the command line: what two steps leave behind, what a kill costs, and the one line that each bad input gets.
 
-The whole program runs in processes of its own (with the shared compilation cache); what concerns the loop alone runs here with a step that only counts.
+The whole program runs in processes of its own, with the shared compilation cache; what concerns the loop alone runs here with a step that only
+counts.
 """
 
 import dataclasses
@@ -326,7 +327,8 @@ def photographs(root: Path, *, category: object = 1, box: object = (10, 10, 20, 
     }
     for split in ("train", "val", "test"):
         (root / f"{split}.json").write_text(json.dumps(document))
-    return [f"--config.data.{split}={split}.json" for split in ("train", "val", "test")] + [f"--config.data.data_dir={root}", "--config.data.source=coco"]
+    files = [f"--config.data.{split}={split}.json" for split in ("train", "val", "test")]
+    return [*files, f"--config.data.data_dir={root}", "--config.data.source=coco"]
 
 
 def damage(path: Path) -> None:
@@ -405,7 +407,8 @@ def test_a_damaged_image_stops_the_run_or_is_counted_at_the_end(counting, tmp_pa
     assert json.loads((tmp_path / "run" / "metrics_test.json").read_text())["num_images"] == 6
 
 
-def test_an_unreadable_last_checkpoint_is_named(counting, tmp_path, capsys):
+def test_an_unreadable_last_checkpoint_is_named(counting, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # as in tests/test_checkpoint.py
     arguments = [DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.steps=2"]
     assert counting(arguments) == 0
     for path in (tmp_path / "run" / "checkpoints" / "2" / "model").rglob("*"):
@@ -433,5 +436,3 @@ def test_an_interrupt_says_how_to_continue(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "train", interrupted)
     assert train.main([DEBUG, f"--workdir={tmp_path}"]) == 130
     assert "continues from the last checkpoint" in capsys.readouterr().err
-
-
