@@ -103,14 +103,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
             pending.append(terms)
             last = step == total_steps
             if step % config.train.log_every == 0 or last:
-                terms = mean_of(pending)
-                if not np.isfinite(terms["total"]):
-                    raise UserError(f"step {step}: the loss is {terms['total']}; lower optimizer.learning_rate, then run again from the last checkpoint")
+                means = mean_of(pending)
+                if not np.isfinite(means["total"]):
+                    raise UserError(
+                        f"step {step}: the loss is {means['total']}; lower optimizer.learning_rate, then run again from the last checkpoint"
+                    )
                 seconds = time.monotonic() - clock
                 speed, waited = len(pending) * config.train.batch_size / seconds, batches.take_wait() / seconds
-                scalars = {f"train/{name}": value for name, value in terms.items()} | {"train/learning_rate": float(schedule(step - 1))}
+                scalars = {f"train/{name}": value for name, value in means.items()} | {"train/learning_rate": float(schedule(step - 1))}
                 logbook.write(step, scalars | {"time/images_per_s": speed, "time/data_wait": waited})
-                logbook.progress(step, f"loss {terms['total']:.3f}  {speed:.1f} images/s  data wait {waited:.0%}")
+                logbook.progress(step, f"loss {means['total']:.3f}  {speed:.1f} images/s  data wait {waited:.0%}")
                 pending, clock = [], time.monotonic()
             if step % eval_steps == 0 or last:
                 metrics = run_evaluation(eval_step, state, val_data, config, mesh)
@@ -143,9 +145,7 @@ def open_data(data_config: DataConfig, split: str, **arguments) -> Dataset:
 def run_evaluation(eval_step, state_or_weights, data: Dataset, config: ConfigDict, mesh) -> dict[str, float]:
     """Every image of `data` once -> metrics."""
     params, frozen = (
-        (state_or_weights.params | state_or_weights.fixed, state_or_weights.frozen)
-        if isinstance(state_or_weights, TrainState)
-        else state_or_weights
+        (state_or_weights.params | state_or_weights.fixed, state_or_weights.frozen) if isinstance(state_or_weights, TrainState) else state_or_weights
     )
     results: list[ImageResult] = []
     with Prefetch(data.iterator(), lambda batch: (batch, shard_batch(batch, mesh))) as batches:

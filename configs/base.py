@@ -46,7 +46,6 @@ def get_config() -> ConfigDict:
     matcher.cost_class = 2.0  # theta_cls
     matcher.cost_bbox = 5.0  # theta_box, L1
     matcher.cost_giou = 2.0
-    matcher.class_cost = "focal"  # focal: as released; softmax: minus the probability of the label, goes with loss.class_loss = "softmax"
 
     loss = config.loss = ConfigDict()
     loss.weight_class = 5.0  # lambda_cls

@@ -39,17 +39,16 @@ def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) 
     """
     flip, branch, before, crop_width, crop_height, top, left, side, brightness, contrast, saturation, gray = uniform
     crop_resize, crop = None, None
-    visible = height, width
     if branch < config.crop_probability:
         crop_resize = resized_size(height, width, _pick(config.crop_resize, before))
-        visible = tuple(
-            _between(min(config.crop_size[0], length), min(config.crop_size[1], length), u)
-            for length, u in zip(crop_resize, (crop_height, crop_width), strict=True)
-        )
-        crop = (_between(0, crop_resize[0] - visible[0], top), _between(0, crop_resize[1] - visible[1], left), *visible)
+        full_height, full_width = crop_resize
+        smallest, largest = config.crop_size
+        height = _between(min(smallest, full_height), min(largest, full_height), crop_height)
+        width = _between(min(smallest, full_width), min(largest, full_width), crop_width)
+        crop = (_between(0, full_height - height, top), _between(0, full_width - width, left), height, width)
     strength = config.color_jitter
     return Transform(
-        size=resized_size(*visible, _pick(config.short_sides, side), config.max_long_side),
+        size=resized_size(height, width, _pick(config.short_sides, side), config.max_long_side),
         flip=flip < config.flip_probability,
         crop_resize=crop_resize,
         crop=crop,
@@ -88,9 +87,7 @@ def scale_boxes(boxes: Float32[np.ndarray, "t 4"], old: Size, new: Size) -> Floa
     return boxes * np.array([horizontal, vertical, horizontal, vertical], np.float32)
 
 
-def crop_boxes(
-    boxes: Float32[np.ndarray, "t 4"], crop: tuple[int, int, int, int]
-) -> tuple[Float32[np.ndarray, "kept 4"], Int[np.ndarray, "kept"]]:
+def crop_boxes(boxes: Float32[np.ndarray, "t 4"], crop: tuple[int, int, int, int]) -> tuple[Float32[np.ndarray, "kept 4"], Int[np.ndarray, "kept"]]:
     """What is left of the boxes inside (top, left, height, width), and whose they are; any positive remainder counts, as in DETR."""
     top, left, height, width = crop
     moved = boxes - np.array([left, top, left, top], np.float32)

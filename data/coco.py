@@ -31,28 +31,17 @@ def read_coco(config: DataConfig, split: str, *, locate: Callable[[Path, str], P
     path = root / config.annotation_file(split)
     document = load_json(path)
     to_classes = _label_decoder(path, document, config)
-    people: dict[Any, list[dict]] = defaultdict(list)
-    for annotation in document["annotations"]:
-        people[annotation.get("image_id")].append(annotation)
-    known = [entry.get("id") for entry in document["images"]]
-    if len(set(known)) < len(known):
-        raise UserError(f"{path}: two images have the same id: ids must be unique")
-    if stray := people.keys() - set(known):
-        first = people[min(stray, key=str)][0]
-        raise UserError(f"{path}: annotation {first.get('id')} names image_id {first.get('image_id')}, which is not among the images")
-
+    people = _people_of_images(path, document)
     builder = RecordBuilder(str(path), num_classes=len(config.class_names), max_targets=config.max_targets, skip_corrupt=config.skip_corrupt)
     for entry in document["images"]:
         boxes, labels = [], []
-        for annotation in people[entry["id"]]:
+        for annotation in people.get(entry["id"], ()):
             if annotation.get("iscrowd"):
                 builder.report.crowds += 1
                 continue
             boxes.append(_corners(path, annotation))
             labels.append(to_classes(annotation))
         size = (entry["height"], entry["width"]) if {"height", "width"} <= entry.keys() else None
-        if not isinstance(entry.get("file_name"), str):
-            raise UserError(f"{path}: image {entry['id']} has no file_name")
         builder.add(locate(root, entry["file_name"]), entry["file_name"], boxes, labels, annotated_size=size)
     if not builder.records:
         raise UserError(f"{path}: holds no usable image")
@@ -79,11 +68,29 @@ def load_json(path: Path) -> dict[str, Any]:
     return document
 
 
+def _people_of_images(path: Path, document: dict) -> dict[int | str, list[dict]]:
+    """image id -> its annotations, after checking that ids are there, unique and refer to each other."""
+    known: set[int | str] = set()
+    for place, entry in enumerate(document["images"]):
+        if not isinstance(entry.get("id"), int | str) or not isinstance(entry.get("file_name"), str):
+            raise UserError(f"{path}: images[{place}] needs an id and a file_name")
+        if entry["id"] in known:
+            raise UserError(f"{path}: two images have the id {entry['id']}: ids must be unique")
+        known.add(entry["id"])
+    people: dict[int | str, list[dict]] = defaultdict(list)
+    for annotation in document["annotations"]:
+        image_id = annotation.get("image_id")
+        if not isinstance(image_id, int | str) or image_id not in known:
+            raise UserError(f"{path}: annotation {annotation.get('id')} names image_id {image_id!r}, which is not among the images")
+        people[image_id].append(annotation)
+    return people
+
+
 def _corners(path: Path, annotation: dict) -> tuple[float, float, float, float]:
     box = annotation.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
         raise UserError(f"{path}: annotation {annotation.get('id')} needs a bbox [x, y, width, height] in pixels, not {box!r}")
-    x, y, width, height = box
+    x, y, width, height = map(float, box)
     return x, y, x + width, y + height
 
 
@@ -104,7 +111,7 @@ def _label_decoder(path: Path, document: dict, config: DataConfig) -> Callable[[
 
     def from_ids(annotation: dict) -> list[int]:
         category = annotation.get("category_id")
-        ids = category if isinstance(category, list) else [category]
+        ids: list[Any] = category if isinstance(category, list) else [category]
         for one in ids:
             if type(one) is not int or one not in class_of:
                 known = ", ".join(map(str, sorted(class_of)[:8])) + (", ..." if len(class_of) > 8 else "")
@@ -123,10 +130,12 @@ def _class_of_category(path: Path, document: dict, config: DataConfig) -> dict[i
     if not categories or config.label_format == "bits":
         return {index: index for index in range(len(config.class_names))}
     index_of = {name.casefold(): index for index, name in enumerate(config.class_names)}
-    result = {}
+    result: dict[int, int] = {}
     for category in categories:
         name = category.get("name") if isinstance(category, dict) else None
         if not isinstance(name, str) or name.casefold() not in index_of:
             raise UserError(f"{path}: category {name!r} is not in config.class_names ({', '.join(config.class_names)})")
-        result[category.get("id")] = index_of[name.casefold()]
+        if type(category.get("id")) is not int:
+            raise UserError(f"{path}: category {name!r} needs a whole number as its id, not {category.get('id')!r}")
+        result[category["id"]] = index_of[name.casefold()]
     return result

@@ -44,7 +44,9 @@ class DataConfig:
         self._require(self.source in SOURCES, "source", f"one of {', '.join(SOURCES)}")
         self._require(self.label_format in LABEL_FORMATS, "label_format", f"one of {', '.join(LABEL_FORMATS)}")
         self._require(len(set(self.class_names)) == len(self.class_names) > 0, "class_names", "at least one name, none twice")
-        self._require(self.label_format == "ids" or self.multi_label, "label_format", "'ids' when multi_label is False (bit masks hold several labels)")
+        self._require(
+            self.label_format == "ids" or self.multi_label, "label_format", "'ids' unless multi_label is True (a bit mask holds several labels)"
+        )
         for name in ("max_targets", "max_long_side", "eval_short_side"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("short_sides", "crop_resize"):

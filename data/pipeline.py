@@ -32,9 +32,7 @@ _READERS = {"coco": read_coco, "caer_s": read_caer_s, "scenes": read_scenes}
 _ENDLESS = 2**40  # steps
 
 
-def make_dataset(
-    data: DataConfig, split: str, *, batch_size: int, seed: int, training: bool, host_index: int = 0, host_count: int = 1
-) -> "Dataset":
+def make_dataset(data: DataConfig, split: str, *, batch_size: int, seed: int, training: bool, host_index: int = 0, host_count: int = 1) -> "Dataset":
     """Reads one split and plans its batches.
 
     Args:
@@ -69,7 +67,9 @@ class Dataset:
         skipped: name of each file that could not be read -> how often it was left out (only with `skip_corrupt`).
     """
 
-    def __init__(self, data: DataConfig, records: list[Record], report: ReadReport, plan: BatchPlan, loader: "BatchLoader", *, training: bool) -> None:
+    def __init__(
+        self, data: DataConfig, records: list[Record], report: ReadReport, plan: BatchPlan, loader: "BatchLoader", *, training: bool
+    ) -> None:
         self.records = records
         self.report = report
         self.num_images = len(records)
@@ -215,6 +215,8 @@ def _load_in_processes(load: Callable[[int], dict[str, Any]], start: int, stop: 
         )
     )
     try:
-        yield from elements
+        for element in elements:
+            # Copies: what arrives are views of shared memory that the sender owns only until its process is stopped.
+            yield element | {"arrays": {name: np.array(array) for name, array in element["arrays"].items()}}
     finally:
         elements.close()

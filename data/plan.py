@@ -4,9 +4,9 @@ The plan is the data source of the pipeline. A batch is a pure function of (conf
 is one integer: resuming is asking for the next step, and any number of workers yields the same batches in the same order.
 
 Training. Every epoch is a permutation drawn from (seed, epoch); the random numbers of an image's transform are its row of a table drawn from
-(seed, epoch). Images are queued by the smallest canvas that holds their transformed size, and a full queue becomes a batch. What the queues still hold
-at the end of the epoch is put together on the canvas that asks for the least scaling down. Each epoch therefore has ceil(images / batch_size) steps and
-shows every image exactly once; the last batch may be completed with fillers (`real` False).
+(seed, epoch). Images are queued by the smallest canvas that holds their transformed size, and a full queue becomes a batch. What the queues
+still hold at the end of the epoch is put together on the canvas that asks for the least scaling down. Each epoch therefore has
+ceil(images / batch_size) steps and shows every image exactly once; the last batch may be completed with fillers (`real` False).
 
 Evaluation. One pass in which an image's canvas depends on that image alone; each canvas completes its own last batch with fillers.
 """
@@ -73,7 +73,8 @@ class BatchPlan:
         batches: list[PlannedBatch] = []
         queues: dict[Size, list[tuple[int, Transform]]] = {bucket: [] for bucket in self._config.buckets}
         for index in order:
-            transform = draw(self._config, *self._sizes[index], uniforms[index].tolist())
+            height, width = self._sizes[index]
+            transform = draw(self._config, height, width, uniforms[index].tolist())
             size, bucket = fit_bucket(transform.size, self._config.buckets)
             queue = queues[bucket]
             queue.append((index, dataclasses.replace(transform, size=size) if size != transform.size else transform))

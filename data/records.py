@@ -1,7 +1,7 @@
 """One image and its people as every reader returns them, what a reader met on its way, and the checks that all readers share."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from dsct_jax.errors import UserError
 from dsct_jax.preprocess import DECODE_ERRORS, decode_image
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Record:
     """One image of a split: where its pixels come from and who is on it."""
 
@@ -32,7 +32,7 @@ class Record:
 
 @dataclasses.dataclass
 class ReadReport:
-    """What a reader counted; a run logs `lines()` once."""
+    """What a reader counted; as text, one line that a run prints once."""
 
     source: str
     images: int = 0
@@ -46,21 +46,24 @@ class ReadReport:
     unreadable: int = 0  # images left out because skip_corrupt is set
     first_unreadable: str = ""
 
+    def __str__(self) -> str:
+        return "; ".join(self.lines())
+
     def lines(self) -> list[str]:
-        """One line of totals and one for each thing that was not as annotated."""
+        """The totals, and a line for each thing that was not as annotated."""
         lines = [f"{self.source}: {self.images} images, {self.people} people"]
         if self.clipped:
-            lines.append(f"{self.source}: {self.clipped} boxes cut at the image border")
+            lines.append(f"{self.clipped} boxes cut at the image border")
         if self.dropped:
-            lines.append(f"{self.source}: {self.dropped} boxes dropped, outside the image or without area (first: {self.first_dropped})")
+            lines.append(f"{self.dropped} boxes dropped, outside the image or without area (first: {self.first_dropped})")
         if self.crowds:
-            lines.append(f"{self.source}: {self.crowds} crowd annotations left out")
+            lines.append(f"{self.crowds} crowd annotations left out")
         if self.unlabelled:
-            lines.append(f"{self.source}: {self.unlabelled} people without a label (kept, without a class loss)")
+            lines.append(f"{self.unlabelled} people without a label (kept, without a class loss)")
         if self.resized:
-            lines.append(f"{self.source}: {self.resized} images whose annotated size is not the file's (the file's is used)")
+            lines.append(f"{self.resized} images whose annotated size is not the file's (the file's is used)")
         if self.unreadable:
-            lines.append(f"{self.source}: {self.unreadable} images left out, missing or damaged (first: {self.first_unreadable})")
+            lines.append(f"{self.unreadable} images left out, missing or damaged (first: {self.first_unreadable})")
         return lines
 
 
@@ -97,7 +100,7 @@ class RecordBuilder:
         self._skip_corrupt = skip_corrupt
 
     def add(
-        self, path: Path, name: str, boxes: list[tuple[float, ...]], labels: list[list[int]], *, annotated_size: tuple[int, int] | None = None
+        self, path: Path, name: str, boxes: Sequence[tuple[float, ...]], labels: Sequence[list[int]], *, annotated_size: tuple[int, int] | None = None
     ) -> None:
         """One image with the (x1, y1, x2, y2) pixel boxes of its people and the class indices of each.
 

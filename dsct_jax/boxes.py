@@ -1,10 +1,12 @@
 """Box arithmetic. (cx, cy, w, h) is what the network predicts; (x1, y1, x2, y2) is what areas and drawings need."""
 
+from typing import TypeVar
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-AnyArray = Array | np.ndarray  # the two conversions serve the host (readers, drawing) and the device (losses) alike
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)  # the two conversions serve the host (readers, drawing) and the device (losses) alike
 
 
 def cxcywh_to_xyxy(boxes: Num[AnyArray, "*n 4"]) -> Num[AnyArray, "*n 4"]:
@@ -80,4 +82,3 @@ def inverse_sigmoid(x: Float[Array, "*n"], *, eps: float = 1e-5) -> Float[Array,
     """log(x / (1 - x)) with x clipped to [0, 1] and both terms to at least `eps`, as in Deformable DETR."""
     x = jnp.clip(x, 0, 1)
     return jnp.log(jnp.maximum(x, eps) / jnp.maximum(1 - x, eps))
-

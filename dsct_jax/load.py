@@ -76,7 +76,7 @@ def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
         if path.name == DIRECTORY:
             path = path.parent
         params, frozen, metadata = load_weights(path)
-        stored: Mapping[str, Any] | None = metadata["config"]
+        stored: Mapping[str, Any] = metadata["config"]
     elif path.suffix == ".safetensors":
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}

@@ -190,7 +190,8 @@ def _box_sums(
     iou, giou = iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
     difference = boxes - target_boxes
     distance = (difference * jax.lax.stop_gradient(jnp.sign(difference))).sum(-1)  # |.|, but with PyTorch's gradient 0 at 0; jnp.abs has 1 there
-    return tuple(jnp.where(matched.exists, values, 0).sum((1, 2)) for values in (distance, 1 - giou, jax.lax.stop_gradient(iou)))
+    distance, giou_loss, iou = (jnp.where(matched.exists, values, 0).sum((1, 2)) for values in (distance, 1 - giou, jax.lax.stop_gradient(iou)))
+    return distance, giou_loss, iou
 
 
 def _cardinality_errors(logits: Float[Array, "layers b q c"], valid: Bool[Array, "b t"]) -> Float[Array, "layers"]:

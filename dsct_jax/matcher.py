@@ -14,9 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from dsct_jax.batch import Targets
 from dsct_jax.boxes import cxcywh_to_xyxy, iou_and_giou
-from dsct_jax.errors import UserError
 
-CLASS_COSTS = ("focal", "softmax")
 # The released matcher fixes these two, whatever the focal loss uses, and adds _LOG_OFFSET inside the logarithms.
 _ALPHA = 0.25
 _GAMMA = 2.0
@@ -25,16 +23,11 @@ _LOG_OFFSET = 1e-8
 
 @dataclasses.dataclass(frozen=True)
 class MatcherConfig:
-    """Weights of the three costs (the paper's theta; the released code's set_cost_*), and the form of the first."""
+    """Weights of the three costs (the paper's theta; the released code's set_cost_*)."""
 
     cost_class: float = 2.0
     cost_bbox: float = 5.0  # L1
     cost_giou: float = 2.0
-    class_cost: str = "focal"  # focal: as released; softmax: minus the probability of the label, for class_loss="softmax" (multi-class only)
-
-    def __post_init__(self) -> None:
-        if self.class_cost not in CLASS_COSTS:
-            raise UserError(f"matcher.class_cost={self.class_cost!r} is not one of {', '.join(CLASS_COSTS)}")
 
 
 def matching_cost(
@@ -50,14 +43,12 @@ def matching_cost(
     boxes are (cx, cy, w, h) in [0, 1]. Rows of targets that are not `targets.valid` hold finite but meaningless numbers. The class cost of a
     target without any label is 0. Source: the released matcher.py:60-100.
     """
-    if multi_label and config.class_cost == "softmax":
-        raise UserError("matcher.class_cost='softmax' needs multi_label=False: a softmax has exactly one label a person")
     lead = (1,) * (logits.ndim - 3)
     labels = targets.labels.reshape(*lead, *targets.labels.shape)
     target_boxes = targets.boxes.reshape(*lead, *targets.boxes.shape)[..., None, :, :]  # lead b 1 t 4
     query_boxes = boxes[..., :, None, :]  # lead b q 1 4
 
-    per_class = _softmax_class_cost(logits[..., :-1]) if config.class_cost == "softmax" else _focal_class_cost(logits[..., :-1])
+    per_class = _focal_class_cost(logits[..., :-1])
     if multi_label:
         per_class = per_class / per_class.shape[-1]  # the released mean over all classes, of which only the positive ones count
     labels = jnp.broadcast_to(labels, (*logits.shape[:-3], *targets.labels.shape))
@@ -73,11 +64,6 @@ def _focal_class_cost(logits: Float[Array, "*n k"]) -> Float[Array, "*n k"]:
     negative = (1 - _ALPHA) * probability**_GAMMA * -jnp.log(1 - probability + _LOG_OFFSET)
     positive = _ALPHA * (1 - probability) ** _GAMMA * -jnp.log(probability + _LOG_OFFSET)
     return positive - negative
-
-
-def _softmax_class_cost(logits: Float[Array, "*n k"]) -> Float[Array, "*n k"]:
-    """DETR's class cost: minus the probability."""
-    return -jax.nn.softmax(logits, axis=-1)
 
 
 def assign_on_host(

@@ -1,6 +1,6 @@
 """AdamW as the released recipe uses it: one table of rules decides which parameters move and how fast.
 
-The arithmetic is PyTorch's (decoupled decay, clipping by min(1, limit / (norm + 1e-6))), so that a released training run can be followed step by step.
+The arithmetic is PyTorch's (decoupled decay, clipping by min(1, limit / (norm + 1e-6))), so a released training run can be followed step by step.
 """
 
 import dataclasses

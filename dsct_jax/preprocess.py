@@ -86,10 +86,12 @@ def choose_bucket(sizes: Iterable[Size], buckets: Iterable[Size]) -> Size | None
 
 def shrink_to_fit(size: Size, bucket: Size) -> Size:
     """`size` scaled down, aspect kept, until it fits the canvas; unchanged when it fits already."""
-    scale = min(bucket[0] / size[0], bucket[1] / size[1])
-    if scale >= 1:
+    (height, width), (room_height, room_width) = size, bucket
+    if height <= room_height and width <= room_width:
         return size
-    return max(1, min(bucket[0], int(size[0] * scale))), max(1, min(bucket[1], int(size[1] * scale)))
+    if room_height * width <= room_width * height:
+        return room_height, max(1, width * room_height // height)
+    return max(1, height * room_width // width), room_width
 
 
 def fit_bucket(size: Size, buckets: Iterable[Size]) -> tuple[Size, Size]:
@@ -108,11 +110,10 @@ def pad_to(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.ndarray, "
     return canvas
 
 
-def prepare_image(
-    image: Image.Image, *, short_side: int, max_long_side: int, buckets: Iterable[Size]
-) -> tuple[UInt8[np.ndarray, "height width 3"], Size]:
+def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> tuple[UInt8[np.ndarray, "height width 3"], Size]:
     """The evaluation transform of one RGB image: resized, padded to its canvas; and the (height, width) it fills there."""
-    size, bucket = fit_bucket(resized_size(image.height, image.width, short_side, max_long_side), buckets)
+    wanted = resized_size(image.height, image.width, preprocessing.short_side, preprocessing.max_long_side)
+    size, bucket = fit_bucket(wanted, preprocessing.buckets)
     return pad_to(np.asarray(resize(image, size)), bucket), size
 
 

@@ -27,5 +27,7 @@ def from_section(cls: type[T], name: str, values: Mapping[str, Any], **extra: An
     for key in values:
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
-            raise UserError(f"config.{name}.{key}: unknown field" + (f"; did you mean {name}.{close[0]}?" if close else f"; {name} has {', '.join(fields)}"))
+            raise UserError(
+                f"config.{name}.{key}: unknown field" + (f"; did you mean {name}.{close[0]}?" if close else f"; {name} has {', '.join(fields)}")
+            )
     return cls(**{key: plain(value) for key, value in values.items()}, **extra)

@@ -8,7 +8,7 @@ from flax import nnx
 from dsct_jax.model.dsct import DSCT, DSCTConfig
 from dsct_jax.model.layers import FrozenStatistic
 
-Flat = dict[str, jax.Array]
+Flat = dict[str, Any]  # path -> array, on the device or the host
 
 
 def flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -38,7 +38,8 @@ class ModelFunctions:
     def __init__(self, config: DSCTConfig):
         self.config = config
         abstract = nnx.eval_shape(lambda: DSCT(config, rngs=nnx.Rngs(params=0)))
-        self.graph, params, frozen = nnx.split(abstract, nnx.Param, FrozenStatistic)
+        graph, params, frozen = nnx.split(abstract, nnx.Param, FrozenStatistic)  # type: ignore[misc]
+        self.graph: nnx.GraphDef = graph
         self.param_shapes = {k: tuple(v.shape) for k, v in flatten(nnx.to_pure_dict(params)).items()}
         self.frozen_shapes = {k: tuple(v.shape) for k, v in flatten(nnx.to_pure_dict(frozen)).items()}
         self._abstract = (params, frozen)
@@ -46,11 +47,8 @@ class ModelFunctions:
     def init(self, seed: int) -> tuple[Flat, Flat]:
         """Fresh values: (trainable parameters, frozen statistics)."""
 
-        def create(key):
-            _, params, frozen = nnx.split(DSCT(self.config, rngs=nnx.Rngs(params=key)), nnx.Param, FrozenStatistic)
-            return flatten(nnx.to_pure_dict(params)), flatten(nnx.to_pure_dict(frozen))
-
-        return jax.jit(create)(jax.random.key(seed))
+        _, params, frozen = nnx.split(DSCT(self.config, rngs=nnx.Rngs(params=seed)), nnx.Param, FrozenStatistic)  # type: ignore[misc]
+        return flatten(nnx.to_pure_dict(params)), flatten(nnx.to_pure_dict(frozen))
 
     def bind(self, params: Flat, frozen: Flat) -> DSCT:
         """The network with these values."""

@@ -54,6 +54,13 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
+def model_input(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Normalised images and their padding mask; images that are floating point already count as normalised."""
+    mask = padding_mask(batch.sizes, *batch.images.shape[1:3])
+    images = batch.images if jnp.issubdtype(batch.images.dtype, jnp.floating) else normalize(batch.images, mask)
+    return images, mask
+
+
 def assign_shards(cost: jax.Array, valid: jax.Array, mesh: Mesh) -> jax.Array:
     """Hungarian assignment of each addressable shard on the host: cost [layers b q t] -> target of each query or -1, int32 [layers b q]."""
     sharding = NamedSharding(mesh, P(None, AXIS))
@@ -80,12 +87,11 @@ def make_train_step(
         return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def predict(params: Flat, fixed: Flat, frozen: Flat, batch: Batch, step: jax.Array):
-        b, height, width, _ = batch.images.shape
+        b = batch.images.shape[0]
         first = jax.lax.axis_index(AXIS) * b
         step_key = jax.random.fold_in(jax.random.key(seed), step)
         keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(first + jnp.arange(b))
-        mask = padding_mask(batch.sizes, height, width)
-        images = normalize(batch.images, mask)
+        images, mask = model_input(batch)
 
         def forward(params):
             out = functions.bind(params | fixed, frozen)(images, mask, noise=DropoutNoise(keys))
@@ -100,13 +106,14 @@ def make_train_step(
         pull_back = jax.tree.map(lambda x: x[0], pull_back)
 
         def objective(logits, boxes):
-            terms = detection_losses(
-                logits, boxes, batch.targets, assignment, num_boxes=num_boxes, config=loss, multi_label=multi_label
-            )
+            # A filler that completes the last batch of an epoch is no negative example: logits this low cost nothing and learn nothing.
+            logits = jnp.where(batch.real[None, :, None, None], logits, -100.0)
+            terms = detection_losses(logits, boxes, batch.targets, assignment, num_boxes=num_boxes, config=loss, multi_label=multi_label)
             return terms["total"], terms
 
         cotangents, terms = jax.grad(objective, argnums=(0, 1), has_aux=True)(logits, boxes)
         (grads,) = pull_back(cotangents)
+        terms = {k: v if k.startswith(("total", "loss_")) else v / mesh.size for k, v in terms.items()}  # sums add up, means are averaged
         return jax.lax.psum((grads, terms), AXIS)
 
     data, layered, replicated = P(AXIS), P(None, AXIS), P()
@@ -118,12 +125,12 @@ def make_train_step(
 
     def second_half(state: TrainState, pull_back, logits, boxes, batch: Batch, assignment):
         num_boxes = jnp.maximum(batch.targets.valid.sum(), 1).astype(jnp.float32)
-        grads, terms = shard(
-            gradients, in_specs=(data, layered, layered, data, layered, replicated), out_specs=(replicated, replicated)
-        )(pull_back, logits, boxes, batch, assignment, num_boxes)
+        grads, terms = shard(gradients, in_specs=(data, layered, layered, data, layered, replicated), out_specs=(replicated, replicated))(
+            pull_back, logits, boxes, batch, assignment, num_boxes
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = terms | {"grad_norm": optax.global_norm(grads), "num_boxes": num_boxes}
+        metrics = terms | {"grad_norm": optax.tree.norm(grads), "num_boxes": num_boxes}
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     second_half = jax.jit(second_half, donate_argnums=0)
@@ -133,7 +140,7 @@ def make_train_step(
         assignment = assign_shards(cost, batch.targets.valid, mesh)
         return second_half(state, pull_back, logits, boxes, batch, assignment)
 
-    step.first_half, step.second_half = first_half, second_half
+    step.first_half, step.second_half = first_half, second_half  # type: ignore[attr-defined]
     return step
 
 
@@ -141,8 +148,7 @@ def make_eval_step(functions: ModelFunctions, *, mesh: Mesh) -> Callable[[Flat, 
     """Returns step(params, frozen, batch) -> predictions of the last layer, logits [1 b q k+1] and boxes [1 b q 4]."""
 
     def predict(params: Flat, frozen: Flat, batch: Batch):
-        mask = padding_mask(batch.sizes, *batch.images.shape[1:3])
-        out = functions.bind(params, frozen)(normalize(batch.images, mask), mask)
+        out = functions.bind(params, frozen)(*model_input(batch))
         return Predictions(out.logits[-1:], out.boxes[-1:])
 
     sharded = jax.shard_map(predict, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=P(None, AXIS), check_vma=False)

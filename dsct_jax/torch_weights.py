@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from dsct_jax.boxes import AnyArray
 from dsct_jax.errors import UserError
 
 # layout: same = as it is; linear = (out, in) <-> (in, out); conv = (out, in, h, w) <-> (h, w, in, out)
@@ -122,7 +123,7 @@ def from_torch(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, 
     return taken
 
 
-def to_torch(parameters: Mapping[str, np.ndarray], *, num_decoder_layers: int, rules: list[Rule] = RELEASED) -> dict[str, np.ndarray]:
+def to_torch(parameters: Mapping[str, AnyArray], *, num_decoder_layers: int, rules: list[Rule] = RELEASED) -> dict[str, np.ndarray]:
     """Our arrays by path -> PyTorch tensors by released name, the shared heads repeated for every decoder layer."""
     reverse = [(ours, torch, layout) for torch, ours, layout in rules]
     state: dict[str, np.ndarray] = {}

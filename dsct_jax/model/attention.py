@@ -73,6 +73,7 @@ class SelfAttention(nnx.Module):
     def __call__(self, tokens: Float[Array, "b q d"], positions: Float[Array, "b q d"]) -> tuple[Float[Array, "b q d"], jax.Array]:
         """Returns the attended tokens and the attention weights [b n q q]."""
         b, q, d = tokens.shape
+        assert self.in_proj.bias is not None
         kernel, bias = self.in_proj.kernel[...], self.in_proj.bias[...].reshape(1, 1, -1)
         query_key = (tokens + positions) @ kernel[:, : 2 * d] + bias[..., : 2 * d]
         value = tokens @ kernel[:, 2 * d :] + bias[..., 2 * d :]

@@ -1,6 +1,7 @@
 """ResNet 18/34/50/101/152 and Wide-ResNet 50/101: image -> feature maps C3, C4, C5 at strides 8, 16, 32.
 
-Layout and strides are torchvision's (stride on the 3x3 of a bottleneck), so its weights load one to one. Source: He et al. 2015, Zagoruyko & Komodakis 2016.
+Layout and strides are torchvision's (stride on the 3x3 of a bottleneck), so its weights load one to one.
+Source: He et al. 2015, Zagoruyko & Komodakis 2016.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ class ResNetConfig:
     def channels(self) -> tuple[int, int, int]:
         """Channels of C3, C4, C5."""
         expansion = 4 if self.bottleneck else 1
-        return tuple(self.width * factor * expansion for factor in (2, 4, 8))
+        return 2 * self.width * expansion, 4 * self.width * expansion, 8 * self.width * expansion
 
 
 BACKBONES = {
@@ -37,7 +38,7 @@ BACKBONES = {
     "wide_resnet50": ResNetConfig(True, (3, 4, 6, 3), wide=2),
     "wide_resnet101": ResNetConfig(True, (3, 4, 23, 3), wide=2),
     "tiny": ResNetConfig(True, (1, 2, 2, 1), width=8),  # the size of the golden numbers: tests
-    "small": ResNetConfig(False, (1, 1, 1, 1), width=24),  # trains on a CPU: the demo and other runs from scratch
+    "small": ResNetConfig(False, (1, 1, 1, 1), width=16),  # trains on a CPU: the demo and other runs from scratch
 }
 
 
@@ -65,7 +66,7 @@ class Block(nnx.Module):
     def __init__(self, d_in: int, planes: int, *, stride: int, config: ResNetConfig, norm: str, rngs: nnx.Rngs):
         if config.bottleneck:
             inner, d_out = planes * config.wide, planes * 4
-            shapes = ((d_in, inner, 1, 1), (inner, inner, 3, stride), (inner, d_out, 1, 1))
+            shapes: tuple[tuple[int, int, int, int], ...] = ((d_in, inner, 1, 1), (inner, inner, 3, stride), (inner, d_out, 1, 1))
         else:
             d_out = planes
             shapes = ((d_in, d_out, 3, stride), (d_out, d_out, 3, 1))
@@ -76,7 +77,7 @@ class Block(nnx.Module):
         self.shortcut_norm = _norm(norm, d_out) if projects else None
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        shortcut = x if self.shortcut_conv is None else self.shortcut_norm(self.shortcut_conv(x))
+        shortcut = x if self.shortcut_conv is None or self.shortcut_norm is None else self.shortcut_norm(self.shortcut_conv(x))
         last = len(self.convs) - 1
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = norm(conv(x))
@@ -106,5 +107,3 @@ class ResNet(nnx.Module):
                 x = block(x)
             features.append(x)
         return features[1:]
-
-

@@ -1,6 +1,7 @@
 """The DSCT decoder: subject and context queries are decoupled, read the image together, and are fused in every layer (paper Fig. 4)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,8 @@ def subject_context_fusion(
     sign = 1 if config.semantic_selection == "smallest" else -1
     spatial = nearest(distance, config.num_spatial_neighbors).astype(jnp.float32)
     semantic = nearest(jax.lax.stop_gradient(sign * relevance), config.num_semantic_neighbors).astype(jnp.float32)
-    logits = {"semantic": relevance, "equal": jnp.zeros_like(relevance), "spatial": -distance, "attentive": attentive_logits}[config.reweighting]
+    choices: dict[str, Any] = {"semantic": relevance, "equal": jnp.zeros_like(relevance), "spatial": -distance, "attentive": attentive_logits}
+    logits = choices[config.reweighting]
     if config.rule == "paper":
         weights = masked_softmax(logits, spatial + semantic)
     else:

@@ -1,6 +1,7 @@
 """DSCT: one network from a photograph to the boxes and emotions of its people (paper Fig. 3)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from dsct_jax.model.backbone import BACKBONES, ResNet
 from dsct_jax.model.decoder import DecoderLayer, FusionConfig
 from dsct_jax.model.encoder import EncoderLayer, encoder_reference_points
 from dsct_jax.model.heads import BoxHead, class_head
-from dsct_jax.model.layers import Conv, DropoutNoise, GroupNorm, linear, xavier_uniform
+from dsct_jax.model.layers import Conv, DropoutNoise, GroupNorm, linear, standard_normal, xavier_uniform
 from dsct_jax.model.position import resize_mask, sine_position, valid_ratio
 
 
@@ -92,21 +93,19 @@ class DSCT(nnx.Module):
         self.backbone = ResNet(resnet, norm=config.norm, rngs=rngs)
         widths = list(resnet.channels) + [resnet.channels[-1]] + [d] * (config.num_levels - 4)
         shapes = [(1, 1)] * 3 + [(3, 2)] * (config.num_levels - 3)
-        self.input_proj = nnx.List(
-            [InputProjection(c, d, size=k, stride=s, rngs=rngs) for c, (k, s) in zip(widths, shapes, strict=False)]
-        )
-        self.level_embed = nnx.Param(jax.random.normal(rngs.params(), (config.num_levels, d)))
-        common = dict(
-            num_heads=config.num_heads,
-            num_levels=config.num_levels,
-            num_points=config.num_points,
-            feedforward_dim=config.feedforward_dim,
-            dropout_rate=config.dropout,
-            rngs=rngs,
-        )
+        self.input_proj = nnx.List([InputProjection(c, d, size=k, stride=s, rngs=rngs) for c, (k, s) in zip(widths, shapes, strict=False)])
+        self.level_embed = nnx.Param(standard_normal(rngs.params(), (config.num_levels, d)))
+        common: dict[str, Any] = {
+            "num_heads": config.num_heads,
+            "num_levels": config.num_levels,
+            "num_points": config.num_points,
+            "feedforward_dim": config.feedforward_dim,
+            "dropout_rate": config.dropout,
+            "rngs": rngs,
+        }
         self.encoder = nnx.List([EncoderLayer(d, **common) for _ in range(config.num_encoder_layers)])
-        self.context_queries = nnx.Param(jax.random.normal(rngs.params(), (config.num_context_queries, 2 * d)))
-        self.subject_queries = nnx.Param(jax.random.normal(rngs.params(), (config.num_subject_queries, 2 * d)))
+        self.context_queries = nnx.Param(standard_normal(rngs.params(), (config.num_context_queries, 2 * d)))
+        self.subject_queries = nnx.Param(standard_normal(rngs.params(), (config.num_subject_queries, 2 * d)))
         self.reference_points = linear(d, 2, rngs=rngs)
         self.decoder = nnx.List(
             [
@@ -139,8 +138,8 @@ class DSCT(nnx.Module):
         tokens, query_positions, reference_points = self.queries(images.shape[0])
         layer_points = reference_points[:, :, None] * ratios[:, None]
         states, details = [], []
-        for layer in self.decoder:
-            tokens, seen = layer(
+        for decoder_layer in self.decoder:
+            tokens, seen = decoder_layer(
                 tokens, query_positions, layer_points, memory, padding, spatial_shapes, noise=noise, implementation=implementation
             )
             states.append(tokens)

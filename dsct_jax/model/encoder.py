@@ -53,8 +53,6 @@ class EncoderLayer(nnx.Module):
         noise: DropoutNoise | None,
         implementation: str | None,
     ) -> Float[Array, "b s d"]:
-        attended, _ = self.self_attention(
-            memory + positions, reference_points, memory, memory_padding, spatial_shapes, implementation=implementation
-        )
+        attended, _ = self.self_attention(memory + positions, reference_points, memory, memory_padding, spatial_shapes, implementation=implementation)
         memory = self.norm1(memory + dropout(attended, self.dropout_rate, noise))
         return self.norm2(memory + dropout(self.feedforward(memory, noise), self.dropout_rate, noise))

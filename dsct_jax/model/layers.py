@@ -1,22 +1,51 @@
 """The few layers that differ from Flax's defaults: PyTorch's epsilons, paddings and initial values, and convolutions that are fast on the CPU."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 NORM_EPSILON = 1e-5  # PyTorch's; Flax's 1e-6 moves the logits by 4e-5
 
-xavier_uniform = nnx.initializers.xavier_uniform()
-he_normal_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")  # torchvision's ResNet
+Initializer = Callable[..., jax.Array]
 
 
-def torch_uniform(fan_in: int) -> nnx.initializers.Initializer:
+def initializer(draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]) -> Initializer:
+    """An initializer for Flax that draws with NumPy: a seed gives the same weights on every backend and JAX version, and nothing is compiled."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        if isinstance(key, jax.core.Tracer):  # shapes only (nnx.eval_shape)
+            return jnp.zeros(shape, dtype)
+        generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        return jnp.asarray(draw(generator, shape), dtype)
+
+    return init
+
+
+def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
+    area = math.prod(shape[:-2])
+    return shape[-2] * area, shape[-1] * area
+
+
+def _xavier(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    bound = math.sqrt(6 / sum(_fans(shape)))
+    return generator.uniform(-bound, bound, shape)
+
+
+xavier_uniform = initializer(_xavier)
+he_normal_fan_out = initializer(lambda g, shape: g.normal(0, math.sqrt(2 / _fans(shape)[1]), shape))  # torchvision's ResNet
+standard_normal = initializer(lambda g, shape: g.standard_normal(shape))
+
+
+def torch_uniform(fan_in: int) -> Initializer:
     """PyTorch's default for a Linear layer, weight and bias alike: uniform in +-1/sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return initializer(lambda g, shape: g.uniform(-bound, bound, shape))
 
 
 def linear(d_in: int, d_out: int, *, rngs: nnx.Rngs, kernel_init=xavier_uniform, bias_init=nnx.initializers.zeros) -> nnx.Linear:
@@ -103,9 +132,14 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(d))
 
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-        b, _, _, d = x.shape
-        grouped = x.astype(jnp.float32).reshape(b, -1, self.num_groups, d // self.num_groups)
-        mean = grouped.mean((1, 3), keepdims=True)
-        var = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
-        normal = ((grouped - mean) * jax.lax.rsqrt(var + NORM_EPSILON)).reshape(x.shape)
-        return (normal * self.scale[...].reshape(1, 1, 1, -1) + self.bias[...].reshape(1, 1, 1, -1)).astype(x.dtype)
+        # Reduced by channel first: splitting the channel axis of the whole map into groups is four times slower on the CPU.
+        mean = self._over_groups(x.astype(jnp.float32).mean((1, 2)))
+        centred = x - mean
+        variance = self._over_groups(jnp.square(centred).mean((1, 2)))
+        scale = jax.lax.rsqrt(variance + NORM_EPSILON) * self.scale[...].reshape(1, 1, 1, -1)
+        return (centred * scale + self.bias[...].reshape(1, 1, 1, -1)).astype(x.dtype)
+
+    def _over_groups(self, channels: Float[Array, "b d"]) -> Float[Array, "b 1 1 d"]:
+        b, d = channels.shape
+        size = d // self.num_groups
+        return jnp.repeat(channels.reshape(b, self.num_groups, size).mean(-1), size, axis=1)[:, None, None]

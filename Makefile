@@ -1,0 +1,61 @@
+# Each command sets up .venv first: make demo | make test | make lint | make bench | make docs
+# PYTHON=/path/to/python chooses the interpreter (3.11 or newer) that .venv is made with; WORKERS=1 runs the tests one after another.
+
+.PHONY: help demo test lint bench docs clean
+.DELETE_ON_ERROR:
+SHELL := /bin/sh
+
+PYTHON ?=
+WORKERS ?= 2
+BIN := .venv/bin
+DEMO := runs/demo
+
+help:
+	@echo 'make demo   train, evaluate and predict on the built-in scenes; results in $(DEMO)'
+	@echo 'make test   run the tests'
+	@echo 'make lint   style, types and import directions'
+	@echo 'make bench  time the whole model on the CPU'
+	@echo 'make docs   build the pages of docs/ into build/docs'
+
+demo: .venv/.with-base
+	@$(BIN)/python train.py --config=configs/demo.py --workdir=$(DEMO)
+	@$(BIN)/python train.py --config=configs/demo.py --workdir=$(DEMO) --mode=eval
+	@$(BIN)/python -m dsct_jax.report $(DEMO)
+
+test: .venv/.with-test
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+lint: .venv/.with-lint
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+bench: .venv/.with-base
+	@$(BIN)/python -m benchmarks.model_cpu
+
+docs: .venv/.with-docs
+	@$(BIN)/mkdocs build --quiet --strict --site-dir build/docs
+
+clean:
+	rm -rf .venv .jax_cache
+
+# --- the environment ----------------------------------------------------------------------------------------------------------------------------
+
+FIND_PYTHON = for python in $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11 python); do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; python=; done; \
+	[ -n "$$python" ] || { echo "error: no Python 3.11 or newer found$(if $(PYTHON), at PYTHON=$(PYTHON)); install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+
+.venv/.created:
+	@$(FIND_PYTHON); \
+	echo "making .venv with $$("$$python" --version) ($$python)"; \
+	"$$python" -m venv --clear .venv || { echo "error: $$python cannot make a virtual environment; on Debian and Ubuntu install python3-venv" >&2; exit 2; }
+	@touch $@
+
+# Versions are pinned by constraints/: the file of the interpreter's own version, or the newest one.
+.venv/.with-%: .venv/.created pyproject.toml $(wildcard constraints/*.txt)
+	@pins=constraints/py$$($(BIN)/python -c 'import sys; print(*sys.version_info[:2], sep="")').txt; \
+	[ -f "$$pins" ] || pins=$(lastword $(sort $(wildcard constraints/*.txt))); \
+	echo "installing dependencies ($*, versions of $$pins; the first time takes a few minutes)"; \
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq -c "$$pins" -e "$(if $(filter base,$*),.,.[$*])"
+	@touch $@

@@ -1,0 +1,180 @@
+"""Forward and training step of the full R50 model on the CPU, beside Hugging Face's DeformableDetr of the same size.
+
+    python -m benchmarks.model_cpu --torch --output=benchmarks/model_cpu
+
+Float32, random weights, one image. Each measurement is a process of its own with the given number of threads, so that peak memory is its own;
+the processes of the two implementations take turns, and the table gives the median over all timed runs with their range.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+HEIGHT, WIDTH = 480, 640
+MODES = ("forward", "train")
+
+
+def measure_ours(mode: str, runs: int) -> list[float]:
+    """Seconds of `runs` forward passes or training steps of configs/emotic_r50, dropout on in training, compiled before."""
+    import jax
+
+    from configs.emotic_r50 import get_config
+    from dsct_jax.batch import Batch, Targets
+    from dsct_jax.load import model_config
+    from dsct_jax.losses import LossConfig
+    from dsct_jax.matcher import MatcherConfig
+    from dsct_jax.optimizer import OptimizerConfig, make_optimizer, multipliers
+    from dsct_jax.settings import from_section
+    from dsct_jax.state import ModelFunctions
+    from dsct_jax.step import TrainState, make_eval_step, make_mesh, make_train_step, replicate, shard_batch
+
+    config, mesh = get_config(), make_mesh()
+    functions = ModelFunctions(model_config(config))
+    params, frozen = functions.init(0)
+    rng = np.random.default_rng(0)
+    sizes = np.array([[HEIGHT, WIDTH]], np.int32)
+    labels = (rng.random((1, 16, 26)) < 0.2).astype(np.float32)
+    targets = Targets(rng.uniform(0.3, 0.5, (1, 16, 4)).astype(np.float32), labels, np.arange(16)[None] < 2)
+    image = rng.integers(0, 256, (1, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    batch = shard_batch(Batch(image, sizes, targets, np.zeros(1, np.int32), sizes, np.ones(1, bool)), mesh)
+    if mode == "forward":
+        step = make_eval_step(functions, mesh=mesh)
+        return timed(lambda: jax.block_until_ready(step(params, frozen, batch)), runs)
+    optimizer_config = from_section(OptimizerConfig, "optimizer", config.optimizer)
+    rates = multipliers(params, optimizer_config.rules)
+    trained = {k: v for k, v in params.items() if rates[k] > 0}
+    optimizer = make_optimizer(optimizer_config, trained, 1000)
+    fixed = {k: v for k, v in params.items() if k not in trained}
+    state = replicate(TrainState(np.int32(0), trained, fixed, frozen, optimizer.init(trained)), mesh)
+    step = make_train_step(functions, optimizer, loss=LossConfig(), matcher=MatcherConfig(), multi_label=True, mesh=mesh, seed=0)
+
+    def run():
+        nonlocal state
+        state, terms = step(state, batch)
+        jax.block_until_ready((state, terms))
+
+    return timed(run, runs)
+
+
+def measure_torch(mode: str, runs: int) -> list[float]:
+    """The same of transformers' DeformableDetr: ResNet-50, 6 + 6 layers, 304 queries, its own loss and Hungarian matcher, AdamW."""
+    import torch
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
+
+    torch.manual_seed(0)
+    backbone = ResNetConfig(out_features=["stage2", "stage3", "stage4"])
+    config = DeformableDetrConfig(
+        use_timm_backbone=False, backbone=None, use_pretrained_backbone=False, backbone_config=backbone, num_queries=304, num_labels=26,
+        auxiliary_loss=True,
+    )  # fmt: skip
+    model = DeformableDetrForObjectDetection(config)
+    images = torch.randn(1, 3, HEIGHT, WIDTH)
+    mask = torch.ones(1, HEIGHT, WIDTH, dtype=torch.long)
+    if mode == "forward":
+        model.eval()
+
+        def run():
+            with torch.no_grad():
+                model(pixel_values=images, pixel_mask=mask)
+
+        return timed(run, runs)
+    labels = [{"class_labels": torch.tensor([1, 2]), "boxes": torch.rand(2, 4) * 0.2 + 0.3}]
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=1e-4)
+
+    def train():
+        optimizer.zero_grad()
+        model(pixel_values=images, pixel_mask=mask, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.1)
+        optimizer.step()
+
+    return timed(train, runs)
+
+
+def timed(run, runs: int) -> list[float]:
+    """Seconds of each of `runs` calls after two that are not counted."""
+    seconds = []
+    for i in range(runs + 2):
+        start = time.perf_counter()
+        run()
+        if i >= 2:
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def in_process(implementation: str, mode: str, runs: int, threads: int) -> dict:
+    """One measurement in a process of its own."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "OMP_NUM_THREADS": str(threads),
+        "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads={threads}",
+    }
+    command = [sys.executable, "-m", "benchmarks.model_cpu", f"--measure={implementation}:{mode}", f"--runs={runs}"]
+    out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def main() -> None:
+    """Measures, prints the table, and writes it with the raw numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--torch", action="store_true", help="measure transformers' DeformableDetr too (needs the torch extra)")
+    parser.add_argument("--rounds", type=int, default=3, help="processes for each measurement, taking turns")
+    parser.add_argument("--runs", type=int, default=3, help="timed runs a process")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="writes OUTPUT.md and OUTPUT.json")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        implementation, mode = args.measure.split(":")
+        seconds = (measure_ours if implementation == "ours" else measure_torch)(mode, args.runs)
+        print(json.dumps({"seconds": seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+        return
+    implementations = ["ours", "transformers"] if args.torch else ["ours"]
+    results: dict[str, dict] = {}
+    for round_number in range(args.rounds):
+        for mode in MODES:
+            for implementation in implementations:
+                found = in_process(implementation, mode, args.runs, args.threads)
+                entry = results.setdefault(f"{mode} {implementation}", {"seconds": [], "peak_gib": []})
+                entry["seconds"] += found["seconds"]
+                entry["peak_gib"].append(found["peak_gib"])
+                print(f"round {round_number + 1}/{args.rounds}: {mode} {implementation} {min(found['seconds']):.2f} s", flush=True)
+    table = format_results(results, args.threads)
+    print(table)
+    if args.output:
+        args.output.with_suffix(".md").write_text(table)
+        args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def format_results(results: dict[str, dict], threads: int) -> str:
+    """A markdown table with medians, ranges, peak memory and the ratio to transformers."""
+    import jax
+
+    versions = f"jax {jax.__version__}, Python {platform.python_version()}, {threads} threads, {platform.machine()}"
+    lines = [
+        f"R50, {HEIGHT}x{WIDTH}, batch 1, float32, CPU ({versions})",
+        "",
+        "| what | seconds, median (min to max) | peak memory GiB | speed against transformers |",
+        "|---|---|---|---|",
+    ]
+    for name, entry in results.items():
+        median = statistics.median(entry["seconds"])
+        other = results.get(f"{name.split()[0]} transformers")
+        ratio = f"{statistics.median(other['seconds']) / median:.2f}x" if other else ""
+        spread = f"{min(entry['seconds']):.2f} to {max(entry['seconds']):.2f}"
+        lines.append(f"| {name} | {median:.2f} ({spread}) | {max(entry['peak_gib']):.1f} | {ratio} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""From photographs to the people in them: boxes and emotions (paper Section 3.1, "During inference")."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from dsct_jax.batch import Predictions, padding_mask
+from dsct_jax.boxes import cxcywh_to_xyxy, non_max_suppression
+from dsct_jax.errors import UserError
+from dsct_jax.evaluate import class_probabilities
+from dsct_jax.preprocess import Preprocessing, Size, normalize, prepare_image
+
+Photograph = Image.Image | np.ndarray
+
+BATCH_SIZE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One person."""
+
+    box: tuple[float, float, float, float]  # (x1, y1, x2, y2) in pixels of the image as it was given, inside it
+    scores: Mapping[str, float]  # probability of every class
+    labels: tuple[str, ...]  # the emotions: classes above the threshold, most probable first (multi-label); exactly one (multi-class)
+    score: float  # how sure the model is that this is a person of its own, 0..1
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which answers of the queries count, and which classes become labels."""
+
+    threshold: float = 0.5  # multi-label: a class above this probability is a label (Eq. 4's t); without meaning for multi-class (Eq. 5)
+    min_score: float = 0.3  # queries below are nobody
+    nms: float = 0.5  # of two boxes that overlap more than this (IoU), the one with the lower score goes; 1 = keep all
+
+    def __post_init__(self) -> None:
+        for field, value in dataclasses.asdict(self).items():
+            if not 0 <= value <= 1:
+                raise UserError(f"{field}={value} must lie in [0, 1]")
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """What prediction needs to know about a model; `dsct_jax.load` returns one."""
+
+    class_names: tuple[str, ...]
+    multi_label: bool
+    preprocessing: Preprocessing
+    config: Any  # the run's configuration as a mapping; only loss.class_loss is read
+
+    def __call__(self, images: Any, padding_mask: Any) -> Predictions:
+        """Normalised float32 [b h w 3] and bool [b h w] -> the predictions of all decoder layers."""
+        ...
+
+
+def has_subject_logit(*, multi_label: bool, class_loss: str) -> bool:
+    """Whether training gave the last logit its meaning "this is a person" (see `losses.detection_losses`)."""
+    return multi_label or class_loss == "softmax"
+
+
+def select_subjects(
+    logits: Float[np.ndarray, "q c"],
+    boxes: Float[np.ndarray, "q 4"],
+    size: Size,
+    *,
+    class_names: Sequence[str],
+    multi_label: bool,
+    subject_logit: bool,
+    selection: Selection,
+) -> list[Subject]:
+    """The people of one image, surest first, from the queries of the last decoder layer.
+
+    The score of a query is the probability of its last logit, "a subject", where training gave it a meaning; otherwise (multi-class focal loss)
+    the largest sigmoid over the classes, which that loss drives to 0 for queries that answer for nobody. The paper's score, the mean over the
+    class outputs (`evaluate.subject_scores`), orders the queries of an image but has no scale to cut at, so it is not used here.
+
+    Args:
+        logits: c = k + 1.
+        boxes: (cx, cy, w, h) in [0, 1] of the image without padding.
+        size: (height, width) of the image that the boxes are wanted for.
+    """
+    probabilities = class_probabilities(logits, multi_label=multi_label)
+    certainty = _sigmoid(logits[:, -1] if subject_logit else logits[:, :-1].max(-1))
+    height, width = size
+    pixels = np.clip(cxcywh_to_xyxy(boxes) * np.array([width, height] * 2), 0, [width, height] * 2)
+    candidates = np.flatnonzero((certainty >= selection.min_score) & (pixels[:, 2:] > pixels[:, :2]).all(-1))
+    kept = candidates[non_max_suppression(pixels[candidates], certainty[candidates], threshold=selection.nms)]
+    subjects = []
+    for query in kept:
+        order = np.argsort(-probabilities[query], kind="stable")
+        chosen = [i for i in order if probabilities[query, i] > selection.threshold] if multi_label else order[:1]  # Eq. 4 or Eq. 5
+        subjects.append(
+            Subject(
+                box=tuple(pixels[query].tolist()),
+                scores=dict(zip(class_names, probabilities[query].tolist(), strict=True)),
+                labels=tuple(class_names[i] for i in chosen),
+                score=float(certainty[query]),
+            )
+        )
+    return subjects
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0, -logits.astype(np.float64)))
+
+
+def predict(
+    model: Detector,
+    images: Sequence[Photograph],
+    *,
+    threshold: float = Selection.threshold,
+    min_score: float = Selection.min_score,
+    nms: float = Selection.nms,
+    batch_size: int = BATCH_SIZE,
+) -> list[list[Subject]]:
+    """The people in every image, in the order of the images; an empty list where nobody is found.
+
+    Args:
+        model: what `dsct_jax.load` returns.
+        images: PIL images of any mode, or uint8 arrays [h w 3] (RGB) or [h w] (grey).
+        threshold, min_score, nms: see `Selection`.
+        batch_size: images a call of the model. One program is compiled for each canvas of `model.preprocessing.buckets` that occurs.
+
+    Raises:
+        UserError: an array of another shape or type, or a number out of its range.
+    """
+    selection = Selection(threshold=threshold, min_score=min_score, nms=nms)
+    found: list[list[Subject]] = [[] for _ in images]
+    for index, _, subjects in predict_each(model, images, selection=selection, batch_size=min(batch_size, max(1, len(images)))):
+        found[index] = subjects
+    return found
+
+
+def predict_each(
+    model: Detector, images: Iterable[Photograph], *, selection: Selection, batch_size: int = BATCH_SIZE
+) -> Iterator[tuple[int, Image.Image, list[Subject]]]:
+    """(position, RGB image, people) of every image as its batch is done: any number of images, at most one batch a canvas in memory.
+
+    A batch holds images of one canvas; the last ones are filled up with repetitions, so that every batch of a canvas has the same shape.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
+    waiting: dict[Size, list[_Prepared]] = defaultdict(list)
+    for index, photograph in enumerate(images):
+        image = as_rgb(photograph)
+        pixels, size = prepare_image(image, model.preprocessing)
+        canvas = pixels.shape[0], pixels.shape[1]
+        waiting[canvas].append(_Prepared(index, image, pixels, size))
+        if len(waiting[canvas]) == batch_size:
+            yield from _predict_batch(model, waiting.pop(canvas), batch_size, selection)
+    for batch in waiting.values():
+        yield from _predict_batch(model, batch, batch_size, selection)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    index: int
+    image: Image.Image
+    pixels: np.ndarray  # uint8 [h w 3], padded to its canvas
+    size: Size  # what of it is image
+
+
+def _predict_batch(
+    model: Detector, batch: list[_Prepared], batch_size: int, selection: Selection
+) -> Iterator[tuple[int, Image.Image, list[Subject]]]:
+    filled = batch + batch[-1:] * (batch_size - len(batch))
+    images, mask = _to_model_input(np.stack([item.pixels for item in filled]), np.array([item.size for item in filled], np.int32))
+    predictions = model(images, mask)
+    logits, boxes = np.asarray(predictions.logits[-1]), np.asarray(predictions.boxes[-1])
+    subject_logit = has_subject_logit(multi_label=model.multi_label, class_loss=model.config["loss"]["class_loss"])
+    for i, item in enumerate(batch):
+        yield (
+            item.index,
+            item.image,
+            select_subjects(
+                logits[i],
+                boxes[i],
+                (item.image.height, item.image.width),
+                class_names=model.class_names,
+                multi_label=model.multi_label,
+                subject_logit=subject_logit,
+                selection=selection,
+            ),
+        )
+
+
+@jax.jit
+def _to_model_input(pixels: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    mask = padding_mask(sizes, *pixels.shape[1:3])
+    return normalize(pixels, mask), mask
+
+
+def as_rgb(photograph: Photograph) -> Image.Image:
+    """A PIL image of any mode or a uint8 array [h w 3] or [h w] as an RGB image.
+
+    Raises:
+        UserError: an array of another shape or type.
+    """
+    if isinstance(photograph, np.ndarray):
+        if photograph.dtype != np.uint8 or photograph.ndim not in (2, 3) or photograph.shape[2:] not in ((), (3,)):
+            raise UserError(
+                f"an image array must be uint8 [h w 3] (RGB) or [h w] (grey), not {photograph.dtype} {list(photograph.shape)}; "
+                "values in [0, 1] need (255 * image).round().astype('uint8')"
+            )
+        if 0 in photograph.shape:
+            raise UserError(f"an image array has no pixels: {list(photograph.shape)}")
+        photograph = Image.fromarray(photograph)
+    return photograph.convert("RGB")
