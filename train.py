@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
+from PIL import Image
 
 from data.config import SPLITS, DataConfig
 from data.pipeline import Dataset, make_dataset
@@ -39,8 +40,11 @@ from dsct_jax.settings import entry, from_section, plain, read_config, unknown_f
 from dsct_jax.startup import start_process
 from dsct_jax.state import Flat, ModelFunctions
 from dsct_jax.step import TrainState, make_eval_step, make_mesh, make_train_step, replicate, shard_batch
+from dsct_jax.subjects import has_subject_logit
+from dsct_jax.visualize import contact_sheet, draw_batch
 
 SHOWN_METRICS = ("mAP", "accuracy", "macro_f1", "mean_iou")  # in the line of a validation
+DRAWN_IMAGES = 24  # on the contact sheet of an evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,14 +226,21 @@ def tell_skipped(*datasets: Dataset, tell) -> None:
         tell(f"left out: {unreadable} image(s) that could not be opened and {len(damaged)} with damaged pixels")
 
 
-def run_evaluation(eval_step, params: Flat, frozen: Flat, data: Dataset, run: RunConfig, mesh: Mesh) -> dict[str, float]:
-    """Every image of `data` once -> metrics."""
+def run_evaluation(
+    eval_step, params: Flat, frozen: Flat, data: Dataset, run: RunConfig, mesh: Mesh, *, drawings: list[Image.Image] | None = None
+) -> dict[str, float]:
+    """Every image of `data` once -> metrics; the first of them are drawn into `drawings` where that is given."""
     results: list[ImageResult] = []
     seen = 0
     with Prefetch(data.iterator(), lambda batch: (batch, shard_batch(batch, mesh))) as batches:
         for batch, sharded in batches:
             predictions = eval_step(params, frozen, sharded)
-            results += image_results(batch, np.asarray(predictions.logits[-1]), np.asarray(predictions.boxes[-1]))
+            logits, boxes = np.asarray(predictions.logits[-1]), np.asarray(predictions.boxes[-1])
+            results += image_results(batch, logits, boxes)
+            if drawings is not None and len(drawings) < DRAWN_IMAGES:
+                subject_logit = has_subject_logit(multi_label=run.multi_label, class_loss=run.loss.class_loss)
+                names = {"class_names": run.class_names, "multi_label": run.multi_label, "subject_logit": subject_logit}
+                drawings += draw_batch(batch, logits, boxes, **names)
             seen += int((batch.image_ids >= 0).sum())  # images that were skipped as damaged keep their number
     if seen != data.num_images:
         raise RuntimeError(f"evaluated {seen} of {data.num_images} images")
@@ -255,7 +266,7 @@ def image_results(batch: Batch, logits: np.ndarray, boxes: np.ndarray) -> Iterat
 
 
 def evaluate_checkpoint(config: Mapping[str, Any], workdir: Path, split: str) -> dict[str, float]:
-    """Evaluates the newest checkpoint on a split; prints the table and writes metrics_<split>.json beside it."""
+    """Evaluates the newest checkpoint on a split; prints the table, writes metrics_<split>.json and predictions_<split>.png beside it."""
     run, mesh = RunConfig.from_mapping(config), make_mesh()
     require_divisible(run.train, mesh)
     params, frozen, metadata = load_weights(workdir)
@@ -264,10 +275,13 @@ def evaluate_checkpoint(config: Mapping[str, Any], workdir: Path, split: str) ->
     require_same_shapes(functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(workdir))
     data = open_data(run, split, training=False)
     params, frozen = replicate((params, frozen), mesh)
-    metrics = run_evaluation(make_eval_step(functions, mesh=mesh), params, frozen, data, run, mesh)
+    drawings: list[Image.Image] = []
+    metrics = run_evaluation(make_eval_step(functions, mesh=mesh), params, frozen, data, run, mesh, drawings=drawings)
     print(format_table(metrics))
     tell_skipped(data, tell=print)
     (workdir / f"metrics_{split}.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    contact_sheet(drawings[:DRAWN_IMAGES], 6).save(workdir / f"predictions_{split}.png")
+    print(f"numbers: {workdir / f'metrics_{split}.json'}   drawings (dashed: annotated): {workdir / f'predictions_{split}.png'}")
     return metrics
 
 

@@ -4,8 +4,9 @@ Each query samples `p` points on each of `l` feature levels around its reference
 head (Zhu et al., Deformable DETR, Eq. 3). `deformable_attention` takes locations and weights; `deformable_attention_from_offsets`, which the model
 uses, takes what the projections produce and does the softmax and the location arithmetic inside.
 
-Implementations: `reference` (plain jax.numpy, the definition), `xla` (fastest portable form; lowers for every platform and for jax.export).
-`implementation=None` picks the best for the default platform when the call is traced; `default_implementation` says which that is.
+Implementations: `reference` (plain jax.numpy, the definition), `xla` (fastest portable form; lowers for every platform and for jax.export) and
+`pallas_gpu` (GPU kernels). Asked for by name, one runs or raises with the reason. `implementation=None` picks when the call is traced: `pallas_gpu`
+where jax runs on a GPU and the kernels support the arguments, else `xla`. `chosen_implementation` tells which, and each is logged once.
 
 Contract of all of them:
 - Locations are (x, y), 0 and 1 the outer edges of a level; pixel centres are half-way: pixel = location * size - 0.5. Outside the map lie zeros.
@@ -14,22 +15,39 @@ Contract of all of them:
 """
 
 import logging
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels import reference, xla
+from pallas_kernels import pallas_gpu, reference, xla
 from pallas_kernels.reference import SpatialShapes
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+IMPLEMENTATIONS = {"reference": reference, "xla": xla, "pallas_gpu": pallas_gpu}
 
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
 
 
-def default_implementation(platform: str | None = None) -> str:
-    """Name of the implementation that `None` stands for on `platform` ("cpu", "gpu", "tpu"; default: where jax would run now)."""
-    return "xla"
+def chosen_implementation(value: Any, offsets: Any, implementation: str | None = None) -> str:
+    """Name of the implementation that would run for these arguments (arrays or jax.ShapeDtypeStruct) where jax runs now.
+
+    Raises:
+        ValueError: an unknown name, or an implementation that cannot run here, with the reason.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)} or None, got {implementation!r}")
+    if implementation in ("reference", "xla"):
+        return implementation
+    reason = pallas_gpu.why_not(value, offsets, platform=_platform())
+    if implementation == "pallas_gpu" and reason:
+        raise ValueError(f"implementation pallas_gpu cannot be used: {reason}")
+    return "xla" if reason else "pallas_gpu"
+
+
+def _platform() -> str:
+    device = jax.config.jax_default_device
+    return jax.default_backend() if device is None else getattr(device, "platform", device)
 
 
 def deformable_attention(
@@ -50,10 +68,10 @@ def deformable_attention(
         implementation: a name of IMPLEMENTATIONS, or None for the best here.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown implementation.
+        ValueError: shapes that do not fit together, or an implementation that is unknown or cannot run here.
     """
     _check(value, spatial_shapes, sampling_locations, attention_weights)
-    return _choose(implementation).deformable_attention(value, spatial_shapes, sampling_locations, attention_weights)
+    return _choose(value, sampling_locations, implementation).deformable_attention(value, spatial_shapes, sampling_locations, attention_weights)
 
 
 def deformable_attention_from_offsets(
@@ -74,22 +92,20 @@ def deformable_attention_from_offsets(
         logits: before the softmax, which runs over levels and points together, in float32.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown implementation.
+        ValueError: shapes that do not fit together, or an implementation that is unknown or cannot run here.
     """
     _check(value, spatial_shapes, offsets, logits)
     b, q, _, l = logits.shape[:4]
     if reference_points.shape != (b, q, l, 2):
         raise ValueError(f"reference_points must be [b q l 2] = {(b, q, l, 2)}, got {reference_points.shape}")
-    return _choose(implementation).deformable_attention_from_offsets(value, spatial_shapes, reference_points, offsets, logits)
+    return _choose(value, offsets, implementation).deformable_attention_from_offsets(value, spatial_shapes, reference_points, offsets, logits)
 
 
-def _choose(name: str | None):
-    name = name or default_implementation()
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)} or None, got {name!r}")
+def _choose(value: jax.Array, offsets: jax.Array, implementation: str | None):
+    name = chosen_implementation(value, offsets, implementation)
     if name not in _logged:
         _logged.add(name)
-        _log.info("deformable attention: %s on %s", name, jax.default_backend())
+        _log.info("deformable attention: %s on %s", name, _platform())
     return IMPLEMENTATIONS[name]
 
 

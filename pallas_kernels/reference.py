@@ -54,7 +54,12 @@ def deformable_attention_from_offsets(
     """The same with locations reference_points + offsets / (width, height) and weights softmax(logits) over all levels and points."""
     b, q, n, l, p = logits.shape
     dtype = jnp.promote_types(value.dtype, jnp.float32)
-    sizes = jnp.stack([jnp.stack([jnp.asarray(width, dtype), jnp.asarray(height, dtype)]) for height, width in spatial_shapes])
-    locations = reference_points.astype(dtype)[:, :, None, :, None] + offsets.astype(dtype) / sizes.reshape(1, 1, 1, l, 1, 2)
+    sizes = level_sizes(spatial_shapes, dtype).reshape(1, 1, 1, l, 1, 2)
+    locations = reference_points.astype(dtype)[:, :, None, :, None] + offsets.astype(dtype) / sizes
     weights = jax.nn.softmax(logits.astype(dtype).reshape(b, q, n, l * p), axis=-1).reshape(b, q, n, l, p)
     return deformable_attention(value, spatial_shapes, locations, weights)
+
+
+def level_sizes(spatial_shapes: SpatialShapes, dtype) -> Float[Array, "l 2"]:
+    """(width, height) of each level: the order of locations and offsets."""
+    return jnp.stack([jnp.stack([jnp.asarray(width, dtype), jnp.asarray(height, dtype)]) for height, width in spatial_shapes])

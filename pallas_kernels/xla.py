@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 from jaxtyping import Array, Float
 
-from pallas_kernels.reference import SpatialShapes
+from pallas_kernels.reference import SpatialShapes, level_sizes
 
 CPU_BLOCK = 512  # (query, head) pairs a block of the CPU's backward pass; with 64 corners its rows fill 4 MiB
 CPU_LANES = 4  # partial sums a dot product; XLA's CPU backend vectorises these over the rows, a full reduction in a fusion not at all
@@ -34,7 +34,7 @@ def deformable_attention(
     b, q, _, l = attention_weights.shape[:4]
     dtype = jnp.promote_types(value.dtype, jnp.float32)
     origin = jnp.full((b, q, l, 2), -0.5, dtype)
-    offsets = sampling_locations.astype(dtype) * _sizes(spatial_shapes, dtype)[:, None, :]
+    offsets = sampling_locations.astype(dtype) * level_sizes(spatial_shapes, dtype)[:, None, :]
     return _sample(spatial_shapes, value, origin, offsets, attention_weights.astype(dtype))
 
 
@@ -47,14 +47,9 @@ def deformable_attention_from_offsets(
 ) -> Float[Array, "b q n*d"]:
     """See `pallas_kernels.deformable_attention`."""
     dtype = jnp.promote_types(value.dtype, jnp.float32)
-    origin = reference_points.astype(dtype) * _sizes(spatial_shapes, dtype) - 0.5
+    origin = reference_points.astype(dtype) * level_sizes(spatial_shapes, dtype) - 0.5
     weights = jax.nn.softmax(logits.astype(dtype).reshape(*logits.shape[:3], -1), axis=-1).reshape(logits.shape)
     return _sample(spatial_shapes, value, origin, offsets.astype(dtype), weights)
-
-
-def _sizes(spatial_shapes: SpatialShapes, dtype) -> Float[Array, "l 2"]:
-    """(width, height) of each level."""
-    return jnp.stack([jnp.stack([jnp.asarray(width, dtype), jnp.asarray(height, dtype)]) for height, width in spatial_shapes])
 
 
 def _starts(spatial_shapes: SpatialShapes) -> jax.Array:
@@ -78,7 +73,7 @@ def _sample_image(spatial_shapes: SpatialShapes, value, origin, offsets, weights
     s, n, d = value.shape
     q, _, l, p = weights.shape
     rows = value.reshape(s * n, d)
-    sizes, starts = _sizes(spatial_shapes, weights.dtype), _starts(spatial_shapes)
+    sizes, starts = level_sizes(spatial_shapes, weights.dtype), _starts(spatial_shapes)
     head = jnp.arange(q * n, dtype=jnp.int32) % n
     origin = jnp.broadcast_to(origin[:, None], (q, n, l, 2)).reshape(q * n, l, 2)
     offsets, weights = offsets.reshape(q * n, l, p, 2), weights.reshape(q * n, l, p)
@@ -121,7 +116,7 @@ def _gradients_by_block(spatial_shapes: SpatialShapes, value, origin, offsets, w
     q, _, l, p = weights.shape
     block = min(q, max(1, CPU_BLOCK // n))
     rows, lanes = value.reshape(s * n, d), math.gcd(d, CPU_LANES)
-    sizes, start = _sizes(spatial_shapes, weights.dtype).reshape(l, 2, 1), _starts(spatial_shapes).reshape(l, 1)
+    sizes, start = level_sizes(spatial_shapes, weights.dtype).reshape(l, 2, 1), _starts(spatial_shapes).reshape(l, 1)
     width, height = sizes[:, 0], sizes[:, 1]
     head = (jnp.arange(block * n, dtype=jnp.int32) % n).reshape(-1, 1, 1)
 
@@ -158,7 +153,7 @@ def _gradients_by_corner(spatial_shapes: SpatialShapes, value, origin, offsets, 
     s, n, d = value.shape
     rows = value.reshape(s * n, d)
     x, y = jnp.moveaxis(origin[:, None, :, None] + offsets, (-1, 2, 3), (0, 1, 2))  # each l p q n
-    (width, height), start = jnp.moveaxis(_sizes(spatial_shapes, weights.dtype), 1, 0)[..., None, None, None], _starts(spatial_shapes)[:, None, None, None]
+    (width, height), start = jnp.moveaxis(level_sizes(spatial_shapes, weights.dtype), 1, 0)[..., None, None, None], _starts(spatial_shapes)[:, None, None, None]
     corner_weights, pullback = jax.vjp(functools.partial(_corner_weights, width, height), x, y, jnp.moveaxis(weights, (2, 3), (0, 1)))
     head = jnp.arange(n, dtype=jnp.int32)
     index = jnp.stack([token * n + head for token in _corner_tokens(width, height, start, x, y)]).reshape(-1, weights.shape[0] * n)

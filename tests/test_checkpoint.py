@@ -22,7 +22,7 @@ OPTIMIZER = optax.adamw(1e-3)
 def state_at(step: int, *, devices: int = 1, width: int = 3) -> TrainState:
     """A state whose every number depends on `step`."""
     rng = np.random.default_rng(step)
-    params = {"a/0/kernel": jnp.asarray(rng.standard_normal((5, width)), jnp.float32), "a.b/bias": jnp.asarray(rng.standard_normal(20000), jnp.float32)}
+    params = {"a/0/kernel": jnp.float32(rng.standard_normal((5, width))), "a.b/bias": jnp.float32(rng.standard_normal(20000))}
     opt_state = jax.tree.map(lambda x: x + step, OPTIMIZER.init(params))
     state = TrainState(jnp.int32(step), params, {"fixed/scale": jnp.float32([step, 2])}, {"mean": jnp.ones(4)}, opt_state)
     return replicate(state, make_mesh(jax.devices()[:devices]))
