@@ -75,7 +75,8 @@ class Logbook:
             _replace(self._path, "".join(f"{line}\n" for line in kept))
         self._file = self._path.open("a")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
-        self._total, self._start_step, self._start = total_steps, start_step, time.monotonic()
+        self._total = total_steps
+        self._first: tuple[int, float] | None = None  # step and time of the first line of progress
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step") if sys.stderr.isatty() else None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -91,7 +92,8 @@ class Logbook:
 
     def leave_out(self, seconds: float) -> None:
         """Time that will not come again, such as a compilation, is not counted when the remaining time is estimated."""
-        self._start += seconds
+        if self._first is not None:
+            self._first = self._first[0], self._first[1] + seconds
 
     def progress(self, step: int, text: str) -> None:
         """Where the run stands: a bar on a terminal, a plain line elsewhere."""
@@ -99,9 +101,13 @@ class Logbook:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(text)
             return
-        done = step - self._start_step
-        remaining = (time.monotonic() - self._start) / max(done, 1) * (self._total - step)
-        print(f"step {step}/{self._total}  {text}  ETA {_duration(remaining)}", flush=True)
+        now = time.monotonic()
+        if self._first is None:  # how long the rest takes is known from the second line on: the first steps compile and start workers
+            self._first, eta = (step, now), ""
+        else:
+            first_step, first_time = self._first
+            eta = f"  ETA {_duration((now - first_time) / (step - first_step) * (self._total - step))}"
+        print(f"step {step}/{self._total}  {text}{eta}", flush=True)
 
     def close(self) -> None:
         """Flushes and closes everything."""

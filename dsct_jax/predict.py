@@ -23,6 +23,7 @@ from dsct_jax.errors import UserError
 from dsct_jax.load import load
 from dsct_jax.preprocess import decode_image
 from dsct_jax.settings import read_config
+from dsct_jax.startup import start_process
 from dsct_jax.subjects import BATCH_SIZE, Detector, Selection, Subject, predict_each
 from dsct_jax.visualize import contact_sheet, draw_subjects
 
@@ -205,4 +206,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    start_process()
     sys.exit(main())

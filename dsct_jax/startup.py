@@ -31,7 +31,10 @@ def start_process() -> None:
         logger.addHandler(ours)
         logger.setLevel(logging.INFO)
         logger.propagate = False
+    # Batches that workers had ready when a run was stopped: Python's tracker gives their memory back, and need not tell.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     sys.unraisablehook = _report_unraisable
+    sys.modules["__main__"].__dict__.pop("__file__", None)  # or every data worker would run the command's file, and load all that it imports
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # One directory a machine: programs for a CPU use its instructions, and home directories are shared.
         directory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dsct_jax" / (platform.node() or "local")
