@@ -146,7 +146,9 @@ def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
             if batch.images.shape not in seen_shapes:
                 seen_shapes.add(batch.images.shape)
                 seconds = time.monotonic() - started
-                logbook.tell(f"compiled for images {batch.images.shape} in {seconds:.1f} s, program {len(seen_shapes)} of at most {len(run.data.buckets)}")
+                logbook.tell(
+                    f"compiled for images {batch.images.shape} in {seconds:.1f} s, program {len(seen_shapes)} of at most {len(run.data.buckets)}"
+                )
                 logbook.leave_out(seconds)
                 clock += seconds
             last = step == total_steps

@@ -32,7 +32,18 @@ _DTYPES = {
 
 
 # What a pickle or an archive that was damaged or forged can raise.
-_UNREADABLE = (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError, zlib.error)
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zlib.error,
+)
 
 
 class Opaque:

@@ -162,5 +162,7 @@ def test_load_and_predict_are_functions_whatever_was_imported_first(first):
 
 
 def test_the_data_workers_load_no_model():
-    program = "import sys, data.pipeline\nloaded = {'flax', 'optax', 'dsct_jax.model', 'dsct_jax.load'} & sys.modules.keys()\nassert not loaded, loaded"
+    program = (
+        "import sys, data.pipeline\nloaded = {'flax', 'optax', 'dsct_jax.model', 'dsct_jax.load'} & sys.modules.keys()\nassert not loaded, loaded"
+    )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

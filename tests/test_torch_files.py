@@ -110,7 +110,11 @@ def test_tensors_of_a_released_file(tmp_path):
 
 def test_views_of_one_storage(tmp_path):
     storage = Storage(np.arange(12, dtype=np.float32), "0")
-    views = {"transposed": as_tensor(storage, (4, 3), (1, 4)), "part": as_tensor(storage, (2, 2), (4, 1), 5), "none": as_tensor(storage, (0, 3), (3, 1))}
+    views = {
+        "transposed": as_tensor(storage, (4, 3), (1, 4)),
+        "part": as_tensor(storage, (2, 2), (4, 1), 5),
+        "none": as_tensor(storage, (0, 3), (3, 1)),
+    }
     found = read_pth(write_pth(tmp_path / "x.pth", views, [storage]))
     whole = storage.array.reshape(3, 4)
     np.testing.assert_array_equal(found["transposed"], whole.T)
@@ -142,7 +146,13 @@ def test_nothing_in_a_file_is_executed(tmp_path):
             return os.mkdir, (str(tmp_path / "executed"),)
 
     assert "mkdir" in refused(write_pth(tmp_path / "x.pth", pickle.dumps({"model": Evil()}, protocol=2)))
-    for module, name in (("builtins", "eval"), ("builtins", "getattr"), ("torch.storage", "_load_from_bytes"), ("functools", "partial"), ("os", "system")):
+    for module, name in (
+        ("builtins", "eval"),
+        ("builtins", "getattr"),
+        ("torch.storage", "_load_from_bytes"),
+        ("functools", "partial"),
+        ("os", "system"),
+    ):
         line = refused(write_pth(tmp_path / "x.pth", Call(Global(module, name), "1")))
         assert f"{module}.{name}" in line
     assert not (tmp_path / "executed").exists()
@@ -219,7 +229,9 @@ def test_every_damaged_pickle_is_refused_or_harmless(tmp_path):
     """Without the archive's checksums in the way."""
     storage = Storage(np.arange(20, dtype=np.float32), "0")
     buffer = io.BytesIO()
-    Writer(buffer, protocol=2).dump({"model": {"a": as_tensor(storage, (4, 5), (5, 1))}, "args": Call(Global("argparse", "Namespace"), state={"x": 1})})
+    Writer(buffer, protocol=2).dump(
+        {"model": {"a": as_tensor(storage, (4, 5), (5, 1))}, "args": Call(Global("argparse", "Namespace"), state={"x": 1})}
+    )
     rng = np.random.default_rng(1)
     for _ in range(1000):
         spoilt = bytearray(buffer.getvalue())

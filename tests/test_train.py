@@ -326,7 +326,10 @@ def photographs(root: Path, *, category: object = 1, box: object = (10, 10, 20, 
     }
     for split in ("train", "val", "test"):
         (root / f"{split}.json").write_text(json.dumps(document))
-    return [f"--config.data.{split}={split}.json" for split in ("train", "val", "test")] + [f"--config.data.data_dir={root}", "--config.data.source=coco"]
+    return [f"--config.data.{split}={split}.json" for split in ("train", "val", "test")] + [
+        f"--config.data.data_dir={root}",
+        "--config.data.source=coco",
+    ]
 
 
 def damage(path: Path) -> None:
@@ -433,5 +436,3 @@ def test_an_interrupt_says_how_to_continue(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "train", interrupted)
     assert train.main([DEBUG, f"--workdir={tmp_path}"]) == 130
     assert "continues from the last checkpoint" in capsys.readouterr().err
-
-
