@@ -119,5 +119,6 @@ def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> tuple[UIn
 
 def normalize(images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], padding_mask: Bool[Array, "b h w"]) -> Float32[Array, "b h w 3"]:
     """ImageNet normalisation on the device of pixels 0..255; padding becomes exactly 0, as DETR pads after normalising."""
-    scaled = (images.astype(jnp.float32) / 255 - jnp.array(MEAN, jnp.float32)) / jnp.array(STD, jnp.float32)
+    mean, std = (jnp.array(x, jnp.float32).reshape(1, 1, 1, 3) for x in (MEAN, STD))
+    scaled = (images.astype(jnp.float32) / 255 - mean) / std
     return jnp.where(padding_mask[..., None], jnp.float32(0), scaled)
