@@ -18,7 +18,7 @@ def get_config():
         backbone="small",
         norm="group",
         hidden_dim=64,
-        num_heads=4,
+        num_heads=8,
         num_points=2,
         feedforward_dim=128,
         num_encoder_layers=1,
@@ -36,7 +36,7 @@ def get_config():
         schedule="cosine",
         warmup_steps=100,
         clip_norm=5.0,
-        rules=((r"(?!(.*/)?(sampling_offsets|reference_points)/).*", 1.0), (r"(.*/)?(sampling_offsets|reference_points)/.*", 0.3)),
+        rules=((r".*", 1.0),),
     )
     config.data.update(
         source="scenes",
