@@ -53,5 +53,5 @@ def get_config():
         num_workers=0,
         cache=True,
     )
-    config.train.update(batch_size=16, eval_batch_size=40, epochs=16, eval_every=2.0, checkpoint_every=2.0, log_every=25)
+    config.train.update(batch_size=16, eval_batch_size=40, epochs=12, eval_every=2.0, checkpoint_every=2.0, log_every=25)
     return config
