@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class _Static:
     partitioned: bool = True  # False: without the partitioning rules, which can only be lowered where there are devices
 
 
-def why_not(value: jax.Array, offsets: jax.Array, *, platform: str) -> str | None:
+def why_not(value: Any, offsets: Any, *, platform: str) -> str | None:
     """The reason why these kernels cannot run here, or None if they can."""
     if platform != "gpu":
         return f"it needs a GPU, and jax runs on {platform}"
