@@ -252,7 +252,18 @@ def _forward_kernel(sizes: _Sizes, softmax: bool, interpret: bool, value_ref, or
 
 
 def _backward_kernel(
-    sizes: _Sizes, softmax: bool, interpret: bool, value_ref, origin_ref, offsets_ref, scores_ref, cotangent_ref, _, grad_value_ref, grad_offsets_ref, grad_scores_ref
+    sizes: _Sizes,
+    softmax: bool,
+    interpret: bool,
+    value_ref,
+    origin_ref,
+    offsets_ref,
+    scores_ref,
+    cotangent_ref,
+    _,
+    grad_value_ref,
+    grad_offsets_ref,
+    grad_scores_ref,
 ):
     query, real, head, image = sizes.program()
     out_row = query * sizes.n + head

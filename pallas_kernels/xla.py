@@ -134,7 +134,8 @@ def _gradients_by_block(spatial_shapes: SpatialShapes, value, origin, offsets, w
         index = jnp.stack([token * n + head for token in _corner_tokens(width, height, start, x, y)], -1).reshape(-1)
         g = block_cotangent.reshape(-1, 1, d)
         partial_sums = sum(
-            _take(rows, index, lane, lanes).astype(g.dtype).reshape(g.shape[0], -1, lanes) * g[..., lane : lane + lanes] for lane in range(0, d, lanes)
+            _take(rows, index, lane, lanes).astype(g.dtype).reshape(g.shape[0], -1, lanes) * g[..., lane : lane + lanes]
+            for lane in range(0, d, lanes)
         )
         scores = (partial_sums.reshape(-1, lanes) @ jnp.ones((lanes, 1), g.dtype)).reshape(-1, l, p, 4)
         grad_x, grad_y, grad_weights = pullback(tuple(scores[..., corner] for corner in range(4)))
@@ -153,7 +154,8 @@ def _gradients_by_corner(spatial_shapes: SpatialShapes, value, origin, offsets, 
     s, n, d = value.shape
     rows = value.reshape(s * n, d)
     x, y = jnp.moveaxis(origin[:, None, :, None] + offsets, (-1, 2, 3), (0, 1, 2))  # each l p q n
-    (width, height), start = jnp.moveaxis(level_sizes(spatial_shapes, weights.dtype), 1, 0)[..., None, None, None], _starts(spatial_shapes)[:, None, None, None]
+    width, height = level_sizes(spatial_shapes, weights.dtype).T[..., None, None, None]
+    start = _starts(spatial_shapes)[:, None, None, None]
     corner_weights, pullback = jax.vjp(functools.partial(_corner_weights, width, height), x, y, jnp.moveaxis(weights, (2, 3), (0, 1)))
     head = jnp.arange(n, dtype=jnp.int32)
     index = jnp.stack([token * n + head for token in _corner_tokens(width, height, start, x, y)]).reshape(-1, weights.shape[0] * n)

@@ -31,9 +31,7 @@ class Interpreted:
     """The GPU kernels, their steps run one by one as XLA operations."""
 
     deformable_attention = staticmethod(functools.partial(pallas_gpu.deformable_attention, interpret=True, tile=Tile(8, 1)))
-    deformable_attention_from_offsets = staticmethod(
-        functools.partial(pallas_gpu.deformable_attention_from_offsets, interpret=True, tile=Tile(8, 1))
-    )
+    deformable_attention_from_offsets = staticmethod(functools.partial(pallas_gpu.deformable_attention_from_offsets, interpret=True, tile=Tile(8, 1)))
 
 
 IMPLEMENTATIONS = {"reference": reference, "xla": xla, "interpreted": Interpreted}
@@ -139,7 +137,8 @@ def test_accelerator_backward_equals_cpu_backward():
     run = jax.jit(functools.partial(by_corner, shapes=shapes))
     heads = cotangent.reshape(*arguments["logits"].shape[:3], workload.head_size)
     grad_value, grad_offsets, grad_weights = run(arguments["value"], jnp.asarray(origin, jnp.float32), arguments["offsets"], weights, heads)
-    grad_logits = jax.vjp(lambda x: jax.nn.softmax(x.reshape(*x.shape[:3], -1)).reshape(x.shape), jnp.asarray(arguments["logits"]))[1](grad_weights)[0]
+    _, softmax_pullback = jax.vjp(lambda x: jax.nn.softmax(x.reshape(*x.shape[:3], -1)).reshape(x.shape), arguments["logits"])
+    (grad_logits,) = softmax_pullback(grad_weights)
     found = {"value": grad_value.reshape(arguments["value"].shape), "offsets": grad_offsets, "logits": grad_logits}
     assert_close(found, {key: answers[key] for key in found}, epsilon=2e-5)
 
@@ -201,7 +200,7 @@ def test_choice():
 
 def test_shapes_that_do_not_fit_are_named():
     arguments = inputs(WORKLOADS["odd_queries"])
-    with pytest.raises(ValueError, match="20 tokens|24 tokens"):
+    with pytest.raises(ValueError, match="hold 24 tokens"):
         deformable_attention_from_offsets(spatial_shapes=((6, 4),), **arguments)
     short = {**arguments, "reference_points": arguments["reference_points"][:, :3]}
     with pytest.raises((ValueError, jaxtyping.TypeCheckError), match="reference_points"):
