@@ -1,8 +1,8 @@
 """Time deformable attention where jax runs: `python -m pallas_kernels.bench`, with `--torch` beside PyTorch's grid_sample formulation.
 
 For each workload, pattern of points and implementation: milliseconds of the forward pass and of forward and backward together (median and spread
-of interleaved rounds over rotating inputs), temporary memory, and the rate of the work itself: rows gathered in TB/s (forward) and float32 additions into
-the gradient of the values in G/s (from the difference). Writes a table and the same as JSON.
+of interleaved rounds over rotating inputs), temporary memory, and the rate of the work itself:
+rows gathered in TB/s (forward) and float32 additions into the gradient of the values in G/s (from the difference). Writes a table and JSON.
 """
 
 import argparse
