@@ -43,7 +43,7 @@ class Result:
     adds_g_s: float | None  # None: lost in the spread
 
 
-def jax_runs(workload: Workload, implementation: str, sets: list) -> tuple[list[Callable], list[float]]:
+def jax_runs(workload: Workload, implementation: str, sets: list) -> tuple[list[Callable], list[float | None]]:
     """Two functions of a set number (forward; both passes) that wait for the result, and the temporary memory of each in MiB."""
     function = functools.partial(IMPLEMENTATIONS[implementation].deformable_attention_from_offsets, spatial_shapes=workload.spatial_shapes)
 
@@ -57,10 +57,11 @@ def jax_runs(workload: Workload, implementation: str, sets: list) -> tuple[list[
 
     compiled = [jax.jit(f).lower(*sets[0]).compile() for f in (forward, both)]
     runs = [lambda i, run=run: jax.block_until_ready(run(*sets[i % len(sets)])) for run in compiled]
-    return runs, [run.memory_analysis().temp_size_in_bytes / 2**20 for run in compiled]
+    analyses = [run.memory_analysis() for run in compiled]
+    return runs, [None if found is None else found.temp_size_in_bytes / 2**20 for found in analyses]
 
 
-def torch_runs(workload: Workload, sets: list) -> tuple[list[Callable], list[None]]:
+def torch_runs(workload: Workload, sets: list) -> tuple[list[Callable], list[float | None]]:
     """The same for the formulation of the released code (ms_deform_attn_core_pytorch), softmax and locations included."""
     import torch
     from torch.nn.functional import grid_sample
@@ -120,7 +121,9 @@ def measure(workload: Workload, pattern: str, dtype, implementations: list[str],
         cotangent = np.random.default_rng(seed).normal(size=(*arguments["logits"].shape[:2], workload.heads * workload.head_size))
         value, *rest = (jnp.asarray(x) for x in arguments.values())
         sets.append([value.astype(dtype), *rest, jnp.asarray(cotangent, dtype)])
-    runs, memory, times = {}, {}, {}
+    runs: dict[str, list[Callable]] = {}
+    memory: dict[str, list[float | None]] = {}
+    times: dict[str, tuple[list[float], list[float]]] = {}
     for name in implementations:
         runs[name], memory[name] = torch_runs(workload, sets) if name == "torch" else jax_runs(workload, name, sets)
         for run in runs[name]:
@@ -141,8 +144,8 @@ def measure(workload: Workload, pattern: str, dtype, implementations: list[str],
         gather = values * sets[0][0].dtype.itemsize / forward / 1e9
         spreads = [(min(found), max(found)) for found in times[name]]
         adds = values / (both - forward) / 1e6 if both > forward else None
-        dtype_name = jnp.dtype(dtype).name
-        results.append(Result(workload.name, pattern, dtype_name, name, forward, spreads[0], both, spreads[1], *memory[name], gather, adds))
+        names = (workload.name, pattern, jnp.dtype(dtype).name, name)
+        results.append(Result(*names, forward, spreads[0], both, spreads[1], memory[name][0], memory[name][1], gather, adds))
     return results
 
 

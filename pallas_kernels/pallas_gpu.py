@@ -101,12 +101,12 @@ def _attend_forward(static: _Static, *inputs):
 
 
 def _attend_backward(static: _Static, inputs, cotangent):
-    value, _, offsets, scores = inputs
+    value, origin, offsets, scores = inputs
     cotangent = cotangent.reshape(*cotangent.shape[:2], *value.shape[2:])
     if static.partitioned:
-        grad_value, grad_offsets, grad_scores = _partitioned_backward(*inputs, cotangent, static)
+        grad_value, grad_offsets, grad_scores = _partitioned_backward(value, origin, offsets, scores, cotangent, static)
     else:
-        grad_value, grad_offsets, grad_scores = _backward_call(static, *inputs, cotangent)
+        grad_value, grad_offsets, grad_scores = _backward_call(static, value, origin, offsets, scores, cotangent)
     grad_origin = grad_offsets.sum((2, 4))
     return grad_value.astype(value.dtype), grad_origin, grad_offsets.astype(offsets.dtype), grad_scores.astype(scores.dtype)
 

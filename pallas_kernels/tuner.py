@@ -46,7 +46,7 @@ def milliseconds(workload: Workload, dtype, direction: str, tile: tiles.Tile) ->
 
 def tune() -> dict[str, tuple[int, int]]:
     """Shape class -> (queries, warps) of the smallest sum of times relative to each workload's best."""
-    times: dict[str, dict[tiles.Tile, list[dict]]] = {}
+    times: dict[str, dict[tiles.Tile, list[float]]] = {}
     for name in TUNED:
         workload = WORKLOADS[name]
         for dtype in (jnp.float32, jnp.bfloat16):
@@ -58,8 +58,12 @@ def tune() -> dict[str, tuple[int, int]]:
                 print(f"{name} {key}: " + ", ".join(f"{tile.queries}x{tile.warps} {found[tile]:.4f} ms" for tile in fastest), flush=True)
                 for tile, ms in found.items():
                     times.setdefault(key, {}).setdefault(tile, []).append(ms / best)
-    winners = {key: min(found, key=lambda tile, found=found: sum(found[tile])) for key, found in times.items()}
-    return {key: (tile.queries, tile.warps) for key, tile in winners.items()}
+    table = {}
+    for key, found_by_tile in times.items():
+        totals = {tile: sum(relative) for tile, relative in found_by_tile.items()}
+        winner = min(totals, key=totals.__getitem__)
+        table[key] = (winner.queries, winner.warps)
+    return table
 
 
 def main() -> None:
