@@ -46,7 +46,7 @@ def chosen_implementation(value: Any, offsets: Any, implementation: str | None =
 
 
 def _platform() -> str:
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     return jax.default_backend() if device is None else getattr(device, "platform", device)
 
 

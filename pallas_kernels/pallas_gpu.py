@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class _Static:
     partitioned: bool = True  # False: without the partitioning rules, which can only be lowered where there are devices
 
 
-def why_not(value: jax.Array, offsets: jax.Array, *, platform: str) -> str | None:
+def why_not(value: Any, offsets: Any, *, platform: str) -> str | None:
     """The reason why these kernels cannot run here, or None if they can."""
     if platform != "gpu":
         return f"it needs a GPU, and jax runs on {platform}"
@@ -100,12 +101,12 @@ def _attend_forward(static: _Static, *inputs):
 
 
 def _attend_backward(static: _Static, inputs, cotangent):
-    value, _, offsets, scores = inputs
+    value, origin, offsets, scores = inputs
     cotangent = cotangent.reshape(*cotangent.shape[:2], *value.shape[2:])
     if static.partitioned:
-        grad_value, grad_offsets, grad_scores = _partitioned_backward(*inputs, cotangent, static)
+        grad_value, grad_offsets, grad_scores = _partitioned_backward(value, origin, offsets, scores, cotangent, static)
     else:
-        grad_value, grad_offsets, grad_scores = _backward_call(static, *inputs, cotangent)
+        grad_value, grad_offsets, grad_scores = _backward_call(static, value, origin, offsets, scores, cotangent)
     grad_origin = grad_offsets.sum((2, 4))
     return grad_value.astype(value.dtype), grad_origin, grad_offsets.astype(offsets.dtype), grad_scores.astype(scores.dtype)
 

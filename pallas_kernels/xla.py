@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 from jaxtyping import Array, Float
 
-from pallas_kernels.reference import SpatialShapes, level_sizes
+from pallas_kernels.reference import SpatialShapes, level_sizes, rounded
 
 CPU_BLOCK = 512  # (query, head) pairs a block of the CPU's backward pass; with 64 corners its rows fill 4 MiB
 CPU_LANES = 4  # partial sums a dot product; XLA's CPU backend vectorises these over the rows, a full reduction in a fusion not at all
@@ -34,7 +34,7 @@ def deformable_attention(
     b, q, _, l = attention_weights.shape[:4]
     dtype = jnp.promote_types(value.dtype, jnp.float32)
     origin = jnp.full((b, q, l, 2), -0.5, dtype)
-    offsets = sampling_locations.astype(dtype) * level_sizes(spatial_shapes, dtype)[:, None, :]
+    offsets = rounded(sampling_locations.astype(dtype) * level_sizes(spatial_shapes, dtype)[:, None, :])
     return _sample(spatial_shapes, value, origin, offsets, attention_weights.astype(dtype))
 
 
@@ -47,7 +47,7 @@ def deformable_attention_from_offsets(
 ) -> Float[Array, "b q n*d"]:
     """See `pallas_kernels.deformable_attention`."""
     dtype = jnp.promote_types(value.dtype, jnp.float32)
-    origin = reference_points.astype(dtype) * level_sizes(spatial_shapes, dtype) - 0.5
+    origin = rounded(reference_points.astype(dtype) * level_sizes(spatial_shapes, dtype)) - 0.5
     weights = jax.nn.softmax(logits.astype(dtype).reshape(*logits.shape[:3], -1), axis=-1).reshape(logits.shape)
     return _sample(spatial_shapes, value, origin, offsets.astype(dtype), weights)
 
@@ -154,10 +154,8 @@ def _gradients_by_corner(spatial_shapes: SpatialShapes, value, origin, offsets, 
     s, n, d = value.shape
     rows = value.reshape(s * n, d)
     x, y = jnp.moveaxis(origin[:, None, :, None] + offsets, (-1, 2, 3), (0, 1, 2))  # each l p q n
-    (width, height), start = (
-        jnp.moveaxis(level_sizes(spatial_shapes, weights.dtype), 1, 0)[..., None, None, None],
-        _starts(spatial_shapes)[:, None, None, None],
-    )
+    width, height = level_sizes(spatial_shapes, weights.dtype).T[..., None, None, None]
+    start = _starts(spatial_shapes)[:, None, None, None]
     corner_weights, pullback = jax.vjp(functools.partial(_corner_weights, width, height), x, y, jnp.moveaxis(weights, (2, 3), (0, 1)))
     head = jnp.arange(n, dtype=jnp.int32)
     index = jnp.stack([token * n + head for token in _corner_tokens(width, height, start, x, y)]).reshape(-1, weights.shape[0] * n)

@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,6 +37,10 @@ class Interpreted:
 IMPLEMENTATIONS = {"reference": reference, "xla": xla, "interpreted": Interpreted}
 
 
+def inputs(workload, pattern="trained", *, seed=0):
+    return {key: jnp.asarray(x) for key, x in workload.inputs(pattern, seed=seed).items()}
+
+
 def gradients(function, arguments, cotangent):
     """Output and all gradients, compiled together."""
 
@@ -52,8 +57,8 @@ def gradients(function, arguments, cotangent):
 def expected(name, pattern="trained", value_dtype="float32"):
     """Arguments, cotangent, and the definition's answers in float64."""
     workload = WORKLOADS[name]
-    arguments = workload.inputs(pattern, seed=3)
-    arguments["value"] = np.asarray(jnp.asarray(arguments["value"], value_dtype).astype(jnp.float32))
+    arguments = inputs(workload, pattern, seed=3)
+    arguments["value"] = arguments["value"].astype(value_dtype).astype(jnp.float32)
     b, q = arguments["logits"].shape[:2]
     cotangent = np.random.default_rng(4).normal(size=(b, q, workload.heads * workload.head_size)).astype(np.float32)
     with jax.enable_x64(True):
@@ -132,14 +137,13 @@ def test_accelerator_backward_equals_cpu_backward():
     run = jax.jit(functools.partial(by_corner, shapes=shapes))
     heads = cotangent.reshape(*arguments["logits"].shape[:3], workload.head_size)
     grad_value, grad_offsets, grad_weights = run(arguments["value"], jnp.asarray(origin, jnp.float32), arguments["offsets"], weights, heads)
-    grad_logits = jax.vjp(lambda x: jax.nn.softmax(x.reshape(*x.shape[:3], -1)).reshape(x.shape), jnp.asarray(arguments["logits"]))[1](grad_weights)[
-        0
-    ]
+    _, softmax_pullback = jax.vjp(lambda x: jax.nn.softmax(x.reshape(*x.shape[:3], -1)).reshape(x.shape), arguments["logits"])
+    (grad_logits,) = softmax_pullback(grad_weights)
     found = {"value": grad_value.reshape(arguments["value"].shape), "offsets": grad_offsets, "logits": grad_logits}
     assert_close(found, {key: answers[key] for key in found}, epsilon=2e-5)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     levels=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=3),
     queries=st.integers(1, 9),
@@ -149,7 +153,7 @@ def test_accelerator_backward_equals_cpu_backward():
 )
 def test_any_shape(levels, queries, points, spread, seed):
     workload = Workload("drawn", tuple(levels), queries=queries, heads=2, head_size=4, points=points, spread=spread)
-    arguments = workload.inputs(seed=seed)
+    arguments = inputs(workload, seed=seed)
     answer = reference.deformable_attention_from_offsets(spatial_shapes=workload.spatial_shapes, **arguments)
     found = xla.deformable_attention_from_offsets(spatial_shapes=workload.spatial_shapes, **arguments)
     interpreted = Interpreted.deformable_attention_from_offsets(spatial_shapes=workload.spatial_shapes, **arguments)
@@ -195,12 +199,13 @@ def test_choice():
 
 
 def test_shapes_that_do_not_fit_are_named():
-    arguments = WORKLOADS["odd_queries"].inputs()
-    with pytest.raises(ValueError, match="20 tokens|24 tokens"):
+    arguments = inputs(WORKLOADS["odd_queries"])
+    with pytest.raises(ValueError, match="hold 24 tokens"):
         deformable_attention_from_offsets(spatial_shapes=((6, 4),), **arguments)
-    with pytest.raises(ValueError, match="reference_points"):
-        deformable_attention_from_offsets(spatial_shapes=((5, 4),), **{**arguments, "reference_points": arguments["reference_points"][:, :3]})
-    with pytest.raises(ValueError, match="weights"):
+    short = {**arguments, "reference_points": arguments["reference_points"][:, :3]}
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match="reference_points"):
+        deformable_attention_from_offsets(spatial_shapes=((5, 4),), **short)
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match="weights"):
         deformable_attention(arguments["value"], ((5, 4),), arguments["offsets"], arguments["logits"][:, :3])
 
 
@@ -211,7 +216,7 @@ def test_images_stay_on_their_devices(implementation):
     workload = Workload("sharded", ((4, 4), (2, 2)), batch=len(devices), queries=9, heads=2, head_size=8, points=2)
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, P("data"))
-    arguments = workload.inputs()
+    arguments = inputs(workload)
     function = functools.partial(IMPLEMENTATIONS[implementation].deformable_attention_from_offsets, spatial_shapes=workload.spatial_shapes)
 
     def loss(arguments):
@@ -246,7 +251,7 @@ def test_portable_path_exports_with_symbolic_sizes():
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in symbolic]
     exported = jax.export.export(jax.jit(sample), platforms=("cpu", "cuda", "tpu"))(*arguments)
     rng = np.random.default_rng(0)
-    concrete = [rng.normal(size=shape).astype(np.float32) for shape in [(2, 6, 4, 8), (2, 5, 4, 2, 3, 2), (2, 5, 4, 2, 3)]]
+    concrete = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(2, 6, 4, 8), (2, 5, 4, 2, 3, 2), (2, 5, 4, 2, 3)]]
     np.testing.assert_allclose(exported.call(*concrete), sample(*concrete), atol=1e-6)
 
 
