@@ -239,7 +239,7 @@ def run_evaluation(
             results += image_results(batch, logits, boxes)
             if drawings is not None and len(drawings) < DRAWN_IMAGES:
                 subject_logit = has_subject_logit(multi_label=run.multi_label, class_loss=run.loss.class_loss)
-                names = {"class_names": run.class_names, "multi_label": run.multi_label, "subject_logit": subject_logit}
+                names: dict[str, Any] = {"class_names": run.class_names, "multi_label": run.multi_label, "subject_logit": subject_logit}
                 drawings += draw_batch(batch, logits, boxes, **names)
             seen += int((batch.image_ids >= 0).sum())  # images that were skipped as damaged keep their number
     if seen != data.num_images:
