@@ -19,10 +19,10 @@ def get_config():
         norm="group",
         hidden_dim=64,
         num_heads=8,
-        num_points=2,
+        num_points=4,
         feedforward_dim=128,
-        num_encoder_layers=1,
-        num_decoder_layers=3,
+        num_encoder_layers=0,
+        num_decoder_layers=4,
         dropout=0.0,
         num_subject_queries=4,
         num_context_queries=16,
@@ -51,5 +51,5 @@ def get_config():
         num_workers=0,
         cache=True,
     )
-    config.train.update(batch_size=16, eval_batch_size=50, epochs=30, eval_every=2.0, checkpoint_every=2.0, log_every=25)
+    config.train.update(batch_size=16, eval_batch_size=50, epochs=60, eval_every=3.0, checkpoint_every=3.0, log_every=25)
     return config
