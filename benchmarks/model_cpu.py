@@ -15,16 +15,21 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 HEIGHT, WIDTH = 480, 640
 MODES = ("forward", "train")
+PLAIN = "ours-reference"  # our model with the plain jnp definition of deformable attention: what the fast path is worth
 
 
-def measure_ours(mode: str, runs: int) -> list[float]:
-    """Seconds of `runs` forward passes or training steps of configs/emotic_r50, dropout on in training, compiled before."""
+def measure_ours(mode: str, runs: int, implementation: str | None = None) -> list[float]:
+    """Seconds of `runs` forward passes or training steps of configs/emotic_r50, dropout on in training, compiled before.
+
+    `implementation` names one of deformable attention's; None is what the model picks by itself.
+    """
     import jax
 
     from configs.emotic_r50 import get_config
@@ -35,7 +40,7 @@ def measure_ours(mode: str, runs: int) -> list[float]:
     from dsct_jax.optimizer import OptimizerConfig, make_optimizer, multipliers
     from dsct_jax.settings import from_section
     from dsct_jax.state import ModelFunctions
-    from dsct_jax.step import TrainState, make_eval_step, make_mesh, make_train_step, replicate, shard_batch
+    from dsct_jax.step import TrainState, make_eval_step, make_mesh, make_train_step, model_input, replicate, shard_batch
 
     config, mesh = get_config(), make_mesh()
     functions = ModelFunctions(model_config(config))
@@ -46,6 +51,9 @@ def measure_ours(mode: str, runs: int) -> list[float]:
     targets = Targets(rng.uniform(0.3, 0.5, (1, 16, 4)).astype(np.float32), labels, np.arange(16)[None] < 2)
     image = rng.integers(0, 256, (1, HEIGHT, WIDTH, 3), dtype=np.uint8)
     batch = shard_batch(Batch(image, sizes, targets, np.zeros(1, np.int32), sizes, np.ones(1, bool)), mesh)
+    if mode == "forward" and implementation:
+        forward = jax.jit(lambda p, f, batch: functions.bind(p, f)(*model_input(batch), implementation=implementation))
+        return timed(lambda: jax.block_until_ready(forward(params, frozen, batch)), runs)
     if mode == "forward":
         step = make_eval_step(functions, mesh=mesh)
         return timed(lambda: jax.block_until_ready(step(params, frozen, batch)), runs)
@@ -136,14 +144,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         implementation, mode = args.measure.split(":")
-        seconds = (measure_ours if implementation == "ours" else measure_torch)(mode, args.runs)
+        measure = {"ours": measure_ours, "transformers": measure_torch, PLAIN: partial(measure_ours, implementation="reference")}[implementation]
+        seconds = measure(mode, args.runs)
         print(json.dumps({"seconds": seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
         return
-    implementations = ["ours", "transformers"] if args.torch else ["ours"]
+    implementations = {"forward": ["ours", PLAIN], "train": ["ours"]}
+    if args.torch:
+        implementations = {mode: [*names, "transformers"] for mode, names in implementations.items()}
     results: dict[str, dict] = {}
     for round_number in range(args.rounds):
         for mode in MODES:
-            for implementation in implementations:
+            for implementation in implementations[mode]:
                 found = in_process(implementation, mode, args.runs, args.threads)
                 entry = results.setdefault(f"{mode} {implementation}", {"seconds": [], "peak_gib": []})
                 entry["seconds"] += found["seconds"]

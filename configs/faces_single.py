@@ -24,7 +24,7 @@ def get_config():
         num_encoder_layers=0,
         num_decoder_layers=4,
         dropout=0.0,
-        num_subject_queries=4,
+        num_subject_queries=40,  # reference points all over the image: one is always near the face, and what it samples is aligned with it
         num_context_queries=16,
         num_spatial_neighbors=8,
         num_semantic_neighbors=4,
@@ -51,5 +51,5 @@ def get_config():
         num_workers=0,
         cache=True,
     )
-    config.train.update(batch_size=16, eval_batch_size=50, epochs=60, eval_every=3.0, checkpoint_every=3.0, log_every=25)
+    config.train.update(batch_size=16, eval_batch_size=50, epochs=30, eval_every=2.0, checkpoint_every=2.0, log_every=25)
     return config

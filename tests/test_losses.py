@@ -151,7 +151,9 @@ def test_a_batch_that_cannot_hold_anyone():
     targets = Targets(boxes=jnp.zeros((2, 0, 4)), labels=jnp.zeros((2, 0, 26)), valid=jnp.zeros((2, 0), bool))
     logits, boxes = jnp.zeros((2, 2, 4, 27)), jnp.full((2, 2, 4, 4), 0.5)
     (value, losses), gradients = value_and_grad(logits, boxes, targets, jnp.full((2, 2, 4), -1), CONFIGS[True], True)
-    np.testing.assert_allclose(value, 5 * 2 * (2 * 4 * 27 * 0.75 * 0.25 * np.log(2)), rtol=1e-6)
+    np.testing.assert_allclose(
+        value, 5 * 2 * (2 * 4 * 27 * 0.75 * 0.25 * np.log(2)), rtol=2e-6
+    )  # the tolerance of every loss term: 432 summands, added one by one
     assert losses["loss_bbox"] == losses["loss_giou"] == losses["matched_iou"] == 0
     assert np.all(gradients[1] == 0)
 
