@@ -38,11 +38,11 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
     from dsct_jax.losses import LossConfig
     from dsct_jax.matcher import MatcherConfig
     from dsct_jax.optimizer import OptimizerConfig, make_optimizer, multipliers
-    from dsct_jax.settings import from_section
+    from dsct_jax.settings import from_section, plain
     from dsct_jax.state import ModelFunctions
     from dsct_jax.step import TrainState, make_eval_step, make_mesh, make_train_step, model_input, replicate, shard_batch
 
-    config, mesh = get_config(), make_mesh()
+    config, mesh = plain(get_config()), make_mesh()
     functions = ModelFunctions(model_config(config))
     params, frozen = functions.init(0)
     rng = np.random.default_rng(0)
@@ -57,7 +57,7 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
     if mode == "forward":
         step = make_eval_step(functions, mesh=mesh)
         return timed(lambda: jax.block_until_ready(step(params, frozen, batch)), runs)
-    optimizer_config = from_section(OptimizerConfig, "optimizer", config.optimizer)
+    optimizer_config = from_section(OptimizerConfig, "optimizer", config["optimizer"])
     rates = multipliers(params, optimizer_config.rules)
     trained = {k: v for k, v in params.items() if rates[k] > 0}
     optimizer = make_optimizer(optimizer_config, trained, 1000)

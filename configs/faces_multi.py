@@ -2,7 +2,7 @@
 
     python train.py --config=configs/faces_multi.py --workdir=runs/faces_multi --config.data.data_dir=DIR
 
-DIR holds {train,val,test}.json and the images they name. A difference from faces_single: fewer images, so more epochs, and room for four people.
+DIR holds {train,val,test}.json and the images they name. A difference from faces_single: fewer images, so more epochs.
 """
 
 from configs import faces_single
@@ -11,6 +11,5 @@ from configs import faces_single
 def get_config():
     config = faces_single.get_config()
     config.name = "faces_multi"
-    config.model.num_subject_queries = 8
-    config.train.update(epochs=100, eval_every=10.0, checkpoint_every=10.0)
+    config.train.update(epochs=32, eval_every=8.0, checkpoint_every=8.0)
     return config

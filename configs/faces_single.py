@@ -51,5 +51,5 @@ def get_config():
         num_workers=0,
         cache=True,
     )
-    config.train.update(batch_size=16, eval_batch_size=50, epochs=30, eval_every=2.0, checkpoint_every=2.0, log_every=25)
+    config.train.update(batch_size=16, eval_batch_size=50, epochs=10, eval_every=2.0, checkpoint_every=2.0, log_every=25)
     return config
