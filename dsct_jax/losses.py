@@ -81,8 +81,8 @@ def detection_losses(
     Returns:
         `loss_class`, `loss_bbox`, `loss_giou` of the last layer, the same with "/0", "/1" ... for the layers before it, and `total`, the weighted
         sum of all of them. Not in the total: `cardinality_error` (mean over images of | queries whose highest logit is not the last - people |,
-        every layer), and of the last layer `class_error` (percent of the matched queries whose highest logit is not their class; 0 when
-        `multi_label`, as released) and `matched_iou` (mean over the matched queries, 0 when there is none).
+        every layer), and of the last layer `class_error` (percent of the matched queries whose highest logit, with the softmax loss of the classes
+        alone, is not their class; 0 when `multi_label`, as released) and `matched_iou` (mean over the matched queries, 0 when there is none).
     """
     num_classes = logits.shape[-1] - 1
     if config.class_weights and len(config.class_weights) != num_classes:
@@ -106,7 +106,9 @@ def detection_losses(
 
     num_matched = matched.exists[-1].sum()
     losses |= _by_layer("cardinality_error", _cardinality_errors(logits, targets.valid))
-    losses["class_error"] = jnp.zeros(()) if multi_label else _class_error(logits[-1], matched.labels[-1], matched.exists[-1])
+    # Released: over all logits. With the softmax loss the last one is no class, and would hide the error of the others.
+    class_logits = logits[-1, ..., :-1] if config.class_loss == "softmax" else logits[-1]
+    losses["class_error"] = jnp.zeros(()) if multi_label else _class_error(class_logits, matched.labels[-1], matched.exists[-1])
     losses["matched_iou"] = iou_sums[-1] / jnp.maximum(num_matched, 1)
     return losses
 
