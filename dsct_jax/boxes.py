@@ -44,11 +44,6 @@ def iou_and_giou(a: Float[Array, "*n 4"], b: Float[Array, "*n 4"]) -> tuple[Floa
     return iou, iou - (hull - union) / jnp.where(hull > 0, hull, 1)
 
 
-def pairwise_giou(a: Float[Array, "*b q 4"], b: Float[Array, "*b t 4"]) -> Float[Array, "*b q t"]:
-    """Generalized IoU of every box of `a` with every box of `b`, both (x1, y1, x2, y2)."""
-    return iou_and_giou(a[..., :, None, :], b[..., None, :, :])[1]
-
-
 def pairwise_iou(a: np.ndarray, b: np.ndarray, *, offset: float = 0.0) -> np.ndarray:
     """IoU on the host: a [n 4], b [m 4] (x1, y1, x2, y2) -> [n m].
 

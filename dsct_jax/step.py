@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsct_jax.batch import Batch, Predictions, padding_mask
-from dsct_jax.losses import LossConfig, detection_losses
+from dsct_jax.losses import LossConfig, count_boxes, detection_losses
 from dsct_jax.matcher import MatcherConfig, assign_on_host, matching_cost
 from dsct_jax.model.layers import DropoutNoise
 from dsct_jax.preprocess import normalize
@@ -124,7 +124,7 @@ def make_train_step(
     )
 
     def second_half(state: TrainState, pull_back, logits, boxes, batch: Batch, assignment):
-        num_boxes = jnp.maximum(batch.targets.valid.sum(), 1).astype(jnp.float32)
+        num_boxes = count_boxes(batch.targets.valid)
         grads, terms = shard(gradients, in_specs=(data, layered, layered, data, layered, replicated), out_specs=(replicated, replicated))(
             pull_back, logits, boxes, batch, assignment, num_boxes
         )
