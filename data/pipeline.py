@@ -11,12 +11,10 @@ from absl import flags
 from PIL import Image
 
 from data.augment import apply
-from data.caer_s import read_caer_s
-from data.coco import read_coco
 from data.config import DataConfig
 from data.plan import FILLER, BatchPlan
 from data.records import ReadReport, Record
-from data.scenes import read_scenes
+from data.sources import read_split
 from dsct_jax.batch import Batch, Targets
 from dsct_jax.boxes import xyxy_to_cxcywh
 from dsct_jax.errors import UserError
@@ -28,7 +26,6 @@ except ImportError:  # no wheel for every platform; threads then yield the same 
 
 __all__ = ["DataConfig", "Dataset", "make_dataset"]
 
-_READERS = {"coco": read_coco, "caer_s": read_caer_s, "scenes": read_scenes}
 _ENDLESS = 2**40  # steps
 _log = logging.getLogger(__name__)
 
@@ -50,7 +47,7 @@ def make_dataset(data: DataConfig, split: str, *, batch_size: int, seed: int, tr
     """
     if batch_size < 1 or batch_size % host_count:
         raise UserError(f"batch size {batch_size} cannot be shared by {host_count} hosts: set config.train.batch_size to a multiple of it")
-    records, report = _READERS[data.source](data, split)
+    records, report = read_split(data, split)
     plan = BatchPlan(data, [(record.height, record.width) for record in records], batch_size=batch_size, seed=seed, training=training)
     share = batch_size // host_count
     loader = BatchLoader(data, records, plan, slice(host_index * share, (host_index + 1) * share))

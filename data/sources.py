@@ -1,0 +1,18 @@
+"""The readers by the name that `config.data.source` gives them: files on disk -> one record an image."""
+
+from collections.abc import Callable
+
+from data.caer_s import read_caer_s
+from data.coco import read_coco
+from data.config import DataConfig
+from data.records import ReadReport, Record
+from data.scenes import read_scenes
+
+Reader = Callable[[DataConfig, str], tuple[list[Record], ReadReport]]
+
+READERS: dict[str, Reader] = {"coco": read_coco, "caer_s": read_caer_s, "scenes": read_scenes}
+
+
+def read_split(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
+    """Every image of `split` in a fixed order, and what was counted on the way. Raises UserError naming the file that cannot be used."""
+    return READERS[config.source](config, split)
