@@ -6,7 +6,6 @@
 The same command again continues from the newest checkpoint in the workdir.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -14,15 +13,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
+from data.command import Parser, override
 from data.config import SPLITS, DataConfig
 from data.pipeline import Dataset, make_dataset
 from dsct_jax.batch import Batch
@@ -36,7 +34,7 @@ from dsct_jax.matcher import MatcherConfig
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule, multipliers
 from dsct_jax.prefetch import Prefetch
-from dsct_jax.settings import entry, from_section, plain, read_config, unknown_field
+from dsct_jax.settings import entry, from_section, read_config
 from dsct_jax.startup import start_process
 from dsct_jax.state import Flat, ModelFunctions
 from dsct_jax.step import TrainState, make_eval_step, make_mesh, make_train_step, replicate, shard_batch
@@ -285,41 +283,9 @@ def evaluate_checkpoint(config: Mapping[str, Any], workdir: Path, split: str) ->
     return metrics
 
 
-def override(config: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`config` with each --config.section.field=value applied.
-
-    Raises:
-        UserError: an argument of another form, a field that does not exist, or a value of another type.
-    """
-    for argument in overrides:
-        if not argument.startswith("--config."):
-            raise UserError(f"{argument}: unexpected argument; a setting is written --config.section.field=value")
-        fields: Any = config
-        prefix, *path = argument.removeprefix("--").split("=")[0].split(".")
-        for key in path:
-            if not isinstance(fields, Mapping) or key not in fields:
-                raise unknown_field(f"--{prefix}.", key, fields if isinstance(fields, Mapping) else ())
-            fields, prefix = fields[key], f"{prefix}.{key}"
-    locked, values, arguments = ConfigDict(config).lock(), flags.FlagValues(), ["train.py", *overrides]
-    try:
-        config_flags.DEFINE_config_dict("config", locked, flag_values=values, sys_argv=arguments)
-        values(arguments)
-    except flags.Error as error:
-        raise UserError(" ".join(str(error).removeprefix("flag ").split())) from error
-    return plain(locked)
-
-
-class Parser(argparse.ArgumentParser):
-    """Its errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError."""
-        raise UserError(message)
-
-
 def make_parser() -> Parser:
     """The command's own flags; what begins with --config. is left to `override`."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", type=Path, help="configuration file, such as configs/demo.py, or a run's config.json")
     parser.add_argument("--workdir", type=Path, help="directory of the run: checkpoints, metrics, settings")
     parser.add_argument("--mode", choices=["train", "eval"], default="train", help="train, evaluating on the way; or evaluate the newest checkpoint")
