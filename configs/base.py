@@ -73,12 +73,15 @@ def get_config() -> ConfigDict:
     )
 
     data = config.data = ConfigDict()
-    data.source = "coco"  # coco | caer_s | scenes
+    data.source = "coco"  # coco | caer_s | ncaer_s | emotic | scenes
+    data.protocol = "auto"  # the task named with every result; auto: as the files tell, or a name of data.config.PROTOCOLS (docs/datasets.md)
     data.data_dir = ""  # root of the images; for scenes unused
-    data.train = "train.json"  # annotation file of each split, below data_dir (scenes: number of images)
+    data.train = "train.json"  # of each split FILE, ROOT:FILE or several with commas, below data_dir (scenes: number of images; ncaer_s: folder)
     data.val = "val.json"
     data.test = "test.json"
     data.label_format = "ids"  # ids: category_id is a class number, or a list of them; bits: the 26-bit masks of the EMOTIC head-box json
+    data.person_box = "head"  # emotic only. head: the paper's task, of Torch7 files; body: Annotations.mat, .csv or Torch7
+    data.drop_unrated = False  # emotic only. True: leave out people whose valence, arousal or dominance is missing, as much code does
     data.max_targets = 16  # t: people kept an image; more is an error that names the image
     data.short_sides = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # training: one is drawn (DETR)
     data.max_long_side = 1333

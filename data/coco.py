@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.config import DataConfig
+from data.config import DataConfig, class_lookup
 from data.records import ReadReport, Record, RecordBuilder
 from dsct_jax.errors import UserError
+
+EMOTIC_BITS = 26
 
 
 def decode_bits(mask: int, num_classes: int) -> list[int]:
@@ -20,32 +22,37 @@ def read_coco(config: DataConfig, split: str, *, locate: Callable[[Path, str], P
     """The records of one split, in the order of the json's `images`.
 
     Args:
-        config: `data_dir` holds the images and the annotation file named by the split's field.
+        config: `data_dir` holds the images and the annotation files named by the split's field.
         split: train, val or test.
-        locate: (data_dir, file_name) -> path of an image.
+        locate: (folder that the names start from, file_name) -> path of an image.
 
     Raises:
         UserError: the json, an image or a category cannot be used; one line naming the file and the annotation.
     """
-    root = Path(config.data_dir)
-    path = root / config.annotation_file(split)
-    document = load_json(path)
-    to_classes = _label_decoder(path, document, config)
-    people = _people_of_images(path, document)
-    builder = RecordBuilder(str(path), num_classes=len(config.class_names), max_targets=config.max_targets, skip_corrupt=config.skip_corrupt)
-    for entry in document["images"]:
-        boxes, labels = [], []
-        for annotation in people.get(entry["id"], ()):
-            if annotation.get("iscrowd"):
-                builder.report.crowds += 1
-                continue
-            boxes.append(_corners(path, annotation))
-            labels.append(to_classes(annotation))
-        size = (entry["height"], entry["width"]) if {"height", "width"} <= entry.keys() else None
-        builder.add(locate(root, entry["file_name"]), entry["file_name"], boxes, labels, annotated_size=size)
-    if not builder.records:
-        raise UserError(f"{path}: holds no usable image")
-    return builder.records, builder.report
+    files = config.annotation_files(split)
+    builder = RecordBuilder(", ".join(str(file.path) for file in files), config, protocol=_protocol(config))
+    for file in files:
+        document = load_json(file.path)
+        to_classes = _label_decoder(file.path, document, config)
+        people = _people_of_images(file.path, document)
+        for entry in document["images"]:
+            boxes, labels = [], []
+            for annotation in people.get(entry["id"], ()):
+                if annotation.get("iscrowd"):
+                    builder.report.crowds += 1
+                    continue
+                boxes.append(_corners(file.path, annotation))
+                labels.append(to_classes(annotation))
+            size = (entry["height"], entry["width"]) if {"height", "width"} <= entry.keys() else None
+            name = file.prefix + entry["file_name"]
+            builder.add(locate(file.root, entry["file_name"]), name, boxes, labels, annotated_size=size)
+    return builder.finish()
+
+
+def _protocol(config: DataConfig) -> str:
+    if config.source == "caer_s":
+        return "caer_s"
+    return "emotic_head_dsct" if config.label_format == "bits" and len(config.class_names) == EMOTIC_BITS else "custom"
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -129,13 +136,14 @@ def _class_of_category(path: Path, document: dict, config: DataConfig) -> dict[i
     categories = document.get("categories") or []
     if not categories or config.label_format == "bits":
         return {index: index for index in range(len(config.class_names))}
-    index_of = {name.casefold(): index for index, name in enumerate(config.class_names)}
+    find = class_lookup(config.class_names)
     result: dict[int, int] = {}
     for category in categories:
         name = category.get("name") if isinstance(category, dict) else None
-        if not isinstance(name, str) or name.casefold() not in index_of:
+        index = find(name) if isinstance(name, str) else None
+        if index is None:
             raise UserError(f"{path}: category {name!r} is not in config.class_names ({', '.join(config.class_names)})")
         if type(category.get("id")) is not int:
             raise UserError(f"{path}: category {name!r} needs a whole number as its id, not {category.get('id')!r}")
-        result[category["id"]] = index_of[name.casefold()]
+        result[category["id"]] = index
     return result

@@ -23,8 +23,8 @@ from dsct_jax.settings import entry, from_section, plain, read_config, unknown_f
 class Parser(argparse.ArgumentParser):
     """Its errors are one line: UserError instead of a usage text and SystemExit."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options)
+    def __init__(self, *, description: str | None, prog: str | None = None) -> None:
+        super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""

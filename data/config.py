@@ -1,12 +1,35 @@
 """What the input pipeline needs to know: the `data` section of a configuration and the classes, as one frozen value."""
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
 from dsct_jax.errors import UserError
 
-SOURCES = ("coco", "caer_s", "scenes")
+SOURCES = ("coco", "caer_s", "ncaer_s", "emotic", "scenes")
 LABEL_FORMATS = ("ids", "bits")
 SPLITS = ("train", "val", "test")
+PERSON_BOXES = ("head", "body")
+PROTOCOLS = {
+    "emotic_head_dsct": "EMOTIC, head boxes of the older release, as the DSCT paper's numbers (chance on its test set: 21.9 mAP)",
+    "emotic_body_pami": "EMOTIC, body boxes of Annotations.mat (PAMI 2019)",
+    "emotic_body_cvpr17": "EMOTIC, body boxes of CVPR17_Annotations.mat",
+    "caer_s": "CAER-S, one face box an image",
+    "ncaer_s": "NCAER-S, frames of the CAER videos, no video in two splits",
+    "custom": "data of your own: compare with nothing but itself",
+}
+
+# Category names in the wild -> the name that is meant; letters and digits only, small.
+_SPELLINGS = {"disquietement": "disquietment", "disquitement": "disquietment", "doubtconfuzion": "doubtconfusion"}
+
+
+@dataclasses.dataclass(frozen=True)
+class AnnotationFile:
+    """One file of annotations and the folder that the image names in it start from."""
+
+    path: Path
+    root: Path
+    prefix: str  # of the image names, so that they read from data_dir ("" = they do already)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +62,19 @@ class DataConfig:
     num_workers: int
     cache: bool
     skip_corrupt: bool
+    protocol: str
+    person_box: str
+    drop_unrated: bool
 
     def __post_init__(self) -> None:
         self._require(self.source in SOURCES, "source", f"one of {', '.join(SOURCES)}")
+        self._require(self.protocol in ("auto", *PROTOCOLS), "protocol", f"auto, or one of {', '.join(PROTOCOLS)}")
+        self._require(self.person_box in PERSON_BOXES, "person_box", f"one of {', '.join(PERSON_BOXES)}")
+        self._require(
+            self.source != "emotic" or self.multi_label, "source", "another one unless multi_label is True (an EMOTIC person has several labels)"
+        )
+        single = self.source != "ncaer_s" or not self.multi_label
+        self._require(single, "source", "another one unless multi_label is False (an NCAER-S face has one label)")
         self._require(self.label_format in LABEL_FORMATS, "label_format", f"one of {', '.join(LABEL_FORMATS)}")
         self._require(len(set(self.class_names)) == len(self.class_names) > 0, "class_names", "at least one name, none twice")
         self._require(
@@ -69,3 +102,36 @@ class DataConfig:
         if split not in SPLITS:
             raise UserError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
         return str(getattr(self, split))
+
+    def annotation_files(self, split: str) -> list[AnnotationFile]:
+        """The split's own field taken apart: `FILE`, or `ROOT:FILE` where the image names in FILE start at ROOT, or several of these with commas.
+
+        Both are paths below `data_dir`. Raises UserError when the field names no file.
+        """
+        top, value = Path(self.data_dir), self.annotation_file(split)
+        files = []
+        for part in (part.strip() for part in value.split(",")):
+            root, colon, name = part.rpartition(":")
+            if len(root) == 1:  # the drive of an absolute path
+                root, colon, name = "", "", part
+            if not name:
+                raise UserError(f"config.data.{split}={value!r} cannot be used: must be an annotation file, or ROOT:FILE, below config.data.data_dir")
+            files.append(AnnotationFile(top / name, top / root, f"{root}/" if colon and root else ""))
+        return files
+
+
+def class_lookup(class_names: tuple[str, ...]) -> Callable[[str], int | None]:
+    """A function from a category's name in the files to the number of its class, or None.
+
+    Capitals, spaces, slashes and the known misspellings of EMOTIC do not matter, unless two classes differ in nothing else.
+    """
+    exact = {name: index for index, name in enumerate(class_names)}
+    loose = {_loosely(name): index for index, name in enumerate(class_names)}
+    if len(loose) < len(class_names):
+        return exact.get
+    return lambda name: exact.get(name, loose.get(_loosely(name)))
+
+
+def _loosely(name: str) -> str:
+    letters = "".join(letter for letter in name.casefold() if letter.isalnum())
+    return _SPELLINGS.get(letters, letters)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image
 
+from data.config import DataConfig
 from dsct_jax.errors import UserError
 from dsct_jax.preprocess import DECODE_ERRORS, decode_image
 
@@ -42,9 +43,14 @@ class ReadReport:
     first_dropped: str = ""
     crowds: int = 0  # annotations of groups, left out as DETR does
     unlabelled: int = 0  # people kept without any label
-    resized: int = 0  # annotated size differs from the file's; the file wins
+    swapped: int = 0  # annotated width and height are exchanged; the file wins
+    resized: int = 0  # annotated size differs from the file's in another way; the file wins
+    unrated: int = 0  # people left out because drop_unrated is set
+    without_people: int = 0  # images left out because no face was found (NCAER-S), or everybody was left out
     unreadable: int = 0  # images left out because skip_corrupt is set
     first_unreadable: str = ""
+    unreadable_images: list[str] = dataclasses.field(default_factory=list)  # the error line of each
+    protocol: str = "custom"  # which task this is (data.config.PROTOCOLS): results of different protocols cannot be compared
 
     def __str__(self) -> str:
         return "; ".join(self.lines())
@@ -60,6 +66,12 @@ class ReadReport:
             lines.append(f"{self.crowds} crowd annotations left out")
         if self.unlabelled:
             lines.append(f"{self.unlabelled} people without a label (kept, without a class loss)")
+        if self.swapped:
+            lines.append(f"{self.swapped} images annotated with width and height exchanged (the file's are used)")
+        if self.unrated:
+            lines.append(f"{self.unrated} people without valence, arousal or dominance left out")
+        if self.without_people:
+            lines.append(f"{self.without_people} images left out, nobody on them has a box")
         if self.resized:
             lines.append(f"{self.resized} images whose annotated size is not the file's (the file's is used)")
         if self.unreadable:
@@ -92,47 +104,61 @@ def image_size(path: Path) -> tuple[int, int]:
 class RecordBuilder:
     """Collects the images of one split in order and applies the checks that are the same for every source."""
 
-    def __init__(self, source: str, *, num_classes: int, max_targets: int, skip_corrupt: bool) -> None:
+    def __init__(self, source: str, config: DataConfig, *, protocol: str) -> None:
         self.records: list[Record] = []
-        self.report = ReadReport(source)
-        self._num_classes = num_classes
-        self._max_targets = max_targets
-        self._skip_corrupt = skip_corrupt
+        self.report = ReadReport(source, protocol=protocol if config.protocol == "auto" else config.protocol)
+        self._config = config
 
     def add(
-        self, path: Path, name: str, boxes: Sequence[tuple[float, ...]], labels: Sequence[list[int]], *, annotated_size: tuple[int, int] | None = None
+        self,
+        path: Path,
+        name: str,
+        boxes: Sequence[tuple[float, ...]],
+        labels: Sequence[Sequence[int]],
+        *,
+        annotated_size: tuple[int, int] | None = None,
     ) -> None:
-        """One image with the (x1, y1, x2, y2) pixel boxes of its people and the class indices of each.
+        """One image with the (x1, y1, x2, y2) pixel boxes of its people and the class indices of each; no box at all is written with NaN.
 
         Raises:
             UserError: the image is missing or damaged and `skip_corrupt` is not set, or it shows more people than `max_targets`.
         """
         try:
             height, width = image_size(path)
-        except UserError:
-            if not self._skip_corrupt:
+        except UserError as error:
+            if not self._config.skip_corrupt:
                 raise
             self.report.unreadable += 1
+            self.report.unreadable_images.append(str(error))
             self.report.first_unreadable = self.report.first_unreadable or name
             return
-        self.report.resized += annotated_size is not None and annotated_size != (height, width)
+        if annotated_size is not None and annotated_size != (height, width):
+            self.report.swapped += annotated_size == (width, height)
+            self.report.resized += annotated_size != (width, height)
         given = np.array(boxes, np.float32).reshape(-1, 4)
         clipped = clip_boxes(given, height, width)
         kept = has_area(clipped)
         self.report.clipped += int((kept & (clipped != given).any(1)).sum())
         if not kept.all():
             self.report.dropped += int((~kept).sum())
-            worst = [round(float(value), 1) for value in given[np.argmin(kept)]]
-            self.report.first_dropped = self.report.first_dropped or f"{name}, box x1 y1 x2 y2 = {worst} of a {width}x{height} image"
-        if kept.sum() > self._max_targets:
-            raise UserError(
-                f"{self.report.source}: {name} shows {kept.sum()} people, more than config.data.max_targets={self._max_targets}: raise the limit"
-            )
-        hot = np.zeros((len(given), self._num_classes), np.float32)
+            first = int(np.argmin(kept))
+            box = [round(float(value), 1) for value in given[first]]
+            self.report.first_dropped = self.report.first_dropped or f"{name}, person {first}, x1 y1 x2 y2 = {box} of a {width}x{height} image"
+        if kept.sum() > self._config.max_targets:
+            limit = f"config.data.max_targets={self._config.max_targets}"
+            raise UserError(f"{self.report.source}: {name} shows {kept.sum()} people, more than {limit}: raise the limit")
+        hot = np.zeros((len(given), len(self._config.class_names)), np.float32)
         for row, classes in zip(hot, labels, strict=True):
-            row[classes] = 1
+            row[list(classes)] = 1
         hot = hot[kept]
         self.report.images += 1
         self.report.people += len(hot)
         self.report.unlabelled += int((hot.sum(1) == 0).sum())
         self.records.append(Record(len(self.records), path, width, height, clipped[kept], hot, name))
+
+    def finish(self) -> tuple[list[Record], ReadReport]:
+        """What was collected. Raises UserError when it is nothing."""
+        if not self.records:
+            first = f" (first: {self.report.unreadable_images[0]})" if self.report.unreadable else ""
+            raise UserError(f"{self.report.source}: holds no usable image{first}")
+        return self.records, self.report

@@ -5,12 +5,20 @@ from collections.abc import Callable
 from data.caer_s import read_caer_s
 from data.coco import read_coco
 from data.config import DataConfig
+from data.emotic import read_emotic
+from data.ncaer_s import read_ncaer_s
 from data.records import ReadReport, Record
 from data.scenes import read_scenes
 
 Reader = Callable[[DataConfig, str], tuple[list[Record], ReadReport]]
 
-READERS: dict[str, Reader] = {"coco": read_coco, "caer_s": read_caer_s, "scenes": read_scenes}
+READERS: dict[str, Reader] = {
+    "coco": read_coco,
+    "caer_s": read_caer_s,
+    "ncaer_s": read_ncaer_s,
+    "emotic": read_emotic,
+    "scenes": read_scenes,
+}
 
 
 def read_split(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:

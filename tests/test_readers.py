@@ -122,7 +122,7 @@ def test_crowds_are_left_out_and_a_wrong_size_gives_way_to_the_file(tmp_path):
     del document["images"][1]["width"]
     (tmp_path / "train.json").write_text(json.dumps(document))
     records, report = read_coco(make_config(tmp_path), "train")
-    assert (report.crowds, report.resized, report.clipped) == (1, 1, 0)
+    assert (report.crowds, report.swapped, report.resized, report.clipped) == (1, 1, 0, 0)
     np.testing.assert_array_equal(records[0].boxes, np.array([[0, 0, 35, 5]], np.float32))
 
 
