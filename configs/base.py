@@ -46,6 +46,7 @@ def get_config() -> ConfigDict:
     matcher.cost_class = 2.0  # theta_cls
     matcher.cost_bbox = 5.0  # theta_box, L1
     matcher.cost_giou = 2.0
+    matcher.implementation = "scipy"  # scipy: on the host, between the two halves of a step; device: optax, the step is one program
 
     loss = config.loss = ConfigDict()
     loss.weight_class = 5.0  # lambda_cls
