@@ -119,7 +119,7 @@ class DecoderLayer(nnx.Module):
         noise: DropoutNoise | None,
         implementation: str | None,
     ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
-        """Returns the tokens and what the layer looked at. `reference_points` and the sizes `boxes` are already rescaled to each level's padded map."""
+        """Returns the tokens and what the layer looked at. `reference_points` and the sizes `boxes` are those of each level's padded map."""
         attended, self_weights = self.self_attention(tokens, positions)
         tokens = self.norm2(tokens + dropout(attended, self.dropout_rate, noise))
         attended, details = self.cross_attention(
