@@ -32,12 +32,13 @@ from dsct_jax.logbook import Logbook, versions, write_settings
 from dsct_jax.losses import LossConfig
 from dsct_jax.matcher import MatcherConfig
 from dsct_jax.model.dsct import DSCTConfig
-from dsct_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule, multipliers
+from dsct_jax.optimizer import OptimizerConfig, make_schedule
 from dsct_jax.prefetch import Prefetch
 from dsct_jax.settings import entry, from_section, read_config
+from dsct_jax.sharding import make_mesh, replicate, shard_batch
 from dsct_jax.startup import start_process
 from dsct_jax.state import Flat, ModelFunctions
-from dsct_jax.step import TrainState, make_eval_step, make_mesh, make_train_step, replicate, shard_batch
+from dsct_jax.step import initial_state, make_eval_step, make_train_step
 from dsct_jax.subjects import has_subject_logit
 from dsct_jax.visualize import contact_sheet, draw_batch
 
@@ -104,7 +105,7 @@ def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
     epoch_steps = train_data.steps_per_epoch
     total_steps = run.train.steps or max(1, round(run.train.epochs * epoch_steps))
     functions = ModelFunctions(run.model)
-    optimizer, state = initial_state(run, functions, total_steps, mesh)
+    optimizer, state = initial_state(*functions.init(run.seed), run.optimizer, total_steps=total_steps, mesh=mesh)
     metadata = {"config": config, "versions": versions()}
 
     with contextlib.ExitStack() as stack:
@@ -170,17 +171,6 @@ def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
                 checkpoints.save(state)
         tell_skipped(train_data, val_data, tell=logbook.tell)
     return metrics
-
-
-def initial_state(run: RunConfig, functions: ModelFunctions, total_steps: int, mesh: Mesh):
-    """(optimizer, fresh TrainState on every device)."""
-    params, frozen = functions.init(run.seed)
-    rates = multipliers(params, run.optimizer.rules)
-    trained = {path: value for path, value in params.items() if rates[path] > 0}
-    fixed = {path: value for path, value in params.items() if path not in trained}
-    optimizer = make_optimizer(run.optimizer, trained, total_steps)
-    state = TrainState(step=np.int32(0), params=trained, fixed=fixed, frozen=frozen, opt_state=optimizer.init(trained))
-    return optimizer, replicate(state, mesh)
 
 
 def require_divisible(config: TrainConfig, mesh: Mesh) -> None:

@@ -37,10 +37,11 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
     from dsct_jax.load import model_config
     from dsct_jax.losses import LossConfig
     from dsct_jax.matcher import MatcherConfig
-    from dsct_jax.optimizer import OptimizerConfig, make_optimizer, multipliers
+    from dsct_jax.optimizer import OptimizerConfig
     from dsct_jax.settings import from_section, plain
+    from dsct_jax.sharding import make_mesh, shard_batch
     from dsct_jax.state import ModelFunctions
-    from dsct_jax.step import TrainState, make_eval_step, make_mesh, make_train_step, model_input, replicate, shard_batch
+    from dsct_jax.step import initial_state, make_eval_step, make_train_step, model_input
 
     config, mesh = plain(get_config()), make_mesh()
     functions = ModelFunctions(model_config(config))
@@ -58,11 +59,7 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
         step = make_eval_step(functions, mesh=mesh)
         return timed(lambda: jax.block_until_ready(step(params, frozen, batch)), runs)
     optimizer_config = from_section(OptimizerConfig, "optimizer", config["optimizer"])
-    rates = multipliers(params, optimizer_config.rules)
-    trained = {k: v for k, v in params.items() if rates[k] > 0}
-    optimizer = make_optimizer(optimizer_config, trained, 1000)
-    fixed = {k: v for k, v in params.items() if k not in trained}
-    state = replicate(TrainState(np.int32(0), trained, fixed, frozen, optimizer.init(trained)), mesh)
+    optimizer, state = initial_state(params, frozen, optimizer_config, total_steps=1000, mesh=mesh)
     step = make_train_step(functions, optimizer, loss=LossConfig(), matcher=MatcherConfig(), multi_label=True, mesh=mesh, seed=0)
 
     def run():

@@ -40,12 +40,14 @@ def get_config() -> ConfigDict:
     model.fusion = "paper"  # paper: Eq. 8, one softmax over both selections; released: two softmaxes and a subject-subject term
     model.semantic_selection = "smallest"  # smallest: the paper's text; largest: the released code
     model.reweighting = "semantic"  # semantic | equal | spatial | attentive (Table 7)
+    model.box_refinement = False  # True: each layer samples inside the box of the one before and refines it (Zhu et al. 2020)
     model.fusion_layers = "all"  # "all", or a tuple of layer numbers from 0 (Table 8); late fusion = the last only
 
     matcher = config.matcher = ConfigDict()
     matcher.cost_class = 2.0  # theta_cls
     matcher.cost_bbox = 5.0  # theta_box, L1
     matcher.cost_giou = 2.0
+    matcher.implementation = "scipy"  # scipy: on the host, between the two halves of a step; device: optax, the step is one program
 
     loss = config.loss = ConfigDict()
     loss.weight_class = 5.0  # lambda_cls

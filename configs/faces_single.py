@@ -21,6 +21,7 @@ def get_config():
         num_subject_queries=40,  # reference points all over the image: one is always near the face, and what it samples is aligned with it
         num_context_queries=16,
         num_semantic_neighbors=4,
+        box_refinement=True,  # without it the faces are found and their emotions are not: what is sampled must be aligned with the face
     )
     config.optimizer.warmup_steps = 200
     config.data.update(

@@ -1,7 +1,8 @@
 """Checkpoints of a run (orbax): save, exact resume, and the weights alone.
 
-A checkpoint has two parts, so that prediction reads only what it needs: `model` (parameters and frozen statistics) and `training` (step and
-optimizer). The position in the data and all random numbers are functions of the seed and the step, so nothing else has to be kept.
+A checkpoint has two parts, so that prediction reads only what it needs: `model` (parameters and frozen statistics) and `training` (step,
+optimizer, moving average, count of skipped steps). The position in the data and all random numbers are functions of the seed and the step, so
+nothing else has to be kept.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from dsct_jax.state import Flat
 from dsct_jax.step import TrainState
 
 DIRECTORY = "checkpoints"
+TRAINING_FIELDS = ("step", "opt_state", "ema", "skipped", "skipped_total")  # of a TrainState
 MODEL_FIELDS = ("class_names", "multi_label", "model")  # of a configuration: what the weights mean
 
 
@@ -34,7 +36,7 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 def _parts(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     model = {"params": state.params | state.fixed, "frozen": state.frozen}
-    return _by_name(model), _by_name({"step": state.step, "opt_state": state.opt_state})
+    return _by_name(model), _by_name({name: getattr(state, name) for name in TRAINING_FIELDS})
 
 
 class Checkpoints:
@@ -88,11 +90,10 @@ class Checkpoints:
 
         return dataclasses.replace(
             state,
-            step=training["step"],
             params=fill(state.params, model, "params"),
             fixed=fill(state.fixed, model, "params"),
             frozen=fill(state.frozen, model, "frozen"),
-            opt_state=fill(state.opt_state, training, "opt_state"),
+            **{name: fill(getattr(state, name), training, name) for name in TRAINING_FIELDS},
         )
 
     def wait(self) -> None:

@@ -4,6 +4,7 @@ A plain function of global arrays: under `jax.jit` with the batch axis sharded, 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,22 @@ def count_boxes(valid: Bool[Array, "b t"]) -> Float[Array, ""]:
     return jnp.maximum(valid.sum(), 1).astype(jnp.float32)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossSums:
+    """Losses and measurements that can be added up: over devices, and over the parts of a batch whose gradients are accumulated."""
+
+    terms: dict[str, Any]  # float32 []: `total` and the loss terms, already divided by the number of boxes of the whole batch
+    ratios: dict[str, tuple[Any, Any]]  # float32 [] each: numerator and denominator of what is measured beside the loss
+
+    def finished(self) -> dict[str, Float[Array, ""]]:
+        """Everything under its name; `class_error`, in percent, is what lacks to the ratio of those called rightly (100 where nobody is labelled)."""
+        measured = {name: numerator / jnp.maximum(denominator, 1) for name, (numerator, denominator) in self.ratios.items()}
+        if "class_accuracy" in measured:
+            measured["class_error"] = 100 - 100 * measured.pop("class_accuracy")
+        return self.terms | measured
+
+
 def detection_losses(
     logits: Float[Array, "layers b q c"],
     boxes: Float[Array, "layers b q 4"],
@@ -69,6 +86,21 @@ def detection_losses(
     config: LossConfig,
     multi_label: bool,
 ) -> dict[str, Float[Array, ""]]:
+    """`loss_sums` of a whole batch, finished."""
+    sums = loss_sums(logits, boxes, targets, assignment, num_boxes=num_boxes, config=config, multi_label=multi_label)
+    return sums.finished()
+
+
+def loss_sums(
+    logits: Float[Array, "layers b q c"],
+    boxes: Float[Array, "layers b q 4"],
+    targets: Targets,
+    assignment: Int[Array, "layers b q"],
+    *,
+    num_boxes: Num[Array, ""] | float,
+    config: LossConfig,
+    multi_label: bool,
+) -> LossSums:
     """Unweighted terms, their weighted total, and numbers for the log only.
 
     Args:
@@ -76,7 +108,7 @@ def detection_losses(
             `class_loss="softmax"`; otherwise it has no part in the loss.
         boxes: (cx, cy, w, h) in [0, 1].
         assignment: index of the target of each query, -1 = none (`matcher.assign_on_host`).
-        num_boxes: `count_boxes` of the global batch; accumulated gradients need the number of all the batches they span.
+        num_boxes: `count_boxes` of the global batch, whatever part of it this is.
 
     Returns:
         `loss_class`, `loss_bbox`, `loss_giou` of the last layer, the same with "/0", "/1" ... for the layers before it, and `total`, the weighted
@@ -104,13 +136,18 @@ def detection_losses(
     for name, values in terms.items():
         losses |= _by_layer(f"loss_{name}", values)
 
-    num_matched = matched.exists[-1].sum()
-    losses |= _by_layer("cardinality_error", _cardinality_errors(logits, targets.valid))
+    images = jnp.float32(logits.shape[1])
+    ratios: dict[str, tuple[Any, Any]] = {
+        name: (error, images) for name, error in _by_layer("cardinality_error", _cardinality_errors(logits, targets.valid)).items()
+    }
     # Released: over all logits. With the softmax loss the last one is no class, and would hide the error of the others.
     class_logits = logits[-1, ..., :-1] if config.class_loss == "softmax" else logits[-1]
-    losses["class_error"] = jnp.zeros(()) if multi_label else _class_error(class_logits, matched.labels[-1], matched.exists[-1])
-    losses["matched_iou"] = iou_sums[-1] / jnp.maximum(num_matched, 1)
-    return losses
+    if multi_label:
+        ratios["class_error"] = (jnp.zeros(()), images)
+    else:
+        ratios["class_accuracy"] = _called_rightly(class_logits, matched.labels[-1], matched.exists[-1])
+    ratios["matched_iou"] = (iou_sums[-1], matched.exists[-1].sum().astype(jnp.float32))
+    return LossSums(losses, ratios)
 
 
 def _gather_targets(targets: Targets, assignment: Int[Array, "layers b q"]) -> _Matched:
@@ -198,10 +235,13 @@ def _box_sums(
 
 def _cardinality_errors(logits: Float[Array, "layers b q c"], valid: Bool[Array, "b t"]) -> Float[Array, "layers"]:
     predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)  # layers b
-    return jnp.abs(predicted - valid.sum(-1)[None]).astype(jnp.float32).mean(-1)
+    return jnp.abs(predicted - valid.sum(-1)[None]).astype(jnp.float32).sum(-1)
 
 
-def _class_error(logits: Float[Array, "b q c"], labels: Float[Array, "b q k"], exists: Bool[Array, "b q"]) -> Float[Array, ""]:
+def _called_rightly(
+    logits: Float[Array, "b q c"], labels: Float[Array, "b q k"], exists: Bool[Array, "b q"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """How many labelled people their query calls rightly, of how many."""
     labelled = exists & labels.any(-1)
     right = labelled & (logits.argmax(-1) == labels.argmax(-1))
-    return 100 - 100 * right.sum() / jnp.maximum(labelled.sum(), 1)
+    return right.sum().astype(jnp.float32), labelled.sum().astype(jnp.float32)

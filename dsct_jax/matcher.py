@@ -1,6 +1,8 @@
 """Which subject query answers for which person: the matching cost and its optimal assignment (paper Section 3.2, Eq. 1-2).
 
-The cost is computed on the device for all decoder layers at once; the assignment is solved on the host, between the two jitted halves of a step.
+The cost is computed on the device for all decoder layers at once. The assignment is solved on the host by SciPy, between the two jitted halves
+of a step, or on the device by optax. Both find the optimum; where several assignments cost the same, each may return another of them, and costs
+that differ by less than about 1e-5 are the same to the device, which reckons in float32 where SciPy does in float64.
 """
 
 import dataclasses
@@ -10,10 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from optax.assignment import hungarian_algorithm
 from scipy.optimize import linear_sum_assignment
 
 from dsct_jax.batch import Targets
 from dsct_jax.boxes import cxcywh_to_xyxy, iou_and_giou
+from dsct_jax.errors import UserError
+
+IMPLEMENTATIONS = ("scipy", "device")
 
 # The released matcher fixes these two, whatever the focal loss uses, and adds _LOG_OFFSET inside the logarithms.
 _ALPHA = 0.25
@@ -23,11 +29,16 @@ _LOG_OFFSET = 1e-8
 
 @dataclasses.dataclass(frozen=True)
 class MatcherConfig:
-    """Weights of the three costs (the paper's theta; the released code's set_cost_*)."""
+    """Weights of the three costs (the paper's theta; the released code's set_cost_*), and where the assignment is solved."""
 
     cost_class: float = 2.0
     cost_bbox: float = 5.0  # L1
     cost_giou: float = 2.0
+    implementation: str = "scipy"
+
+    def __post_init__(self) -> None:
+        if self.implementation not in IMPLEMENTATIONS:
+            raise UserError(f"matcher.implementation={self.implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
 
 
 def matching_cost(
@@ -92,3 +103,24 @@ def assign_on_host(
             queries, matched = linear_sum_assignment(cost[layer, image][:, people])
             assignment[layer, image, queries] = people[matched]
     return assignment
+
+
+def assign_on_device(cost: Float[Array, "layers b q t"], valid: Bool[Array, "b t"]) -> Int[Array, "layers b q"]:
+    """`assign_on_host` as jax operations: target of each query, int32, -1 = none. Costs that are not finite count as 0.
+
+    Targets that are not valid become real columns of the problem, so dear that no valid one is passed over for them.
+    """
+    num_queries, num_targets = cost.shape[-2:]
+    cost = jnp.where(valid[:, None, :], jnp.nan_to_num(cost, nan=0.0, posinf=0.0, neginf=0.0), 0.0)
+    # Taking one more valid target may change every other pair by the whole range of costs. No dearer than needed: float32 has 24 bits.
+    peak = jnp.abs(cost).max((-1, -2), keepdims=True, initial=0.0)
+    padding = 2 * (num_queries + 1) * peak + 1 if num_queries < num_targets else jnp.zeros_like(peak)
+    cost = jnp.where(valid[:, None, :], cost, padding)
+
+    def solve(cost, valid):
+        queries, targets = hungarian_algorithm(cost)
+        return jnp.full(num_queries, -1, jnp.int32).at[queries].set(jnp.where(valid[targets], targets, -1).astype(jnp.int32))
+
+    if num_targets == 0:
+        return jnp.full(cost.shape[:3], -1, jnp.int32)
+    return jax.vmap(jax.vmap(solve), in_axes=(0, None))(cost, valid)

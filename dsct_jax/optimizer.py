@@ -89,11 +89,6 @@ def multipliers(params: Tree, rules: Sequence[tuple[str, float]]) -> Tree:
     return jax.tree_util.tree_map_with_path(multiplier_of, params)
 
 
-def global_norm_of_trained(gradients: Tree, multipliers: Tree) -> Float[Array, ""]:
-    """L2 norm of the gradient over all trained parameters, before clipping: the number that clipping compares, for the log."""
-    return optax.tree.norm([g for g, m in zip(jax.tree.leaves(gradients), jax.tree.leaves(multipliers), strict=True) if m > 0])
-
-
 def make_optimizer(config: OptimizerConfig, params: Tree, total_steps: int) -> optax.GradientTransformation:
     """Clip, AdamW (0.9, 0.999, 1e-8), decay of every trained parameter, schedule and rules.
 

@@ -13,7 +13,8 @@ import pytest
 
 from dsct_jax.checkpoint import Checkpoints, load_weights
 from dsct_jax.errors import UserError
-from dsct_jax.step import TrainState, make_mesh, replicate
+from dsct_jax.sharding import make_mesh, replicate
+from dsct_jax.step import TrainState
 
 METADATA = {"config": {"class_names": ("a", "b"), "multi_label": False, "model": {"hidden_dim": 8, "fusion": "paper"}, "train": {"epochs": 2}}}
 OPTIMIZER = optax.adamw(1e-3)

@@ -16,7 +16,8 @@ from configs import base
 from dsct_jax.checkpoint import Checkpoints
 from dsct_jax.errors import UserError
 from dsct_jax.settings import plain
-from dsct_jax.step import TrainState, make_mesh, replicate
+from dsct_jax.sharding import make_mesh, replicate
+from dsct_jax.step import TrainState
 from tests.test_torch_files import Call, Global, write_pth, write_state
 
 ROOT = Path(__file__).parent.parent

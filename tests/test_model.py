@@ -1,5 +1,7 @@
 """The network against the authors' released code: whole model, one decoder layer, initial values, parameter counts and the ablations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dsct_jax.errors import UserError
-from dsct_jax.model.attention import initial_offsets
+from dsct_jax.model.attention import DeformableAttention, initial_offsets
 from dsct_jax.model.decoder import DecoderLayer, FusionConfig, masked_softmax, nearest, subject_context_fusion
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.optimizer import multipliers
@@ -264,8 +266,6 @@ def test_fusion_variants_against_the_equations(rule, selection, reweighting, k_s
     ],
 )
 def test_variants_run_and_differ(change, small, golden):
-    import dataclasses
-
     arrays = golden("model_small")
     functions = ModelFunctions(dataclasses.replace(SMALL, **change))
     params, frozen = functions.init(1)
@@ -289,3 +289,38 @@ def test_variants_run_and_differ(change, small, golden):
 def test_impossible_configurations_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         DSCTConfig(num_classes=26, **change)
+
+
+def test_refinement_adds_up_over_the_layers_and_each_layer_learns_alone(small, golden):
+    """Zhu et al. 2020, A.4: layer after layer moves the box of the one before, whose gradient is stopped. A constant head makes it countable."""
+    functions = ModelFunctions(dataclasses.replace(SMALL, box_refinement=True))
+    _, params, frozen = small
+    images, mask = jnp.asarray(golden("model_small")["batch"].transpose(0, 2, 3, 1)), jnp.asarray(golden("model_small")["mask"])
+    delta = jnp.array([0.1, -0.2, 0.3, 0.05])
+    constant = params | {"box_head/layer2/kernel": jnp.zeros_like(params["box_head/layer2/kernel"]), "box_head/layer2/bias": delta}
+    key = "box_head/layer2/bias"
+
+    def last_logits(bias):
+        out = functions.bind(constant | {key: bias}, frozen)(images, mask, return_details=True)
+        logits = jax.scipy.special.logit(out.boxes)
+        return logits[-1].mean(), (logits, out.details)
+
+    (_, (logits, details)), gradient = jax.jit(jax.value_and_grad(last_logits, has_aux=True))(delta)
+    c = SMALL.num_context_queries
+    points = jax.scipy.special.logit(details["reference_points"][:, c:])
+    start = jnp.concatenate([points, jnp.full_like(points, -2.0)], -1)
+    for layer in range(SMALL.num_decoder_layers):
+        np.testing.assert_allclose(logits[layer], start + (layer + 1) * delta, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(gradient, np.full(4, 1 / 4), rtol=1e-4)  # 2 / 4 if the box of the first layer let the gradient through
+
+
+def test_offsets_count_in_half_boxes():
+    attention = DeformableAttention(16, num_heads=2, num_levels=1, num_points=4, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    queries, memory = (jnp.asarray(rng.normal(size=(1, k, 16)), jnp.float32) for k in (2, 48))
+    points = jnp.array([[[[0.5, 0.25]], [[0.5, 0.25]]]])
+    run = lambda boxes: attention(queries, points, memory, jnp.zeros((1, 48), bool), ((6, 8),), boxes=boxes)[1]["sampling_locations"]  # noqa: E731
+    pixels = run(None) - points[:, :, None, :, None]
+    scaled = run(jnp.array([[[[0.4, 0.2]], [[0.0, 0.0]]]])) - points[:, :, None, :, None]
+    np.testing.assert_allclose(scaled[0, 0], pixels[0, 0] * np.array([8 * 0.4, 6 * 0.2]) / (2 * 4), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(scaled[0, 1], pixels[0, 1], rtol=1e-6)  # no box: pixels of the map

@@ -8,7 +8,7 @@ import pytest
 
 from configs.base import get_config
 from dsct_jax.errors import UserError
-from dsct_jax.optimizer import OptimizerConfig, global_norm_of_trained, make_optimizer, make_schedule, multipliers
+from dsct_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule, multipliers
 
 RULES = ((r"backbone/stem/.*", 0.0), (r"backbone/layer\d/.*", 0.1), (r"(?!backbone/).*", 1.0))
 SHAPES = {"backbone": {"stem": {"kernel": (3, 2)}, "layer2": {"kernel": (2, 4)}}, "decoder": {0: {"bias": (5,)}, 10: {"bias": (1,)}}, "scale": ()}
@@ -58,14 +58,13 @@ def test_steps_equal_torch_adamw_across_the_drop_with_and_without_clipping():
     @jax.jit
     def step(params, state, gradients):
         updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, global_norm_of_trained(gradients, scales)
+        return optax.apply_updates(params, updates), state
 
     clipped = []
     for index in range(total_steps):
         gradients = draw(100 + index, factor=0.1 if index % 3 == 0 else 3.0)
-        params, state, norm = step(params, state, gradients)
+        params, state = step(params, state, gradients)
         expected_norm = reference.step(gradients, 1.0, 1.0 if index < 4 else 0.1)
-        np.testing.assert_allclose(norm, expected_norm, rtol=1e-6)
         clipped.append(expected_norm > 1.0)
         for ours, theirs in zip(jax.tree.leaves(params), reference.params, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=2e-6)
@@ -94,7 +93,6 @@ def test_frozen_parameters_have_no_state_no_part_in_the_norm_and_survive_bad_gra
     gradients["backbone"]["stem"]["kernel"] = jnp.full((3, 2), jnp.nan)
     updates, _ = optimizer.update(gradients, state, params)
     assert np.all(np.asarray(updates["backbone"]["stem"]["kernel"]) == 0)
-    assert np.isfinite(global_norm_of_trained(gradients, multipliers(params, RULES)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
 
 

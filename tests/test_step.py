@@ -12,9 +12,10 @@ from dsct_jax.losses import LossConfig
 from dsct_jax.matcher import MatcherConfig
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.model.layers import DropoutNoise, dropout
-from dsct_jax.optimizer import OptimizerConfig, make_optimizer, multipliers
+from dsct_jax.optimizer import OptimizerConfig
+from dsct_jax.sharding import make_mesh, shard_batch
 from dsct_jax.state import ModelFunctions
-from dsct_jax.step import TrainState, make_mesh, make_train_step, replicate, shard_batch
+from dsct_jax.step import initial_state, make_train_step
 from dsct_jax.torch_weights import from_torch, to_torch
 
 RULES = (
@@ -40,15 +41,6 @@ SMALL = DSCTConfig(
 )
 
 
-def make_state(functions, params, frozen, optimizer_config, mesh):
-    rates = multipliers(params, optimizer_config.rules)
-    trained = {k: v for k, v in params.items() if rates[k] > 0}
-    optimizer = make_optimizer(optimizer_config, trained, 1000)
-    fixed = {k: v for k, v in params.items() if k not in trained}
-    state = TrainState(np.int32(0), trained, fixed, frozen, optimizer.init(trained))
-    return optimizer, replicate(jax.tree.map(jnp.array, state), mesh)
-
-
 @pytest.fixture(scope="module")
 def trajectory(golden):
     """12 steps of the released recipe: (golden arrays, state after them, metrics of each)."""
@@ -59,7 +51,7 @@ def trajectory(golden):
     learning_rate, weight_decay, clip = (float(x) for x in arrays["lr_wd_clip"])
     config = OptimizerConfig(learning_rate=learning_rate, weight_decay=weight_decay, clip_norm=clip, rules=RULES)
     params, frozen = ({k: flat[k] for k in names} for names in (functions.param_shapes, functions.frozen_shapes))
-    optimizer, state = make_state(functions, params, frozen, config, mesh)
+    optimizer, state = initial_state(params, frozen, config, total_steps=1000, mesh=mesh)
     step = make_train_step(functions, optimizer, loss=LossConfig(), matcher=MatcherConfig(), multi_label=True, mesh=mesh, seed=0)
     metrics = []
     for i in range(12):
@@ -136,17 +128,17 @@ def five_steps(request):
     mesh = make_mesh(jax.devices()[: request.param])
     functions = ModelFunctions(TINY)
     params, frozen = functions.init(3)
-    optimizer, state = make_state(functions, params, frozen, OptimizerConfig(clip_norm=1.0, rules=RULES), mesh)
+    optimizer, state = initial_state(params, frozen, OptimizerConfig(clip_norm=1.0, rules=RULES), total_steps=1000, mesh=mesh)
     step = make_train_step(functions, optimizer, loss=LossConfig(), matcher=MatcherConfig(), multi_label=False, mesh=mesh, seed=7)
     losses = []
     for i in range(5):
         batch = shard_batch(synthetic_batch(8, i), mesh)
         if i == 4 and request.param == 8:
-            cost, logits, boxes, pull_back = step.first_half(state, batch)
-            assignment = jnp.zeros(cost.shape[:3], jnp.int32)
+            forward = step.first_half(state, batch, None)
+            assignment = jnp.zeros(forward.cost.shape[:3], jnp.int32)
             texts = [
-                step.first_half.lower(state, batch).compile().as_text(),
-                step.second_half.lower(state, pull_back, logits, boxes, batch, assignment).compile().as_text(),
+                step.first_half.lower(state, batch, None).compile().as_text(),
+                step.second_half.lower(state, forward, batch, assignment).compile().as_text(),
             ]
         state, terms = step(state, batch)
         losses.append(float(terms["total"]))

@@ -45,16 +45,24 @@ class DeformableAttention(nnx.Module):
         memory_padding: Bool[Array, "b s"],
         spatial_shapes: SpatialShapes,
         *,
+        boxes: Float[Array, "b q l 2"] | None = None,
         implementation: str | None = None,
     ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
-        """Returns the attended values, and what was sampled: sampling_locations [b q n l p 2] in [0, 1], attention_weights [b q n l p]."""
+        """Returns the attended values, and what was sampled: sampling_locations [b q n l p 2] in [0, 1], attention_weights [b q n l p].
+
+        `boxes` are widths and heights in [0, 1] of the padded canvas: sampling offsets then count in half boxes instead of pixels, the farthest
+        initial point on the border (Zhu et al. 2020, iterative bounding box refinement). A width of 0 keeps a query's offsets in pixels.
+        """
         b, q, d = queries.shape
         n, l, p = self.shape
         value = jnp.where(memory_padding[..., None], 0, self.value_proj(memory)).reshape(b, -1, n, d // n)
         offsets = self.sampling_offsets(queries).reshape(b, q, n, l, p, 2)
+        sizes = np.array([(w, h) for h, w in spatial_shapes], np.float32).reshape(1, 1, 1, l, 1, 2)
+        if boxes is not None:
+            half = boxes[:, :, None, :, None] * sizes / (2 * p)
+            offsets *= jnp.where(half > 0, half, 1)
         logits = self.attention_weights(queries).reshape(b, q, n, l, p)
         attended = deformable_attention_from_offsets(value, spatial_shapes, reference_points, offsets, logits, implementation=implementation)
-        sizes = np.array([(w, h) for h, w in spatial_shapes], np.float32).reshape(1, 1, 1, l, 1, 2)
         sampled = {  # dead code under jit unless the caller keeps it
             "sampling_locations": reference_points[:, :, None, :, None, :] + offsets / sizes,
             "attention_weights": jax.nn.softmax(logits.reshape(b, q, n, l * p)).reshape(logits.shape),

@@ -115,14 +115,15 @@ class DecoderLayer(nnx.Module):
         memory_padding: Bool[Array, "b s"],
         spatial_shapes: SpatialShapes,
         *,
+        boxes: Float[Array, "b q l 2"] | None = None,
         noise: DropoutNoise | None,
         implementation: str | None,
     ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
-        """`reference_points` are already rescaled to each level's padded map. Returns the tokens and what the layer looked at."""
+        """Returns the tokens and what the layer looked at. `reference_points` and the sizes `boxes` are those of each level's padded map."""
         attended, self_weights = self.self_attention(tokens, positions)
         tokens = self.norm2(tokens + dropout(attended, self.dropout_rate, noise))
         attended, details = self.cross_attention(
-            tokens + positions, reference_points, memory, memory_padding, spatial_shapes, implementation=implementation
+            tokens + positions, reference_points, memory, memory_padding, spatial_shapes, boxes=boxes, implementation=implementation
         )
         tokens = self.norm1(tokens + dropout(attended, self.dropout_rate, noise))
         if self.fusion is not None:

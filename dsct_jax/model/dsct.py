@@ -41,6 +41,7 @@ class DSCTConfig:
     semantic_selection: str = "smallest"
     reweighting: str = "semantic"
     fusion_layers: str | tuple[int, ...] = "all"
+    box_refinement: bool = False
 
     def __post_init__(self):
         choices = {
@@ -114,7 +115,7 @@ class DSCT(nnx.Module):
             ]
         )
         self.class_head = class_head(d, config.num_classes + 1, rngs=rngs)
-        self.box_head = BoxHead(d, rngs=rngs)
+        self.box_head = BoxHead(d, refines=config.box_refinement, rngs=rngs)
 
     def __call__(
         self,
@@ -136,17 +137,30 @@ class DSCT(nnx.Module):
         for layer in self.encoder:
             memory = layer(memory, positions, encoder_points, padding, spatial_shapes, noise=noise, implementation=implementation)
         tokens, query_positions, reference_points = self.queries(images.shape[0])
-        layer_points = reference_points[:, :, None] * ratios[:, None]
-        states, details = [], []
+        references = self.box_head.references(reference_points, self.config.num_context_queries)
+        states, boxes, details = [], [], []
         for decoder_layer in self.decoder:
+            layer_references = references[:, :, None] * jnp.tile(ratios, references.shape[-1] // 2)[:, None]
+            points, *sizes = jnp.split(layer_references, references.shape[-1] // 2, -1)
             tokens, seen = decoder_layer(
-                tokens, query_positions, layer_points, memory, padding, spatial_shapes, noise=noise, implementation=implementation
+                tokens,
+                query_positions,
+                points,
+                memory,
+                padding,
+                spatial_shapes,
+                boxes=sizes[0] if sizes else None,
+                noise=noise,
+                implementation=implementation,
             )
+            context, subject = jnp.split(references, [self.config.num_context_queries], 1)
+            boxes.append(self.box_head(tokens[:, self.config.num_context_queries :], subject))
+            if self.config.box_refinement:
+                references = jnp.concatenate([context, jax.lax.stop_gradient(boxes[-1])], 1)
             states.append(tokens)
             details.append(seen)
         subjects = jnp.stack(states)[:, :, self.config.num_context_queries :]
-        subject_points = jnp.broadcast_to(reference_points[:, self.config.num_context_queries :], (*subjects.shape[:-1], 2))
-        logits, boxes = self.class_head(subjects), self.box_head(subjects, subject_points)
+        logits, boxes = self.class_head(subjects), jnp.stack(boxes)
         if not return_details:
             return Predictions(logits, boxes)
         shared = {"reference_points": reference_points, "valid_ratios": ratios, "memory": memory, "features": features, "states": jnp.stack(states)}
