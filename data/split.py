@@ -97,7 +97,8 @@ def strata_of(records: Sequence[Record]) -> Int[np.ndarray, " n"]:
 def as_coco(records: Sequence[Record], config: DataConfig, *, info: dict[str, Any]) -> dict[str, Any]:
     """A COCO-style document of these images, with file names below `data_dir` and class numbers (a list of them where there may be several)."""
     root = Path(config.data_dir)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, record in enumerate(records, 1):
         assert isinstance(record.image, Path)
         name = Path(os.path.relpath(record.image, root)).as_posix()
