@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dsct_jax.batch import Predictions
@@ -20,7 +19,7 @@ from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.preprocess import Preprocessing
 from dsct_jax.settings import entry, from_section, plain
 from dsct_jax.state import Flat, ModelFunctions
-from dsct_jax.torch_files import read_pth
+from dsct_jax.torch_files import PTH_SUFFIXES, read_pth, read_safetensors
 from dsct_jax.torch_weights import from_torch
 
 
@@ -73,39 +72,33 @@ def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
     file or directory is missing, unreadable, or of another model.
     """
     path, config = Path(path), None if config is None else plain(config)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory")
-    if path.is_dir():
-        params, frozen, metadata = load_weights(path.parent if path.name == DIRECTORY else path)
-        stored = plain(metadata["config"])
-    elif path.suffix == ".safetensors":
-        params, frozen, stored = _read_safetensors(path)
-    elif path.suffix in (".pth", ".pt"):
+    if path.suffix in PTH_SUFFIXES and path.is_file():
         if config is None:
             raise UserError(f"{path}: a .pth file does not say which variant it is; give a configuration, such as configs/emotic_r50_released.py")
         functions = ModelFunctions(model_config(config))
         flat = from_torch(read_pth(path), functions.param_shapes | functions.frozen_shapes)
         return Model(functions, {k: flat[k] for k in functions.param_shapes}, {k: flat[k] for k in functions.frozen_shapes}, config)
-    else:
-        raise UserError(f"{path}: neither a run directory nor a .safetensors or .pth file")
+    params, frozen, stored = read_own(path)
     chosen = stored if config is None else config
     functions = ModelFunctions(model_config(chosen))
     require_same_shapes(functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(path))
     return Model(functions, params, frozen, chosen)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]:
-    """(parameters, frozen statistics, configuration) of a file written by `Model.save`."""
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as .safetensors ({error}); the file may be cut short, copy it again") from None
-    if "config" not in metadata:
+def read_own(path: Path) -> tuple[Flat, Flat, dict[str, Any]]:
+    """(parameters, frozen statistics, configuration) of a run directory or a .safetensors file of `Model.save`."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    if path.is_dir():
+        params, frozen, metadata = load_weights(path.parent if path.name == DIRECTORY else path)
+        return params, frozen, plain(metadata["config"])
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: neither a run directory nor a .safetensors or .pth file")
+    arrays, strings = read_safetensors(path)
+    if "config" not in strings:
         raise UserError(f"{path}: holds no configuration; only files written by this project's Model.save can be read")
     try:
-        stored = plain(json.loads(metadata["config"]))
+        stored = plain(json.loads(strings["config"]))
     except ValueError as error:
         raise UserError(f"{path}: the configuration in it is damaged ({error}); copy the file again") from None
     params, frozen = ({k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in ("params/", "frozen/"))

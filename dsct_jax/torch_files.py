@@ -1,12 +1,16 @@
-"""Reads `.pth` files without PyTorch and without running anything stored in them.
+"""Reads files of tensors without PyTorch and without running anything stored in them: `.pth` and `.safetensors`.
 
-A `.pth` file (PyTorch >= 1.6) is a zip archive with a pickle that describes tensors and one file of raw bytes a storage. The unpickler here
-knows tensors and plain containers only: any other name in the pickle is refused, or kept as an inert `Opaque` where released files carry it.
+A `.pth` file is a pickle that describes tensors, and raw bytes a storage: in a zip archive (PyTorch >= 1.6), or one after the other in a plain
+file (before; torchvision's and Deformable DETR's oldest weights). The unpickler here knows tensors and plain containers only: any other name in
+the pickle is refused, or kept as an inert `Opaque` where released files carry it.
 """
 
+import dataclasses
 import io
+import json
 import math
 import pickle
+import struct
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -14,14 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import safetensors
 
 from dsct_jax.errors import UserError
 
-_DTYPES = {
+PTH_SUFFIXES = (".pth", ".pt", ".bin")
+
+STORAGE_TYPES: dict[str, Any] = {
     "FloatStorage": np.float32,
     "DoubleStorage": np.float64,
     "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
     "LongStorage": np.int64,
     "IntStorage": np.int32,
     "ShortStorage": np.int16,
@@ -29,7 +38,11 @@ _DTYPES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-
+_SAFETENSORS_TYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32, "I16": np.int16,
+    "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+_PLAIN_FILE_START = b"".join(pickle.dumps(number, protocol=2) for number in (0x1950A86A20F9469CFC6C, 1001))  # magic number and protocol
 
 # What a pickle or an archive that was damaged or forged can raise.
 _UNREADABLE = (
@@ -42,6 +55,7 @@ _UNREADABLE = (
     RuntimeError,
     TypeError,
     ValueError,
+    struct.error,
     zlib.error,
 )
 
@@ -71,67 +85,187 @@ class _Rebuild:
         raise pickle.UnpicklingError("it tries to change a function")
 
 
-def _tensor(storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> np.ndarray:
-    count = math.prod(size)
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if count else offset
-    if storage.ndim != 1 or min(offset, *size, *stride, 0) < 0 or count > storage.size or (count and last >= storage.size):
-        raise pickle.UnpicklingError("a tensor reaches outside its storage")
-    strides = tuple(s * storage.itemsize for s in stride)
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
+class _Entries(OrderedDict):
+    """A dictionary in which no name may come twice: of two tensors of one name, which one counts?"""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if key in self:
+            raise pickle.UnpicklingError(f"it holds {key!r} twice")
+        super().__setitem__(key, value)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Storage:
+    """Numbers that a pickle refers to, not read yet."""
+
+    kind: str
+    key: str
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _View:
+    """A tensor: a strided part of a storage."""
+
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def cut(self, numbers: np.ndarray) -> np.ndarray:
+        """The tensor, from the numbers of its storage."""
+        count = math.prod(self.size)
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True)) if count else self.offset
+        if min(self.offset, *self.size, *self.stride, 0) < 0 or count > numbers.size or (count and last >= numbers.size):
+            raise pickle.UnpicklingError("a tensor reaches outside its storage")
+        strides = tuple(s * numbers.itemsize for s in self.stride)
+        return np.lib.stride_tricks.as_strided(numbers[self.offset :], self.size, strides).copy()
+
+
+def _view(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> _View:
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError("a tensor without a storage")
+    return _View(storage, offset, tuple(size), tuple(stride))
 
 
 _ALLOWED = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(_tensor),
+    ("collections", "OrderedDict"): _Entries,
+    ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(_view),
+    ("torch._utils", "_rebuild_tensor"): _Rebuild(_view),  # before PyTorch 0.4
     ("torch._utils", "_rebuild_parameter"): _Rebuild(lambda data, *_: data),
+    ("torch.nn.parameter", "Parameter"): _Rebuild(lambda data, *_: data),
     ("argparse", "Namespace"): Opaque,
 }
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, archive: zipfile.ZipFile, root: str):
+    def __init__(self, file: io.BufferedReader | io.BytesIO):
         super().__init__(file)
-        self._archive, self._root = archive, root
+        self.storages: dict[str, _Storage] = {}  # every one that the pickle refers to, by key
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
-        if module == "torch" and name in _DTYPES:
+        if module == "torch" and name in STORAGE_TYPES:
             return name
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no file of weights needs")
 
-    def persistent_load(self, pid: Any) -> np.ndarray:
-        kind, storage_type, key, _, count = pid
-        if kind != "storage":
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, storage_type, key, _, count, *view = pid
+        if kind != "storage" or storage_type not in STORAGE_TYPES or any(part is not None for part in view):
             raise pickle.UnpicklingError(f"unknown reference {kind!r}")
-        return np.frombuffer(self._archive.read(f"{self._root}data/{key}"), _DTYPES[storage_type], count)
+        self.storages[str(key)] = _Storage(str(storage_type), str(key), int(count))
+        return self.storages[str(key)]
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Tensors by name of a `.pth` (also `.pt`, `.bin`) or `.safetensors` file; raises UserError when it cannot be read or is neither."""
+    if path.suffix in PTH_SUFFIXES:
+        return read_pth(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    raise UserError(f"{path}: neither a .safetensors file nor a .pth, .pt or .bin of PyTorch")
 
 
 def read_pth(path: Path) -> dict[str, np.ndarray]:
     """Tensors of a `.pth` file by name: of the entry 'model' or 'state_dict' where there is one, otherwise of the whole file.
 
-    Raises UserError when the file is no such archive or holds anything that is not a tensor or a plain container.
+    Raises UserError when the file is no such file or holds anything that is not a tensor or a plain container.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            description = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-            root = description.removesuffix("data.pkl")
-            if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-                raise UserError(f"{path}: written on a big-endian machine; save it again on another one")
-            content = _Unpickler(io.BytesIO(archive.read(description)), archive, root).load()
+        with path.open("rb") as file:
+            tensors = _from_archive(path, file) if zipfile.is_zipfile(file) else _from_plain_file(path, file)
     except (zipfile.BadZipFile, StopIteration):
-        raise UserError(f"{path}: not a .pth file of PyTorch 1.6 or newer, or cut short; copy it again, or save it again with torch.save") from None
+        raise UserError(f"{path}: not a .pth file, or cut short; copy it again, or save it again with torch.save") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UserError:
         raise
     except _UNREADABLE as error:
         raise UserError(f"{path}: refused, {' '.join(str(error).split()) or type(error).__name__}") from None
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors by name")
+    return tensors
+
+
+def _from_archive(path: Path, file: io.BufferedReader) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        if len(set(names)) < len(names):
+            raise pickle.UnpicklingError(f"it holds {next(name for name in names if names.count(name) > 1)!r} twice")
+        description = next(name for name in names if name.endswith("data.pkl"))
+        root = description.removesuffix("data.pkl")
+        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+            raise UserError(f"{path}: written on a big-endian machine; save it again on another one")
+        views = _named_views(_Unpickler(io.BytesIO(archive.read(description))).load())
+        return {
+            name: view.cut(np.frombuffer(archive.read(f"{root}data/{view.storage.key}"), STORAGE_TYPES[view.storage.kind], view.storage.count))
+            for name, view in views.items()
+        }
+
+
+def _from_plain_file(path: Path, file: io.BufferedReader) -> dict[str, np.ndarray]:
+    """Five pickles (a magic number, a protocol, the machine, the content, the storages' keys), then a count and the numbers of each storage."""
+    file.seek(0)
+    if file.read(len(_PLAIN_FILE_START)) != _PLAIN_FILE_START:
+        raise zipfile.BadZipFile
+    machine = _Unpickler(file).load()
+    if not machine["little_endian"]:
+        raise UserError(f"{path}: written on a big-endian machine; save it again on another one")
+    unpickler = _Unpickler(file)
+    views = _named_views(unpickler.load())
+    storages: dict[str, np.ndarray] = {}
+    for key in _Unpickler(file).load():
+        kind = np.dtype(STORAGE_TYPES[unpickler.storages[key].kind])
+        (count,) = struct.unpack("<q", file.read(8))
+        if not 0 <= count * kind.itemsize <= path.stat().st_size:
+            raise EOFError("cut short")
+        storages[key] = np.frombuffer(file.read(count * kind.itemsize), kind, count)
+    return {name: view.cut(storages[view.storage.key]) for name, view in views.items()}
+
+
+def _named_views(content: Any) -> dict[str, _View]:
     for entry in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(entry), dict):
             content = content[entry]
             break
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, np.ndarray)} if isinstance(content, dict) else {}
-    if not tensors:
-        raise UserError(f"{path}: holds no tensors by name")
-    return tensors
+    return {str(name): view for name, view in content.items() if isinstance(view, _View)} if isinstance(content, dict) else {}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(tensors by name, metadata) of a `.safetensors` file; raises UserError when it is damaged, cut short, or names a tensor twice."""
+    try:
+        content = path.read_bytes()
+        entries = safetensors.deserialize(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (safetensors.SafetensorError, ValueError) as error:
+        doubled = _doubled_name(content)
+        raise UserError(
+            f"{path}: holds {doubled!r} twice"
+            if doubled
+            else f"{path}: cannot be read as .safetensors ({error}); the file may be cut short, copy it again"
+        ) from None
+    tensors = {}
+    for name, entry in entries:
+        if entry["dtype"] not in _SAFETENSORS_TYPES:
+            raise UserError(f"{path}: {name} has numbers of type {entry['dtype']}, which are no weights")
+        tensors[name] = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors, header.get("__metadata__") or {}
+
+
+def _doubled_name(content: bytes) -> str | None:
+    """The name that comes twice in the header of a `.safetensors` file, which its library reports as a wrong offset."""
+    doubled: list[str] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        doubled.extend(name for name in names if names.count(name) > 1)
+        return dict(pairs)
+
+    try:
+        json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")], object_pairs_hook=collect)
+    except ValueError:
+        return None
+    return doubled[0] if doubled else None

@@ -1,22 +1,39 @@
-"""Tables of (PyTorch name, our parameter, layout), read in both directions: released DSCT weights in, ours out.
+"""Tables of (PyTorch name, our parameter, layout), read in both directions: weights of others in, ours out.
 
 A placeholder such as {i} stands for a number and takes the same value on both sides. Every name must be matched by exactly one rule, and
-every parameter must be supplied: anything else is an error that names the tensor, never a silent gap.
+every parameter that a table knows must be supplied: anything else is an error that names the tensor, never a silent gap.
 """
 
+import dataclasses
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from dsct_jax.boxes import AnyArray
 from dsct_jax.errors import UserError
 
-# layout: same = as it is; linear = (out, in) <-> (in, out); conv = (out, in, h, w) <-> (h, w, in, out)
+# How a tensor lies: same = as it is; linear = (out, in) <-> (in, out); conv = (out, in, h, w) <-> (h, w, in, out). A number behind a colon says
+# that the tensor is that third of ours, along the last axis: query, key and value, which we keep packed.
 _TO_OURS = {"same": lambda x: x, "linear": lambda x: x.T, "conv": lambda x: x.transpose(2, 3, 1, 0)}
 _TO_TORCH = {"same": lambda x: x, "linear": lambda x: x.T, "conv": lambda x: x.transpose(3, 2, 0, 1)}
+_THIRDS = 3
 
 Rule = tuple[str, str, str]
+NAMED_PROBLEMS = 12  # of more, an error only tells the number
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorLayout:
+    """How a kind of file names its tensors."""
+
+    title: str
+    marker: str  # regex: a file with such a name is of this kind
+    rules: tuple[Rule, ...]
+    spellings: tuple[tuple[str, str], ...] = ()  # (regex, replacement), tried on the start of a name: other spellings of the names in `rules`
+    left_out: str = r"(?!)"  # regex: tensors that have no place in our model
+    repeated: str = r"(?!)"  # regex (prefix).(number).(rest): copies of entry 0, which they must equal
 
 
 def _norm(torch: str, ours: str) -> list[Rule]:
@@ -48,7 +65,15 @@ def resnet_rules(torch: str, ours: str) -> list[Rule]:
     return rules + _batch_norm(f"{block}.downsample.1", f"{mine}/shortcut_norm")
 
 
-def _layer(stack: str) -> list[Rule]:
+def _input_projections(prefix: str) -> list[Rule]:
+    return [
+        (f"{prefix}input_proj.{{i}}.0.weight", "input_proj/{i}/conv/kernel", "conv"),
+        (f"{prefix}input_proj.{{i}}.0.bias", "input_proj/{i}/conv/bias", "same"),
+        *_norm(f"{prefix}input_proj.{{i}}.1", "input_proj/{i}/norm"),
+    ]
+
+
+def _original_layer(stack: str) -> list[Rule]:
     torch, ours = f"transformer.{stack}.layers.{{i}}", f"{stack}/{{i}}"
     rules = _norm(f"{torch}.norm1", f"{ours}/norm1") + _norm(f"{torch}.norm2", f"{ours}/norm2")
     for part in ("linear1", "linear2"):
@@ -56,15 +81,13 @@ def _layer(stack: str) -> list[Rule]:
     return rules
 
 
-RELEASED: list[Rule] = [
+_ORIGINAL_TRANSFORMER: tuple[Rule, ...] = (
     *resnet_rules("backbone.0.body.", "backbone"),
-    ("input_proj.{i}.0.weight", "input_proj/{i}/conv/kernel", "conv"),
-    ("input_proj.{i}.0.bias", "input_proj/{i}/conv/bias", "same"),
-    *_norm("input_proj.{i}.1", "input_proj/{i}/norm"),
+    *_input_projections(""),
     ("transformer.level_embed", "level_embed", "same"),
-    *_layer("encoder"),
+    *_original_layer("encoder"),
     *_deformable_attention("transformer.encoder.layers.{i}.self_attn", "encoder/{i}/self_attention"),
-    *_layer("decoder"),
+    *_original_layer("decoder"),
     *_norm("transformer.decoder.layers.{i}.norm3", "decoder/{i}/norm3"),
     *_deformable_attention("transformer.decoder.layers.{i}.cross_attn", "decoder/{i}/cross_attention"),
     ("transformer.decoder.layers.{i}.self_attn.in_proj_weight", "decoder/{i}/self_attention/in_proj/kernel", "linear"),
@@ -72,66 +95,235 @@ RELEASED: list[Rule] = [
     *_linear("transformer.decoder.layers.{i}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
     *_linear("transformer.reference_points", "reference_points"),
     ("query_embed.weight", "context_queries", "same"),
+)
+
+
+def _hugging_face_layer(stack: str, norms: Mapping[str, str]) -> list[Rule]:
+    torch, ours = f"model.{stack}.layers.{{i}}", f"{stack}/{{i}}"
+    rules = [rule for theirs, mine in norms.items() for rule in _norm(f"{torch}.{theirs}", f"{ours}/{mine}")]
+    return rules + _linear(f"{torch}.fc1", f"{ours}/feedforward/linear1") + _linear(f"{torch}.fc2", f"{ours}/feedforward/linear2")
+
+
+def _packed_projections(torch: str, ours: str) -> list[Rule]:
+    return [(theirs, mine, f"{how}:{i}") for i, part in enumerate("qkv") for theirs, mine, how in _linear(f"{torch}.{part}_proj", ours)]
+
+
+_HF_BACKBONE = "model.backbone.conv_encoder.model."
+
+# A backbone of transformers' own ResNet instead of timm's, which has torchvision's names.
+_HF_RESNET_SPELLINGS = (
+    (rf"{_HF_BACKBONE}embedder\.embedder\.convolution\.", rf"{_HF_BACKBONE}conv1."),
+    (rf"{_HF_BACKBONE}embedder\.embedder\.normalization\.", rf"{_HF_BACKBONE}bn1."),
+    *(
+        (rf"{_HF_BACKBONE}encoder\.stages\.{s}\.layers\.(\d+)\.{theirs}\.", rf"{_HF_BACKBONE}layer{s + 1}.\1.{name}.")
+        for s in range(4)
+        for theirs, name in [(r"shortcut\.convolution", "downsample.0"), (r"shortcut\.normalization", "downsample.1")]
+        + [(rf"layer\.{c}\.convolution", f"conv{c + 1}") for c in range(3)]
+        + [(rf"layer\.{c}\.normalization", f"bn{c + 1}") for c in range(3)]
+    ),
+)
+
+TORCHVISION = TensorLayout(
+    title="torchvision ResNet",
+    marker=r"layer1\.0\.conv1\.weight",
+    rules=tuple(resnet_rules("", "backbone")),
+    left_out=r"fc\.(weight|bias)|.*\.num_batches_tracked",
+)
+
+DEFORMABLE_DETR = TensorLayout(
+    title="Deformable DETR (original code)",
+    marker=r"transformer\.encoder\.layers\.0\.self_attn\.sampling_offsets\.weight",
+    rules=_ORIGINAL_TRANSFORMER,
+    left_out=r"(transformer\.decoder\.)?(class|bbox)_embed\..*|transformer\.(enc_output|pos_trans)(_norm)?\..*|.*\.num_batches_tracked",
+)
+
+HUGGING_FACE = TensorLayout(
+    title="Deformable DETR (Hugging Face)",
+    marker=r"(model\.)?(encoder\.layers\.0\.self_attn\.sampling_offsets\.weight|query_position_embeddings\.weight)",
+    rules=(
+        *resnet_rules(_HF_BACKBONE, "backbone"),
+        *_input_projections("model."),
+        ("model.level_embed", "level_embed", "same"),
+        *_hugging_face_layer("encoder", {"self_attn_layer_norm": "norm1", "final_layer_norm": "norm2"}),
+        *_deformable_attention("model.encoder.layers.{i}.self_attn", "encoder/{i}/self_attention"),
+        *_hugging_face_layer("decoder", {"encoder_attn_layer_norm": "norm1", "self_attn_layer_norm": "norm2", "final_layer_norm": "norm3"}),
+        *_deformable_attention("model.decoder.layers.{i}.encoder_attn", "decoder/{i}/cross_attention"),
+        *_packed_projections("model.decoder.layers.{i}.self_attn", "decoder/{i}/self_attention/in_proj"),
+        *_linear("model.decoder.layers.{i}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
+        *_linear("model.reference_points", "reference_points"),
+        ("model.query_position_embeddings.weight", "context_queries", "same"),
+    ),
+    spellings=(
+        (r"(?=(backbone|encoder|decoder|input_proj|query_position_embeddings|level_embed|reference_points)\b)", "model."),  # the bare model
+        (r"model\.backbone\.model\.", _HF_BACKBONE),  # as transformers 5 holds it in memory
+        (r"(model\.(?:en|de)coder\.layers\.\d+)\.mlp\.", r"\1."),
+        (r"(model\.decoder\.layers\.\d+\.self_attn)\.o_proj\.", r"\1.out_proj."),
+        *_HF_RESNET_SPELLINGS,
+    ),
+    left_out=r"(model\.decoder\.)?(class|bbox)_embed\..*|model\.(enc_output|pos_trans)(_norm)?\..*|.*\.num_batches_tracked",
+)
+
+RELEASED: tuple[Rule, ...] = (
+    *_ORIGINAL_TRANSFORMER,
     ("query_embed_dsct.weight", "subject_queries", "same"),
     *_linear("class_embed_dsct.0", "class_head"),
     *(rule for i in range(3) for rule in _linear(f"bbox_embed_dsct.0.layers.{i}", f"box_head/layer{i}")),
-]
+)
 
-# The released modules list one shared head once a decoder layer; entry 0 is read, the others must equal it.
-SHARED_HEADS = re.compile(r"(class_embed_dsct|bbox_embed_dsct)\.([1-9]\d*)\.(.+)")
+DSCT = TensorLayout(
+    title="DSCT (the authors' code)",
+    marker=r"query_embed_dsct\.weight|class_embed_dsct\.0\.weight",
+    rules=RELEASED,
+    left_out=r".*\.num_batches_tracked",
+    repeated=r"(class_embed_dsct|bbox_embed_dsct)\.([1-9]\d*)\.(.+)",  # their modules list the one shared head once a decoder layer
+)
 
-
-def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(template)))
-
-
-def _translate(name: str, rules: list[tuple[str, str, str]]) -> tuple[str, str]:
-    found = [(m, target, layout) for source, target, layout in rules if (m := _pattern(source).fullmatch(name))]
-    if len(found) != 1:
-        raise UserError(f"weights: tensor {name!r} is matched by {len(found)} rules instead of one; is this file of another model?")
-    match, target, layout = found[0]
-    return target.format(**match.groupdict()), layout
+LAYOUTS = (DSCT, HUGGING_FACE, DEFORMABLE_DETR, TORCHVISION)
 
 
-def from_torch(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, rules: list[Rule] = RELEASED) -> dict[str, np.ndarray]:
-    """PyTorch tensors by name -> our arrays by path, float32.
+@dataclasses.dataclass(frozen=True)
+class Translation:
+    """What became of a file's tensors."""
+
+    arrays: dict[str, np.ndarray]  # ours, float32
+    taken: tuple[str, ...]  # names in the file
+    left_out: tuple[str, ...]  # names in the file that have no place in our model
+    without_rule: tuple[str, ...]  # our paths that this kind of file does not have
+    problems: tuple[str, ...]  # one text for each tensor that is unknown, missing, doubled or of another shape
+
+
+def detect_layout(names: Iterable[str]) -> TensorLayout | None:
+    """Which of the four kinds of file has these names; None when it is none of them."""
+    names = list(names)
+    return next((layout for layout in LAYOUTS if any(re.fullmatch(layout.marker, name) for name in names)), None)
+
+
+def from_torch(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, layout: TensorLayout = DSCT) -> dict[str, np.ndarray]:
+    """PyTorch tensors by name -> our arrays by path, float32: the whole model.
 
     `shapes` are our paths and their shapes: each must be supplied once and fit. Raises UserError naming every tensor that is unknown, missing,
     doubled or of another shape; nothing is returned then.
     """
-    taken: dict[str, np.ndarray] = {}
+    found = translate(state, shapes, layout=layout)
+    require_fit([*found.problems, *(f"{path} is missing" for path in found.without_rule)])
+    return found.arrays
+
+
+def require_fit(problems: Sequence[str]) -> None:
+    """Raises UserError that names the problems, unless there are none."""
+    if problems:
+        more = "; ..." if len(problems) > NAMED_PROBLEMS else ""
+        raise UserError(f"weights: {len(problems)} tensors do not fit the model: {'; '.join(problems[:NAMED_PROBLEMS])}{more}")
+
+
+def translate(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, layout: TensorLayout) -> Translation:
+    """PyTorch tensors by name -> our arrays, and an account of every tensor. `shapes` are our paths and their shapes; raises nothing."""
+    pieces: dict[str, dict[int, tuple[str, np.ndarray]]] = {}  # path -> third (0 where whole) -> (name, array)
+    left_out: list[str] = []
     problems: list[str] = []
     for name, tensor in state.items():
-        repeated = SHARED_HEADS.fullmatch(name)
-        if repeated:
+        if re.fullmatch(layout.left_out, name):
+            left_out.append(name)
+        elif repeated := re.fullmatch(layout.repeated, name):
             original = f"{repeated[1]}.0.{repeated[3]}"
+            left_out.append(name)
             if original not in state or not np.array_equal(state[original], tensor):
                 problems.append(f"{name} differs from {original}, which it should repeat")
-            continue
-        path, layout = _translate(name, rules)
-        array = np.asarray(_TO_OURS[layout](np.asarray(tensor)), np.float32)
-        if path in taken:
-            problems.append(f"{name} supplies {path} a second time")
-        elif path not in shapes:
-            problems.append(f"{name} is unknown to this model (no {path})")
-        elif array.shape != tuple(shapes[path]):
-            problems.append(f"{name} has shape {array.shape} where the model has {tuple(shapes[path])} at {path}")
-        taken[path] = array
-    problems += [f"{path} is missing" for path in shapes if path not in taken]
-    if problems:
-        raise UserError(f"weights: {len(problems)} tensors do not fit the model: " + "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else ""))
-    return taken
+        else:
+            problem = _place(name, np.asarray(tensor), shapes, layout, pieces)
+            problems += [problem] if problem else []
+    arrays: dict[str, np.ndarray] = {}
+    for path, shape in shapes.items():
+        thirds = pieces.get(path, {})
+        expected = {third for _, _, third in _theirs(path, layout)}
+        if expected and (lacking := expected - thirds.keys()):
+            told = any(text.endswith(f" at {path}") for text in problems)  # of another shape, which is said already
+            part = "" if len(expected) == 1 else f" (its {', '.join(('query', 'key', 'value')[i] for i in sorted(lacking))} part)"
+            problems += [] if told else [f"{path} is missing{part}"]
+        elif expected:
+            array = thirds[0][1] if len(thirds) == 1 else np.concatenate([thirds[i][1] for i in range(_THIRDS)], -1)
+            arrays[path] = np.ascontiguousarray(array, np.float32).reshape(shape)
+    taken = tuple(name for path in arrays for name, _ in pieces[path].values())
+    without_rule = tuple(path for path in shapes if not has_place(path, layout))
+    return Translation(arrays, taken, tuple(left_out), without_rule, tuple(problems))
 
 
-def to_torch(parameters: Mapping[str, AnyArray], *, num_decoder_layers: int, rules: list[Rule] = RELEASED) -> dict[str, np.ndarray]:
-    """Our arrays by path -> PyTorch tensors by released name, the shared heads repeated for every decoder layer."""
-    reverse = [(ours, torch, layout) for torch, ours, layout in rules]
+def _place(
+    name: str,
+    tensor: np.ndarray,
+    shapes: Mapping[str, tuple[int, ...]],
+    layout: TensorLayout,
+    pieces: dict[str, dict[int, tuple[str, np.ndarray]]],
+) -> str | None:
+    """Puts one tensor among the `pieces`; what is wrong with it otherwise."""
+    found = _matches(_canonical(name, layout), layout.rules)
+    if len(found) != 1:
+        return f"{name!r} is matched by {len(found)} rules instead of one"
+    path, how, third = found[0]
+    if path not in shapes:
+        return f"{name} is unknown to this model (no {path})"
+    if third in pieces.get(path, {}):
+        return f"{name} supplies {path} a second time (after {pieces[path][third][0]})"
+    shape = tuple(shapes[path])
+    wanted = (*shape[:-1], shape[-1] // _THIRDS) if len(_theirs(path, layout)) > 1 else shape
+    needed_rank = {"linear": 2, "conv": 4}.get(how, tensor.ndim)
+    array = _TO_OURS[how](tensor) if tensor.ndim == needed_rank else tensor
+    if array.shape != wanted:
+        return f"{name} has shape {array.shape} where the model has {wanted} at {path}"
+    pieces.setdefault(path, {})[third] = (name, array)
+    return None
+
+
+def to_torch(parameters: Mapping[str, AnyArray], *, num_decoder_layers: int, layout: TensorLayout = DSCT) -> dict[str, np.ndarray]:
+    """Our arrays by path -> PyTorch tensors by name, shared heads repeated for every decoder layer.
+
+    Raises UserError naming the paths that this kind of file has no name for; `has_place` tells them beforehand.
+    """
     state: dict[str, np.ndarray] = {}
+    if nameless := [path for path in parameters if not has_place(path, layout)]:
+        raise UserError(f"weights: {layout.title} has no name for {', '.join(nameless[:NAMED_PROBLEMS])}")
     for path, array in parameters.items():
-        name, layout = _translate(path, reverse)
-        tensor = np.ascontiguousarray(_TO_TORCH[layout](np.asarray(array)))
-        state[name] = tensor
-        head = re.fullmatch(r"(class_embed_dsct|bbox_embed_dsct)\.0\.(.+)", name)
-        if head:
-            state |= {f"{head[1]}.{i}.{head[2]}": tensor for i in range(1, num_decoder_layers)}
+        found = _theirs(path, layout)
+        for name, how, third in found:
+            piece = np.asarray(array) if len(found) == 1 else np.split(np.asarray(array), _THIRDS, axis=-1)[third]
+            tensor = np.array(_TO_TORCH[how](piece), order="C")
+            copies = [re.sub(r"\.0\.", f".{i}.", name, count=1) for i in range(1, num_decoder_layers)]
+            state |= {name: tensor, **{copy: tensor for copy in copies if re.fullmatch(layout.repeated, copy)}}
     return state
+
+
+def has_place(path: str, layout: TensorLayout) -> bool:
+    """Whether this kind of file has tensors for our `path`."""
+    return bool(_theirs(path, layout))
+
+
+def _canonical(name: str, layout: TensorLayout) -> str:
+    for pattern, replacement in layout.spellings:
+        if match := _compiled(pattern).match(name):
+            name = match.expand(replacement) + name[match.end() :]
+    return name
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+@functools.cache
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(template)))
+
+
+def _matches(name: str, rules: Iterable[Rule]) -> list[tuple[str, str, int]]:
+    """(translated name, layout, third) by every rule that fits `name`."""
+    found = []
+    for source, target, layout in rules:
+        if match := _pattern(source).fullmatch(name):
+            how, _, third = layout.partition(":")
+            found.append((target.format(**match.groupdict()), how, int(third or 0)))
+    return found
+
+
+def _theirs(path: str, layout: TensorLayout) -> list[tuple[str, str, int]]:
+    """(name, layout, third) of the tensors that make up our `path`."""
+    return _matches(path, [(ours, theirs, how) for theirs, ours, how in layout.rules])
