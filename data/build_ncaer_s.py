@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -168,6 +169,7 @@ _detect: FaceDetector | None = None  # of this worker process
 
 def _start_worker(detector: str) -> None:
     global _detect
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     opencv().setNumThreads(1)
     _detect = make_detector(detector)
 

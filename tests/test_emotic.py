@@ -183,6 +183,8 @@ def test_mat_files_that_cannot_be_used(mat):
     assert "cannot be read as a MATLAB file" in read(b"nonsense" * 40)
     whole = (mat / "Annotations.mat").read_bytes()
     assert "bad.mat: " in read(whole[: len(whole) // 8])
+    header = b"MATLAB 7.3 MAT-file".ljust(124) + struct.pack("<HH", 0x0200, 0x4D49)
+    assert "is of MATLAB 7.3" in read(header.ljust(512))
     assert "has no variable 'train'" in read({"test": 1})
     assert "no usable image" in read({"train": np.zeros((0, 0))})
     good = mat_image("mscoco/images", "a.jpg", [train_person([1.0, 1.0, 9.0, 9.0], "Fear")])
@@ -296,6 +298,16 @@ def test_torch7_values_come_back(tmp_path, ascii):
     found = load_torch7(tmp_path / "x.t7")
     np.testing.assert_array_equal(found.pop("tensor"), matrix)
     assert found == {"text": "a\nb é", "no": None, "yes": True, "half": 0.5, "list": [1, [2, 3], []], "table": {2.0: "two", "x": 1}}
+
+
+def test_torch7_file_of_all_splits(tmp_path):
+    write_image(tmp_path, "mscoco/images/a.jpg")
+    person = t7_person("a.jpg", [1, 2, 11, 12], [1, 2, 30, 29], [{"labels": [16], "continuous": []}])
+    Torch7Writer().write({"train": [person], "test": [person, person]}).save(tmp_path / "all.t7")
+    config = make_config(tmp_path, "all.t7", person_box="head")
+    assert [len(read_emotic(config, split)[0][0].boxes) for split in ("train", "test")] == [1, 2]
+    assert "must hold a table of people" in one_line(lambda: read_emotic(config, "val"))
+    assert "no usable image" in one_line(lambda: read_emotic(make_config(tmp_path, "all.t7", drop_unrated=True), "train"))
 
 
 def test_torch7_objects_met_again_are_the_same(tmp_path):
