@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -82,9 +82,9 @@ def near_groups(prints: Sequence[Fingerprint], *, near: int = NEAR) -> Int[np.nd
     return scipy.sparse.csgraph.connected_components(graph, directed=False)[1] if count else np.zeros(0, int)
 
 
-def members(groups: Iterable[int]) -> list[list[int]]:
+def members(groups: Int[np.ndarray, " n"]) -> list[list[int]]:
     """The places of each group that has more than one member."""
     places: dict[int, list[int]] = {}
-    for place, group in enumerate(groups):
+    for place, group in enumerate(groups.tolist()):
         places.setdefault(group, []).append(place)
     return [group for group in places.values() if len(group) > 1]

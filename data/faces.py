@@ -92,15 +92,14 @@ def yunet(model: Path, *, min_score: float = 0.7) -> FaceDetector:
     return detect
 
 
-def largest_face(faces: Float32[np.ndarray, "n 5"], height: int, width: int) -> tuple[int, int, int, int] | None:
-    """(x1, y1, x2, y2) in whole pixels inside the image of the face with the largest area there; None without a face.
+def largest_face(faces: np.ndarray, height: int, width: int) -> tuple[int, int, int, int] | None:
+    """(x1, y1, x2, y2), in whole pixels inside the image, of the one of a detector's `faces` [n 5] with the largest area there; None without a face.
 
     Raises:
-        UserError: what a detector returned is no [n 5] array of numbers.
+        UserError: `faces` is no [n 5] array of numbers.
     """
-    faces = np.asarray(faces)
-    if faces.ndim != 2 or faces.shape[1] != 5 or faces.dtype.kind not in "fiu":
-        raise UserError(f"--detector: returned an array {faces.dtype}{list(faces.shape)}, and must return [n 5]: x1 y1 x2 y2 score")
+    if not isinstance(faces, np.ndarray) or faces.ndim != 2 or faces.shape[1] != 5 or faces.dtype.kind not in "fiu":
+        raise UserError(f"--detector: returned {getattr(faces, 'shape', faces)!r}, and must return an array [n 5]: x1 y1 x2 y2 score")
     boxes = np.clip(np.round(faces[np.isfinite(faces).all(1), :4]), 0, [width, height, width, height]).astype(int)
     areas = (boxes[:, 2] - boxes[:, 0]).clip(0) * (boxes[:, 3] - boxes[:, 1]).clip(0)
     if not areas.any():

@@ -58,7 +58,8 @@ class ReadReport:
 
     def lines(self) -> list[str]:
         """The totals, and a line for each thing that was not as annotated."""
-        lines = [f"{self.source}: {self.images} images, {self.people} people"]
+        protocol = "" if self.protocol == "custom" else f", protocol {self.protocol}"
+        lines = [f"{self.source}: {self.images} images, {self.people} people{protocol}"]
         if self.clipped:
             lines.append(f"{self.clipped} boxes cut at the image border")
         if self.dropped:

@@ -28,7 +28,7 @@ from data.sources import read_split
 from dsct_jax.errors import UserError
 
 
-def assign(strata: Int[np.ndarray, " n"], groups: Int[np.ndarray, " n"], *, shares: Sequence[float], seed: int) -> Int[np.ndarray, " n"]:
+def assign(strata: Int[np.ndarray, " n"], groups: Int[np.ndarray, " n"], *, shares: Sequence[int | float], seed: int) -> Int[np.ndarray, " n"]:
     """The split of each image, 0 to len(shares) - 1: groups stay whole, and every stratum (class) is divided as `shares` say, as far as groups allow.
 
     Large groups are placed first, each where its classes are missed most; groups of one size are in an order drawn from `seed`. Without groups (each

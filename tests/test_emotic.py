@@ -14,9 +14,11 @@ from PIL import Image
 
 from configs import base
 from configs.base import EMOTIC_CLASSES
+from data.command import data_config
 from data.config import DataConfig, class_lookup
 from data.emotic import read_emotic
 from data.records import Record
+from data.sources import read_split
 from data.torch7 import load_torch7
 from dsct_jax.errors import UserError
 
@@ -195,6 +197,19 @@ def test_mat_files_that_cannot_be_used(mat):
     corners = mat_image("mscoco/images", "a.jpg", [train_person([1.0, 1.0, 9.0], "Fear")])
     assert "train(1).person(1) needs a box" in read({"train": structs(corners)})
     assert "neither .mat, .t7 nor .csv" in one_line(lambda: read_emotic(make_config(mat, "a.xml"), "train"))
+
+
+def test_the_configurations_read_what_their_pages_say(mat):
+    """docs/datasets.md: body boxes of both .mat files, and heads of Torch7 files."""
+    configs, root = Path(__file__).parent.parent / "configs", f"--config.data.data_dir={mat}"
+    records, report = read_split(data_config(configs / "emotic_body_r50.py", [root]), "test")
+    assert len(records) == 2 and report.protocol == "emotic_body_pami" and str(report).endswith("3 people, protocol emotic_body_pami")
+    (mat / "CVPR17_Annotations.mat").write_bytes((mat / "Annotations.mat").read_bytes())
+    other = [f"--config.data.{split}=CVPR17_Annotations.mat" for split in ("train", "val", "test")]
+    assert read_split(data_config(configs / "emotic_body_r50.py", [root, *other]), "val")[1].protocol == "emotic_body_cvpr17"
+    Torch7Writer().write([t7_person("a.jpg", [1, 2, 3, 4], [], [{"labels": [1]}])]).save(mat / "val.t7")
+    heads = data_config(configs / "emotic_r50.py", [root, "--config.data.source=emotic", "--config.data.val=val.t7"])
+    assert read_split(heads, "val")[1].protocol == "emotic_head_dsct"
 
 
 # --- Torch7

@@ -90,7 +90,7 @@ def test_the_largest_face_inside_the_image():
     assert largest_face(faces, 30, 40) == (30, 20, 40, 30)  # 10x10 of it; the first is 9x10
     assert largest_face(faces[:1], 30, 40) == (0, 0, 9, 10) and largest_face(faces[2:], 30, 40) is None
     assert largest_face(np.zeros((0, 5), np.float32), 30, 40) is None
-    assert "must return [n 5]" in one_line(lambda: largest_face(np.zeros((2, 4), np.float32), 30, 40))
+    assert "(2, 4), and must return an array [n 5]" in one_line(lambda: largest_face(np.zeros((2, 4), np.float32), 30, 40))
 
 
 def test_detectors_that_do_not_exist():
