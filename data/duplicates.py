@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import scipy.sparse
 from jaxtyping import Int, UInt64
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from data.progress import progress
 from data.records import Record
@@ -78,8 +79,8 @@ def near_groups(prints: Sequence[Fingerprint], *, near: int = NEAR) -> Int[np.nd
         rows.append(row + start)
         columns.append(column + start)
     row, column = np.concatenate(rows), np.concatenate(columns)
-    graph = scipy.sparse.coo_array((np.ones(len(row), bool), (row, column)), (count, count))
-    return scipy.sparse.csgraph.connected_components(graph, directed=False)[1] if count else np.zeros(0, int)
+    graph = coo_array((np.ones(len(row), bool), (row, column)), (count, count))
+    return connected_components(graph, directed=False)[1] if count else np.zeros(0, int)
 
 
 def members(groups: Int[np.ndarray, " n"]) -> list[list[int]]:
