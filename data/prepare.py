@@ -238,7 +238,7 @@ def _finish(directory: Path, config: DataConfig, reports: dict[str, Any], finger
     """The summary, and then away with the marks of work in progress."""
     marks = list(directory.glob("*.done"))
     written = sorted(path for path in directory.iterdir() if path.name.startswith((f"{NAME}-", "index_")) and path.suffix not in (".done", ".tmp"))
-    summary = {
+    summary: dict[str, Any] = {
         "class_names": list(config.class_names),
         "multi_label": config.multi_label,
         "source": config.source,
