@@ -58,7 +58,8 @@ def test_the_command(tmp_path, capsys):
     output = tmp_path / "deep" / "sheet.png"
     argv = ["--config=configs/demo.py", "--config.data.val=4", "--split=val", "-n", "3"]
     assert main([*argv, f"--output={output}"]) == 0
-    assert Image.open(output).width > 2000
+    with Image.open(output) as sheet:
+        assert sheet.width > 2000
     for wrong, says in ((["-n", "0"], "--count=0"), ([f"--output={tmp_path / 'sheet.xyz'}"], "sheet.xyz"), (["--split=all"], "--split")):
         assert main([*argv, *wrong]) == 2
         error = capsys.readouterr().err
