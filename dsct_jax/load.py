@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dsct_jax.batch import Predictions
 from dsct_jax.boxes import AnyArray
-from dsct_jax.checkpoint import DIRECTORY, load_weights, require_same_shapes
+from dsct_jax.calibration import Calibration, calibration_of_run, parse_calibration
+from dsct_jax.checkpoint import DIRECTORY, load_weights, newest_checkpoint, require_same_shapes
 from dsct_jax.errors import UserError
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.preprocess import Preprocessing
@@ -26,8 +28,9 @@ from dsct_jax.torch_weights import from_torch
 class Model:
     """A network with its weights, in evaluation mode, and what is needed to use it: class names, label kind and preprocessing."""
 
-    def __init__(self, functions: ModelFunctions, params: Flat, frozen: Flat, config: Mapping[str, Any]):
+    def __init__(self, functions: ModelFunctions, params: Flat, frozen: Flat, config: Mapping[str, Any], *, calibration: Calibration | None = None):
         self.functions, self.config = functions, plain(config)
+        self.calibration = calibration
         self.params, self.frozen = jax.tree.map(jnp.asarray, (params, frozen))
         self.class_names: tuple[str, ...] = entry(self.config, "class_names", tuple)
         self.multi_label: bool = entry(self.config, "multi_label", bool)
@@ -37,6 +40,11 @@ class Model:
             return functions.bind(params, frozen)(images, mask, return_details=details)
 
         self._forward = jax.jit(forward, static_argnums=4)
+
+    @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """Eq. 4's t of each class as fitted on validation; None where nothing was fitted, and for multi-class models."""
+        return None if self.calibration is None else self.calibration.thresholds
 
     def __call__(self, images: Float[AnyArray, "b h w 3"], padding_mask: Bool[AnyArray, "b h w"], *, return_details: bool = False) -> Predictions:
         """Normalised float32 images and their padding (True) -> logits [layers b q k+1] and boxes [layers b q 4]; the last layer is the answer.
@@ -48,7 +56,8 @@ class Model:
     def save(self, path: Path | str) -> None:
         """Writes weights and configuration into one .safetensors file that `load` reads."""
         arrays = {f"params/{k}": np.asarray(v) for k, v in self.params.items()} | {f"frozen/{k}": np.asarray(v) for k, v in self.frozen.items()}
-        save_file(arrays, str(path), metadata={"config": json.dumps(self.config, sort_keys=True)})
+        fitted = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
+        save_file(arrays, str(path), metadata={"config": json.dumps(self.config, sort_keys=True)} | fitted)
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
@@ -80,9 +89,20 @@ def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
         return Model(functions, {k: flat[k] for k in functions.param_shapes}, {k: flat[k] for k in functions.frozen_shapes}, config)
     params, frozen, stored = read_own(path)
     chosen = stored if config is None else config
+    class_names = entry(chosen, "class_names", tuple)
     functions = ModelFunctions(model_config(chosen))
     require_same_shapes(functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(path))
-    return Model(functions, params, frozen, chosen)
+    return Model(functions, params, frozen, chosen, calibration=_read_calibration(path, class_names))
+
+
+def _read_calibration(path: Path, class_names: tuple[str, ...]) -> Calibration | None:
+    """What was fitted on validation for these weights: beside a run's checkpoints, or inside a .safetensors file."""
+    if path.is_dir():
+        workdir = path.parent if path.name == DIRECTORY else path
+        return calibration_of_run(workdir, class_names=class_names, checkpoint=newest_checkpoint(workdir))
+    with safe_open(path, "numpy") as file:
+        text = (file.metadata() or {}).get("calibration")
+    return None if text is None else parse_calibration(text, class_names=class_names, where=str(path))
 
 
 def read_own(path: Path) -> tuple[Flat, Flat, dict[str, Any]]:
