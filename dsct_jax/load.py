@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
-from safetensors.numpy import save_file
 
 from dsct_jax.batch import Predictions
 from dsct_jax.boxes import AnyArray
@@ -19,6 +18,7 @@ from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.preprocess import Preprocessing
 from dsct_jax.settings import entry, from_section, plain
 from dsct_jax.state import Flat, ModelFunctions
+from dsct_jax.tensor_writing import write_safetensors
 from dsct_jax.torch_files import PTH_SUFFIXES, read_pth, read_safetensors
 from dsct_jax.torch_weights import from_torch
 
@@ -48,7 +48,7 @@ class Model:
     def save(self, path: Path | str) -> None:
         """Writes weights and configuration into one .safetensors file that `load` reads."""
         arrays = {f"params/{k}": np.asarray(v) for k, v in self.params.items()} | {f"frozen/{k}": np.asarray(v) for k, v in self.frozen.items()}
-        save_file(arrays, str(path), metadata={"config": json.dumps(self.config, sort_keys=True)})
+        write_safetensors(Path(path), arrays, {"config": json.dumps(self.config, sort_keys=True)})
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
