@@ -45,10 +45,14 @@ class Model:
         """
         return self._forward(self.params, self.frozen, jnp.asarray(images), jnp.asarray(padding_mask), return_details)
 
-    def save(self, path: Path | str) -> None:
-        """Writes weights and configuration into one .safetensors file that `load` reads."""
-        arrays = {f"params/{k}": np.asarray(v) for k, v in self.params.items()} | {f"frozen/{k}": np.asarray(v) for k, v in self.frozen.items()}
-        write_safetensors(Path(path), arrays, {"config": json.dumps(self.config, sort_keys=True)})
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every value on the host, as params/PATH and frozen/PATH."""
+        parts = {"params": self.params, "frozen": self.frozen}
+        return {f"{part}/{path}": np.asarray(value) for part, values in parts.items() for path, value in values.items()}
+
+    def save(self, path: Path | str, *, notes: Mapping[str, str] | None = None) -> None:
+        """Writes weights and configuration into one .safetensors file that `load` reads; `notes` are texts to keep beside them."""
+        write_safetensors(Path(path), self.arrays(), {**(notes or {}), "config": json.dumps(self.config, sort_keys=True)})
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
@@ -68,15 +72,18 @@ def model_config(config: Mapping[str, Any]) -> DSCTConfig:
 def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
     """Reads a model: a run directory, a .safetensors file of `Model.save`, or a released .pth (which needs `config` for its variant).
 
-    For the first two `config` may be left out; given, it replaces the stored one and must describe the same weights. Raises UserError when the
-    file or directory is missing, unreadable, or of another model.
+    For the first two, and a .pth of `dsct_jax.export`, `config` may be left out; given, it replaces the stored one and must describe the same
+    weights. Raises UserError when the file or directory is missing, unreadable, or of another model.
     """
     path, config = Path(path), None if config is None else plain(config)
     if path.suffix in PTH_SUFFIXES and path.is_file():
+        tensors, texts = read_pth(path)
+        if config is None and "config" in texts:  # written by `dsct_jax.export`
+            config = _parsed_config(texts["config"], path)
         if config is None:
             raise UserError(f"{path}: a .pth file does not say which variant it is; give a configuration, such as configs/emotic_r50_released.py")
         functions = ModelFunctions(model_config(config))
-        flat = from_torch(read_pth(path), functions.param_shapes | functions.frozen_shapes)
+        flat = from_torch(tensors, functions.param_shapes | functions.frozen_shapes)
         return Model(functions, {k: flat[k] for k in functions.param_shapes}, {k: flat[k] for k in functions.frozen_shapes}, config)
     params, frozen, stored = read_own(path)
     chosen = stored if config is None else config
@@ -97,9 +104,12 @@ def read_own(path: Path) -> tuple[Flat, Flat, dict[str, Any]]:
     arrays, strings = read_safetensors(path)
     if "config" not in strings:
         raise UserError(f"{path}: holds no configuration; only files written by this project's Model.save can be read")
-    try:
-        stored = plain(json.loads(strings["config"]))
-    except ValueError as error:
-        raise UserError(f"{path}: the configuration in it is damaged ({error}); copy the file again") from None
     params, frozen = ({k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in ("params/", "frozen/"))
-    return params, frozen, stored
+    return params, frozen, _parsed_config(strings["config"], path)
+
+
+def _parsed_config(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return dict(plain(json.loads(text)))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: the configuration in it is damaged ({error}); copy the file again") from None

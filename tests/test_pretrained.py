@@ -1,4 +1,4 @@
-"""Starting from the weights of others: each of the four kinds of file, and models of our own; what does not fit is named and nothing is half-loaded."""
+"""Starting from the weights of others: each of the four kinds of file, and models of our own; what does not fit is named, nothing is half-loaded."""
 
 import re
 from pathlib import Path

@@ -101,7 +101,7 @@ def refused(path: Path) -> str:
 
 def test_tensors_of_a_released_file(tmp_path):
     arrays = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([1.5, -2]), "steps": np.array(7, np.int64)}
-    found = read_pth(write_state(tmp_path / "x.pth", arrays))
+    found, _ = read_pth(write_state(tmp_path / "x.pth", arrays))
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
@@ -113,7 +113,7 @@ def test_views_of_one_storage(tmp_path):
     storage = Storage(np.arange(12, dtype=np.float32), "0")
     views = {"transposed": as_tensor(storage, (4, 3), (1, 4)), "part": as_tensor(storage, (2, 2), (4, 1), 5)}
     views["none"] = as_tensor(storage, (0, 3), (3, 1))
-    found = read_pth(write_pth(tmp_path / "x.pth", views, [storage]))
+    found, _ = read_pth(write_pth(tmp_path / "x.pth", views, [storage]))
     whole = storage.array.reshape(3, 4)
     np.testing.assert_array_equal(found["transposed"], whole.T)
     np.testing.assert_array_equal(found["part"], whole[1:, 1:3])
@@ -132,7 +132,7 @@ def test_what_torch_saves(tmp_path, wrapped):
     optimizer = torch.optim.AdamW(module.parameters())
     content = {"model": state, "optimizer": optimizer.state_dict(), "epoch": 3, "args": argparse.Namespace(lr=1.0)} if wrapped else state
     torch.save(content, tmp_path / "x.pth")
-    found = read_pth(tmp_path / "x.pth")
+    found, _ = read_pth(tmp_path / "x.pth")
     assert found.keys() == state.keys()
     for name, tensor in state.items():
         np.testing.assert_array_equal(found[name], tensor.numpy())
@@ -159,7 +159,7 @@ def test_a_file_cannot_change_what_reads_it(tmp_path):
         writer.save(state)
         buffer.write(pickle.BUILD + pickle.STOP)
         assert "change a function" in refused(write_pth(tmp_path / "x.pth", buffer.getvalue()))
-    np.testing.assert_array_equal(read_pth(write_pth(tmp_path / "y.pth", {"a": as_tensor(storage, (3,), (1,))}, [storage]))["a"], storage.array)
+    np.testing.assert_array_equal(read_pth(write_pth(tmp_path / "y.pth", {"a": as_tensor(storage, (3,), (1,))}, [storage]))[0]["a"], storage.array)
 
 
 @pytest.mark.parametrize(
@@ -226,4 +226,4 @@ def test_every_damaged_pickle_is_refused_or_harmless(tmp_path):
         spoilt[rng.integers(len(spoilt))] = rng.integers(256)
         path = write_pth(tmp_path / "x.pth", bytes(spoilt), [storage])
         with contextlib.suppress(UserError):
-            assert all(array.size <= 20 for array in read_pth(path).values())
+            assert all(array.size <= 20 for array in read_pth(path)[0].values())
