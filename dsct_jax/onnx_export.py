@@ -72,7 +72,7 @@ def _run(program: Jaxpr, constants: Any, inputs: Any) -> list[Any]:
     read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]  # noqa: E731
     for equation in program.eqns:
         arguments, parameters, name = [read(atom) for atom in equation.invars], equation.params, equation.primitive.name
-        inner = parameters.get("call_jaxpr", parameters.get("jaxpr"))
+        inner: Any = parameters.get("call_jaxpr", parameters.get("jaxpr"))
         if name in ("jit", "pjit", "custom_jvp_call", "custom_vjp_call"):
             results = _run(inner.jaxpr, inner.consts, arguments)
         elif name == "reduce_window_max":

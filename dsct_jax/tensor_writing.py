@@ -35,7 +35,7 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name in sorted(arrays):
             with archive.open(zipfile.ZipInfo(f"{name}.npy", _DATE), "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, np.asarray(arrays[name], order="C"), allow_pickle=False)  # type: ignore[arg-type]
+                np.lib.format.write_array(file, np.asarray(arrays[name], order="C"), allow_pickle=False)
 
 
 def write_pth(path: Path, tensors: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> None:
