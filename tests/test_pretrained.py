@@ -1,4 +1,4 @@
-"""Starting from the weights of others: each of the four kinds of file, and models of our own; what does not fit is named, nothing is half-loaded."""
+"""Starting from the weights of others: each of the four kinds of file, and models of ours; what does not fit is named and nothing is half-loaded."""
 
 import re
 from pathlib import Path
@@ -192,6 +192,16 @@ def test_a_model_of_our_own(functions, fresh, ours, tmp_path):
     assert "subject_queries has shape (4, 128) where the model has (9, 128)" in line
     *_, report = initialise(tmp_path / "x.safetensors", functions, *fresh, small_config(semantic_selection="smallest"))
     assert "config.model.semantic_selection: 'largest' -> 'smallest'" in report[1]
+
+
+def test_released_weights_for_other_classes(functions, state, ours, tmp_path):
+    config = small_config() | {"class_names": ("Anger", "Fear"), "multi_label": False}
+    smaller = ModelFunctions(model_config(config))
+    start = smaller.init(1)
+    *result, report = initialise(write_state(tmp_path / "x.pth", state), smaller, *start, config)
+    assert_taken(result, ours, start, re.compile("(?!class_head).*"))
+    assert "  re-initialised: class_head (2)" in report
+    assert "  left out: class_embed_dsct (2)" in report
 
 
 @pytest.mark.torch
