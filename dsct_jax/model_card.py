@@ -35,19 +35,19 @@ _METRICS = {
 _CHANCE = {"mAP": "chance_mAP", "accuracy": "majority_accuracy"}
 
 _DATA = {
-    "scenes": "The scenes drawn by this project (data/scenes.py): made-up figures, no photographs, no people. No licence is needed.",
+    "scenes": "The scenes drawn by this project (data/scenes.py): figures, no photographs, no people. No licence is needed.",
     "coco": "Annotations in COCO style, brought by whoever trained this model. (?) Name the data set, how it was collected, and its licence.",
-    "emotic": "EMOTIC. Given out by its authors for non-commercial research; the photographs come from MSCOCO, ADE20K and others, each with terms.",
+    "emotic": "EMOTIC. Given out by its authors for non-commercial research; the photographs come from MSCOCO, ADE20K and others, with their terms.",
     "caer_s": "CAER-S: frames of television series. Given out by its authors for non-commercial research.",
     "ncaer_s": "NCAER-S, made from the clips of CAER. CAER is given out by its authors for non-commercial research.",
 }
 
 _LIMITS = """\
-- The labels are what annotators thought they saw: **apparent** emotion, guessed from a picture. They are not what the person felt, and people disagree
+- The labels are what annotators thought they saw: **apparent** emotion, guessed from a picture. They are not what the person felt; people disagree
   about them. The model repeats those guesses; it does not read minds.
 - Expressions differ between cultures, ages and persons, and the data show some of them far more often than others. (?) State for whom it was tested;
   the numbers above are averages over the test split and say nothing of groups that it hardly contains.
-- The model looks at the surroundings as well as at the person. It can therefore be right or wrong for reasons that have nothing to do with the person.
+- The model looks at the surroundings as well as at the person. It can be right or wrong for reasons that have nothing to do with the person.
 - A score is no certainty. Use the calibration error above, and the thresholds of the run, before a score decides anything.
 - Numbers of another protocol cannot be compared with these (docs/datasets.md, docs/evaluation.md).
 - **Not for** decisions about people: hiring, schooling, insurance, policing, border control, health, or watching people who have not agreed. In some
@@ -101,8 +101,9 @@ def _model_lines(config: Mapping[str, Any], environment: Mapping[str, Any]) -> l
     parameters = sum(int(np.prod(shape)) for shape in functions.param_shapes.values())
     kind = "any number of emotions a person (multi-label)" if entry(config, "multi_label", bool) else "one emotion a person"
     versions, train = environment.get("versions", {}), config.get("train", {})
+    length = f"{train['steps']} steps" if train.get("steps") else f"{train.get('epochs', '(?)')} epochs"
     lines = [
-        "Decoupled Subject-Context Transformer (ACM MM 2024), in JAX: from a photograph to the boxes of its people and their apparent emotions, in one stage.",
+        "Decoupled Subject-Context Transformer (ACM MM 2024), in JAX: from a photograph to its people's boxes and apparent emotions, in one stage.",
         "",
         f"- Backbone {model.backbone} ({model.norm}), {model.num_encoder_layers} encoder and {model.num_decoder_layers} decoder layers of size "
         f"{model.hidden_dim}, {model.num_subject_queries} subject and {model.num_context_queries} context queries; fusion: {model.fusion}, "
@@ -110,8 +111,7 @@ def _model_lines(config: Mapping[str, Any], environment: Mapping[str, Any]) -> l
         f"- {parameters:,} parameters.",
         f"- {kind}: {', '.join(entry(config, 'class_names', tuple))}.",
         f"- Started from: {config.get('init_from') or 'random values'}.",
-        f"- Trained for {train.get('steps') or train.get('epochs', '(?)')} {'steps' if train.get('steps') else 'epochs'}, batch {train.get('batch_size', '(?)')}, "
-        f"seed {config.get('seed', '(?)')}.",
+        f"- Trained for {length}, batch {train.get('batch_size', '(?)')}, seed {config.get('seed', '(?)')}.",
     ]
     if versions:
         lines.append(

@@ -31,8 +31,9 @@ def initialise(
     """(parameters, frozen statistics, report) for the start of a training: `params` and `frozen`, with what the file has in their place.
 
     What the file is, is told by the names in it: a torchvision ResNet, a Deformable DETR (original or Hugging Face names), a released DSCT, or
-    a run directory or .safetensors file of our own. A parameter that this kind of file never has keeps its value, and so does the
-    class head where the classes are others: by name in models of our own, by number in a released DSCT. The lines of the report say what was taken, re-initialised, left out and unknown.
+    a run directory or .safetensors file of our own. A parameter that this kind of file never has keeps its value, and so does the class head
+    where the classes are others: by name in models of our own, by number in a released DSCT. The lines of the report say what was taken,
+    re-initialised, left out and unknown.
 
     Args:
         config: the configuration to train with; `class_names` and `model` are compared with those of a model of our own.
