@@ -189,8 +189,11 @@ class DSCT(nnx.Module):
         shapes = tuple((x.shape[1], x.shape[2]) for x in features)
         return jnp.concatenate(tokens, 1), jnp.concatenate(positions, 1), jnp.concatenate(paddings, 1), shapes, jnp.stack(ratios, 1)
 
-    def queries(self, b: int):
-        """Context queries, then subject queries: tokens [b q d], positions [b q d] and reference points [b q 2] in [0, 1] of the image."""
+    def queries(self, b: Any):
+        """Context queries, then subject queries: tokens [b q d], positions [b q d] and reference points [b q 2] in [0, 1] of the image.
+
+        `b` is an int, or a symbolic size under jax.export.
+        """
         embedding = jnp.concatenate([self.context_queries[...], self.subject_queries[...]])
         positions, tokens = jnp.split(jnp.broadcast_to(embedding, (b, *embedding.shape)), 2, -1)
         return tokens, positions, jax.nn.sigmoid(self.reference_points(positions))
