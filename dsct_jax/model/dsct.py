@@ -105,7 +105,8 @@ class DSCT(nnx.Module):
             "rngs": rngs,
         }
         self.encoder = nnx.List([EncoderLayer(d, **common) for _ in range(config.num_encoder_layers)])
-        self.context_queries = nnx.Param(standard_normal(rngs.params(), (config.num_context_queries, 2 * d)))
+        if config.num_context_queries:  # no array without elements: checkpoints cannot hold one
+            self.context_queries = nnx.Param(standard_normal(rngs.params(), (config.num_context_queries, 2 * d)))
         self.subject_queries = nnx.Param(standard_normal(rngs.params(), (config.num_subject_queries, 2 * d)))
         self.reference_points = linear(d, 2, rngs=rngs)
         self.decoder = nnx.List(
@@ -194,6 +195,7 @@ class DSCT(nnx.Module):
 
         `b` is an int, or a symbolic size under jax.export.
         """
-        embedding = jnp.concatenate([self.context_queries[...], self.subject_queries[...]])
+        context = [self.context_queries[...]] if self.config.num_context_queries else []
+        embedding = jnp.concatenate([*context, self.subject_queries[...]])
         positions, tokens = jnp.split(jnp.broadcast_to(embedding, (b, *embedding.shape)), 2, -1)
         return tokens, positions, jax.nn.sigmoid(self.reference_points(positions))
