@@ -19,6 +19,7 @@ from data.config import DataConfig
 from dsct_jax.errors import UserError
 from dsct_jax.settings import entry, from_section, plain, read_config, unknown_field
 
+
 class Parser(argparse.ArgumentParser):
     """Its errors are one line: UserError instead of a usage text and SystemExit."""
 

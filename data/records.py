@@ -48,6 +48,7 @@ class ReadReport:
     unrated: int = 0  # people left out because drop_unrated is set
     without_people: int = 0  # images left out because no face was found (NCAER-S), or everybody was left out
     unreadable: int = 0  # images left out because skip_corrupt is set
+    missing: int = 0  # those of them that do not exist
     first_unreadable: str = ""
     unreadable_images: list[str] = dataclasses.field(default_factory=list)  # the error line of each
     protocol: str = "custom"  # which task this is (data.config.PROTOCOLS): results of different protocols cannot be compared
@@ -57,7 +58,8 @@ class ReadReport:
 
     def lines(self) -> list[str]:
         """The totals, and a line for each thing that was not as annotated."""
-        lines = [f"{self.source}: {self.images} images, {self.people} people"]
+        protocol = "" if self.protocol == "custom" else f", protocol {self.protocol}"
+        lines = [f"{self.source}: {self.images} images, {self.people} people{protocol}"]
         if self.clipped:
             lines.append(f"{self.clipped} boxes cut at the image border")
         if self.dropped:
@@ -129,6 +131,7 @@ class RecordBuilder:
             if not self._config.skip_corrupt:
                 raise
             self.report.unreadable += 1
+            self.report.missing += not path.exists()
             self.report.unreadable_images.append(str(error))
             self.report.first_unreadable = self.report.first_unreadable or name
             return

@@ -149,6 +149,13 @@ def load_weights(workdir: Path) -> tuple[Flat, Flat, dict[str, Any]]:
     return parts["params"], parts["frozen"], metadata
 
 
+def newest_checkpoint(workdir: Path) -> str:
+    """ "step N" of the newest complete checkpoint below `workdir`; "" where there is none."""
+    folder = workdir / DIRECTORY
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return f"step {max(steps)}" if steps else ""
+
+
 def _read_metadata(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "metadata" / "metadata").read_text())
 

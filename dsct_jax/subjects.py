@@ -13,8 +13,8 @@ from PIL import Image
 from dsct_jax.batch import Predictions, padding_mask
 from dsct_jax.boxes import cxcywh_to_xyxy, non_max_suppression
 from dsct_jax.errors import UserError
-from dsct_jax.evaluate import class_probabilities
 from dsct_jax.preprocess import Preprocessing, Size, normalize, prepare_image
+from dsct_jax.selection import class_probabilities
 
 Photograph = Image.Image | np.ndarray
 

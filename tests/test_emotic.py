@@ -14,9 +14,11 @@ from PIL import Image
 
 from configs import base
 from configs.base import EMOTIC_CLASSES
+from data.command import data_config
 from data.config import DataConfig, class_lookup
 from data.emotic import read_emotic
 from data.records import Record
+from data.sources import read_split
 from data.torch7 import load_torch7
 from dsct_jax.errors import UserError
 
@@ -183,6 +185,8 @@ def test_mat_files_that_cannot_be_used(mat):
     assert "cannot be read as a MATLAB file" in read(b"nonsense" * 40)
     whole = (mat / "Annotations.mat").read_bytes()
     assert "bad.mat: " in read(whole[: len(whole) // 8])
+    header = b"MATLAB 7.3 MAT-file".ljust(124) + struct.pack("<HH", 0x0200, 0x4D49)
+    assert "is of MATLAB 7.3" in read(header.ljust(512))
     assert "has no variable 'train'" in read({"test": 1})
     assert "no usable image" in read({"train": np.zeros((0, 0))})
     good = mat_image("mscoco/images", "a.jpg", [train_person([1.0, 1.0, 9.0, 9.0], "Fear")])
@@ -193,6 +197,19 @@ def test_mat_files_that_cannot_be_used(mat):
     corners = mat_image("mscoco/images", "a.jpg", [train_person([1.0, 1.0, 9.0], "Fear")])
     assert "train(1).person(1) needs a box" in read({"train": structs(corners)})
     assert "neither .mat, .t7 nor .csv" in one_line(lambda: read_emotic(make_config(mat, "a.xml"), "train"))
+
+
+def test_the_configurations_read_what_their_pages_say(mat):
+    """docs/datasets.md: body boxes of both .mat files, and heads of Torch7 files."""
+    configs, root = Path(__file__).parent.parent / "configs", f"--config.data.data_dir={mat}"
+    records, report = read_split(data_config(configs / "emotic_body_r50.py", [root]), "test")
+    assert len(records) == 2 and report.protocol == "emotic_body_pami" and str(report).endswith("3 people, protocol emotic_body_pami")
+    (mat / "CVPR17_Annotations.mat").write_bytes((mat / "Annotations.mat").read_bytes())
+    other = [f"--config.data.{split}=CVPR17_Annotations.mat" for split in ("train", "val", "test")]
+    assert read_split(data_config(configs / "emotic_body_r50.py", [root, *other]), "val")[1].protocol == "emotic_body_cvpr17"
+    Torch7Writer().write([t7_person("a.jpg", [1, 2, 3, 4], [], [{"labels": [1]}])]).save(mat / "val.t7")
+    heads = data_config(configs / "emotic_r50.py", [root, "--config.data.source=emotic", "--config.data.val=val.t7"])
+    assert read_split(heads, "val")[1].protocol == "emotic_head_dsct"
 
 
 # --- Torch7
@@ -296,6 +313,16 @@ def test_torch7_values_come_back(tmp_path, ascii):
     found = load_torch7(tmp_path / "x.t7")
     np.testing.assert_array_equal(found.pop("tensor"), matrix)
     assert found == {"text": "a\nb é", "no": None, "yes": True, "half": 0.5, "list": [1, [2, 3], []], "table": {2.0: "two", "x": 1}}
+
+
+def test_torch7_file_of_all_splits(tmp_path):
+    write_image(tmp_path, "mscoco/images/a.jpg")
+    person = t7_person("a.jpg", [1, 2, 11, 12], [1, 2, 30, 29], [{"labels": [16], "continuous": []}])
+    Torch7Writer().write({"train": [person], "test": [person, person]}).save(tmp_path / "all.t7")
+    config = make_config(tmp_path, "all.t7", person_box="head")
+    assert [len(read_emotic(config, split)[0][0].boxes) for split in ("train", "test")] == [1, 2]
+    assert "must hold a table of people" in one_line(lambda: read_emotic(config, "val"))
+    assert "no usable image" in one_line(lambda: read_emotic(make_config(tmp_path, "all.t7", drop_unrated=True), "train"))
 
 
 def test_torch7_objects_met_again_are_the_same(tmp_path):

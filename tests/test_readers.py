@@ -14,8 +14,10 @@ from configs import base
 from configs.base import CAER_S_CLASSES, EMOTIC_CLASSES
 from data.caer_s import read_caer_s
 from data.coco import decode_bits, read_coco
-from data.config import DataConfig
+from data.command import data_config
+from data.config import SOURCES, DataConfig
 from data.records import clip_boxes, has_area
+from data.sources import READERS
 from dsct_jax.errors import UserError
 
 
@@ -269,7 +271,66 @@ def test_caer_s_json_with_plain_class_numbers(tmp_path):
         ("num_workers", -1),
         ("max_targets", 0),
         ("class_names", ("a", "a")),
+        ("person_box", "face"),
+        ("protocol", "emotic"),
+        ("source", "emotic"),
     ],
 )
 def test_a_configuration_that_no_run_could_use_names_the_field(tmp_path, field, value):
     assert f"{field}=" in one_line(lambda: make_config(tmp_path, **{field: value}))
+
+
+def test_several_lists_each_with_the_folder_its_paths_start_from(tmp_path):
+    for name in ("Train/Anger/0001.png", "test/Sad/0003.png", "test/Happy/0004.png"):
+        write_image(tmp_path, name)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/train.txt").write_text("Anger/0001.png,Anger,1,2,3,4\n")
+    (tmp_path / "test/val.txt").write_text("Sad\\0003.png,Sad,1,2,3,4\n./Happy/0004.png,Happy,1,2,3,4\n")  # a list that lies in test/
+    config = caer_config(tmp_path, train="Train:lists/train.txt, test:test/val.txt", val="test:test/val.txt")
+    records, report = read_caer_s(config, "train")
+    assert [record.name for record in records] == ["Train/Anger/0001.png", "test/Sad/0003.png", "test/./Happy/0004.png"]
+    assert report.protocol == "caer_s" and str(tmp_path / "lists/train.txt") in report.source
+    assert len(read_caer_s(config, "val")[0]) == 2
+    message = one_line(lambda: read_caer_s(caer_config(tmp_path, train="test:lists/train.txt"), "train"))
+    assert "lists/train.txt: " in message and "test/Anger/0001.png: no such image file" in message and "config.data.train=ROOT:train.txt" in message
+    assert "cannot be mixed" in one_line(lambda: read_caer_s(caer_config(tmp_path, train="a.json,b.txt"), "train"))
+    for value in ("", "test:", "a.txt,,b.txt"):
+        assert "must be an annotation file, or ROOT:FILE" in one_line(lambda value=value: read_caer_s(caer_config(tmp_path, train=value), "train"))
+
+
+def test_json_whose_names_start_in_a_folder_of_the_split(tmp_path):
+    """The released code reads CAER-S 'val' from the train folder."""
+    write_coco(tmp_path / "train", [(10, 2, [1, 2, 10, 20])])
+    (tmp_path / "train/train.json").rename(tmp_path / "val.json")
+    for reader, config in ((read_coco, make_config(tmp_path, val="train:val.json")), (read_caer_s, caer_config(tmp_path, val="train:val.json"))):
+        records, _ = reader(config, "val")
+        assert [record.name for record in records] == ["train/a/0.png", "train/a/1.png"] and records[0].load().size == (40, 30)
+
+
+def test_paths_of_other_systems_and_absolute_ones(tmp_path):
+    def files(value: str) -> list[tuple[str, str, str]]:
+        config = make_config(tmp_path, train=value)
+        return [(str(file.path), str(file.root), file.prefix) for file in config.annotation_files("train")]
+
+    top = str(tmp_path)
+    assert files("train.json") == [(f"{top}/train.json", top, "")] and files(":train.json") == [(f"{top}/train.json", top, "")]
+    assert files("images:a/train.json") == [(f"{top}/a/train.json", f"{top}/images", "images/")]
+    assert files("/elsewhere/train.json") == [("/elsewhere/train.json", top, "")]
+    assert files("C:train.json")[0][0].endswith("C:train.json")  # a drive, not a folder
+
+
+def test_protocols(tmp_path):
+    write_coco(tmp_path, [(10, 2**25, [1, 2, 3, 4])])
+    bits = {"class_names": EMOTIC_CLASSES, "multi_label": True, "label_format": "bits"}
+    assert read_coco(make_config(tmp_path, **bits), "train")[1].protocol == "emotic_head_dsct"
+    assert read_coco(make_config(tmp_path, **bits, protocol="custom"), "train")[1].protocol == "custom"
+    write_coco(tmp_path, [(10, 2, [1, 2, 3, 4])])
+    assert read_coco(make_config(tmp_path), "train")[1].protocol == "custom"
+    assert "config.data.protocol='mine'" in one_line(lambda: make_config(tmp_path, protocol="mine"))
+
+
+def test_every_configuration_names_a_source_that_can_be_read():
+    for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py")):
+        if path.stem != "__init__":
+            assert data_config(path).source in READERS
+    assert set(READERS) == set(SOURCES)

@@ -110,7 +110,8 @@ class DSCT(nnx.Module):
             "rngs": rngs,
         }
         self.encoder = nnx.List([EncoderLayer(d, **common) for _ in range(config.num_encoder_layers)])
-        self.context_queries = nnx.Param(standard_normal(rngs.params(), (config.num_context_queries, 2 * d)))
+        if config.num_context_queries:  # no array without elements: checkpoints cannot hold one
+            self.context_queries = nnx.Param(standard_normal(rngs.params(), (config.num_context_queries, 2 * d)))
         self.subject_queries = nnx.Param(standard_normal(rngs.params(), (config.num_subject_queries, 2 * d)))
         self.reference_points = linear(d, 2, rngs=rngs)
         self.decoder = nnx.List(
@@ -187,9 +188,13 @@ class DSCT(nnx.Module):
         shapes = tuple((x.shape[1], x.shape[2]) for x in features)
         return jnp.concatenate(tokens, 1), jnp.concatenate(positions, 1), jnp.concatenate(paddings, 1), shapes, jnp.stack(ratios, 1)
 
-    def queries(self, b: int):
-        """Context queries, then subject queries: tokens [b q d], positions [b q d] and reference points [b q 2] in [0, 1] of the image."""
-        embedding = jnp.concatenate([self.context_queries[...], self.subject_queries[...]])
+    def queries(self, b: Any):
+        """Context queries, then subject queries: tokens [b q d], positions [b q d] and reference points [b q 2] in [0, 1] of the image.
+
+        `b` is an int, or a symbolic size under jax.export.
+        """
+        context = [self.context_queries[...]] if self.config.num_context_queries else []
+        embedding = jnp.concatenate([*context, self.subject_queries[...]])
         positions, tokens = jnp.split(jnp.broadcast_to(embedding, (b, *embedding.shape)), 2, -1)
         dtype = self.config.compute_dtype
         return tokens.astype(dtype), positions.astype(dtype), jax.nn.sigmoid(self.reference_points(positions))
