@@ -1,6 +1,7 @@
 """DSCT: one network from a photograph to the boxes and emotions of its people (paper Fig. 3)."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from dsct_jax.model.backbone import BACKBONES, ResNet
 from dsct_jax.model.decoder import DecoderLayer, FusionConfig
 from dsct_jax.model.encoder import EncoderLayer, encoder_reference_points
 from dsct_jax.model.heads import BoxHead, class_head
-from dsct_jax.model.layers import Conv, DropoutNoise, GroupNorm, linear, standard_normal, xavier_uniform
+from dsct_jax.model.layers import REMAT, Conv, DropoutNoise, GroupNorm, linear, rematerialized, standard_normal, xavier_uniform
 from dsct_jax.model.position import resize_mask, sine_position, valid_ratio
 
 
@@ -42,6 +43,8 @@ class DSCTConfig:
     reweighting: str = "semantic"
     fusion_layers: str | tuple[int, ...] = "all"
     box_refinement: bool = False
+    compute_dtype: str = "float32"
+    remat: str = "none"
 
     def __post_init__(self):
         choices = {
@@ -50,6 +53,8 @@ class DSCTConfig:
             "fusion": ("paper", "released"),
             "semantic_selection": ("smallest", "largest"),
             "reweighting": ("semantic", "equal", "spatial", "attentive"),
+            "compute_dtype": ("float32", "bfloat16"),
+            "remat": REMAT,
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -132,35 +137,28 @@ class DSCT(nnx.Module):
         `noise` turns dropout on, which means training; `implementation` names one of deformable attention's. With `return_details` the
         predictions carry reference points, memory and, stacked over decoder layers, everything the layers looked at.
         """
-        features = self.project(self.backbone(images))
+        remat = "none" if return_details else self.config.remat
+        features = self.project(self.backbone(images.astype(self.config.compute_dtype), remat=remat))
         memory, positions, padding, spatial_shapes, ratios = self.flatten(features, padding_mask)
         encoder_points = encoder_reference_points(spatial_shapes, ratios)
         for layer in self.encoder:
-            memory = layer(memory, positions, encoder_points, padding, spatial_shapes, noise=noise, implementation=implementation)
+            run = partial(layer, spatial_shapes=spatial_shapes, noise=noise, implementation=implementation)
+            memory = rematerialized(run, remat)(memory, positions, encoder_points, padding)
         tokens, query_positions, reference_points = self.queries(images.shape[0])
         references = self.box_head.references(reference_points, self.config.num_context_queries)
         states, boxes, details = [], [], []
         for decoder_layer in self.decoder:
             layer_references = references[:, :, None] * jnp.tile(ratios, references.shape[-1] // 2)[:, None]
             points, *sizes = jnp.split(layer_references, references.shape[-1] // 2, -1)
-            tokens, seen = decoder_layer(
-                tokens,
-                query_positions,
-                points,
-                memory,
-                padding,
-                spatial_shapes,
-                boxes=sizes[0] if sizes else None,
-                noise=noise,
-                implementation=implementation,
-            )
+            run = partial(decoder_layer, spatial_shapes=spatial_shapes, noise=noise, implementation=implementation)
+            tokens, seen = rematerialized(run, remat)(tokens, query_positions, points, memory, padding, boxes=sizes[0] if sizes else None)
             context, subject = jnp.split(references, [self.config.num_context_queries], 1)
-            boxes.append(self.box_head(tokens[:, self.config.num_context_queries :], subject))
+            boxes.append(self.box_head(tokens[:, self.config.num_context_queries :].astype(jnp.float32), subject))
             if self.config.box_refinement:
                 references = jnp.concatenate([context, jax.lax.stop_gradient(boxes[-1])], 1)
             states.append(tokens)
             details.append(seen)
-        subjects = jnp.stack(states)[:, :, self.config.num_context_queries :]
+        subjects = jnp.stack(states)[:, :, self.config.num_context_queries :].astype(jnp.float32)
         logits, boxes = self.class_head(subjects), jnp.stack(boxes)
         if not return_details:
             return Predictions(logits, boxes)
@@ -182,7 +180,7 @@ class DSCT(nnx.Module):
         for level, x in enumerate(features):
             b, h, w, d = x.shape
             mask = resize_mask(padding_mask, h, w)
-            position = sine_position(mask, d).astype(x.dtype) + self.level_embed[level].reshape(1, 1, 1, d)
+            position = (sine_position(mask, d) + self.level_embed[level].reshape(1, 1, 1, d)).astype(x.dtype)
             tokens.append(x.reshape(b, h * w, d))
             positions.append(position.reshape(b, h * w, d))
             paddings.append(mask.reshape(b, h * w))
@@ -198,4 +196,5 @@ class DSCT(nnx.Module):
         context = [self.context_queries[...]] if self.config.num_context_queries else []
         embedding = jnp.concatenate([*context, self.subject_queries[...]])
         positions, tokens = jnp.split(jnp.broadcast_to(embedding, (b, *embedding.shape)), 2, -1)
-        return tokens, positions, jax.nn.sigmoid(self.reference_points(positions))
+        dtype = self.config.compute_dtype
+        return tokens.astype(dtype), positions.astype(dtype), jax.nn.sigmoid(self.reference_points(positions))
