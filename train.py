@@ -246,9 +246,10 @@ def collect_results(
             results += image_results(whole, logits, boxes)
             seen += int((whole.image_ids >= 0).sum())  # images that were skipped as damaged keep their number
             if drawings is not None and len(drawings) < DRAWN_IMAGES:
-                first, names = jax.process_index() * len(batch.real), {"class_names": run.class_names, "multi_label": run.multi_label}
+                first = jax.process_index() * len(batch.real)
                 here = slice(first, first + len(batch.real))
-                drawings += draw_batch(batch, logits[here], boxes[here], subject_logit=subject_logit, **names)
+                names: dict[str, Any] = {"class_names": run.class_names, "multi_label": run.multi_label, "subject_logit": subject_logit}
+                drawings += draw_batch(batch, logits[here], boxes[here], **names)
     if seen != data.num_images:
         raise RuntimeError(f"evaluated {seen} of {data.num_images} images")
     if not results:
