@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,7 @@ def torch_batches(config: DataConfig, workers: int) -> Iterator[object]:
         def __getitem__(self, number: int) -> Any:
             torch.set_num_threads(1)
             record = records[number % len(records)]
-            with Image.open(record.image) as file:
-                image = file.convert("RGB")
+            image = record.load()
             uniform = np.random.default_rng(number).random(NUM_DRAWS).tolist()
             image, boxes, kept = apply(draw(config, image.height, image.width, uniform), image, record.boxes)
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
@@ -133,6 +133,10 @@ def batch_rate(batches: Iterator[object], seconds: float, *, warm_up: int = 6) -
     return count * BATCH_SIZE / passed
 
 
+def _measured(make: Callable[[DataConfig, int], Iterator[object]], config: DataConfig, workers: int, seconds: float) -> float:
+    return batch_rate(make(config, workers), seconds)
+
+
 def data_wait(config: DataConfig, workers: int, step_seconds: float, *, steps: int = 30) -> float:
     """Share of the time that a device which needs `step_seconds` a batch stands still for want of data."""
     batches, waited = pipeline_batches(config, workers), 0.0
@@ -162,15 +166,15 @@ def measure(folder: Path, *, count: int, rounds: int, seconds: float, workers: S
         ready = dataclasses.replace(raw, source="prepared", data_dir=str(output))
         records, prepared_records = (read_split(config, "train")[0] for config in (raw, ready))
         contestants: dict[tuple[str, int], Callable[[], float]] = {
-            ("decode", 0): lambda records=records: decode_rate(records, seconds),
-            ("decode, prepared", 0): lambda records=prepared_records: decode_rate(records, seconds),
-            ("augment", 0): lambda raw=raw, records=records: augment_rate(raw, records, seconds),
+            ("decode", 0): partial(decode_rate, records, seconds),
+            ("decode, prepared", 0): partial(decode_rate, prepared_records, seconds),
+            ("augment", 0): partial(augment_rate, raw, records, seconds),
         }
         for number in workers:
-            contestants["pipeline", number] = lambda raw=raw, number=number: batch_rate(pipeline_batches(raw, number), seconds)
-            contestants["pipeline, prepared", number] = lambda ready=ready, number=number: batch_rate(pipeline_batches(ready, number), seconds)
+            contestants["pipeline", number] = partial(_measured, pipeline_batches, raw, number, seconds)
+            contestants["pipeline, prepared", number] = partial(_measured, pipeline_batches, ready, number, seconds)
             if with_torch:
-                contestants["torch DataLoader", number] = lambda raw=raw, number=number: batch_rate(torch_batches(raw, number), seconds)
+                contestants["torch DataLoader", number] = partial(_measured, torch_batches, raw, number, seconds)
         found: dict[tuple[str, int], list[float]] = {key: [] for key in contestants}
         for round_number in range(rounds):
             for key, contestant in contestants.items():

@@ -142,16 +142,16 @@ class DSCT(nnx.Module):
         memory, positions, padding, spatial_shapes, ratios = self.flatten(features, padding_mask)
         encoder_points = encoder_reference_points(spatial_shapes, ratios)
         for layer in self.encoder:
-            run = partial(layer, spatial_shapes=spatial_shapes, noise=noise, implementation=implementation)
-            memory = rematerialized(run, remat)(memory, positions, encoder_points, padding)
+            encode = partial(layer, spatial_shapes=spatial_shapes, noise=noise, implementation=implementation)
+            memory = rematerialized(encode, remat)(memory, positions, encoder_points, padding)
         tokens, query_positions, reference_points = self.queries(images.shape[0])
         references = self.box_head.references(reference_points, self.config.num_context_queries)
         states, boxes, details = [], [], []
         for decoder_layer in self.decoder:
             layer_references = references[:, :, None] * jnp.tile(ratios, references.shape[-1] // 2)[:, None]
             points, *sizes = jnp.split(layer_references, references.shape[-1] // 2, -1)
-            run = partial(decoder_layer, spatial_shapes=spatial_shapes, noise=noise, implementation=implementation)
-            tokens, seen = rematerialized(run, remat)(tokens, query_positions, points, memory, padding, boxes=sizes[0] if sizes else None)
+            decode = partial(decoder_layer, spatial_shapes=spatial_shapes, noise=noise, implementation=implementation)
+            tokens, seen = rematerialized(decode, remat)(tokens, query_positions, points, memory, padding, boxes=sizes[0] if sizes else None)
             context, subject = jnp.split(references, [self.config.num_context_queries], 1)
             boxes.append(self.box_head(tokens[:, self.config.num_context_queries :].astype(jnp.float32), subject))
             if self.config.box_refinement:
@@ -159,11 +159,11 @@ class DSCT(nnx.Module):
             states.append(tokens)
             details.append(seen)
         subjects = jnp.stack(states)[:, :, self.config.num_context_queries :].astype(jnp.float32)
-        logits, boxes = self.class_head(subjects), jnp.stack(boxes)
+        logits, stacked_boxes = self.class_head(subjects), jnp.stack(boxes)
         if not return_details:
-            return Predictions(logits, boxes)
+            return Predictions(logits, stacked_boxes)
         shared = {"reference_points": reference_points, "valid_ratios": ratios, "memory": memory, "features": features, "states": jnp.stack(states)}
-        return Predictions(logits, boxes, {**shared, "layers": details})
+        return Predictions(logits, stacked_boxes, {**shared, "layers": details})
 
     def project(self, features: list[jax.Array]) -> list[jax.Array]:
         """C3, C4, C5 -> one map of hidden size a level; the levels beyond C5 are strided convolutions of C5, then of each other."""
