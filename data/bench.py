@@ -47,10 +47,9 @@ def write_photographs(folder: Path, size: tuple[int, int], count: int) -> DataCo
     for number in range(count):
         rng = np.random.default_rng(number)
         layers = [rng.normal(0, 60 / 2**level, (height // 2 ** (6 - level) + 2, width // 2 ** (6 - level) + 2, 3)) for level in range(6)]
-        smooth = [
-            np.asarray(Image.fromarray((layer + 128).clip(0, 255).astype(np.uint8)).resize((width, height)), np.float32) - 128 for layer in layers
-        ]
-        Image.fromarray((sum(smooth) + 128).clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=85)
+        smooth = [Image.fromarray((layer + 128).clip(0, 255).astype(np.uint8)).resize((width, height)) for layer in layers]
+        pixels = np.sum([np.asarray(image, np.float32) - 128 for image in smooth], axis=0) + 128
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=85)
         images.append({"id": number, "file_name": f"{number}.jpg"})
         people += [{"id": 2 * number + i, "image_id": number, "category_id": i, "bbox": [40 + 200 * i, 60, 120, 150]} for i in range(2)]
     for split in ("train", "val", "test"):
