@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     model.semantic_selection = "smallest"  # smallest: the paper's text; largest: the released code
     model.reweighting = "semantic"  # semantic | equal | spatial | attentive (Table 7)
     model.box_refinement = False  # True: each layer samples inside the box of the one before and refines it (Zhu et al. 2020)
-    model.fusion_layers = "all"  # "all", or a tuple of layer numbers from 0 (Table 8); late fusion = the last only
+    model.fusion_layers = ()  # numbers from 0 of the decoder layers that fuse (Table 8), () = all of them; late fusion = the last only
 
     matcher = config.matcher = ConfigDict()
     matcher.cost_class = 2.0  # theta_cls
