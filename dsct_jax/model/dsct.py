@@ -41,7 +41,7 @@ class DSCTConfig:
     fusion: str = "paper"
     semantic_selection: str = "smallest"
     reweighting: str = "semantic"
-    fusion_layers: str | tuple[int, ...] = "all"
+    fusion_layers: tuple[int, ...] = ()
     box_refinement: bool = False
     compute_dtype: str = "float32"
     remat: str = "none"
@@ -66,12 +66,12 @@ class DSCTConfig:
         for field in ("num_spatial_neighbors", "num_semantic_neighbors"):
             if self.num_context_queries and not 0 <= getattr(self, field) <= self.num_context_queries:
                 raise UserError(f"model.{field}: {getattr(self, field)} is more than model.num_context_queries ({self.num_context_queries})")
-        if self.fusion_layers != "all" and not set(self.fusion_layers) <= set(range(self.num_decoder_layers)):
+        if not set(self.fusion_layers) <= set(range(self.num_decoder_layers)):
             raise UserError(f"model.fusion_layers: {self.fusion_layers} names a layer outside 0 to {self.num_decoder_layers - 1}")
 
     def fusion_of_layer(self, layer: int) -> FusionConfig | None:
         """How decoder layer `layer` fuses, None where it does not."""
-        chosen = self.fusion_layers == "all" or layer in self.fusion_layers
+        chosen = not self.fusion_layers or layer in self.fusion_layers
         neighbors = self.num_spatial_neighbors + self.num_semantic_neighbors
         if not (chosen and neighbors and self.num_context_queries):
             return None
