@@ -14,6 +14,7 @@ the run kept one. The same checkpoint gives the same bytes.
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -30,7 +31,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsct_jax import onnx_export
-from dsct_jax.checkpoint import DIRECTORY
 from dsct_jax.errors import UserError
 from dsct_jax.load import Model, load
 from dsct_jax.preprocess import MEAN, STD, Size
@@ -45,22 +45,18 @@ WEIGHTS = "weights.npz"
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4  # largest difference of a logit or a box coordinate between what was written and the checkpoint, float32
 _TIMED_CALLS = 5
-_CALIBRATION_FILE = "thresholds.json"  # beside the checkpoints of a run
 
 Answer = tuple[np.ndarray, np.ndarray]  # logits [b q k+1] and boxes [b q 4] of the last decoder layer
 Run = Callable[[np.ndarray, np.ndarray], Answer]
 
 
-def export(
-    model: Model, output: Path, *, format: str, sizes: Sequence[Size] = (), batch_size: int = 1, calibration: Mapping[str, Any] | None = None
-) -> list[str]:
+def export(model: Model, output: Path, *, format: str, sizes: Sequence[Size] = (), batch_size: int = 1) -> list[str]:
     """Writes `model` into the directory `output`, reads it again, compares; returns the lines of the report.
 
     Args:
         format: one of FORMATS.
         sizes: (height, width) of the canvases, for stablehlo and onnx; empty = those of the model's own preprocessing.
         batch_size: images a call, for onnx only; stablehlo takes any number.
-        calibration: what was fitted on validation (temperature, thresholds), recorded in what is written.
 
     Raises:
         UserError: the format cannot express this model or is unknown, or what was written does not give the checkpoint's answers, in which
@@ -69,7 +65,7 @@ def export(
     if format not in FORMATS:
         raise UserError(f"--format={format}: none of {', '.join(FORMATS)}")
     sizes = tuple(sizes) or model.preprocessing.buckets
-    notes = description(model, sizes, calibration)
+    notes = description(model, sizes)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as name:
         directory = Path(name)
@@ -94,14 +90,14 @@ def export(
     return [*report, f"written: {', '.join(str(output / file) for file in written)}"]
 
 
-def description(model: Model, sizes: Sequence[Size], calibration: Mapping[str, Any] | None) -> dict[str, Any]:
+def description(model: Model, sizes: Sequence[Size]) -> dict[str, Any]:
     """What one must know to use the artifact, as JSON values: classes, thresholds, preprocessing, and how the outputs are to be read."""
     loss = entry(model.config, "loss", Mapping)
     return {
         "class_names": list(model.class_names),
         "multi_label": model.multi_label,
         "subject_logit": has_subject_logit(multi_label=model.multi_label, class_loss=str(loss.get("class_loss"))),
-        "calibration": None if calibration is None else dict(calibration),
+        "calibration": None if model.calibration is None else dataclasses.asdict(model.calibration),
         "preprocessing": {
             "mean": list(MEAN),
             "std": list(STD),
@@ -120,7 +116,7 @@ def description(model: Model, sizes: Sequence[Size], calibration: Mapping[str, A
 
 
 def _texts(notes: Mapping[str, Any]) -> dict[str, str]:
-    return {name: json.dumps(value, sort_keys=True) for name, value in notes.items()}
+    return {name: json.dumps(value, sort_keys=True) for name, value in notes.items() if value is not None}
 
 
 def write_stablehlo(model: Model, directory: Path, sizes: Sequence[Size], notes: Mapping[str, Any]) -> dict[Size, Path]:
@@ -249,17 +245,6 @@ def _interleaved(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     return best
 
 
-def read_calibration(checkpoint: Path) -> dict[str, Any] | None:
-    """What evaluation fitted on validation for the run that `checkpoint` belongs to; None where it fitted nothing."""
-    path = (checkpoint.parent if checkpoint.name == DIRECTORY else checkpoint) / _CALIBRATION_FILE
-    if not path.is_file():
-        return None
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove it, or run train.py --mode=eval --split=val again") from None
-
-
 def parse_sizes(text: str) -> tuple[Size, ...]:
     """'96x136,136x96' -> ((96, 136), (136, 96))."""
     sizes = []
@@ -291,8 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.batch_size < 1:
             raise UserError(f"--batch-size={arguments.batch_size} must be at least 1")
         model = load(arguments.checkpoint, None if arguments.config is None else read_config(arguments.config))
-        calibration = read_calibration(arguments.checkpoint)
-        lines = export(model, arguments.output, format=arguments.format, sizes=sizes, batch_size=arguments.batch_size, calibration=calibration)
+        lines = export(model, arguments.output, format=arguments.format, sizes=sizes, batch_size=arguments.batch_size)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

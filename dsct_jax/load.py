@@ -92,7 +92,8 @@ def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
             raise UserError(f"{path}: a .pth file does not say which variant it is; give a configuration, such as configs/emotic_r50_released.py")
         functions = ModelFunctions(model_config(config))
         flat = from_torch(tensors, functions.param_shapes | functions.frozen_shapes)
-        return Model(functions, {k: flat[k] for k in functions.param_shapes}, {k: flat[k] for k in functions.frozen_shapes}, config)
+        params, frozen = ({name: flat[name] for name in shapes} for shapes in (functions.param_shapes, functions.frozen_shapes))
+        return Model(functions, params, frozen, config, calibration=_parsed_calibration(texts, entry(config, "class_names", tuple), path))
     params, frozen, stored = read_own(path)
     chosen = stored if config is None else config
     class_names = entry(chosen, "class_names", tuple)
@@ -106,8 +107,11 @@ def _read_calibration(path: Path, class_names: tuple[str, ...]) -> Calibration |
     if path.is_dir():
         workdir = path.parent if path.name == DIRECTORY else path
         return calibration_of_run(workdir, class_names=class_names, checkpoint=newest_checkpoint(workdir))
-    text = read_safetensors(path)[1].get("calibration")
-    return None if text is None else parse_calibration(text, class_names=class_names, where=str(path))
+    return _parsed_calibration(read_safetensors(path)[1], class_names, path)
+
+
+def _parsed_calibration(texts: Mapping[str, str], class_names: tuple[str, ...], path: Path) -> Calibration | None:
+    return parse_calibration(texts["calibration"], class_names=class_names, where=str(path)) if "calibration" in texts else None
 
 
 def read_own(path: Path) -> tuple[Flat, Flat, dict[str, Any]]:

@@ -158,9 +158,11 @@ def _threshold_lines(config: Mapping[str, Any], thresholds: Mapping[str, Any] | 
     if thresholds is None:
         rule = "a class counts above 0.5" if config.get("multi_label") else "the most probable class counts"
         return [f"Nothing was fitted on validation: {rule}."]
-    lines = [f"Temperature {thresholds.get('temperature', 1):.3g}, fitted on {thresholds.get('split', 'val')}; logits are divided by it."]
+    split = thresholds.get("split", "val")
+    lines = [f"Temperature {thresholds.get('temperature', 1):.3g}, fitted on {split}: divide the logits by it to calibrate the scores."]
     values = thresholds.get("thresholds")
     if values:
+        lines += ["", "A class counts above its threshold, which holds for scores without the temperature:"]
         lines += ["", *_table(("class", "threshold"), [(name, f"{value:.3f}") for name, value in zip(names, values, strict=True)])]
     return lines
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import dsct_jax
-from dsct_jax.checkpoint import Checkpoints
+from dsct_jax.calibration import Calibration
+from dsct_jax.checkpoint import Checkpoints, load_weights
 from dsct_jax.errors import UserError
 from dsct_jax.export import export, main, parse_sizes
 from dsct_jax.load import Model, model_config
@@ -55,14 +56,15 @@ def state(golden):
 
 @pytest.fixture(scope="module")
 def model(state, tmp_path_factory):
-    return dsct_jax.load(write_state(tmp_path_factory.mktemp("pth") / "x.pth", state), small_config())
+    model = dsct_jax.load(write_state(tmp_path_factory.mktemp("pth") / "x.pth", state), small_config())
+    model.calibration = Calibration(model.class_names, 1.5, (0.25,) * 26, "val", 100, "step 3")
+    return model
 
 
 @pytest.fixture(scope="module")
 def stablehlo(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stablehlo")
-    calibration = {"class_names": list(model.class_names), "temperature": 1.5, "thresholds": [0.25] * 26}
-    return folder, export(model, folder, format="stablehlo", sizes=[SIZE], calibration=calibration)
+    return folder, export(model, folder, format="stablehlo", sizes=[SIZE])
 
 
 def golden_batch(golden):
@@ -234,23 +236,24 @@ def test_a_run_of_eight_devices_on_a_machine_with_one(model, tmp_path, golden):
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     params = {name: jax.device_put(value, spread if value.ndim and value.shape[0] % 8 == 0 else replicated) for name, value in model.params.items()}
     assert any(len({str(shard.index) for shard in value.addressable_shards}) == 8 for value in params.values())  # really in eight parts
-    frozen = jax.device_put(model.frozen, replicated)
-    state = jax.tree.map(
-        lambda x: jax.device_put(x, replicated) if not isinstance(x, jax.Array) else x, TrainState(jax.numpy.int32(3), params, {}, frozen, {})
-    )
+    fixed = {name: value for name, value in params.items() if name.startswith("backbone/stem")}
+    trained = {name: value for name, value in params.items() if name not in fixed}
+    average = {name: value + 1 for name, value in trained.items()}
+    state = TrainState(jax.numpy.int32(3), trained, fixed, jax.device_put(model.frozen, replicated), {}, average)
+    state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, replicated), state)
     checkpoints = Checkpoints(tmp_path / "run", metadata={"config": model.config})
     checkpoints.save(state)
     checkpoints.close()
-    (tmp_path / "run" / "thresholds.json").write_text(json.dumps({"temperature": 2.0, "thresholds": None}))
+    Calibration(model.class_names, 2.0, None, "val", 10, "step 3").save(tmp_path / "run" / "thresholds.json")
     arguments = [f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'out'}", "--format=safetensors"]
     program = "import jax, sys; assert len(jax.devices()) == 1; from dsct_jax.export import main; sys.exit(main(sys.argv[1:]))"
     subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, env=ONE_DEVICE, check=True)
     exported = dsct_jax.load(tmp_path / "out" / "model.safetensors")
-    for name, value in model.params.items():
-        np.testing.assert_array_equal(exported.params[name], value)
-    from dsct_jax.torch_files import read_safetensors
-
-    assert json.loads(read_safetensors(tmp_path / "out" / "model.safetensors")[1]["calibration"])["temperature"] == 2.0
+    for name, value in model.params.items():  # the moving average, where there is one
+        np.testing.assert_array_equal(exported.params[name], value if name in fixed else average[name], err_msg=name)
+    last, _, _ = load_weights(tmp_path / "run", ema=False)
+    np.testing.assert_array_equal(last["class_head/bias"], model.params["class_head/bias"])
+    assert exported.calibration.temperature == 2.0
 
 
 def test_onnx(model, golden, tmp_path):
