@@ -80,7 +80,8 @@ def evaluate(
         with the threshold 0.5; with the ending `_fitted` of Eq. 4 with the thresholds of `calibration`.
         Only multi-class: `majority_accuracy`, of always naming the most frequent class; `confusion_matrix`, rows = label, columns = prediction.
         `box_AP`, `box_AP50`, `box_AP75`: COCO's, every query a detection scored by `selection.certainty`.
-        `mAP_detected`: mean of `detected` = {IoU 0.50 to 0.95: share of labelled people whose selected box reaches it, and the metrics of these}.
+        `detected`: {IoU 0.50 to 0.95: share of labelled people whose selected box reaches it, and the metrics of these}; of which
+        `mAP_detected50` and `mAP_detected75` are the `mAP_present` at 0.50 and 0.75, where anybody is found.
         `calibration`: ECE, Brier score and bins, of the probabilities as they are and, with `calibration`, at its temperature.
         `per_class`: {class: AP of each definition, people, chance, recall, precision, f1 and their threshold}; `precision_recall`: the mean curve.
         `buckets`: {number of people in the image: images, people, mAP, mAP_present, accuracy}, over their labelled people.
@@ -206,8 +207,8 @@ def _detected(people: _People) -> dict[str, Any]:
         detected[f"{threshold:.2f}"] = {"people": int(found.sum()), "share": float(found.mean())} | (
             _ranking(people.take(found)) if found.any() else {}
         )
-    means = [entry.get("mAP", 0.0) for entry in detected.values()]
-    return {"mAP_detected": float(np.mean(means)), "detected": detected}
+    scalars = {f"mAP_detected{name[2:]}": detected[name]["mAP_present"] for name in ("0.50", "0.75") if detected[name]["people"]}
+    return {**scalars, "detected": detected}
 
 
 def _calibration(people: _People, calibration: Calibration | None, *, multi_label: bool) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _buckets(ax: Axes, metrics: dict[str, Any]) -> None:
 def _detected(ax: Axes, metrics: dict[str, Any]) -> None:
     thresholds = [float(name) for name in metrics["detected"]]
     ax.plot(thresholds, [entry["share"] for entry in metrics["detected"].values()], color=_GREEN, marker="s", label="share of people found")
-    for name, color, marker in (("mAP", _BLUE, "o"), ("accuracy", _ORANGE, "^")):
+    for name, color, marker in (("mAP_present", _BLUE, "o"), ("accuracy", _ORANGE, "^")):
         ax.plot(thresholds, [entry.get(name, np.nan) for entry in metrics["detected"].values()], color=color, marker=marker, label=f"{name} of these")
     ax.set(ylim=(0, 1), xlabel="IoU from which a person is found", title=f"Given detection; box AP {100 * metrics['box_AP']:.1f} %")
     ax.grid(alpha=0.3)

@@ -72,9 +72,7 @@ def write_csv(path: Path, class_names: Sequence[str], rows: Iterable[tuple[str, 
         for name, frame, subject in rows:
             numbers = [f"{number:.6g}" for number in (*subject["box"], subject["score"], subject["certainty"])]
             probabilities = [f"{subject['scores'][class_name]:.6g}" for class_name in class_names]
-            writer.writerow(
-                [name, "" if frame is None else frame, *numbers, " ".join(label.replace(" ", "_") for label in subject["labels"]), *probabilities]
-            )
+            writer.writerow([name, "" if frame is None else frame, *numbers, "; ".join(subject["labels"]), *probabilities])
     temporary.replace(path)
 
 

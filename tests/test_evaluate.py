@@ -243,7 +243,8 @@ def test_ten_thousand_images_take_seconds():
 
 def test_metrics_given_detection_are_those_of_the_people_found():
     images, split = multi_label_results(), About(EMOTIC_CLASSES, True, True)
-    detected = evaluate(pack(images, split))["detected"]
+    metrics = evaluate(pack(images, split))
+    detected = metrics["detected"]
     results = pack(images, split)
     queries, image = select_all(results, nms_threshold=None)[0], results.image_of_person
     iou = np.array([exact_iou(a, b) for a, b in zip(results.pixel_boxes[image, queries].astype(float), results.gt_boxes.astype(float), strict=True)])
@@ -257,6 +258,7 @@ def test_metrics_given_detection_are_those_of_the_people_found():
         present = labels.any(0)
         expected = sklearn_metrics.average_precision_score(labels[:, present], probabilities[found][:, present], average="macro")
         np.testing.assert_allclose(detected[name]["mAP_present"], expected, atol=1e-9)
+        assert metrics[f"mAP_detected{name[2:]}"] == detected[name]["mAP_present"]
 
 
 def exact_iou(a, b):
