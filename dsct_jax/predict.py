@@ -19,13 +19,13 @@ from typing import Any
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from dsct_jax.drawing import contact_sheet, draw_subjects
 from dsct_jax.errors import UserError
 from dsct_jax.load import load
 from dsct_jax.preprocess import decode_image
 from dsct_jax.settings import read_config
 from dsct_jax.startup import start_process
 from dsct_jax.subjects import BATCH_SIZE, Detector, Selection, Subject, predict_each
-from dsct_jax.visualize import contact_sheet, draw_subjects
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what is looked for in folders
 SHEET_IMAGES = 24  # at most that many go on the contact sheet
