@@ -27,6 +27,7 @@ from dsct_jax.batch import Batch
 from dsct_jax.calibration import FILE as CALIBRATION_FILE
 from dsct_jax.calibration import calibration_of_run
 from dsct_jax.checkpoint import Checkpoints, load_weights, newest_checkpoint, require_same_model, require_same_shapes
+from dsct_jax.distributed import AUTO, join_processes
 from dsct_jax.drawing import contact_sheet, draw_batch
 from dsct_jax.errors import UserError
 from dsct_jax.evaluate import RESAMPLES, evaluate, fit_calibration, write_evaluation
@@ -117,12 +118,14 @@ def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
         if checkpoints.latest_step() is not None:
             state = checkpoints.restore(state)
         start_step = int(state.step)
-        changed = write_settings(config, workdir)
+        changed = write_settings(config, workdir) if jax.process_index() == 0 else []
         logbook = stack.enter_context(contextlib.closing(Logbook(workdir, start_step=start_step, total_steps=total_steps)))
         trained = sum(value.size for value in state.params.values())
         logbook.tell(
             f"{run.name}: {train_data.num_images} images, {trained:,} trained parameters, {mesh.size} device(s), steps {start_step} to {total_steps}"
         )
+        if jax.process_count() > 1:
+            logbook.tell(f"process 0 of {jax.process_count()}, the only one that writes")
         if start_step > 0 and changed:
             logbook.tell(f"settings changed since the last start: config.{'; config.'.join(changed)}")
         if start_step >= total_steps:
@@ -204,7 +207,8 @@ def open_data(run: RunConfig, split: str, *, training: bool) -> Dataset:
     batch_size = run.train.batch_size if training else run.train.eval_batch_size
     hosts = {"host_index": jax.process_index(), "host_count": jax.process_count()}
     data = make_dataset(run.data, split, batch_size=batch_size, seed=run.seed, training=training, **hosts)
-    print(f"{split}: {data.report}", flush=True)
+    if jax.process_index() == 0:
+        print(f"{split}: {data.report}", flush=True)
     if data.report.people == 0:
         raise UserError(f"{data.report.source}: shows no person; {split} data need at least one box inside an image")
     return data
@@ -246,9 +250,10 @@ def collect_results(
             results += image_results(whole, logits, boxes)
             seen += int((whole.image_ids >= 0).sum())  # images that were skipped as damaged keep their number
             if drawings is not None and len(drawings) < DRAWN_IMAGES:
-                first, names = jax.process_index() * len(batch.real), {"class_names": run.class_names, "multi_label": run.multi_label}
+                first = jax.process_index() * len(batch.real)
                 here = slice(first, first + len(batch.real))
-                drawings += draw_batch(batch, logits[here], boxes[here], subject_logit=subject_logit, **names)
+                names: dict[str, Any] = {"class_names": run.class_names, "multi_label": run.multi_label, "subject_logit": subject_logit}
+                drawings += draw_batch(batch, logits[here], boxes[here], **names)
     if seen != data.num_images:
         raise RuntimeError(f"evaluated {seen} of {data.num_images} images")
     if not results:
@@ -320,6 +325,9 @@ def make_parser() -> Parser:
     parser.add_argument("--workdir", type=Path, help="directory of the run: checkpoints, metrics, settings")
     parser.add_argument("--mode", choices=["train", "eval"], default="train", help="train, evaluating on the way; or evaluate the newest checkpoint")
     parser.add_argument("--split", choices=SPLITS, default="test", help="what --mode=eval evaluates")
+    parser.add_argument("--coordinator", help=f"several processes: HOST:PORT of process 0, the same for all; {AUTO}: as jax finds out by itself")
+    parser.add_argument("--num_processes", type=int, help="several processes: how many")
+    parser.add_argument("--process_id", type=int, help="several processes: which of them this is, from 0")
     return parser
 
 
@@ -333,6 +341,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.workdir.exists() and not arguments.workdir.is_dir():
             raise UserError(f"--workdir={arguments.workdir}: is a file; name a directory")
         config = override(read_config(arguments.config), overrides)
+        join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
         if arguments.mode == "train":
             train(config, arguments.workdir)
         else:

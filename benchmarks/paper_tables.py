@@ -123,8 +123,8 @@ def _fusion_location(config: Mapping[str, Any]) -> Table:
     return Table("Table 8: fusing layers", tuple(rows.values()))
 
 
-def _from_layer(first: int, layers: int) -> str | tuple[int, ...]:
-    return "all" if first == 0 else tuple(range(first, layers))
+def _from_layer(first: int, layers: int) -> tuple[int, ...]:
+    return () if first == 0 else tuple(range(first, layers))
 
 
 def _ordinal(layer: int) -> str:

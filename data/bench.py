@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,9 @@ def write_photographs(folder: Path, size: tuple[int, int], count: int) -> DataCo
     for number in range(count):
         rng = np.random.default_rng(number)
         layers = [rng.normal(0, 60 / 2**level, (height // 2 ** (6 - level) + 2, width // 2 ** (6 - level) + 2, 3)) for level in range(6)]
-        smooth = [
-            np.asarray(Image.fromarray((layer + 128).clip(0, 255).astype(np.uint8)).resize((width, height)), np.float32) - 128 for layer in layers
-        ]
-        Image.fromarray((sum(smooth) + 128).clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=85)
+        smooth = [Image.fromarray((layer + 128).clip(0, 255).astype(np.uint8)).resize((width, height)) for layer in layers]
+        pixels = np.sum([np.asarray(image, np.float32) - 128 for image in smooth], axis=0) + 128
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=85)
         images.append({"id": number, "file_name": f"{number}.jpg"})
         people += [{"id": 2 * number + i, "image_id": number, "category_id": i, "bbox": [40 + 200 * i, 60, 120, 150]} for i in range(2)]
     for split in ("train", "val", "test"):
@@ -98,8 +98,7 @@ def torch_batches(config: DataConfig, workers: int) -> Iterator[object]:
         def __getitem__(self, number: int) -> Any:
             torch.set_num_threads(1)
             record = records[number % len(records)]
-            with Image.open(record.image) as file:
-                image = file.convert("RGB")
+            image = record.load()
             uniform = np.random.default_rng(number).random(NUM_DRAWS).tolist()
             image, boxes, kept = apply(draw(config, image.height, image.width, uniform), image, record.boxes)
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
@@ -133,6 +132,10 @@ def batch_rate(batches: Iterator[object], seconds: float, *, warm_up: int = 6) -
     return count * BATCH_SIZE / passed
 
 
+def _measured(make: Callable[[DataConfig, int], Iterator[object]], config: DataConfig, workers: int, seconds: float) -> float:
+    return batch_rate(make(config, workers), seconds)
+
+
 def data_wait(config: DataConfig, workers: int, step_seconds: float, *, steps: int = 30) -> float:
     """Share of the time that a device which needs `step_seconds` a batch stands still for want of data."""
     batches, waited = pipeline_batches(config, workers), 0.0
@@ -162,15 +165,15 @@ def measure(folder: Path, *, count: int, rounds: int, seconds: float, workers: S
         ready = dataclasses.replace(raw, source="prepared", data_dir=str(output))
         records, prepared_records = (read_split(config, "train")[0] for config in (raw, ready))
         contestants: dict[tuple[str, int], Callable[[], float]] = {
-            ("decode", 0): lambda records=records: decode_rate(records, seconds),
-            ("decode, prepared", 0): lambda records=prepared_records: decode_rate(records, seconds),
-            ("augment", 0): lambda raw=raw, records=records: augment_rate(raw, records, seconds),
+            ("decode", 0): partial(decode_rate, records, seconds),
+            ("decode, prepared", 0): partial(decode_rate, prepared_records, seconds),
+            ("augment", 0): partial(augment_rate, raw, records, seconds),
         }
         for number in workers:
-            contestants["pipeline", number] = lambda raw=raw, number=number: batch_rate(pipeline_batches(raw, number), seconds)
-            contestants["pipeline, prepared", number] = lambda ready=ready, number=number: batch_rate(pipeline_batches(ready, number), seconds)
+            contestants["pipeline", number] = partial(_measured, pipeline_batches, raw, number, seconds)
+            contestants["pipeline, prepared", number] = partial(_measured, pipeline_batches, ready, number, seconds)
             if with_torch:
-                contestants["torch DataLoader", number] = lambda raw=raw, number=number: batch_rate(torch_batches(raw, number), seconds)
+                contestants["torch DataLoader", number] = partial(_measured, torch_batches, raw, number, seconds)
         found: dict[tuple[str, int], list[float]] = {key: [] for key in contestants}
         for round_number in range(rounds):
             for key, contestant in contestants.items():

@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: --output={arguments.output}: cannot be written ({error.strerror or error})", file=sys.stderr)
+        return 2
     print("\n".join(report))
     print(f"written: {arguments.output / MODEL_FILE}")
     return 0

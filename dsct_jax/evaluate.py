@@ -48,6 +48,10 @@ class _People:
     iou: Float[np.ndarray, "n"]
     image: Int[np.ndarray, "n"]  # position of the image among the results
 
+    @property
+    def labelled(self) -> Bool[np.ndarray, "n"]:
+        return np.asarray(self.labels.any(-1))
+
     def take(self, which: Bool[np.ndarray, "n"]) -> "_People":
         return _People(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
 
@@ -88,7 +92,7 @@ def evaluate(
     about = results.about
     queries, mean_candidates = select_all(results, nms_threshold=nms_threshold)
     everyone = _gather(results, queries)
-    labelled = everyone.labels.any(-1)
+    labelled = everyone.labelled
     if not labelled.any():
         raise UserError(
             f"nothing to evaluate: none of the {len(results.image_ids)} images has a person with a label; check the annotation file of the split"
@@ -129,7 +133,7 @@ def fit_calibration(results: SplitResults) -> Calibration:
     """
     about = results.about
     everyone = _gather(results, select_all(results, nms_threshold=None)[0])
-    labelled = everyone.labels.any(-1)
+    labelled = everyone.labelled
     if not labelled.any():
         raise UserError(f"nothing to fit: none of the {len(results.image_ids)} images has a person with a label")
     people = everyone.take(labelled)

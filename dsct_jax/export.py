@@ -14,6 +14,7 @@ the run kept one. The same checkpoint gives the same bytes.
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import shutil
 import sys
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsct_jax import onnx_export
+from dsct_jax.checkpoint import DIRECTORY
 from dsct_jax.errors import UserError
 from dsct_jax.load import Model, load
 from dsct_jax.preprocess import MEAN, STD, Size
@@ -123,6 +125,8 @@ def _texts(notes: Mapping[str, Any]) -> dict[str, str]:
 
 def write_stablehlo(model: Model, directory: Path, sizes: Sequence[Size], notes: Mapping[str, Any]) -> dict[Size, Path]:
     """Writes an artifact for each size, the weights that all of them take, and model.json; returns where the artifacts are."""
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise UserError("--format=stablehlo needs flatbuffers: pip install 'dsct-jax[export]'")
     weights, functions = model.arrays(), model.functions
     write_npz(directory / WEIGHTS, weights)
 
@@ -247,7 +251,7 @@ def _interleaved(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
 
 def read_calibration(checkpoint: Path) -> dict[str, Any] | None:
     """What evaluation fitted on validation for the run that `checkpoint` belongs to; None where it fitted nothing."""
-    path = checkpoint / _CALIBRATION_FILE
+    path = (checkpoint.parent if checkpoint.name == DIRECTORY else checkpoint) / _CALIBRATION_FILE
     if not path.is_file():
         return None
     try:
@@ -291,6 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = export(model, arguments.output, format=arguments.format, sizes=sizes, batch_size=arguments.batch_size, calibration=calibration)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: --output={arguments.output}: cannot be written ({error.strerror or error})", file=sys.stderr)
         return 2
     print("\n".join(lines))
     return 0

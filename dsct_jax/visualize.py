@@ -29,7 +29,8 @@ from dsct_jax.errors import UserError
 from dsct_jax.figures import activation_figure, context_figure, embedding_figure, loss_figure, sampling_figure
 from dsct_jax.inside import Look, look
 from dsct_jax.load import Model, load
-from dsct_jax.predict import find_images, read_photograph
+from dsct_jax.predict import read_photograph
+from dsct_jax.prediction_files import find_inputs
 from dsct_jax.report import read_metrics
 from dsct_jax.settings import read_config
 from dsct_jax.startup import start_process
@@ -165,7 +166,9 @@ def draw(arguments: argparse.Namespace) -> Image.Image | Figure:
         return losses(arguments.paths)
     if arguments.checkpoint is None:
         raise UserError("--checkpoint is missing: a run directory, a .safetensors file or a released .pth (with --config)")
-    files = find_images(arguments.paths, leave_out=Path(arguments.output))
+    files, videos = find_inputs(arguments.paths, leave_out=Path(arguments.output))
+    if videos:
+        raise UserError(f"{videos[0]}: is a video; figures are drawn of images, and python -m dsct_jax.predict draws videos")
     if len(files) > _MAX_IMAGES and arguments.figure != "embeddings":
         raise UserError(f"{len(files)} images do not fit on one picture that can be read; give at most {_MAX_IMAGES}")
     config = read_config(Path(arguments.config)) if arguments.config else None

@@ -75,7 +75,7 @@ def test_the_rows_of_the_papers_size_are_the_papers():
     assert components[0].changes == {"model.num_context_queries": 0}
     assert [row.paper["EMOTIC"] for row in components] == [36.55, 36.73, 37.11, 36.85, 37.26]
     locations = paper_table("8", config).rows
-    assert [row.changes["model.fusion_layers"] for row in locations] == ["all", (1, 2, 3, 4, 5), (3, 4, 5), (5,)]
+    assert [row.changes["model.fusion_layers"] for row in locations] == [(), (1, 2, 3, 4, 5), (3, 4, 5), (5,)]
     assert [row.name for row in locations] == ["1st to 6th layer", "2nd to 6th layer", "4th to 6th layer", "6th layer only (late)"]
     assert components[-1].key == locations[0].key == UNCHANGED  # one run serves both tables
     assert len(paper_table("figure11", config).rows) == 16
@@ -85,7 +85,7 @@ def test_the_rows_of_the_papers_size_are_the_papers():
 def test_a_shallow_decoder_has_fewer_places_to_fuse():
     rows = paper_table("8", plain(demo.get_config())).rows
     assert [(row.name, row.changes["model.fusion_layers"], row.paper["EMOTIC"]) for row in rows] == [
-        ("1st to 3rd layer", "all", 37.01),
+        ("1st to 3rd layer", (), 37.01),
         ("2nd to 3rd layer", (1, 2), 36.82),
         ("3rd layer only (late)", (2,), 36.44),
     ]

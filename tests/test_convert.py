@@ -54,5 +54,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(state, config, tmp_path, c
     assert main([f"--input={tmp_path / 'nowhere.pth'}", output, f"--config={config}"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "a").exists()
+    assert main([f"--input={released}", f"--output={released}", f"--config={config}", "--lenient"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
     assert main([f"--input={released}", output, f"--config={config}", "--lenient"]) == 0
     assert "unknown: context_queries is missing" in capsys.readouterr().out

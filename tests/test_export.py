@@ -281,6 +281,8 @@ def test_mistakes_are_one_line(model, tmp_path, capsys):
         assert says in line
         assert line.count("\n") == 1
     assert not (tmp_path / "out").exists()
+    assert main([checkpoint, f"--output={tmp_path / 'm.safetensors'}", "--format=torch"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
     assert parse_sizes("96x136,136x96") == ((96, 136), (136, 96))
     if _missing("jax2onnx"):
         assert main([checkpoint, output, "--format=onnx", "--sizes=64x64"]) == 2

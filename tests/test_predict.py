@@ -31,6 +31,7 @@ class RedFinder:
 
     class_names = CLASSES
     multi_label = True
+    thresholds = None
     preprocessing = Preprocessing(short_side=64, max_long_side=96, buckets=((64, 96), (96, 64), (72, 72)))
     config: ClassVar = {"loss": {"class_loss": "focal"}}
 
@@ -125,7 +126,7 @@ def test_other_arrays_are_refused(array):
         dsct_jax.predict(RedFinder(), [array])
 
 
-@pytest.mark.parametrize("option", [{"threshold": 1.5}, {"min_score": -0.1}, {"nms": 2.0}, {"batch_size": 0}])
+@pytest.mark.parametrize("option", [{"threshold": 1.5}, {"min_certainty": -0.1}, {"nms": 2.0}, {"batch_size": 0}])
 def test_numbers_out_of_range_are_refused(option):
     with pytest.raises(UserError, match=next(iter(option))):
         dsct_jax.predict(RedFinder(), [photograph(80, 60, (10, 10, 50, 40))], **option)
@@ -160,7 +161,7 @@ def select(selection=None, *, multi_label=True, subject_logit=True):
 def test_multi_label_takes_the_classes_above_the_threshold():
     first, second = select(Selection(threshold=0.55))
     # The second query overlaps the first by 0.96 and is surer of being a person; the fourth is hardly one.
-    np.testing.assert_allclose([first.score, second.score], sigmoid([2.0, 0.5]), rtol=1e-6)
+    np.testing.assert_allclose([first.certainty, second.certainty], sigmoid([2.0, 0.5]), rtol=1e-6)
     assert first.labels == ()
     assert second.labels == ()
     np.testing.assert_allclose(list(first.scores.values()), [0.5, 0.5, 0.5])
@@ -170,7 +171,7 @@ def test_multi_label_takes_the_classes_above_the_threshold():
 
 
 def test_multi_class_takes_the_likeliest_class():
-    subjects = select(Selection(nms=1.0, min_score=0.0), multi_label=False)
+    subjects = select(Selection(nms=1.0, min_certainty=0.0), multi_label=False)
     assert [subject.labels for subject in subjects] == [("calm",), ("glad",), ("calm",), ("calm",)]  # by certainty: queries 1, 0, 2, 3
     for subject in subjects:
         assert sum(subject.scores.values()) == pytest.approx(1)
@@ -178,8 +179,8 @@ def test_multi_class_takes_the_likeliest_class():
 
 
 def test_without_a_trained_subject_logit_the_likeliest_class_counts():
-    subjects = select(Selection(min_score=0.3), multi_label=False, subject_logit=False)
-    np.testing.assert_allclose([subject.score for subject in subjects], sigmoid([4.0, 3.0]), rtol=1e-6)  # query 2 has sigmoid(-1) = 0.27
+    subjects = select(Selection(min_certainty=0.3), multi_label=False, subject_logit=False)
+    np.testing.assert_allclose([subject.certainty for subject in subjects], sigmoid([4.0, 3.0]), rtol=1e-6)  # query 2 has sigmoid(-1) = 0.27
     assert not has_subject_logit(multi_label=False, class_loss="focal")
     assert has_subject_logit(multi_label=False, class_loss="softmax")
     assert has_subject_logit(multi_label=True, class_loss="focal")
@@ -267,7 +268,7 @@ def test_a_photograph_taken_sideways_is_put_upright(command, tmp_path):
     [
         (["nowhere.jpg", "--checkpoint=run"], r"nowhere\.jpg: no such file or folder"),
         (["no/*.jpg", "--checkpoint=run"], r"no/\*\.jpg: the pattern matches no file"),
-        (["empty", "--checkpoint=run"], r"empty: the folder holds no image"),
+        (["empty", "--checkpoint=run"], r"empty: the folder holds no image or video"),
         (["images/notes.txt", "--checkpoint=run"], r"notes\.txt: cannot be read as an image"),
         (["images", "--checkpoint=missing"], r"missing: no such file or directory"),
         (["images", "--checkpoint=run", "--config=none.py"], r"--config=none\.py: no such file"),

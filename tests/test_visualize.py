@@ -186,8 +186,9 @@ def test_losses_are_those_of_the_log(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["context", "{text}"], "{text}: "),
+        (["context", "{video}"], "{video}: is a video"),
         (["context", "{nowhere}"], "{nowhere}: no such file or folder"),
-        (["context", "{empty}"], "{empty}: the folder holds no image"),
+        (["context", "{empty}"], "{empty}: the folder holds no image or video"),
         (["sampling", "{image}", "--checkpoint={nowhere}"], "{nowhere}: no such file or directory"),
         (["sampling", "{image}", "--config=configs/demo.py"], "{checkpoint}: "),
         (["predictions", "{image}", "--truth={nowhere}"], "--truth={nowhere}: no such file"),
@@ -206,7 +207,8 @@ def test_a_mistake_is_one_line(arguments, message, checkpoint, samples, tmp_path
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty").mkdir()
     places = {"text": tmp_path / "text.png", "nowhere": tmp_path / "nowhere", "empty": tmp_path / "empty"}
-    places |= {"image": samples / "test_00000.png", "checkpoint": checkpoint}
+    (tmp_path / "video.mp4").touch()
+    places |= {"video": tmp_path / "video.mp4", "image": samples / "test_00000.png", "checkpoint": checkpoint}
     given = [f"--checkpoint={checkpoint}", f"--output={tmp_path / 'figure.png'}", *(argument.format(**places) for argument in arguments[1:])]
     assert main([arguments[0], *given]) == 2
     error = capsys.readouterr().err
