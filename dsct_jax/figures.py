@@ -114,7 +114,7 @@ def _dots(axes: Axes, points: np.ndarray, weights: np.ndarray, color: str) -> No
     enough = int(np.searchsorted(weights[order].cumsum(), _SHOWN_SHARE * weights.sum())) + 1
     kept = order[:enough]
     areas = 12 + 130 * weights[kept] / weights.max()
-    axes.scatter(*points[kept].T, s=areas, color=color, edgecolors="black", linewidths=0.6, alpha=0.8, zorder=3)
+    axes.scatter(points[kept, 0], points[kept, 1], s=areas, color=color, edgecolors="black", linewidths=0.6, alpha=0.8, zorder=3)
 
 
 def context_figure(one: Look, *, person: int) -> Figure:
@@ -132,9 +132,10 @@ def context_figure(one: Look, *, person: int) -> Figure:
             _show(axes, one.image, (f"layer {column + 1}\n" if field == "spatial" else "") + heading, faded=0.35)
             _box(axes, subject.box, "white")
             rest = one.context_points[~selected]
-            axes.scatter(*rest.T, s=14, color=_GREY, edgecolors="black", linewidths=0.4, zorder=2)
+            axes.scatter(rest[:, 0], rest[:, 1], s=14, color=_GREY, edgecolors="black", linewidths=0.4, zorder=2)
             weights = layer.context_weights[query][selected]
-            axes.scatter(*one.context_points[selected].T, s=40 + 500 * weights, color=color, edgecolors="black", linewidths=1, alpha=0.85, zorder=3)
+            x, y = one.context_points[selected].T
+            axes.scatter(x, y, s=40 + 500 * weights, color=color, edgecolors="black", linewidths=1, alpha=0.85, zorder=3)
             _star(axes, layer.subject_points[query])
             if column == 0:
                 axes.set_ylabel(f"by {reason}", fontsize=_FONT)
@@ -160,7 +161,8 @@ def embedding_figure(looks: Sequence[Look], labels: Sequence[str], *, source: st
         chosen = np.array([label == name for label in labels])
         color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
         text = f"{name} ({chosen.sum()})"
-        axes.scatter(*scores[chosen].T, s=70, color=color, marker=marker, edgecolors="black", linewidths=0.6, alpha=0.85, label=text)
+        x, y = scores[chosen].T
+        axes.scatter(x, y, s=70, color=color, marker=marker, edgecolors="black", linewidths=0.6, alpha=0.85, label=text)
     axes.set_title(f"Subject embeddings after the last layer, by {source}", fontsize=_FONT + 1)
     axes.set_xlabel(f"first principal component, {shares[0]:.0%} of the variance", fontsize=_FONT)
     axes.set_ylabel(f"second, {shares[1]:.0%}", fontsize=_FONT)
@@ -173,10 +175,9 @@ def loss_figure(runs: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[fl
     """Fig. 12: classification and localisation loss of the last layer over the steps of training; runs: name -> series of metrics.jsonl."""
     figure = Figure(figsize=(13, 5.2), dpi=100, layout="constrained")
     panels = figure.subplots(1, 2)
-    terms = ({"classification": ("loss_class",)}, {"localisation, L1 + GIoU": ("loss_bbox", "loss_giou")})
+    terms: dict[str, tuple[str, ...]] = {"classification": ("loss_class",), "localisation, L1 + GIoU": ("loss_bbox", "loss_giou")}
     styles = ("-", "--", "-.", ":")
-    for axes, term in zip(panels, terms, strict=True):
-        (title, names), *_ = term.items()
+    for axes, (title, names) in zip(panels, terms.items(), strict=True):
         for number, (run, series) in enumerate(runs.items()):
             steps = series[f"train/{names[0]}"][0]
             values = np.sum([series[f"train/{name}"][1] for name in names], axis=0)

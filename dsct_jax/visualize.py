@@ -101,7 +101,7 @@ def beside_sheet(models: Sequence[Model], names: Sequence[str], files: Sequence[
 
 
 def _answers(model: Model, images: Sequence[Image.Image], selection: Selection) -> list[list[Subject]]:
-    return predict(model, images, threshold=selection.threshold, min_score=selection.min_score, nms=selection.nms)
+    return predict(model, images, threshold=selection.threshold, min_certainty=selection.min_certainty, nms=selection.nms)
 
 
 def _from_left(people: Sequence[Subject]) -> list[Subject]:
@@ -174,7 +174,7 @@ def draw(arguments: argparse.Namespace) -> Image.Image | Figure:
     config = read_config(Path(arguments.config)) if arguments.config else None
     model = load(arguments.checkpoint, config)
     truth = None if arguments.truth is None else read_truth(arguments.truth, model.class_names)
-    selection = Selection(threshold=arguments.threshold, min_score=arguments.min_score, nms=arguments.nms)
+    selection = Selection(threshold=arguments.threshold, min_certainty=arguments.min_certainty, nms=arguments.nms)
     if arguments.figure == "predictions":
         return predictions_sheet(model, files, truth=truth, selection=selection)
     if arguments.figure == "beside":
@@ -198,7 +198,7 @@ def _draw_queries(arguments: argparse.Namespace, looks: Sequence[Look], files: S
     if not 1 <= arguments.layer <= layers and arguments.layer != 0:
         raise UserError(f"--layer={arguments.layer}: the decoder has layers 1 to {layers}")
     if nobody := [str(file) for file, one in zip(files, looks, strict=True) if not one.subjects]:
-        raise UserError(f"{nobody[0]}: nobody was found in it, so there is no query to draw; lower --min-score or give another image")
+        raise UserError(f"{nobody[0]}: nobody was found in it, so there is no query to draw; lower --min-certainty or give another image")
     if arguments.figure == "sampling":
         return sampling_figure(looks, layer=arguments.layer - 1)
     if len(looks) > 1:
@@ -224,8 +224,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", choices=["backbone", "encoder"], default="backbone", help="whose maps are drawn (activation)")
     parser.add_argument("--layer", type=int, default=0, help="decoder layer from 1; 0 = the last (sampling)")
     parser.add_argument("--person", type=int, default=1, help="whose context queries, from 1, surest first (context)")
-    parser.add_argument("--threshold", type=float, default=Selection.threshold, help="multi-label: probability that makes a class a label")
-    parser.add_argument("--min-score", type=float, default=Selection.min_score, help="score below which a query is nobody")
+    parser.add_argument("--threshold", type=float, help="multi-label: probability that makes a class a label; else as fitted")
+    parser.add_argument("--min-certainty", type=float, default=Selection.min_certainty, help="certainty below which a query is nobody")
     parser.add_argument("--nms", type=float, default=Selection.nms, help="overlap (IoU) above which two boxes are the same person; 1 = keep all")
     return parser
 

@@ -21,7 +21,7 @@ from dsct_jax.state import ModelFunctions
 from dsct_jax.subjects import Selection, Subject
 from dsct_jax.visualize import main, read_truth
 
-EVERYBODY = Selection(min_score=0.0, nms=1.0)
+EVERYBODY = Selection(min_certainty=0.0, nms=1.0)
 
 
 def make_checkpoint(path, seed=0, **changes):
@@ -152,7 +152,7 @@ def test_only_the_right_person_with_the_right_emotion_is_right():
 @pytest.mark.parametrize("figure", ["predictions", "activation", "sampling", "context", "embeddings", "beside"])
 def test_every_figure_is_drawn(figure, checkpoint, samples, tmp_path, capsys):
     paths = [str(samples / "test_00000.png")] if figure == "context" else [str(samples)]
-    extra = ["--min-score=0", "--nms=1"]
+    extra = ["--min-certainty=0", "--nms=1"]
     if figure in ("predictions", "embeddings", "beside"):
         extra.append(f"--truth={samples / 'truth.json'}")
     if figure == "beside":
@@ -196,9 +196,9 @@ def test_losses_are_those_of_the_log(tmp_path, capsys):
         (["beside", "{image}"], "--beside is missing"),
         (["beside", "{image}", "--beside={checkpoint}", "--names=one"], "--names=one: must be two names"),
         (["sampling", "{image}", "--layer=3"], "--layer=3: the decoder has layers 1 to 2"),
-        (["sampling", "{image}", "--min-score=1"], "{image}: nobody was found in it"),
-        (["context", "{image}", "--person=9", "--min-score=0"], "--person=9: "),
-        (["embeddings", "{image}", "--min-score=1"], "embeddings: 0 people were found"),
+        (["sampling", "{image}", "--min-certainty=1"], "{image}: nobody was found in it"),
+        (["context", "{image}", "--person=9", "--min-certainty=0"], "--person=9: "),
+        (["embeddings", "{image}", "--min-certainty=1"], "embeddings: 0 people were found"),
         (["losses", "{nowhere}"], "{nowhere}/metrics.jsonl: no such file"),
         (["context", "{image}", "--output=figure.jpg"], "--output=figure.jpg: must be the name of a .png file"),
     ],
@@ -218,7 +218,7 @@ def test_a_mistake_is_one_line(arguments, message, checkpoint, samples, tmp_path
 
 def test_a_model_without_context_has_no_context_figure(tmp_path, samples, capsys):
     checkpoint = make_checkpoint(tmp_path / "plain.safetensors", num_context_queries=0)
-    arguments = [f"--checkpoint={checkpoint}", f"--output={tmp_path / 'x.png'}", "--min-score=0"]
+    arguments = [f"--checkpoint={checkpoint}", f"--output={tmp_path / 'x.png'}", "--min-certainty=0"]
     assert main(["context", str(samples / "test_00000.png"), *arguments]) == 2
     assert "has no context queries" in capsys.readouterr().err
     assert main(["sampling", str(samples / "test_00000.png"), *arguments]) == 0
