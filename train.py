@@ -28,6 +28,7 @@ from dsct_jax.calibration import FILE as CALIBRATION_FILE
 from dsct_jax.calibration import calibration_of_run
 from dsct_jax.checkpoint import Checkpoints, load_weights, newest_checkpoint, require_same_model, require_same_shapes
 from dsct_jax.distributed import AUTO, join_processes
+from dsct_jax.drawing import contact_sheet, draw_batch
 from dsct_jax.errors import UserError
 from dsct_jax.evaluate import RESAMPLES, evaluate, fit_calibration, write_evaluation
 from dsct_jax.evaluation_table import format_table
@@ -45,7 +46,6 @@ from dsct_jax.startup import start_process
 from dsct_jax.state import Flat, ModelFunctions
 from dsct_jax.step import initial_state, make_eval_step, make_train_step
 from dsct_jax.subjects import has_subject_logit
-from dsct_jax.visualize import contact_sheet, draw_batch
 
 SHOWN_METRICS = ("mAP", "accuracy", "macro_f1", "mean_iou")  # in the line of a validation
 DRAWN_IMAGES = 24  # on the contact sheet of an evaluation

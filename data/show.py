@@ -17,9 +17,9 @@ from data.config import SPLITS, DataConfig
 from data.plan import FILLER, BatchPlan
 from data.records import Record
 from data.sources import read_split
+from dsct_jax.drawing import contact_sheet, draw_subjects
 from dsct_jax.errors import UserError
 from dsct_jax.subjects import Subject
-from dsct_jax.visualize import contact_sheet, draw_subjects
 
 _PAIRS = 3  # raw and transformed, a row of the sheet
 
