@@ -8,7 +8,6 @@ The same command again continues from the newest checkpoint in the workdir.
 
 import contextlib
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -24,9 +24,14 @@ from data.command import Parser, override
 from data.config import SPLITS, DataConfig
 from data.pipeline import Dataset, make_dataset
 from dsct_jax.batch import Batch
-from dsct_jax.checkpoint import Checkpoints, load_weights, require_same_model, require_same_shapes
+from dsct_jax.calibration import FILE as CALIBRATION_FILE
+from dsct_jax.calibration import calibration_of_run
+from dsct_jax.checkpoint import Checkpoints, load_weights, newest_checkpoint, require_same_model, require_same_shapes
+from dsct_jax.distributed import AUTO, join_processes
+from dsct_jax.drawing import contact_sheet, draw_batch
 from dsct_jax.errors import UserError
-from dsct_jax.evaluate import ImageResult, evaluate, format_table
+from dsct_jax.evaluate import RESAMPLES, evaluate, fit_calibration, write_evaluation
+from dsct_jax.evaluation_table import format_table
 from dsct_jax.load import model_config
 from dsct_jax.logbook import Logbook, versions, write_settings
 from dsct_jax.losses import LossConfig
@@ -34,13 +39,13 @@ from dsct_jax.matcher import MatcherConfig
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.optimizer import OptimizerConfig, make_schedule
 from dsct_jax.prefetch import Prefetch
+from dsct_jax.results import About, ImageResult, SplitResults, pack
 from dsct_jax.settings import entry, from_section, read_config
 from dsct_jax.sharding import make_mesh, replicate, shard_batch
 from dsct_jax.startup import start_process
 from dsct_jax.state import Flat, ModelFunctions
 from dsct_jax.step import initial_state, make_eval_step, make_train_step
 from dsct_jax.subjects import has_subject_logit
-from dsct_jax.visualize import contact_sheet, draw_batch
 
 SHOWN_METRICS = ("mAP", "accuracy", "macro_f1", "mean_iou")  # in the line of a validation
 DRAWN_IMAGES = 24  # on the contact sheet of an evaluation
@@ -113,12 +118,14 @@ def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
         if checkpoints.latest_step() is not None:
             state = checkpoints.restore(state)
         start_step = int(state.step)
-        changed = write_settings(config, workdir)
+        changed = write_settings(config, workdir) if jax.process_index() == 0 else []
         logbook = stack.enter_context(contextlib.closing(Logbook(workdir, start_step=start_step, total_steps=total_steps)))
         trained = sum(value.size for value in state.params.values())
         logbook.tell(
             f"{run.name}: {train_data.num_images} images, {trained:,} trained parameters, {mesh.size} device(s), steps {start_step} to {total_steps}"
         )
+        if jax.process_count() > 1:
+            logbook.tell(f"process 0 of {jax.process_count()}, the only one that writes")
         if start_step > 0 and changed:
             logbook.tell(f"settings changed since the last start: config.{'; config.'.join(changed)}")
         if start_step >= total_steps:
@@ -200,7 +207,8 @@ def open_data(run: RunConfig, split: str, *, training: bool) -> Dataset:
     batch_size = run.train.batch_size if training else run.train.eval_batch_size
     hosts = {"host_index": jax.process_index(), "host_count": jax.process_count()}
     data = make_dataset(run.data, split, batch_size=batch_size, seed=run.seed, training=training, **hosts)
-    print(f"{split}: {data.report}", flush=True)
+    if jax.process_index() == 0:
+        print(f"{split}: {data.report}", flush=True)
     if data.report.people == 0:
         raise UserError(f"{data.report.source}: shows no person; {split} data need at least one box inside an image")
     return data
@@ -214,27 +222,48 @@ def tell_skipped(*datasets: Dataset, tell) -> None:
         tell(f"left out: {unreadable} image(s) that could not be opened and {len(damaged)} with damaged pixels")
 
 
-def run_evaluation(
-    eval_step, params: Flat, frozen: Flat, data: Dataset, run: RunConfig, mesh: Mesh, *, drawings: list[Image.Image] | None = None
-) -> dict[str, float]:
-    """Every image of `data` once -> metrics; the first of them are drawn into `drawings` where that is given."""
+def run_evaluation(eval_step, params: Flat, frozen: Flat, data: Dataset, run: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """Every image of `data` once -> metrics."""
+    return evaluate(collect_results(eval_step, params, frozen, data, run, mesh))
+
+
+def collect_results(
+    eval_step,
+    params: Flat,
+    frozen: Flat,
+    data: Dataset,
+    run: RunConfig,
+    mesh: Mesh,
+    *,
+    split: str = "val",
+    checkpoint: str = "",
+    drawings: list[Image.Image] | None = None,
+) -> SplitResults:
+    """What the model says of every image of `data`, each once, on every process; some of this process's are drawn into `drawings` if given."""
+    subject_logit = has_subject_logit(multi_label=run.multi_label, class_loss=run.loss.class_loss)
     results: list[ImageResult] = []
     seen = 0
     with Prefetch(data.iterator(), lambda batch: (batch, shard_batch(batch, mesh))) as batches:
         for batch, sharded in batches:
-            predictions = eval_step(params, frozen, sharded)
-            logits, boxes = np.asarray(predictions.logits[-1]), np.asarray(predictions.boxes[-1])
-            results += image_results(batch, logits, boxes)
+            predictions, whole = on_host(eval_step(params, frozen, sharded)), on_host(dataclasses.replace(sharded, images=None))
+            logits, boxes = predictions.logits[-1], predictions.boxes[-1]
+            results += image_results(whole, logits, boxes)
+            seen += int((whole.image_ids >= 0).sum())  # images that were skipped as damaged keep their number
             if drawings is not None and len(drawings) < DRAWN_IMAGES:
-                subject_logit = has_subject_logit(multi_label=run.multi_label, class_loss=run.loss.class_loss)
+                first = jax.process_index() * len(batch.real)
+                here = slice(first, first + len(batch.real))
                 names: dict[str, Any] = {"class_names": run.class_names, "multi_label": run.multi_label, "subject_logit": subject_logit}
-                drawings += draw_batch(batch, logits, boxes, **names)
-            seen += int((batch.image_ids >= 0).sum())  # images that were skipped as damaged keep their number
+                drawings += draw_batch(batch, logits[here], boxes[here], **names)
     if seen != data.num_images:
         raise RuntimeError(f"evaluated {seen} of {data.num_images} images")
     if not results:
         raise UserError(f"{data.report.source}: none of its {data.num_images} images could be read")
-    return evaluate(results, class_names=run.class_names, multi_label=run.multi_label)
+    return pack(results, About(run.class_names, run.multi_label, subject_logit, data.report.protocol, split, checkpoint))
+
+
+def on_host(tree: Any) -> Any:
+    """Global arrays -> whole numpy arrays, on every process."""
+    return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
 def image_results(batch: Batch, logits: np.ndarray, boxes: np.ndarray) -> Iterator[ImageResult]:
@@ -253,23 +282,39 @@ def image_results(batch: Batch, logits: np.ndarray, boxes: np.ndarray) -> Iterat
         )
 
 
-def evaluate_checkpoint(config: Mapping[str, Any], workdir: Path, split: str) -> dict[str, float]:
-    """Evaluates the newest checkpoint on a split; prints the table, writes metrics_<split>.json and predictions_<split>.png beside it."""
+def evaluate_checkpoint(config: Mapping[str, Any], workdir: Path, split: str) -> dict[str, Any]:
+    """Evaluates the newest checkpoint on a split under every protocol of docs/evaluation.md.
+
+    Prints the table; writes metrics_<split>.json, .md and .png, predictions_<split>.npz (what `python -m dsct_jax.evaluate` reads) and
+    predictions_<split>.png into `workdir`, and, on the validation split, thresholds.json, which prediction and the other splits' evaluation use.
+    """
     run, mesh = RunConfig.from_mapping(config), make_mesh()
     require_divisible(run.train, mesh)
     params, frozen, metadata = load_weights(workdir)
     require_same_model(metadata["config"], config, str(workdir))
     functions = ModelFunctions(run.model)
     require_same_shapes(functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(workdir))
+    checkpoint = newest_checkpoint(workdir)
+    calibration = calibration_of_run(workdir, class_names=run.class_names, checkpoint=checkpoint) if split != "val" else None
     data = open_data(run, split, training=False)
     params, frozen = replicate((params, frozen), mesh)
     drawings: list[Image.Image] = []
-    metrics = run_evaluation(make_eval_step(functions, mesh=mesh), params, frozen, data, run, mesh, drawings=drawings)
-    print(format_table(metrics))
-    tell_skipped(data, tell=print)
-    (workdir / f"metrics_{split}.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    contact_sheet(drawings[:DRAWN_IMAGES], 6).save(workdir / f"predictions_{split}.png")
-    print(f"numbers: {workdir / f'metrics_{split}.json'}   drawings (dashed: annotated): {workdir / f'predictions_{split}.png'}")
+    eval_step = make_eval_step(functions, mesh=mesh)
+    results = collect_results(eval_step, params, frozen, data, run, mesh, split=split, checkpoint=checkpoint, drawings=drawings)
+    metrics = evaluate(results, calibration=calibration, resamples=RESAMPLES, seed=run.seed)
+    if jax.process_index() == 0:
+        print(format_table(metrics))
+        tell_skipped(data, tell=print)
+        predictions, sheet = workdir / f"predictions_{split}.npz", workdir / f"predictions_{split}.png"
+        results.save(predictions)
+        contact_sheet(drawings[:DRAWN_IMAGES], 6).save(sheet)
+        numbers = write_evaluation(metrics, workdir, suffix=f"_{split}")
+        print(f"numbers: {'   '.join(map(str, numbers))}   predictions: {predictions}   drawings (dashed: annotated): {sheet}")
+        if split == "val":
+            fit_calibration(results).save(workdir / CALIBRATION_FILE)
+            print(f"temperature and thresholds fitted for prediction and for the other splits: {workdir / CALIBRATION_FILE}")
+        elif calibration is None:
+            print("no thresholds fitted on validation: --mode=eval --split=val makes them")
     return metrics
 
 
@@ -280,6 +325,9 @@ def make_parser() -> Parser:
     parser.add_argument("--workdir", type=Path, help="directory of the run: checkpoints, metrics, settings")
     parser.add_argument("--mode", choices=["train", "eval"], default="train", help="train, evaluating on the way; or evaluate the newest checkpoint")
     parser.add_argument("--split", choices=SPLITS, default="test", help="what --mode=eval evaluates")
+    parser.add_argument("--coordinator", help=f"several processes: HOST:PORT of process 0, the same for all; {AUTO}: as jax finds out by itself")
+    parser.add_argument("--num_processes", type=int, help="several processes: how many")
+    parser.add_argument("--process_id", type=int, help="several processes: which of them this is, from 0")
     return parser
 
 
@@ -293,6 +341,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.workdir.exists() and not arguments.workdir.is_dir():
             raise UserError(f"--workdir={arguments.workdir}: is a file; name a directory")
         config = override(read_config(arguments.config), overrides)
+        join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
         if arguments.mode == "train":
             train(config, arguments.workdir)
         else:

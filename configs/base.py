@@ -41,7 +41,11 @@ def get_config() -> ConfigDict:
     model.semantic_selection = "smallest"  # smallest: the paper's text; largest: the released code
     model.reweighting = "semantic"  # semantic | equal | spatial | attentive (Table 7)
     model.box_refinement = False  # True: each layer samples inside the box of the one before and refines it (Zhu et al. 2020)
-    model.fusion_layers = "all"  # "all", or a tuple of layer numbers from 0 (Table 8); late fusion = the last only
+    model.compute_dtype = "float32"  # float32 | bfloat16; parameters, sampling locations, softmax, fusion, heads and losses are float32 in any case
+    # What training computes twice to save memory. none; light: in encoder and decoder all but matrix products, sampled attention and dropout's bits;
+    # layers: the matrix products too; all: residual blocks too. docs/training_step.md has what each saves and costs.
+    model.remat = "light"
+    model.fusion_layers = ()  # numbers from 0 of the decoder layers that fuse (Table 8), () = all of them; late fusion = the last only
 
     matcher = config.matcher = ConfigDict()
     matcher.cost_class = 2.0  # theta_cls
@@ -75,7 +79,7 @@ def get_config() -> ConfigDict:
     )
 
     data = config.data = ConfigDict()
-    data.source = "coco"  # coco | caer_s | ncaer_s | emotic | scenes
+    data.source = "coco"  # coco | caer_s | ncaer_s | emotic | scenes | prepared (data_dir: the --output of data.prepare)
     data.protocol = "auto"  # the task named with every result; auto: as the files tell, or a name of data.config.PROTOCOLS (docs/datasets.md)
     data.data_dir = ""  # root of the images; for scenes unused
     data.train = "train.json"  # of each split FILE, ROOT:FILE or several with commas, below data_dir (scenes: number of images; ncaer_s: folder)

@@ -44,19 +44,22 @@ def iou_and_giou(a: Float[Array, "*n 4"], b: Float[Array, "*n 4"]) -> tuple[Floa
     return iou, iou - (hull - union) / jnp.where(hull > 0, hull, 1)
 
 
-def pairwise_iou(a: np.ndarray, b: np.ndarray, *, offset: float = 0.0) -> np.ndarray:
-    """IoU on the host: a [n 4], b [m 4] (x1, y1, x2, y2) -> [n m].
+def elementwise_iou(a: np.ndarray, b: np.ndarray, *, offset: float = 0.0) -> np.ndarray:
+    """IoU on the host of (x1, y1, x2, y2) boxes a [*n 4] and b [*n 4] after broadcasting -> [*n]; a pair whose union is empty has 0.
 
     `offset=1` counts pixels inclusively, the convention of the released evaluation (test.py:30-44).
     """
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    size = np.clip(high - low + offset, 0, None)
+    size = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]) + offset, 0, None)
     intersection = size[..., 0] * size[..., 1]
-    area_a = (a[:, 2] - a[:, 0] + offset) * (a[:, 3] - a[:, 1] + offset)
-    area_b = (b[:, 2] - b[:, 0] + offset) * (b[:, 3] - b[:, 1] + offset)
-    union = area_a[:, None] + area_b[None, :] - intersection
+    area_a = (a[..., 2] - a[..., 0] + offset) * (a[..., 3] - a[..., 1] + offset)
+    area_b = (b[..., 2] - b[..., 0] + offset) * (b[..., 3] - b[..., 1] + offset)
+    union = area_a + area_b - intersection
     return intersection / np.where(union > 0, union, 1)
+
+
+def pairwise_iou(a: np.ndarray, b: np.ndarray, *, offset: float = 0.0) -> np.ndarray:
+    """`elementwise_iou` of each of a [n 4] with each of b [m 4] -> [n m]."""
+    return elementwise_iou(a[:, None], b[None], offset=offset)
 
 
 def non_max_suppression(boxes: np.ndarray, scores: np.ndarray, *, threshold: float, offset: float = 0.0) -> np.ndarray:

@@ -1,254 +1,359 @@
-"""The evaluation protocol of the paper's Section 4 as the released test.py runs it: predictions and people -> one dictionary of metrics.
+"""The evaluation protocols of the paper and of its field, all in one pass: predictions and people -> one dictionary of metrics.
 
-Each annotated person is answered by the query whose box overlaps the person's most; how well the emotions of that query fit is then measured
-over all people. Boxes without a person cost nothing, and one query may answer for several people: this measures emotions, not detection.
-Everything runs on the host in float64.
+    python -m dsct_jax.evaluate runs/demo/predictions_test.npz [--output=folder] [--nms=0.01] [--thresholds=runs/demo/thresholds.json]
+
+computes everything anew from what train.py --mode=eval stored, without the model. docs/evaluation.md defines every number.
+
+Each annotated person is answered by the query whose box overlaps the person's most (released test.py); how well the emotions of that query fit is
+then measured over all people. That measures emotions, not detection: boxes without a person cost nothing, and one query may answer for several
+people. `box_AP` and `detected` measure the rest. Everything runs on the host in float64.
 """
 
+import argparse
 import dataclasses
-from collections.abc import Iterable, Sequence
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
-from dsct_jax.boxes import cxcywh_to_xyxy, non_max_suppression, pairwise_iou
+from dsct_jax.average_precision import DEFINITIONS, average_precision, precision_at_recall, resampled_average_precision
+from dsct_jax.bootstrap import image_weights, interval, mean_over_present
+from dsct_jax.box_ap import IOU_THRESHOLDS, box_average_precision
+from dsct_jax.boxes import elementwise_iou
+from dsct_jax.calibration import Calibration, calibration_errors, fit_temperature, fit_thresholds, read_calibration
+from dsct_jax.decisions import DEFAULT_THRESHOLD, confusion_matrix, count, decide
 from dsct_jax.errors import UserError
+from dsct_jax.evaluation_plots import draw_evaluation
+from dsct_jax.evaluation_table import format_table
+from dsct_jax.results import SplitResults, read_results
+from dsct_jax.selection import certainty, class_probabilities, select_all
 
 BUCKETS = ("1", "2", "3", "4", ">=5")  # people annotated in the image: Tables 4 and 12
-RELEASED_NMS_THRESHOLD = 0.01  # so low that neighbours suppress each other; commented out in the released code
-_PIXEL = 1.0  # boxes include their last pixel in the released overlap
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageResult:
-    """What the last decoder layer says about one image, and the people annotated in it."""
-
-    image_id: int
-    logits: Float[np.ndarray, "q c"]  # c = k + 1; the last one is ignored
-    boxes: Float[np.ndarray, "q 4"]  # (cx, cy, w, h) in [0, 1] of the image
-    size: tuple[int, int]  # (height, width) of the photograph in pixels
-    gt_boxes: Num[np.ndarray, "t 4"]  # (x1, y1, x2, y2) in pixels
-    gt_labels: Shaped[np.ndarray, "t k"]  # multi-hot or one-hot; a row of zeros = the person carries no label
+RESAMPLES = 400  # a few seconds for 10,000 images
+MAP_NAMES = {"step": "mAP", "envelope": "mAP_envelope", "eleven_point": "mAP_eleven_point"}  # of each definition of AP
+_CURVE_RECALLS = np.linspace(0, 1, 51)
 
 
 @dataclasses.dataclass(frozen=True)
 class _People:
-    """All annotated people of all images in order, each with the answer selected for it."""
+    """Annotated people in the order of their images, each with the answer selected for it."""
 
+    logits: Float[np.ndarray, "n c"]
     probabilities: Float[np.ndarray, "n k"]
     labels: Bool[np.ndarray, "n k"]
     iou: Float[np.ndarray, "n"]
     image: Int[np.ndarray, "n"]  # position of the image among the results
 
+    @property
+    def labelled(self) -> Bool[np.ndarray, "n"]:
+        return np.asarray(self.labels.any(-1))
 
-def class_probabilities(logits: Float[np.ndarray, "*n c"], *, multi_label: bool) -> Float[np.ndarray, "*n k"]:
-    """Sigmoid (multi-label) or softmax (multi-class) of all logits but the last, float64 (test.py:263-266)."""
-    logits = logits[..., :-1].astype(np.float64)
-    if multi_label:
-        return np.exp(-np.logaddexp(0, -logits))
-    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
-    return exponentials / exponentials.sum(-1, keepdims=True)
+    def take(self, which: Bool[np.ndarray, "n"]) -> "_People":
+        return _People(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
 
 
-def subject_scores(logits: Float[np.ndarray, "*n c"], *, multi_label: bool) -> Float[np.ndarray, "*n"]:
-    """How much each query deserves to survive non-maximum suppression.
-
-    Multi-label: the mean probability, as released (test.py:271). Multi-class: the mean logit, as the paper says (Section 3.2); the mean of a
-    softmax is the constant 1/k, so that the released order is one of rounding errors.
-    """
-    return class_probabilities(logits, multi_label=True).mean(-1) if multi_label else logits[..., :-1].astype(np.float64).mean(-1)
-
-
-def select_queries(
-    pred_boxes: Float[np.ndarray, "q 4"],
-    gt_boxes: Num[np.ndarray, "t 4"],
-    *,
-    scores: Shaped[np.ndarray, "q"] | None = None,
-    nms_threshold: float | None = None,
-) -> tuple[Int[np.ndarray, "t"], int]:
-    """The query that answers for each person of one image, and how many queries there were to choose from.
-
-    Boxes are (x1, y1, x2, y2) in pixels; the overlap counts pixels inclusively. Among equal overlaps (no overlap at all, usually) the last query
-    wins: the released argsort()[-1]. With `nms_threshold` only queries that survive suppression by `scores` can be chosen, in the order of their
-    scores; among equal scores the later query comes first.
-    """
-    num_queries = len(pred_boxes)
-    if num_queries == 0:
-        raise ValueError("select_queries: there is no predicted box to choose from")
-    candidates = np.arange(num_queries)
-    if nms_threshold is not None:
-        if scores is None:
-            raise ValueError("select_queries: nms_threshold needs scores")
-        candidates = num_queries - 1 - non_max_suppression(pred_boxes[::-1], scores[::-1], threshold=nms_threshold, offset=_PIXEL)
-    overlaps = pairwise_iou(pred_boxes[candidates[::-1]], gt_boxes, offset=_PIXEL)
-    return candidates[::-1][overlaps.argmax(0)], len(candidates)  # the first maximum of the reversed order is the last
-
-
-def average_precision(scores: Float[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"]) -> Float[np.ndarray, "k"]:
-    """Area under the precision-recall steps of each class, as scikit-learn defines it; 0 for a class without positives.
-
-    People with equal scores are one step, so the order of the people never matters.
-    """
-    if len(scores) == 0:
-        return np.zeros(scores.shape[1])
-    order = np.argsort(-scores, axis=0, kind="stable")
-    scores, hits = np.take_along_axis(scores, order, 0), np.take_along_axis(labels, order, 0)
-    rank = np.arange(len(scores))[:, None]
-    ends = np.ones(scores.shape, bool)  # the last of each run of equal scores
-    ends[:-1] = scores[1:] != scores[:-1]
-    end = np.minimum.accumulate(np.where(ends, rank, len(scores))[::-1], axis=0)[::-1]
-    precision = np.take_along_axis(hits.cumsum(0), end, 0) / (end + 1)
-    return (precision * hits).sum(0) / np.maximum(hits.sum(0), 1)
-
-
-def evaluate(results: Iterable[ImageResult], *, class_names: Sequence[str], multi_label: bool, nms_threshold: float | None = None) -> dict[str, Any]:
-    """All metrics of a split; plain numbers, dictionaries and lists, so that it can be written as JSON.
+def evaluate(
+    results: SplitResults, *, nms_threshold: float | None = None, calibration: Calibration | None = None, resamples: int = 0, seed: int = 0
+) -> dict[str, Any]:
+    """All metrics of a split; plain numbers, dictionaries and lists, so that it can be written as JSON. docs/evaluation.md defines them.
 
     People without labels count in the boxes and in the size of their image, not in anything about classes.
 
+    Args:
+        nms_threshold: overlap above which a query is suppressed before the selection (the paper's text); None = off, as released.
+        calibration: fitted on validation; gives the numbers whose names end in _fitted or _calibrated, and the decisions of `per_class`.
+        resamples: of the images, for the 95 % intervals; 0 = no intervals.
+        seed: of the resampling.
+
     Returns:
-        `num_images`, `num_people`, `num_labelled`: what was counted (int).
+        `protocol`, `split`, `checkpoint`: what was evaluated. `num_images`, `num_people`, `num_labelled`: what was counted.
         `mean_iou`: of the selected boxes with their people; `mean_candidates`: queries an image that could be selected (fewer with NMS).
-        `mAP`: mean average precision over all classes, one without people counting 0 (released); `mAP_present`: over the classes that have people.
-        `chance_mAP`: mean share of people a class, what a constant prediction reaches.
+        `mAP`: mean over all classes of AP as scikit-learn and the released code define it, a class without people counting 0; `mAP_envelope` and
+        `mAP_eleven_point`: of the other two definitions; `mAP_present`: `mAP` over the classes that have people; `chance_mAP`: mean share of
+        people a class, what a constant prediction reaches.
         `accuracy`: share of people whose most probable class is their label (multi-label: their first label, as released).
-        Only multi-class: `macro_recall`, `macro_f1` over the classes that have people; `majority_accuracy`, of always naming the most frequent
-        class; `confusion_matrix`, rows = label, columns = prediction.
-        `per_class`: {class: AP, people, prevalence, and if multi-class recall}.
+        `macro_recall`, `macro_f1` (multi-label also `macro_precision`), over the classes that have people, of the decisions of Eq. 5, or Eq. 4
+        with the threshold 0.5; with the ending `_fitted` of Eq. 4 with the thresholds of `calibration`.
+        Only multi-class: `majority_accuracy`, of always naming the most frequent class; `confusion_matrix`, rows = label, columns = prediction.
+        `box_AP`, `box_AP50`, `box_AP75`: COCO's, every query a detection scored by `selection.certainty`.
+        `detected`: {IoU 0.50 to 0.95: share of labelled people whose selected box reaches it, and the metrics of these}; of which
+        `mAP_detected50` and `mAP_detected75` are the `mAP_present` at 0.50 and 0.75, where anybody is found.
+        `calibration`: ECE, Brier score and bins, of the probabilities as they are and, with `calibration`, at its temperature.
+        `per_class`: {class: AP of each definition, people, chance, recall, precision, f1 and their threshold}; `precision_recall`: the mean curve.
         `buckets`: {number of people in the image: images, people, mAP, mAP_present, accuracy}, over their labelled people.
+        `intervals`, and `AP_interval`, `mAP_interval` in `per_class` and `buckets`: [low, high] at 95 %.
 
     Raises:
-        UserError: no labelled person, or labels or logits that do not fit `class_names`.
-        FloatingPointError: logits or boxes of an image are not finite.
+        UserError: no labelled person.
     """
-    results = list(results)
-    for result in results:
-        _check(result, num_classes=len(class_names))
-    selected = [_select(result, multi_label=multi_label, nms_threshold=nms_threshold) for result in results]
-    people = _gather(results, [queries for queries, _ in selected], multi_label=multi_label)
-    labelled = people.labels.any(-1)
+    about = results.about
+    queries, mean_candidates = select_all(results, nms_threshold=nms_threshold)
+    everyone = _gather(results, queries)
+    labelled = everyone.labelled
     if not labelled.any():
-        raise UserError(f"nothing to evaluate: none of the {len(results)} images has a person with a label; check the annotation file of the split")
-    probabilities, labels = people.probabilities[labelled], people.labels[labelled]
-    precisions, counts = average_precision(probabilities, labels), labels.sum(0)
-    metrics: dict[str, Any] = {
-        "num_images": len(results),
-        "num_people": len(people.labels),
-        "num_labelled": int(labelled.sum()),
-        "mean_iou": float(people.iou.mean()),
-        "mean_candidates": float(np.mean([count for _, count in selected])),
-        **_ranking(probabilities, labels),
-        "chance_mAP": float(labels.mean()),
-    }
-    per_class = {
-        name: {"AP": float(precision), "people": int(count), "prevalence": float(count / len(labels))}
-        for name, precision, count in zip(class_names, precisions, counts, strict=True)
-    }
-    if not multi_label:
-        decided, recalls = _decisions(probabilities, labels)
-        metrics |= decided
-        for entry, recall in zip(per_class.values(), recalls, strict=True):
-            entry["recall"] = float(recall)
-    return metrics | {"per_class": per_class, "buckets": _by_number_of_people(results, people)}
-
-
-def _check(result: ImageResult, *, num_classes: int) -> None:
-    if result.logits.shape[-1] != num_classes + 1 or result.gt_labels.shape[-1] != num_classes:
         raise UserError(
-            f"image {result.image_id}: {result.logits.shape[-1]} logits and labels of {result.gt_labels.shape[-1]} classes do not fit the "
-            f"{num_classes} class names: expected {num_classes + 1} and {num_classes}"
+            f"nothing to evaluate: none of the {len(results.image_ids)} images has a person with a label; check the annotation file of the split"
         )
-    if not (np.isfinite(result.logits).all() and np.isfinite(result.boxes).all()):
-        raise FloatingPointError(f"image {result.image_id}: the predicted logits or boxes are not finite")
+    people = everyone.take(labelled)
+    thresholds = None if calibration is None else calibration.thresholds
+    metrics: dict[str, Any] = {
+        "protocol": about.protocol,
+        "split": about.split,
+        "checkpoint": about.checkpoint,
+        "num_images": len(results.image_ids),
+        "num_people": len(labelled),
+        "num_labelled": len(people.labels),
+        "mean_iou": float(everyone.iou.mean()),
+        "mean_candidates": mean_candidates,
+        **_ranking(people),
+        "chance_mAP": float(people.labels.mean()),
+        **_decisions(people, multi_label=about.multi_label, thresholds=thresholds),
+        **_boxes(results),
+        **_detected(people),
+        **_calibration(people, calibration, multi_label=about.multi_label),
+    }
+    metrics["per_class"] = _per_class(people, about.class_names, multi_label=about.multi_label, thresholds=thresholds)
+    metrics["precision_recall"] = _mean_curve(people)
+    metrics["buckets"] = _by_number_of_people(results, people)
+    if resamples:
+        weights = image_weights(len(results.image_ids), resamples=resamples, seed=seed)
+        _add_intervals(metrics, people, weights, _bucket_of_image(results), multi_label=about.multi_label, thresholds=thresholds)
+        metrics["resamples"] = resamples
+    return metrics
 
 
-def _pixel_boxes(result: ImageResult) -> Float[np.ndarray, "q 4"]:
-    height, width = result.size
-    return cxcywh_to_xyxy(result.boxes) * np.array([width, height, width, height], result.boxes.dtype)
+def fit_calibration(results: SplitResults) -> Calibration:
+    """The temperature and the threshold of each class (multi-label) that fit this split best; meant for validation, never for a test split.
 
-
-def _select(result: ImageResult, *, multi_label: bool, nms_threshold: float | None) -> tuple[np.ndarray, int]:
-    scores = None if nms_threshold is None else subject_scores(result.logits, multi_label=multi_label)
-    return select_queries(_pixel_boxes(result), result.gt_boxes, scores=scores, nms_threshold=nms_threshold)
-
-
-def _gather(results: Sequence[ImageResult], selected: Sequence[np.ndarray], *, multi_label: bool) -> _People:
-    if not results:
-        raise UserError("nothing to evaluate: there is no image; check the annotation file of the split")
-    logits = np.concatenate([result.logits[queries] for result, queries in zip(results, selected, strict=True)])
-    boxes = np.concatenate([_pixel_boxes(result)[queries] for result, queries in zip(results, selected, strict=True)]).astype(np.float64)
-    gt_boxes = np.concatenate([result.gt_boxes for result in results]).astype(np.float64)
-    return _People(
-        probabilities=class_probabilities(logits, multi_label=multi_label),
-        labels=np.concatenate([result.gt_labels for result in results]) > 0.5,
-        iou=_paired_iou(boxes, gt_boxes),
-        image=np.repeat(np.arange(len(results)), [len(queries) for queries in selected]),
+    Raises:
+        UserError: no labelled person.
+    """
+    about = results.about
+    everyone = _gather(results, select_all(results, nms_threshold=None)[0])
+    labelled = everyone.labelled
+    if not labelled.any():
+        raise UserError(f"nothing to fit: none of the {len(results.image_ids)} images has a person with a label")
+    people = everyone.take(labelled)
+    return Calibration(
+        class_names=about.class_names,
+        temperature=fit_temperature(people.logits[:, :-1], people.labels, multi_label=about.multi_label),
+        thresholds=tuple(fit_thresholds(people.probabilities, people.labels).tolist()) if about.multi_label else None,
+        split=about.split,
+        people=len(people.labels),
+        checkpoint=about.checkpoint,
     )
 
 
-def _paired_iou(a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n"]:
-    """IoU of row i with row i, (x1, y1, x2, y2), without the extra pixel of the selection."""
-    size = np.clip(np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]), 0, None)
-    intersection = size.prod(-1)
-    union = (a[:, 2:] - a[:, :2]).prod(-1) + (b[:, 2:] - b[:, :2]).prod(-1) - intersection
-    return intersection / np.where(union > 0, union, 1)
+def _gather(results: SplitResults, queries: Int[np.ndarray, "m"]) -> _People:
+    image = results.image_of_person
+    logits = results.logits[image, queries]
+    return _People(
+        logits=logits.astype(np.float64),
+        probabilities=class_probabilities(logits, multi_label=results.about.multi_label),
+        labels=results.gt_labels,
+        iou=elementwise_iou(results.pixel_boxes[image, queries].astype(np.float64), results.gt_boxes.astype(np.float64)),
+        image=image,
+    )
 
 
-def _ranking(probabilities: Float[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"]) -> dict[str, float]:
-    """What the released evaluation prints, for a group of labelled people (at least one)."""
-    precisions = average_precision(probabilities, labels)
-    return {
-        "mAP": float(precisions.mean()),
-        "mAP_present": float(precisions[labels.any(0)].mean()),
-        "accuracy": float((probabilities.argmax(-1) == labels.argmax(-1)).mean()),
+def _ranking(people: _People) -> dict[str, float]:
+    """mAP under the three definitions and the released accuracy, of a group of labelled people (at least one)."""
+    present = people.labels.any(0)
+    values = {MAP_NAMES[name]: average_precision(people.probabilities, people.labels, definition=name) for name in DEFINITIONS}
+    return {name: float(precisions.mean()) for name, precisions in values.items()} | {
+        "mAP_present": float(values["mAP"][present].mean()),
+        "accuracy": float(_right(people).mean()),
     }
 
 
-def _decisions(probabilities: Float[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"]) -> tuple[dict[str, Any], Float[np.ndarray, "k"]]:
-    """Metrics of the most probable class against the one label, and the recall of each class (0 where there are no people)."""
-    num_classes = labels.shape[1]
-    confusion = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(confusion, (labels.argmax(-1), probabilities.argmax(-1)), 1)
-    support, predicted, right = confusion.sum(1), confusion.sum(0), confusion.diagonal()
-    recall, f1 = right / np.maximum(support, 1), 2 * right / np.maximum(support + predicted, 1)
-    return {
-        "macro_recall": float(recall[support > 0].mean()),
-        "macro_f1": float(f1[support > 0].mean()),
+def _right(people: _People) -> Bool[np.ndarray, "n"]:
+    """Released `acc`: the most probable class is the (first) label."""
+    return people.probabilities.argmax(-1) == people.labels.argmax(-1)
+
+
+def _decisions(people: _People, *, multi_label: bool, thresholds: Sequence[float] | None) -> dict[str, Any]:
+    decided = decide(people.probabilities, multi_label=multi_label)
+    counts = count(decided, people.labels)
+    metrics: dict[str, Any] = {"macro_recall": float(counts.macro(counts.recall)), "macro_f1": float(counts.macro(counts.f1))}
+    if multi_label:
+        metrics["macro_precision"] = float(counts.macro(counts.precision))
+        if thresholds is not None:
+            fitted = count(decide(people.probabilities, multi_label=True, thresholds=thresholds), people.labels)
+            for name in ("recall", "f1", "precision"):
+                metrics[f"macro_{name}_fitted"] = float(fitted.macro(getattr(fitted, name)))
+        return metrics
+    support = people.labels.sum(0)
+    return metrics | {
         "majority_accuracy": float(support.max() / support.sum()),
-        "confusion_matrix": confusion.tolist(),
-    }, recall
+        "confusion_matrix": confusion_matrix(decided, people.labels).tolist(),
+    }
 
 
-def _by_number_of_people(results: Sequence[ImageResult], people: _People) -> dict[str, dict[str, Any]]:
+def _boxes(results: SplitResults) -> dict[str, float]:
+    scores = certainty(results.logits, subject_logit=results.about.subject_logit)
+    precisions = box_average_precision(results.pixel_boxes, scores, results.gt_boxes, results.people_per_image)
+    return {"box_AP": float(precisions.mean()), "box_AP50": float(precisions[0]), "box_AP75": float(precisions[5])}
+
+
+def _detected(people: _People) -> dict[str, Any]:
+    """Emotions of the people that were found, at each overlap that counts as found."""
+    detected: dict[str, dict[str, Any]] = {}
+    for threshold in IOU_THRESHOLDS:
+        found = people.iou >= threshold
+        detected[f"{threshold:.2f}"] = {"people": int(found.sum()), "share": float(found.mean())} | (
+            _ranking(people.take(found)) if found.any() else {}
+        )
+    scalars = {f"mAP_detected{name[2:]}": detected[name]["mAP_present"] for name in ("0.50", "0.75") if detected[name]["people"]}
+    return {**scalars, "detected": detected}
+
+
+def _calibration(people: _People, calibration: Calibration | None, *, multi_label: bool) -> dict[str, Any]:
+    errors = calibration_errors(people.probabilities, people.labels, multi_label=multi_label)
+    found: dict[str, Any] = {"ece": errors["ece"], "brier": errors["brier"], "calibration": {"bins": errors["bins"]}}
+    if calibration is not None:
+        scaled = class_probabilities(people.logits, multi_label=multi_label, temperature=calibration.temperature)
+        after = calibration_errors(scaled, people.labels, multi_label=multi_label)
+        found["ece_calibrated"] = after["ece"]
+        found["calibration"] |= {"temperature": calibration.temperature, "fitted_on": calibration.split, "bins_calibrated": after["bins"]}
+    return found
+
+
+def _per_class(
+    people: _People, class_names: Sequence[str], *, multi_label: bool, thresholds: Sequence[float] | None
+) -> dict[str, dict[str, float | int]]:
+    precisions = {name: average_precision(people.probabilities, people.labels, definition=name) for name in DEFINITIONS}
+    counts = count(decide(people.probabilities, multi_label=multi_label, thresholds=thresholds), people.labels)
+    entries: dict[str, dict[str, float | int]] = {}
+    for i, name in enumerate(class_names):
+        entries[name] = {
+            "AP": float(precisions["step"][i]),
+            "AP_envelope": float(precisions["envelope"][i]),
+            "AP_eleven_point": float(precisions["eleven_point"][i]),
+            "people": int(counts.support[i]),
+            "chance": float(counts.support[i] / len(people.labels)),
+            "recall": float(counts.recall[i]),
+            "precision": float(counts.precision[i]),
+            "f1": float(counts.f1[i]),
+        }
+        if multi_label:
+            entries[name]["threshold"] = DEFAULT_THRESHOLD if thresholds is None else float(thresholds[i])
+    return entries
+
+
+def _mean_curve(people: _People) -> dict[str, list[float]]:
+    """The precision envelope at fixed recalls, mean over the classes that have people."""
+    present = people.labels.any(0)
+    curve = precision_at_recall(people.probabilities[:, present], people.labels[:, present], _CURVE_RECALLS).mean(1)
+    return {"recall": _CURVE_RECALLS.tolist(), "precision": curve.tolist()}
+
+
+def _bucket_of_image(results: SplitResults) -> Int[np.ndarray, "n"]:
+    return np.minimum(results.people_per_image, len(BUCKETS)) - 1  # -1: nobody
+
+
+def _by_number_of_people(results: SplitResults, people: _People) -> dict[str, dict[str, Any]]:
     """The released metrics of the images with 1, 2, 3, 4 and at least 5 people; a bucket without labelled people has counts only."""
-    bucket_of_image = np.minimum([len(result.gt_boxes) for result in results], len(BUCKETS)) - 1  # -1: nobody
-    bucket_of_person, labelled = bucket_of_image[people.image], people.labels.any(-1)
+    bucket_of_image = _bucket_of_image(results)
     buckets = {}
     for number, name in enumerate(BUCKETS):
-        inside = (bucket_of_person == number) & labelled
+        inside = bucket_of_image[people.image] == number
         counts: dict[str, Any] = {"images": int((bucket_of_image == number).sum()), "people": int(inside.sum())}
-        buckets[name] = counts | (_ranking(people.probabilities[inside], people.labels[inside]) if inside.any() else {})
+        buckets[name] = counts | (_ranking(people.take(inside)) if inside.any() else {})
     return buckets
 
 
-def format_table(metrics: dict[str, Any]) -> str:
-    """The dictionary of `evaluate` as text for a terminal; shares in percent."""
-    lines = [f"{metrics['num_images']} images, {metrics['num_people']} people ({metrics['num_labelled']} with labels)", ""]
-    scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
-    lines += [f"{name:<20}{value:>8.2f}" if name == "mean_candidates" else f"{name:<20}{100 * value:>8.2f} %" for name, value in scalars.items()]
-    lines += ["", *_rows("class", metrics["per_class"]), "", *_rows("people/image", metrics["buckets"])]
-    if "confusion_matrix" in metrics:
-        names = list(metrics["per_class"])
-        lines += ["", "confusion (row = label, column = prediction)", " " * 20 + "".join(f"{name[:7]:>8}" for name in names)]
-        lines += [f"{name:<20}" + "".join(f"{n:>8}" for n in row) for name, row in zip(names, metrics["confusion_matrix"], strict=True)]
-    return "\n".join(lines)
+def _add_intervals(
+    metrics: dict[str, Any],
+    people: _People,
+    weights: Shaped[np.ndarray, "r n"],
+    bucket_of_image: Int[np.ndarray, "n"],
+    *,
+    multi_label: bool,
+    thresholds: Sequence[float] | None,
+) -> None:
+    """Writes the intervals into what `evaluate` returns. `weights`: of the images."""
+    of_person = weights[:, people.image]
+    counts = count(decide(people.probabilities, multi_label=multi_label), people.labels, weights=of_person)
+    total = np.maximum(of_person.sum(1), 1)
+    intervals = {
+        "accuracy": interval((of_person @ _right(people).astype(np.float32)) / total),
+        "macro_recall": interval(counts.macro(counts.recall)),
+        "macro_f1": interval(counts.macro(counts.f1)),
+    }
+    if thresholds is not None:
+        fitted = count(decide(people.probabilities, multi_label=True, thresholds=thresholds), people.labels, weights=of_person)
+        intervals |= {"macro_recall_fitted": interval(fitted.macro(fitted.recall)), "macro_f1_fitted": interval(fitted.macro(fitted.f1))}
+    number = int(people.labels.any(0).sum())
+    for definition, precisions in resampled_average_precision(people.probabilities, people.labels, of_person, definitions=DEFINITIONS).items():
+        intervals[MAP_NAMES[definition]] = interval(mean_over_present(precisions, counts.support, of=number))
+        if definition == "step":
+            for entry, values, support in zip(metrics["per_class"].values(), precisions.T, counts.support.T, strict=True):
+                if entry["people"]:
+                    entry["AP_interval"] = interval(values[support > 0])
+    metrics["intervals"] = intervals
+    for bucket, entry in enumerate(metrics["buckets"].values()):
+        inside = bucket_of_image[people.image] == bucket
+        if inside.any():
+            group, drawn = people.take(inside), of_person[:, inside]
+            precisions = resampled_average_precision(group.probabilities, group.labels, drawn)["step"]
+            support = drawn.astype(np.float32) @ group.labels.astype(np.float32)
+            entry["mAP_interval"] = interval(mean_over_present(precisions, support, of=int(group.labels.any(0).sum())))
 
 
-def _rows(title: str, entries: dict[str, dict[str, Any]]) -> list[str]:
-    columns = list(dict.fromkeys(column for entry in entries.values() for column in entry))
-    lines = [f"{title:<20}" + "".join(f"{column:>13}" for column in columns)]
-    for name, entry in entries.items():
-        cells = (entry.get(column, "-") for column in columns)
-        lines.append(f"{name:<20}" + "".join(f"{100 * cell:>11.2f} %" if isinstance(cell, float) else f"{cell:>13}" for cell in cells))
-    return lines
+def write_evaluation(metrics: dict[str, Any], folder: Path, *, suffix: str) -> list[Path]:
+    """Writes metrics<suffix>.json, metrics<suffix>.md (the table) and metrics<suffix>.png (the plots) into `folder`; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"metrics{suffix}.{kind}" for kind in ("json", "md", "png")]
+    paths[0].write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    paths[1].write_text(f"# Evaluation on the {metrics['split'] or 'given'} split\n\n{format_table(metrics)}\n")
+    draw_evaluation(metrics, paths[2])
+    return paths
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(prog="python -m dsct_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("predictions", type=Path, help="predictions_<split>.npz, as train.py --mode=eval writes it")
+    parser.add_argument("--output", type=Path, help="folder for metrics_<split>.json, .md and .png; without it the table is only printed")
+    parser.add_argument("--nms", type=float, help="suppress queries that overlap more than this (IoU) before the selection; off by default")
+    parser.add_argument("--thresholds", type=Path, help="thresholds.json fitted on validation; by default the one beside the file, if there is one")
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, help="of the images, for the 95 %% intervals; 0 = none (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: %(default)s)")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The command with its arguments parsed. Raises UserError for what cannot be used."""
+    if arguments.nms is not None and not 0 <= arguments.nms <= 1:
+        raise UserError(f"--nms={arguments.nms} must lie in [0, 1]")
+    if arguments.resamples < 0:
+        raise UserError(f"--resamples={arguments.resamples} must be 0 or more")
+    if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
+        raise UserError(f"--output={arguments.output}: is a file; name a folder")
+    results = read_results(arguments.predictions)
+    beside = arguments.predictions.with_name("thresholds.json")
+    path = arguments.thresholds or (beside if beside.is_file() else None)
+    calibration = None if path is None else read_calibration(path, class_names=results.about.class_names)
+    metrics = evaluate(results, nms_threshold=arguments.nms, calibration=calibration, resamples=arguments.resamples, seed=arguments.seed)
+    print(format_table(metrics))
+    if arguments.output is not None:
+        suffix = f"_{results.about.split}" if results.about.split else ""
+        print("\nwritten: " + "   ".join(str(path) for path in write_evaluation(metrics, arguments.output, suffix=suffix)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; a user's mistake is one line on stderr and exit status 2."""
+    try:
+        run(make_parser().parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,14 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dsct_jax.errors import UserError
-from dsct_jax.evaluate import format_table
+from dsct_jax.evaluation_table import format_table
 
 Series = tuple[list[int], list[float]]  # steps, values
 
 LOSSES = {"loss_class": "#D55E00", "loss_bbox": "#0072B2", "loss_giou": "#009E73"}
 METRICS = {"mean_iou": "#0072B2", "mAP": "#D55E00", "accuracy": "#009E73", "macro_f1": "#CC79A7"}  # on one axis, 0 to 1
 LEVELS = {"chance_mAP": "mAP of chance", "majority_accuracy": "accuracy of the commonest class"}  # dashed lines
-LOWER_IS_BETTER = ("total", "loss", "error")
+LOWER_IS_BETTER = ("total", "loss", "error", "ece", "brier")
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
@@ -112,7 +112,7 @@ def write_report(workdir: Path) -> list[Path]:
     text = [f"# {workdir.resolve().name}", "", metrics_table(series)]
     for evaluated in sorted(workdir.glob("metrics_*.json")):
         split = evaluated.stem.removeprefix("metrics_")
-        text += [f"## Evaluated on the {split} split", "", "```", format_table(json.loads(evaluated.read_text())), "```", ""]
+        text += [f"## Evaluated on the {split} split", "", format_table(json.loads(evaluated.read_text())), ""]
     table.write_text("\n".join(text))
     return [curves, table]
 

@@ -12,9 +12,10 @@ from PIL import Image
 
 from dsct_jax.batch import Predictions, padding_mask
 from dsct_jax.boxes import cxcywh_to_xyxy, non_max_suppression
+from dsct_jax.decisions import decide
 from dsct_jax.errors import UserError
-from dsct_jax.evaluate import class_probabilities
 from dsct_jax.preprocess import Preprocessing, Size, normalize, prepare_image
+from dsct_jax.selection import certainty, class_probabilities, paper_scores
 
 Photograph = Image.Image | np.ndarray
 
@@ -28,20 +29,23 @@ class Subject:
     box: tuple[float, float, float, float]  # (x1, y1, x2, y2) in pixels of the image as it was given, inside it
     scores: Mapping[str, float]  # probability of every class
     labels: tuple[str, ...]  # the emotions: classes above the threshold, most probable first (multi-label); exactly one (multi-class)
-    score: float  # how sure the model is that this is a person of its own, 0..1
+    score: float  # the paper's: the mean of the class logits, any number
+    certainty: float = 1.0  # how sure the model is that this is a person of its own, 0..1; what `Selection.min_certainty` cuts at
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """Which answers of the queries count, and which classes become labels."""
 
-    threshold: float = 0.5  # multi-label: a class above this probability is a label (Eq. 4's t); without meaning for multi-class (Eq. 5)
-    min_score: float = 0.3  # queries below are nobody
-    nms: float = 0.5  # of two boxes that overlap more than this (IoU), the one with the lower score goes; 1 = keep all
+    # Multi-label: a class above this probability is a label (Eq. 4's t); None = the model's thresholds, fitted on validation, or 0.5 without a fit.
+    # Without meaning for multi-class (Eq. 5).
+    threshold: float | None = None
+    min_certainty: float = 0.3  # queries below are nobody
+    nms: float = 0.5  # of two boxes that overlap more than this (IoU), the less certain one goes; 1 = keep all
 
     def __post_init__(self) -> None:
         for field, value in dataclasses.asdict(self).items():
-            if not 0 <= value <= 1:
+            if value is not None and not 0 <= value <= 1:
                 raise UserError(f"{field}={value} must lie in [0, 1]")
 
 
@@ -52,6 +56,7 @@ class Detector(Protocol):
     class_names: tuple[str, ...]
     multi_label: bool
     preprocessing: Preprocessing
+    thresholds: tuple[float, ...] | None  # of the classes, fitted on validation
     config: Any  # the run's configuration as a mapping; only loss.class_loss is read
 
     def __call__(self, images: Any, padding_mask: Any) -> Predictions:
@@ -73,49 +78,48 @@ def select_subjects(
     multi_label: bool,
     subject_logit: bool,
     selection: Selection,
+    thresholds: Sequence[float] | None = None,
 ) -> list[Subject]:
     """The people of one image, surest first, from the queries of the last decoder layer.
 
-    The score of a query is the probability of its last logit, "a subject", where training gave it a meaning; otherwise (multi-class focal loss)
-    the largest sigmoid over the classes, which that loss drives to 0 for queries that answer for nobody. The paper's score, the mean over the
-    class outputs (`evaluate.subject_scores`), orders the queries of an image but has no scale to cut at, so it is not used here.
+    A query is a person when its certainty (`selection.certainty`) says so. The paper's score, the mean of the class logits, is reported with each
+    person, but cannot say whether there is one: it grows with the number of emotions and has no scale to cut at.
 
     Args:
+        thresholds: one a class, for when `selection` names none.
         logits: c = k + 1.
         boxes: (cx, cy, w, h) in [0, 1] of the image without padding.
         size: (height, width) of the image that the boxes are wanted for.
     """
     probabilities = class_probabilities(logits, multi_label=multi_label)
-    certainty = _sigmoid(logits[:, -1] if subject_logit else logits[:, :-1].max(-1))
+    certainties, scores = certainty(logits, subject_logit=subject_logit), paper_scores(logits)
     height, width = size
     pixels = np.clip(cxcywh_to_xyxy(boxes) * np.array([width, height] * 2), 0, [width, height] * 2)
-    candidates = np.flatnonzero((certainty >= selection.min_score) & (pixels[:, 2:] > pixels[:, :2]).all(-1))
-    kept = candidates[non_max_suppression(pixels[candidates], certainty[candidates], threshold=selection.nms)]
+    candidates = np.flatnonzero((certainties >= selection.min_certainty) & (pixels[:, 2:] > pixels[:, :2]).all(-1))
+    kept = candidates[non_max_suppression(pixels[candidates], certainties[candidates], threshold=selection.nms)]
+    cuts = thresholds if selection.threshold is None else [selection.threshold] * len(class_names)
+    decided = decide(probabilities, multi_label=multi_label, thresholds=cuts)
     subjects = []
     for query in kept:
         order = np.argsort(-probabilities[query], kind="stable")
-        chosen = [i for i in order if probabilities[query, i] > selection.threshold] if multi_label else order[:1]  # Eq. 4 or Eq. 5
         subjects.append(
             Subject(
                 box=tuple(pixels[query].tolist()),
                 scores=dict(zip(class_names, probabilities[query].tolist(), strict=True)),
-                labels=tuple(class_names[i] for i in chosen),
-                score=float(certainty[query]),
+                labels=tuple(class_names[i] for i in order if decided[query, i]),
+                score=float(scores[query]),
+                certainty=float(certainties[query]),
             )
         )
     return subjects
-
-
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -logits.astype(np.float64)))
 
 
 def predict(
     model: Detector,
     images: Sequence[Photograph],
     *,
-    threshold: float = Selection.threshold,
-    min_score: float = Selection.min_score,
+    threshold: float | None = Selection.threshold,
+    min_certainty: float = Selection.min_certainty,
     nms: float = Selection.nms,
     batch_size: int = BATCH_SIZE,
 ) -> list[list[Subject]]:
@@ -124,13 +128,13 @@ def predict(
     Args:
         model: what `dsct_jax.load` returns.
         images: PIL images of any mode, or uint8 arrays [h w 3] (RGB) or [h w] (grey).
-        threshold, min_score, nms: see `Selection`.
+        threshold, min_certainty, nms: see `Selection`.
         batch_size: images a call of the model. One program is compiled for each canvas of `model.preprocessing.buckets` that occurs.
 
     Raises:
         UserError: an array of another shape or type, or a number out of its range.
     """
-    selection = Selection(threshold=threshold, min_score=min_score, nms=nms)
+    selection = Selection(threshold=threshold, min_certainty=min_certainty, nms=nms)
     found: list[list[Subject]] = [[] for _ in images]
     for index, _, subjects in predict_each(model, images, selection=selection, batch_size=min(batch_size, max(1, len(images)))):
         found[index] = subjects
@@ -186,6 +190,7 @@ def _predict_batch(
                 multi_label=model.multi_label,
                 subject_logit=subject_logit,
                 selection=selection,
+                thresholds=model.thresholds,
             ),
         )
 

@@ -157,7 +157,7 @@ def test_safetensors_that_cannot_be_loaded(released, tmp_path):
 @pytest.mark.parametrize("first", ["", "import dsct_jax.predict", "import dsct_jax.load, dsct_jax.predict", "from dsct_jax.predict import main"])
 def test_load_and_predict_are_functions_whatever_was_imported_first(first):
     program = f"import dsct_jax\n{first}\nimport types\nassert type(dsct_jax.load) is type(dsct_jax.predict) is types.FunctionType\n"
-    program += "from dsct_jax import predict, load\nfrom dsct_jax.predict import find_images\nassert predict is dsct_jax.predict\n"
+    program += "from dsct_jax import predict, load\nfrom dsct_jax.predict import find_inputs\nassert predict is dsct_jax.predict\n"
     program += "assert 'predict' in dir(dsct_jax) and dsct_jax.__version__ and dsct_jax.UserError.__name__ == 'UserError'"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 

@@ -1,6 +1,8 @@
 """Prediction: geometry from photograph to canvas and back, selection of people and labels, and the command with its errors."""
 
+import csv
 import importlib
+import importlib.util
 import json
 import re
 import sys
@@ -15,9 +17,11 @@ import dsct_jax
 from dsct_jax.batch import Predictions
 from dsct_jax.boxes import pairwise_iou
 from dsct_jax.errors import UserError
+from dsct_jax.predict import TimedDetector
 from dsct_jax.preprocess import MEAN, STD, Preprocessing
 from dsct_jax.settings import read_config
 from dsct_jax.subjects import Selection, has_subject_logit, predict_each, select_subjects
+from dsct_jax.video import Video
 
 CLASSES = ("calm", "glad", "angry")
 RED, GREEN = (230, 20, 20), (20, 60, 20)
@@ -31,6 +35,7 @@ class RedFinder:
 
     class_names = CLASSES
     multi_label = True
+    thresholds = None
     preprocessing = Preprocessing(short_side=64, max_long_side=96, buckets=((64, 96), (96, 64), (72, 72)))
     config: ClassVar = {"loss": {"class_loss": "focal"}}
 
@@ -125,7 +130,7 @@ def test_other_arrays_are_refused(array):
         dsct_jax.predict(RedFinder(), [array])
 
 
-@pytest.mark.parametrize("option", [{"threshold": 1.5}, {"min_score": -0.1}, {"nms": 2.0}, {"batch_size": 0}])
+@pytest.mark.parametrize("option", [{"threshold": 1.5}, {"min_certainty": -0.1}, {"nms": 2.0}, {"batch_size": 0}])
 def test_numbers_out_of_range_are_refused(option):
     with pytest.raises(UserError, match=next(iter(option))):
         dsct_jax.predict(RedFinder(), [photograph(80, 60, (10, 10, 50, 40))], **option)
@@ -160,7 +165,7 @@ def select(selection=None, *, multi_label=True, subject_logit=True):
 def test_multi_label_takes_the_classes_above_the_threshold():
     first, second = select(Selection(threshold=0.55))
     # The second query overlaps the first by 0.96 and is surer of being a person; the fourth is hardly one.
-    np.testing.assert_allclose([first.score, second.score], sigmoid([2.0, 0.5]), rtol=1e-6)
+    np.testing.assert_allclose([first.certainty, second.certainty], sigmoid([2.0, 0.5]), rtol=1e-6)
     assert first.labels == ()
     assert second.labels == ()
     np.testing.assert_allclose(list(first.scores.values()), [0.5, 0.5, 0.5])
@@ -170,7 +175,7 @@ def test_multi_label_takes_the_classes_above_the_threshold():
 
 
 def test_multi_class_takes_the_likeliest_class():
-    subjects = select(Selection(nms=1.0, min_score=0.0), multi_label=False)
+    subjects = select(Selection(nms=1.0, min_certainty=0.0), multi_label=False)
     assert [subject.labels for subject in subjects] == [("calm",), ("glad",), ("calm",), ("calm",)]  # by certainty: queries 1, 0, 2, 3
     for subject in subjects:
         assert sum(subject.scores.values()) == pytest.approx(1)
@@ -178,8 +183,8 @@ def test_multi_class_takes_the_likeliest_class():
 
 
 def test_without_a_trained_subject_logit_the_likeliest_class_counts():
-    subjects = select(Selection(min_score=0.3), multi_label=False, subject_logit=False)
-    np.testing.assert_allclose([subject.score for subject in subjects], sigmoid([4.0, 3.0]), rtol=1e-6)  # query 2 has sigmoid(-1) = 0.27
+    subjects = select(Selection(min_certainty=0.3), multi_label=False, subject_logit=False)
+    np.testing.assert_allclose([subject.certainty for subject in subjects], sigmoid([4.0, 3.0]), rtol=1e-6)  # query 2 has sigmoid(-1) = 0.27
     assert not has_subject_logit(multi_label=False, class_loss="focal")
     assert has_subject_logit(multi_label=False, class_loss="softmax")
     assert has_subject_logit(multi_label=True, class_loss="focal")
@@ -267,12 +272,15 @@ def test_a_photograph_taken_sideways_is_put_upright(command, tmp_path):
     [
         (["nowhere.jpg", "--checkpoint=run"], r"nowhere\.jpg: no such file or folder"),
         (["no/*.jpg", "--checkpoint=run"], r"no/\*\.jpg: the pattern matches no file"),
-        (["empty", "--checkpoint=run"], r"empty: the folder holds no image"),
+        (["empty", "--checkpoint=run"], r"empty: the folder holds no image or video"),
         (["images/notes.txt", "--checkpoint=run"], r"notes\.txt: cannot be read as an image"),
         (["images", "--checkpoint=missing"], r"missing: no such file or directory"),
         (["images", "--checkpoint=run", "--config=none.py"], r"--config=none\.py: no such file"),
         (["images", "--checkpoint=run", "--config=images/notes.txt"], r"neither a \.py nor a \.json"),
         (["images", "--checkpoint=run", "--threshold=7"], r"threshold=7\.0 must lie in \[0, 1\]"),
+        (["--checkpoint=run"], r"nothing to look at"),
+        (["images", "--checkpoint=run", "--every=0"], r"--every=0 must be at least 1"),
+        (["images", "--checkpoint=run", "--seconds=0"], r"--seconds=0\.0 must be more than 0"),
         (["images", "--checkpoint=run", "--output=images/a.png"], r"--output=images/a\.png: is a file"),
     ],
 )
@@ -297,6 +305,135 @@ def test_unreadable_files_can_be_left_out(command, folder, tmp_path, capsys):
     written = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert len(written["images"]) == 3
     assert len(written["unreadable"]) == 1
+
+
+def test_the_table_has_a_line_a_person(command, folder, tmp_path):
+    assert command([str(folder), "--checkpoint=run", f"--output={tmp_path / 'out'}"]) == 0
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["file"] for line in lines] == [entry["file"] for entry in written["images"]]
+    for line, entry in zip(lines, written["images"], strict=True):
+        (subject,) = entry["subjects"]
+        np.testing.assert_allclose([float(line[name]) for name in ("x1", "y1", "x2", "y2")], subject["box"], rtol=1e-5)
+        np.testing.assert_allclose([float(line[name]) for name in CLASSES], list(subject["scores"].values()), rtol=1e-5)
+        np.testing.assert_allclose(float(line["certainty"]), subject["certainty"], rtol=1e-5)
+        assert (line["labels"], line["frame"]) == ("; ".join(subject["labels"]), "")
+
+
+def test_the_latency_leaves_the_first_call_of_a_shape_out(command, folder, tmp_path, capsys):
+    assert command([str(folder), "--checkpoint=run", f"--output={tmp_path / 'out'}"]) == 0
+    assert "latency: every call was the first of its shape; 2 shape(s)" in capsys.readouterr().out
+    timed = TimedDetector(RedFinder())
+    image = photograph(80, 60, (10, 10, 50, 40))
+    assert dsct_jax.predict(timed, [image] * 5, batch_size=2) == dsct_jax.predict(RedFinder(), [image] * 5, batch_size=2)
+    report = timed.report()
+    assert re.search(r"latency of the model: \d+\.\d ms a batch of 2 \(median; 95 % below \d+\.\d ms\), \d+\.\d images/s; 1 shape", report), report
+
+
+# --- thresholds and scores -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_fitted_thresholds_decide_unless_the_user_names_one():
+    model, image = RedFinder(), photograph(80, 60, (10, 10, 50, 40))
+    model.thresholds = (0.1, 0.99, 0.99)
+    ((fitted,),), ((named,),) = dsct_jax.predict(model, [image]), dsct_jax.predict(model, [image], threshold=0.85)
+    assert fitted.labels == ("calm",)  # sigmoid(-1) = 0.27
+    assert named.labels == ("angry",)  # sigmoid(2) = 0.88
+
+
+def test_the_score_is_the_papers_mean_logit():
+    first, second = select(Selection(threshold=0.55))
+    np.testing.assert_allclose([first.score, second.score], [0.0, -2.0], atol=1e-6)  # Section 3.1, "During inference"
+
+
+# --- videos and cameras --------------------------------------------------------------------------------------------------------------------------
+
+with_opencv = pytest.mark.skipif(importlib.util.find_spec("cv2") is None, reason="OpenCV is not installed (the video extra)")
+
+
+def write_video(path, frames, *, rate=10.0):
+    """The red person walks to the right, two pixels a frame."""
+    cv2 = importlib.import_module("cv2")
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), rate, (160, 120))
+    for i in range(frames):
+        writer.write(np.asarray(photograph(160, 120, (2 * i % 100, 20, 2 * i % 100 + 50, 100)))[..., ::-1].copy())
+    writer.release()
+
+
+@with_opencv
+def test_a_video_from_end_to_end(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("dsct_jax.predict"), "_SECONDS_BETWEEN_LINES", 0.0)
+    write_video(tmp_path / "walk.avi", 21)
+    assert command([str(tmp_path / "walk.avi"), "--checkpoint=run", f"--output={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "walk.avi: 21 frames, 10 frames/s" in printed
+    assert "12/21 frames" in printed
+    assert "0 images, 21 frames of 1 videos, 21 people" in printed
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    (entry,) = written["videos"]
+    assert (entry["width"], entry["height"], entry["drawn"]) == (160, 120, "drawn/walk.mp4")
+    assert [frame["frame"] for frame in entry["frames"]] == list(range(21))
+    assert entry["frames"][3]["seconds"] == 0.3
+    for i, frame in enumerate(entry["frames"]):
+        np.testing.assert_allclose(frame["subjects"][0]["box"], (2 * i % 100, 20, 2 * i % 100 + 50, 100), atol=8)
+    with Video(tmp_path / "out" / "drawn" / "walk.mp4") as drawn:
+        assert len(list(drawn)) == drawn.frames == 21
+        assert drawn.rate == 10
+    with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
+        assert [line["frame"] for line in csv.DictReader(file)] == [str(i) for i in range(21)]
+
+
+@with_opencv
+def test_some_frames_of_a_video_and_images_beside_it(command, folder, tmp_path):
+    write_video(folder / "walk.avi", 30)
+    assert command([str(folder), "--every=4", "--seconds=2", "--checkpoint=run", f"--output={tmp_path / 'out'}"]) == 0
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [frame["frame"] for frame in written["videos"][0]["frames"]] == [0, 4, 8, 12, 16]
+    assert len(written["images"]) == 3
+
+
+@with_opencv
+def test_a_camera_is_watched_frame_by_frame(command, tmp_path, monkeypatch):
+    class Camera(Video):
+        def __init__(self, source):
+            super().__init__(tmp_path / "walk.avi")
+            self.name, self.live, self.frames = f"camera{source}", True, None
+
+    write_video(tmp_path / "walk.avi", 6)
+    monkeypatch.setattr(importlib.import_module("dsct_jax.predict"), "Video", Camera)
+    assert command(["--camera=0", "--checkpoint=run", f"--output={tmp_path / 'out'}"]) == 0
+    (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())["videos"]
+    assert (entry["file"], len(entry["frames"])) == ("camera0", 6)
+    assert (tmp_path / "out" / "drawn" / "camera0.mp4").stat().st_size > 500
+
+
+@with_opencv
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--camera=63"], "--camera=63: no such camera"),
+        (["broken.mp4"], "broken.mp4: cannot be read as a video"),
+        (["broken.mp4", "--skip-unreadable"], "none of the 1 files could be read"),
+    ],
+)
+def test_a_video_that_cannot_be_read_is_one_line(command, tmp_path, monkeypatch, capfd, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.mp4").write_bytes(b"no video at all" * 50)
+    assert command([*arguments, "--checkpoint=run", "--output=out"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize("arguments", [["--camera=0"], ["walk.mp4"]])
+def test_without_opencv_the_line_says_how_to_get_it(command, tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    (tmp_path / "walk.mp4").write_bytes(b"")
+    assert command([*arguments, "--checkpoint=run", "--output=out"]) == 2
+    assert capsys.readouterr().err == "error: videos and cameras need OpenCV: pip install 'dsct-jax[video]' (or opencv-python-headless)\n"
 
 
 def test_configurations_are_read_from_python_and_json(tmp_path):
