@@ -48,9 +48,8 @@ class Video:
             raise UserError(f"{source}: no such video file")
         self._cv2, self.live = cv2, isinstance(source, int)
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
-        self._first: Any
-        ready, self._first = self._capture.read() if self._capture.isOpened() else (False, None)
-        if not ready:
+        self._first: Any = self._capture.read()[1] if self._capture.isOpened() else None
+        if self._first is None:
             self._capture.release()
             if isinstance(source, int):
                 raise UserError(f"--camera={source}: no such camera, or another program uses it")
