@@ -39,7 +39,7 @@ from dsct_jax.logbook import Logbook, versions, write_settings
 from dsct_jax.losses import LossConfig
 from dsct_jax.matcher import MatcherConfig
 from dsct_jax.model.dsct import DSCTConfig
-from dsct_jax.optimizer import OptimizerConfig, make_schedule
+from dsct_jax.optimizer import OptimizerConfig, learning_rates
 from dsct_jax.plan import format_plan, make_plan
 from dsct_jax.prefetch import Prefetch
 from dsct_jax.pretrained import initialise
@@ -153,7 +153,6 @@ def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
 
         step_function = train_step(functions, optimizer, run, mesh)
         eval_step = make_eval_step(functions, mesh=mesh)
-        schedule = make_schedule(run.optimizer, total_steps)
         eval_steps = max(1, round(run.train.eval_every * epoch_steps))
         checkpoint_steps = max(1, round(run.train.checkpoint_every * epoch_steps))
         metrics: dict[str, float] = {}
@@ -183,7 +182,9 @@ def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
                 require_finite(state, batch, step, run.train.max_skipped, workdir)
                 seconds = time.monotonic() - clock
                 speed, waited = len(pending) * run.train.batch_size / seconds, batches.take_wait() / seconds
-                scalars = {f"train/{name}": value for name, value in means.items()} | {"train/learning_rate": float(schedule(step - 1))}
+                scalars = {f"train/{name}": value for name, value in means.items()} | {
+                    f"train/{name}": value for name, value in learning_rates(run.optimizer, total_steps, step - 1).items()
+                }
                 logbook.write(step, scalars | {"time/images_per_s": speed, "time/data_wait": waited})
                 logbook.progress(step, f"loss {means.get('total', np.nan):.3f}  {speed:.1f} images/s  data wait {waited:.0%}")
                 pending, clock = [], time.monotonic()
