@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "base"
     config.seed = 0
+    config.init_from = ""  # weights to start from: .pth or .safetensors of others, or a run of ours (docs/weights.md)
     config.class_names = EMOTIC_CLASSES
     config.multi_label = True  # True: a person has any number of emotions (EMOTIC, mAP); False: exactly one (CAER-S, accuracy)
 
@@ -41,7 +42,11 @@ def get_config() -> ConfigDict:
     model.semantic_selection = "smallest"  # smallest: the paper's text; largest: the released code
     model.reweighting = "semantic"  # semantic | equal | spatial | attentive (Table 7)
     model.box_refinement = False  # True: each layer samples inside the box of the one before and refines it (Zhu et al. 2020)
-    model.fusion_layers = "all"  # "all", or a tuple of layer numbers from 0 (Table 8); late fusion = the last only
+    model.compute_dtype = "float32"  # float32 | bfloat16; parameters, sampling locations, softmax, fusion, heads and losses are float32 in any case
+    # What training computes twice to save memory. none; light: in encoder and decoder all but matrix products, sampled attention and dropout's bits;
+    # layers: the matrix products too; all: residual blocks too. docs/training_step.md has what each saves and costs.
+    model.remat = "light"
+    model.fusion_layers = ()  # numbers from 0 of the decoder layers that fuse (Table 8), () = all of them; late fusion = the last only
 
     matcher = config.matcher = ConfigDict()
     matcher.cost_class = 2.0  # theta_cls
@@ -75,7 +80,7 @@ def get_config() -> ConfigDict:
     )
 
     data = config.data = ConfigDict()
-    data.source = "coco"  # coco | caer_s | ncaer_s | emotic | scenes
+    data.source = "coco"  # coco | caer_s | ncaer_s | emotic | scenes | prepared (data_dir: the --output of data.prepare)
     data.protocol = "auto"  # the task named with every result; auto: as the files tell, or a name of data.config.PROTOCOLS (docs/datasets.md)
     data.data_dir = ""  # root of the images; for scenes unused
     data.train = "train.json"  # of each split FILE, ROOT:FILE or several with commas, below data_dir (scenes: number of images; ncaer_s: folder)
@@ -108,4 +113,8 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 1.0  # epochs
     train.keep_checkpoints = 3
     train.log_every = 50  # steps
+    train.accumulate = 1  # parts that each device's share of a batch is cut into, one after another: the same step with less memory
+    train.ema_decay = 0.0  # moving average of the parameters, used by validation, prediction and exports; 0 = off, such as 0.9998
+    train.fsdp = False  # True: parameters, their average and the optimizer's state are spread over the devices instead of copied
+    train.max_skipped = 20  # steps in a row whose loss or gradient is not finite and which are skipped before the run stops
     return config

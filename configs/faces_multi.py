@@ -11,5 +11,5 @@ from configs import faces_single
 def get_config():
     config = faces_single.get_config()
     config.name = "faces_multi"
-    config.train.update(epochs=32, eval_every=8.0, checkpoint_every=8.0)
+    config.train.update(epochs=64, eval_every=8.0, checkpoint_every=8.0)
     return config

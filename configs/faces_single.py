@@ -34,5 +34,5 @@ def get_config():
         grayscale_probability=0.1,
         buckets=((104, 144), (128, 104)),
     )
-    config.train.update(eval_batch_size=50, epochs=10)
+    config.train.update(eval_batch_size=50, epochs=30)
     return config

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dsct_jax.errors import UserError
 
-SOURCES = ("coco", "caer_s", "ncaer_s", "emotic", "scenes")
+SOURCES = ("coco", "caer_s", "ncaer_s", "emotic", "scenes", "prepared")
 LABEL_FORMATS = ("ids", "bits")
 SPLITS = ("train", "val", "test")
 PERSON_BOXES = ("head", "body")

@@ -7,6 +7,7 @@ from data.coco import read_coco
 from data.config import DataConfig
 from data.emotic import read_emotic
 from data.ncaer_s import read_ncaer_s
+from data.prepared import read_prepared
 from data.records import ReadReport, Record
 from data.scenes import read_scenes
 
@@ -18,6 +19,7 @@ READERS: dict[str, Reader] = {
     "ncaer_s": read_ncaer_s,
     "emotic": read_emotic,
     "scenes": read_scenes,
+    "prepared": read_prepared,
 }
 
 

@@ -127,8 +127,11 @@ def require_same_shapes(expected: Mapping[str, Any], given: Mapping[str, Any], w
         )
 
 
-def load_weights(workdir: Path) -> tuple[Flat, Flat, dict[str, Any]]:
-    """Weights of the newest checkpoint below `workdir` as numpy: (parameters, frozen statistics, metadata). Any number of devices."""
+def load_weights(workdir: Path, *, ema: bool = True) -> tuple[Flat, Flat, dict[str, Any]]:
+    """Weights of the newest checkpoint below `workdir` as numpy: (parameters, frozen statistics, metadata). Any number of devices.
+
+    With `ema` the trained parameters are their moving average, where the run kept one.
+    """
     if not (workdir / DIRECTORY).is_dir():
         raise UserError(f"{workdir}: no {DIRECTORY}/ here; give the --workdir of a training run")
     checkpoints = Checkpoints(workdir)
@@ -146,11 +149,26 @@ def load_weights(workdir: Path) -> tuple[Flat, Flat, dict[str, Any]]:
     for name, leaf in restored.items():
         part, rest = name.split(".", 1)
         parts[part][rest.replace(".", "/")] = leaf
+    if ema:
+        with _damage_reported(path):
+            parts["params"] |= _moving_average(path / "training")
     return parts["params"], parts["frozen"], metadata
 
 
+def _moving_average(training: Path) -> Flat:
+    """The moving average of the trained parameters in a checkpoint's part `training`, as numpy; {} where the run kept none."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        names = [name for name in reader.metadata(training).item_metadata.tree if name.startswith("ema.")]
+        if not names:
+            return {}
+        wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+        args = ocp.args.PyTreeRestore(item=dict.fromkeys(names, 0), restore_args=wanted, partial_restore=True)
+        restored = reader.restore(training, args=args)
+    return {name.removeprefix("ema.").replace(".", "/"): leaf for name, leaf in restored.items()}
+
+
 def newest_checkpoint(workdir: Path) -> str:
-    """ "step N" of the newest complete checkpoint below `workdir`; "" where there is none."""
+    """The newest complete checkpoint below `workdir` as "step N"; "" where there is none."""
     folder = workdir / DIRECTORY
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
     return f"step {max(steps)}" if steps else ""

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from dsct_jax.batch import Predictions
 from dsct_jax.boxes import AnyArray
@@ -21,6 +19,7 @@ from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.preprocess import Preprocessing
 from dsct_jax.settings import entry, from_section, plain
 from dsct_jax.state import Flat, ModelFunctions
+from dsct_jax.tensor_writing import write_safetensors
 from dsct_jax.torch_files import PTH_SUFFIXES, read_pth, read_safetensors
 from dsct_jax.torch_weights import from_torch
 
@@ -49,11 +48,15 @@ class Model:
         """
         return self._forward(self.params, self.frozen, jnp.asarray(images), jnp.asarray(padding_mask), return_details)
 
-    def save(self, path: Path | str) -> None:
-        """Writes weights and configuration into one .safetensors file that `load` reads."""
-        arrays = {f"params/{k}": np.asarray(v) for k, v in self.params.items()} | {f"frozen/{k}": np.asarray(v) for k, v in self.frozen.items()}
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every value on the host, as params/PATH and frozen/PATH."""
+        parts = {"params": self.params, "frozen": self.frozen}
+        return {f"{part}/{path}": np.asarray(value) for part, values in parts.items() for path, value in values.items()}
+
+    def save(self, path: Path | str, *, notes: Mapping[str, str] | None = None) -> None:
+        """Writes weights and configuration into one .safetensors file that `load` reads; `notes` are texts to keep beside them."""
         fitted = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
-        save_file(arrays, str(path), metadata={"config": json.dumps(self.config, sort_keys=True)} | fitted)
+        write_safetensors(Path(path), self.arrays(), {**(notes or {}), **fitted, "config": json.dumps(self.config, sort_keys=True)})
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
@@ -73,16 +76,20 @@ def model_config(config: Mapping[str, Any]) -> DSCTConfig:
 def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
     """Reads a model: a run directory, a .safetensors file of `Model.save`, or a released .pth (which needs `config` for its variant).
 
-    For the first two `config` may be left out; given, it replaces the stored one and must describe the same weights. Raises UserError when the
-    file or directory is missing, unreadable, or of another model.
+    For the first two, and a .pth of `dsct_jax.export`, `config` may be left out; given, it replaces the stored one and must describe the same
+    weights. Raises UserError when the file or directory is missing, unreadable, or of another model.
     """
     path, config = Path(path), None if config is None else plain(config)
     if path.suffix in PTH_SUFFIXES and path.is_file():
+        tensors, texts = read_pth(path)
+        if config is None and "config" in texts:  # written by `dsct_jax.export`
+            config = _parsed_config(texts["config"], path)
         if config is None:
             raise UserError(f"{path}: a .pth file does not say which variant it is; give a configuration, such as configs/emotic_r50_released.py")
         functions = ModelFunctions(model_config(config))
-        flat = from_torch(read_pth(path), functions.param_shapes | functions.frozen_shapes)
-        return Model(functions, {k: flat[k] for k in functions.param_shapes}, {k: flat[k] for k in functions.frozen_shapes}, config)
+        flat = from_torch(tensors, functions.param_shapes | functions.frozen_shapes)
+        params, frozen = ({name: flat[name] for name in shapes} for shapes in (functions.param_shapes, functions.frozen_shapes))
+        return Model(functions, params, frozen, config, calibration=_parsed_calibration(texts, entry(config, "class_names", tuple), path))
     params, frozen, stored = read_own(path)
     chosen = stored if config is None else config
     class_names = entry(chosen, "class_names", tuple)
@@ -96,9 +103,11 @@ def _read_calibration(path: Path, class_names: tuple[str, ...]) -> Calibration |
     if path.is_dir():
         workdir = path.parent if path.name == DIRECTORY else path
         return calibration_of_run(workdir, class_names=class_names, checkpoint=newest_checkpoint(workdir))
-    with safe_open(path, "numpy") as file:
-        text = (file.metadata() or {}).get("calibration")
-    return None if text is None else parse_calibration(text, class_names=class_names, where=str(path))
+    return _parsed_calibration(read_safetensors(path)[1], class_names, path)
+
+
+def _parsed_calibration(texts: Mapping[str, str], class_names: tuple[str, ...], path: Path) -> Calibration | None:
+    return parse_calibration(texts["calibration"], class_names=class_names, where=str(path)) if "calibration" in texts else None
 
 
 def read_own(path: Path) -> tuple[Flat, Flat, dict[str, Any]]:
@@ -113,9 +122,12 @@ def read_own(path: Path) -> tuple[Flat, Flat, dict[str, Any]]:
     arrays, strings = read_safetensors(path)
     if "config" not in strings:
         raise UserError(f"{path}: holds no configuration; only files written by this project's Model.save can be read")
-    try:
-        stored = plain(json.loads(strings["config"]))
-    except ValueError as error:
-        raise UserError(f"{path}: the configuration in it is damaged ({error}); copy the file again") from None
     params, frozen = ({k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in ("params/", "frozen/"))
-    return params, frozen, stored
+    return params, frozen, _parsed_config(strings["config"], path)
+
+
+def _parsed_config(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return dict(plain(json.loads(text)))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: the configuration in it is damaged ({error}); copy the file again") from None

@@ -66,9 +66,15 @@ def _duration(seconds: float) -> str:
 
 
 class Logbook:
-    """Records scalars by step; on resume, lines beyond the restored step are dropped, so the file equals that of an unbroken run."""
+    """Records scalars by step; on resume, lines beyond the restored step are dropped, so the file equals that of an unbroken run.
+
+    Of several processes only process 0 writes and speaks.
+    """
 
     def __init__(self, workdir: Path, *, start_step: int, total_steps: int):
+        self._silent = jax.process_index() != 0
+        if self._silent:
+            return
         self._path = workdir / "metrics.jsonl"
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start_step]
@@ -81,6 +87,8 @@ class Logbook:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends one line and the same values as TensorBoard events."""
+        if self._silent:
+            return
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
         self._file.flush()
         for name, value in scalars.items():
@@ -88,15 +96,19 @@ class Logbook:
 
     def tell(self, text: str) -> None:
         """One line for the user, above the progress bar where there is one."""
+        if self._silent:
+            return
         tqdm.write(text) if self._bar is not None else print(text, flush=True)
 
     def leave_out(self, seconds: float) -> None:
         """Time that will not come again, such as a compilation, is not counted when the remaining time is estimated."""
-        if self._first is not None:
+        if not self._silent and self._first is not None:
             self._first = self._first[0], self._first[1] + seconds
 
     def progress(self, step: int, text: str) -> None:
         """Where the run stands: a bar on a terminal, a plain line elsewhere."""
+        if self._silent:
+            return
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(text)
@@ -111,6 +123,8 @@ class Logbook:
 
     def close(self) -> None:
         """Flushes and closes everything."""
+        if self._silent:
+            return
         if self._bar is not None:
             self._bar.close()
         self._events.close()

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from dsct_jax.batch import Predictions
+from dsct_jax.drawing import contact_sheet, draw_subjects
 from dsct_jax.errors import UserError
 from dsct_jax.load import load
 from dsct_jax.prediction_files import describe, drawing_names, find_inputs, write_csv, write_json
@@ -29,7 +30,6 @@ from dsct_jax.settings import read_config
 from dsct_jax.startup import start_process
 from dsct_jax.subjects import BATCH_SIZE, Detector, Selection, predict_each
 from dsct_jax.video import Video, opencv, video_writer
-from dsct_jax.visualize import contact_sheet, draw_subjects
 
 SHEET_IMAGES = 24  # at most that many go on the contact sheet
 _SECONDS_BETWEEN_LINES = 5.0

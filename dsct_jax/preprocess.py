@@ -4,6 +4,7 @@ Sizes are (height, width) in pixels throughout; PIL's (width, height) stays insi
 """
 
 import dataclasses
+import io
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,8 +35,10 @@ class Preprocessing:
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
-def decode_image(path: Path) -> Image.Image:
-    """The RGB image in a file of any mode PIL reads; alpha is dropped, palettes and CMYK are converted, 16-bit grey keeps its high byte.
+def decode_image(path: Path, encoded: bytes | None = None) -> Image.Image:
+    """The RGB image in a file, or in the bytes read from it, of any mode PIL reads.
+
+    Alpha is dropped, palettes and CMYK are converted, 16-bit grey keeps its high byte.
 
     An EXIF orientation is NOT applied: the data sets' boxes are given in the frame of the stored pixels.
 
@@ -43,7 +46,7 @@ def decode_image(path: Path) -> Image.Image:
         UserError: the file is missing, damaged, cut short or no image; the line names it.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if encoded is None else io.BytesIO(encoded)) as image:
             if image.mode.startswith("I;16"):
                 high_byte = (np.asarray(image) >> 8).astype(np.uint8)
                 return Image.fromarray(high_byte).convert("RGB")

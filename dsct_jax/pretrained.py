@@ -4,6 +4,7 @@ The paper starts from a Deformable DETR trained on COCO: backbone, encoder, deco
 its class and box heads are left out, and the subject queries start at random (released main.py:248-251).
 """
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ from dsct_jax.torch_files import read_safetensors, read_tensors
 from dsct_jax.torch_weights import DSCT, TORCHVISION, TensorLayout, Translation, detect_layout, require_fit, translate
 
 _CLASS_HEAD = re.compile(r"class_head/.*")
+_RELEASED_CLASS_BIAS = "class_embed_dsct.0.bias"
 
 
 def initialise(
@@ -29,8 +31,9 @@ def initialise(
     """(parameters, frozen statistics, report) for the start of a training: `params` and `frozen`, with what the file has in their place.
 
     What the file is, is told by the names in it: a torchvision ResNet, a Deformable DETR (original or Hugging Face names), a released DSCT, or
-    a run directory or .safetensors file of our own. A parameter that this kind of file never has keeps its value; of our own models, the class
-    head does where the class names differ. The lines of the report say what was taken, re-initialised, left out and unknown.
+    a run directory or .safetensors file of our own. A parameter that this kind of file never has keeps its value, and so does the class head
+    where the classes are others: by name in models of our own, by number in a released DSCT. The lines of the report say what was taken,
+    re-initialised, left out and unknown.
 
     Args:
         config: the configuration to train with; `class_names` and `model` are compared with those of a model of our own.
@@ -50,8 +53,7 @@ def initialise(
         if layout is None:
             known = "a torchvision ResNet, a Deformable DETR or a DSCT"
             raise UserError(f"{path}: the names in it ({', '.join(list(tensors)[:3])}, ...) are not those of {known}")
-        found = translate(tensors, shapes, layout=layout)
-        lines = [f"{path}: {layout.title}, {len(tensors)} tensors"]
+        found, lines = _from_others(path, tensors, shapes, layout)
         if found.problems and strict:
             _require_same_norm(path, functions, layout)
     if strict:
@@ -91,6 +93,21 @@ def _without_wrapper(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if all(name.startswith("module.") for name in tensors):
         return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+def _from_others(
+    path: Path, tensors: dict[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], layout: TensorLayout
+) -> tuple[Translation, list[str]]:
+    lines = [f"{path}: {layout.title}, {len(tensors)} tensors"]
+    found = tensors.get(_RELEASED_CLASS_BIAS)
+    if found is None or found.shape == tuple(shapes["class_head/bias"]):
+        return translate(tensors, shapes, layout=layout), lines
+    heads = tuple(name for name in tensors if name.startswith(_RELEASED_CLASS_BIAS.split(".")[0]))
+    rest = {name: tensor for name, tensor in tensors.items() if name not in heads}
+    wanted = {name: shape for name, shape in shapes.items() if not _CLASS_HEAD.fullmatch(name)}
+    without_head = translate(rest, wanted, layout=layout)
+    lines.append(f"  its class head has {len(found)} outputs, this run's {shapes['class_head/bias'][0]}: the class head starts anew")
+    return dataclasses.replace(without_head, left_out=(*without_head.left_out, *heads)), lines
 
 
 def _from_own(path: Path, shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any]) -> tuple[Translation, list[str]]:

@@ -73,7 +73,8 @@ def initial_state(
     optimizer = make_optimizer(config, trained, total_steps)
     # A step donates the state, so no two of its leaves may be one buffer, nor one that the caller still holds.
     ema = jax.tree.map(np.array, trained) if step_config.ema_decay else {}
-    state = TrainState(np.int32(0), *jax.tree.map(np.array, (trained, fixed, frozen)), optimizer.init(trained), ema)
+    trained, fixed, frozen = jax.tree.map(np.array, (trained, fixed, frozen))
+    state = TrainState(_ZERO, trained, fixed, frozen, optimizer.init(trained), ema)
     return optimizer, jax.device_put(state, state_sharding(state, mesh, rules=step_config.shard_rules, min_size=step_config.shard_min_size))
 
 
@@ -95,6 +96,28 @@ def assign_shards(cost: jax.Array, valid: jax.Array) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class _PullBack:
+    """A pull-back between two compiled functions: without the parameters that it refers to, which both have, and without anything twice."""
+
+    kept: list[Any]  # arbitrary shapes, after a leading axis of one a device by which every leaf is split
+    places: tuple[int | str, ...] = dataclasses.field(metadata={"static": True})  # of each leaf of the closure: in `kept`, or the parameter's path
+    structure: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def pack(cls, pull_back: Any, parameters: Flat) -> "_PullBack":
+        leaves, structure = jax.tree.flatten(pull_back)
+        paths = {id(value): path for path, value in parameters.items()}
+        unique = list({id(leaf): leaf for leaf in leaves if id(leaf) not in paths}.values())
+        numbers = {id(leaf): number for number, leaf in enumerate(unique)}
+        return cls([leaf[None] for leaf in unique], tuple(paths.get(id(leaf), numbers.get(id(leaf), "")) for leaf in leaves), structure)
+
+    def unpack(self, parameters: Flat) -> Any:
+        leaves = [parameters[place] if isinstance(place, str) else self.kept[place][0] for place in self.places]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class _Forward:
     """What the first half hands to the second, for one part of the batch."""
 
@@ -102,7 +125,7 @@ class _Forward:
     valid: Any  # [b t]
     logits: Any
     boxes: Any
-    pull_back: Any  # of (logits, boxes) with respect to the trained parameters; a leading axis of one a device
+    pull_back: Any  # _PullBack of (logits, boxes) with respect to the trained parameters
 
 
 class TrainStep:
@@ -143,13 +166,13 @@ class TrainStep:
             forward = self.first_half(state, batch, None)
             return self.second_half(state, forward, batch, assign_shards(forward.cost, forward.valid))
         grads, parts = self.zeros(state.params), []
-        for part in range(self.config.accumulate):
-            part = np.int32(part)
+        for part in np.arange(self.config.accumulate, dtype=np.int32):
             if on_device:
                 grads, sums = self.add_gradients_on_device(grads, state, batch, part)
             else:
                 forward = self.first_half(state, batch, part)
-                grads, sums = self.add_gradients(grads, forward, batch, part, assign_shards(forward.cost, forward.valid))
+                grads, sums = self.add_gradients(grads, state, forward, batch, part, assign_shards(forward.cost, forward.valid))
+                del forward  # before the next one
             parts.append(sums)
         return self.update(state, grads, parts, count_boxes(batch.targets.valid))
 
@@ -189,18 +212,19 @@ class TrainStep:
             cost = matching_cost(logits, boxes, batch.targets, config=self.matcher, multi_label=self.multi_label)
             if self.config.skip_nonfinite:  # the step finds out by itself, and no matcher has to cope
                 cost = jnp.nan_to_num(cost, nan=0.0, posinf=0.0, neginf=0.0)
-            # What the pull-back holds has arbitrary shapes: a leading axis of 1 a device lets every leaf be split.
-            return _Forward(cost, batch.targets.valid, logits, boxes, jax.tree.map(lambda x: x[None], pull_back))
+            return _Forward(cost, batch.targets.valid, logits, boxes, _PullBack.pack(pull_back, params | fixed | frozen))
 
         replicated, out_specs = P(), _Forward(LAYERED, BATCH, LAYERED, LAYERED, BATCH)
         in_specs = (replicated, replicated, replicated, BATCH, replicated, replicated)
         return self._shard(predict, in_specs=in_specs, out_specs=out_specs)(state.params, state.fixed, state.frozen, batch, state.step, part)
 
-    def _gradients(self, forward: _Forward, batch: Batch, part: Any, assignment: jax.Array, num_boxes: jax.Array) -> tuple[Flat, LossSums]:
+    def _gradients(
+        self, state: TrainState, forward: _Forward, batch: Batch, part: Any, assignment: jax.Array, num_boxes: jax.Array
+    ) -> tuple[Flat, LossSums]:
         """Gradients and loss sums of each device's images, not summed over devices: a leading axis of one a device."""
 
-        def gradients(forward: _Forward, batch: Batch, part, assignment, num_boxes):
-            pull_back = jax.tree.map(lambda x: x[0], forward.pull_back)
+        def gradients(parameters: Flat, forward: _Forward, batch: Batch, part, assignment, num_boxes):
+            pull_back = forward.pull_back.unpack(parameters)
             batch = self._cut(batch, part)
 
             def objective(logits, boxes):
@@ -215,28 +239,29 @@ class TrainStep:
             (grads,) = pull_back(cotangents)
             return jax.tree.map(lambda x: x[None], (grads, sums))
 
-        in_specs = (_Forward(LAYERED, BATCH, LAYERED, LAYERED, BATCH), BATCH, P(), LAYERED, P())
-        return self._shard(gradients, in_specs=in_specs, out_specs=BATCH)(forward, batch, part, assignment, num_boxes)
+        in_specs = (P(), _Forward(LAYERED, BATCH, LAYERED, LAYERED, BATCH), BATCH, P(), LAYERED, P())
+        parameters = state.params | state.fixed | state.frozen
+        return self._shard(gradients, in_specs=in_specs, out_specs=BATCH)(parameters, forward, batch, part, assignment, num_boxes)
 
     def _assign(self, forward: _Forward) -> jax.Array:
         return self._shard(assign_on_device, in_specs=(LAYERED, BATCH), out_specs=LAYERED)(forward.cost, forward.valid)
 
     def _finish_whole(self, state: TrainState, forward: _Forward, batch: Batch, assignment: jax.Array):
         num_boxes = count_boxes(batch.targets.valid)
-        grads, sums = self._gradients(forward, batch, None, assignment, num_boxes)
+        grads, sums = self._gradients(state, forward, batch, None, assignment, num_boxes)
         return self._update(state, grads, [sums], num_boxes)
 
     def _whole_on_device(self, state: TrainState, batch: Batch):
         forward = self._predict(state, batch, None)
         return self._finish_whole(state, forward, batch, self._assign(forward))
 
-    def _add_gradients(self, total: Flat, forward: _Forward, batch: Batch, part: jax.Array, assignment: jax.Array):
-        grads, sums = self._gradients(forward, batch, part, assignment, count_boxes(batch.targets.valid))
+    def _add_gradients(self, total: Flat, state: TrainState, forward: _Forward, batch: Batch, part: jax.Array, assignment: jax.Array):
+        grads, sums = self._gradients(state, forward, batch, part, assignment, count_boxes(batch.targets.valid))
         return jax.tree.map(jnp.add, total, grads), sums
 
     def _add_gradients_on_device(self, total: Flat, state: TrainState, batch: Batch, part: jax.Array):
         forward = self._predict(state, batch, part)
-        return self._add_gradients(total, forward, batch, part, self._assign(forward))
+        return self._add_gradients(total, state, forward, batch, part, self._assign(forward))
 
     def _sum_over_devices(self, grads: Flat, parts: list[LossSums]) -> tuple[Flat, LossSums]:
         """A gradient ends up split as its parameter is; the sums end up everywhere."""

@@ -24,6 +24,7 @@ import safetensors
 
 from dsct_jax.errors import UserError
 
+_Content = tuple[dict[str, np.ndarray], dict[str, str]]  # tensors and texts by name
 PTH_SUFFIXES = (".pth", ".pt", ".bin")
 
 STORAGE_TYPES: dict[str, Any] = {
@@ -161,20 +162,22 @@ class _Unpickler(pickle.Unpickler):
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Tensors by name of a `.pth` (also `.pt`, `.bin`) or `.safetensors` file; raises UserError when it cannot be read or is neither."""
     if path.suffix in PTH_SUFFIXES:
-        return read_pth(path)
+        return read_pth(path)[0]
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
     raise UserError(f"{path}: neither a .safetensors file nor a .pth, .pt or .bin of PyTorch")
 
 
-def read_pth(path: Path) -> dict[str, np.ndarray]:
-    """Tensors of a `.pth` file by name: of the entry 'model' or 'state_dict' where there is one, otherwise of the whole file.
+def read_pth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(tensors by name, texts by name) of a `.pth` file.
+
+    The tensors are those of the entry 'model' or 'state_dict' where there is one, otherwise of the whole file; the texts stand beside that entry.
 
     Raises UserError when the file is no such file or holds anything that is not a tensor or a plain container.
     """
     try:
         with path.open("rb") as file:
-            tensors = _from_archive(path, file) if zipfile.is_zipfile(file) else _from_plain_file(path, file)
+            tensors, texts = _from_archive(path, file) if zipfile.is_zipfile(file) else _from_plain_file(path, file)
     except (zipfile.BadZipFile, StopIteration):
         raise UserError(f"{path}: not a .pth file, or cut short; copy it again, or save it again with torch.save") from None
     except OSError as error:
@@ -185,10 +188,10 @@ def read_pth(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: refused, {' '.join(str(error).split()) or type(error).__name__}") from None
     if not tensors:
         raise UserError(f"{path}: holds no tensors by name")
-    return tensors
+    return tensors, texts
 
 
-def _from_archive(path: Path, file: io.BufferedReader) -> dict[str, np.ndarray]:
+def _from_archive(path: Path, file: io.BufferedReader) -> _Content:
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         if len(set(names)) < len(names):
@@ -197,14 +200,15 @@ def _from_archive(path: Path, file: io.BufferedReader) -> dict[str, np.ndarray]:
         root = description.removesuffix("data.pkl")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
             raise UserError(f"{path}: written on a big-endian machine; save it again on another one")
-        views = _named_views(_Unpickler(io.BytesIO(archive.read(description))).load())
-        return {
+        views, texts = _named_views(_Unpickler(io.BytesIO(archive.read(description))).load())
+        tensors = {
             name: view.cut(np.frombuffer(archive.read(f"{root}data/{view.storage.key}"), STORAGE_TYPES[view.storage.kind], view.storage.count))
             for name, view in views.items()
         }
+        return tensors, texts
 
 
-def _from_plain_file(path: Path, file: io.BufferedReader) -> dict[str, np.ndarray]:
+def _from_plain_file(path: Path, file: io.BufferedReader) -> _Content:
     """Five pickles (a magic number, a protocol, the machine, the content, the storages' keys), then a count and the numbers of each storage."""
     file.seek(0)
     if file.read(len(_PLAIN_FILE_START)) != _PLAIN_FILE_START:
@@ -213,7 +217,7 @@ def _from_plain_file(path: Path, file: io.BufferedReader) -> dict[str, np.ndarra
     if not machine["little_endian"]:
         raise UserError(f"{path}: written on a big-endian machine; save it again on another one")
     unpickler = _Unpickler(file)
-    views = _named_views(unpickler.load())
+    views, texts = _named_views(unpickler.load())
     storages: dict[str, np.ndarray] = {}
     for key in _Unpickler(file).load():
         kind = np.dtype(STORAGE_TYPES[unpickler.storages[key].kind])
@@ -221,15 +225,16 @@ def _from_plain_file(path: Path, file: io.BufferedReader) -> dict[str, np.ndarra
         if not 0 <= count * kind.itemsize <= path.stat().st_size:
             raise EOFError("cut short")
         storages[key] = np.frombuffer(file.read(count * kind.itemsize), kind, count)
-    return {name: view.cut(storages[view.storage.key]) for name, view in views.items()}
+    return {name: view.cut(storages[view.storage.key]) for name, view in views.items()}, texts
 
 
-def _named_views(content: Any) -> dict[str, _View]:
-    for entry in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(entry), dict):
-            content = content[entry]
-            break
-    return {str(name): view for name, view in content.items() if isinstance(view, _View)} if isinstance(content, dict) else {}
+def _named_views(content: Any) -> tuple[dict[str, _View], dict[str, str]]:
+    """Tensors of the entry that holds the model, and the texts beside it."""
+    if not isinstance(content, dict):
+        return {}, {}
+    texts = {str(name): text for name, text in content.items() if isinstance(text, str)}
+    model = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)), content)
+    return {str(name): view for name, view in model.items() if isinstance(view, _View)}, texts
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

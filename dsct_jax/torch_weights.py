@@ -18,6 +18,7 @@ from dsct_jax.errors import UserError
 # that the tensor is that third of ours, along the last axis: query, key and value, which we keep packed.
 _TO_OURS = {"same": lambda x: x, "linear": lambda x: x.T, "conv": lambda x: x.transpose(2, 3, 1, 0)}
 _TO_TORCH = {"same": lambda x: x, "linear": lambda x: x.T, "conv": lambda x: x.transpose(3, 2, 0, 1)}
+_RANKS = {"linear": 2, "conv": 4}
 _THIRDS = 3
 
 Rule = tuple[str, str, str]
@@ -266,8 +267,7 @@ def _place(
         return f"{name} supplies {path} a second time (after {pieces[path][third][0]})"
     shape = tuple(shapes[path])
     wanted = (*shape[:-1], shape[-1] // _THIRDS) if len(_theirs(path, layout)) > 1 else shape
-    needed_rank = {"linear": 2, "conv": 4}.get(how, tensor.ndim)
-    array = _TO_OURS[how](tensor) if tensor.ndim == needed_rank else tensor
+    array = _TO_OURS[how](tensor) if tensor.ndim == _RANKS.get(how, tensor.ndim) else tensor
     if array.shape != wanted:
         return f"{name} has shape {array.shape} where the model has {wanted} at {path}"
     pieces.setdefault(path, {})[third] = (name, array)

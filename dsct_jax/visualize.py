@@ -1,201 +1,255 @@
-"""Drawings for people to look at: boxes and emotions on a photograph, and many pictures on one sheet.
+"""The paper's figures from any checkpoint and any photographs: what the network answered, and what it looked at.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; sizes are such that a picture can still be read at half its size.
+    python -m dsct_jax.visualize FIGURE PATH... --checkpoint=runs/demo --output=figure.png
+
+FIGURE is one of
+    predictions   boxes and emotions, beside the annotated ones with --truth                      (Figures 5 and 6)
+    activation    how strongly each level of the backbone (--stage=encoder: the encoder) answers  (Figure 7)
+    sampling      reference and sampling points of each person, alone and with the context        (Figures 8 and 9)
+    context       the context queries each layer selects for a person, and their weights          (Figures 4 and 10)
+    beside        the answers of two checkpoints, such as early and late fusion                   (Figure 13)
+    embeddings    principal components of the embeddings of all people
+    losses        training loss of classification and localisation; PATHs are runs, no checkpoint (Figure 12)
+
+PATHs are images, folders or quoted patterns. --truth is what `python -m data.samples` writes beside the images (COCO style).
 """
 
-import functools
+import argparse
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
+from PIL import Image
+from tqdm import tqdm
 
-from dsct_jax.batch import Batch
-from dsct_jax.boxes import cxcywh_to_xyxy
-from dsct_jax.subjects import Selection, Subject, select_subjects
+from dsct_jax.drawing import contact_sheet, draw_subjects
+from dsct_jax.errors import UserError
+from dsct_jax.figures import activation_figure, context_figure, embedding_figure, loss_figure, sampling_figure
+from dsct_jax.inside import Look, look
+from dsct_jax.load import Model, load
+from dsct_jax.predict import read_photograph
+from dsct_jax.prediction_files import find_inputs
+from dsct_jax.report import read_metrics
+from dsct_jax.settings import read_config
+from dsct_jax.startup import start_process
+from dsct_jax.subjects import Selection, Subject, predict
 
-PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")  # Okabe-Ito without black
-TRUTH_COLOR = "#FFFFFF"
+FIGURES = ("predictions", "activation", "sampling", "context", "beside", "embeddings", "losses")
+_MAX_IMAGES = 12  # on one picture; more could not be read
+_SAME_PERSON = 0.5  # IoU from which a found person is an annotated one
 
-_MIN_SHORT_SIDE = 480  # smaller images are enlarged before drawing
-_MAX_LABELS = 3  # lines of text a person
-_Rectangle = tuple[float, float, float, float]
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans-Bold.ttf")), size)
-
-
-def label_lines(subject: Subject) -> list[str]:
-    """What is written at a person: the emotions with their probabilities; in brackets the likeliest one when none passed the threshold."""
-    if not subject.labels:
-        likeliest = max(subject.scores, key=lambda name: subject.scores[name], default=None)
-        return [] if likeliest is None else [f"({likeliest} {subject.scores[likeliest]:.2f})"]
-    lines = [f"{name} {subject.scores[name]:.2f}" if name in subject.scores else name for name in subject.labels[:_MAX_LABELS]]
-    return lines + [f"+ {len(subject.labels) - _MAX_LABELS} more"] * (len(subject.labels) > _MAX_LABELS)
+Truth = dict[str, list[Subject]]  # file name -> annotated people
 
 
-def draw_subjects(image: Image.Image, subjects: Sequence[Subject], *, ground_truth: Sequence[Subject] | None = None) -> Image.Image:
-    """A copy of `image` with a box and the emotions of every subject, and dashed white boxes for the annotated people when they are given.
-
-    A small image comes back enlarged (a whole number of times). Boxes are in pixels of `image` as given. The people of `ground_truth` need only
-    box and labels; their `scores` may be empty.
-    """
-    factor = max(1, -(-_MIN_SHORT_SIDE // min(image.size)))
-    canvas = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
-    draw = ImageDraw.Draw(canvas)
-    unit = min(canvas.size) / _MIN_SHORT_SIDE
-    width, font = max(2, round(4 * unit)), _font(round(22 * unit))
-    placed: list[_Rectangle] = []
-    truth = [(_scaled(person.box, factor), person) for person in ground_truth or ()]
-    people = [(_scaled(subject.box, factor), subject) for subject in subjects]
-    for box, _ in truth:
-        _dashed_rectangle(draw, box, width)
-    for i, (box, _) in enumerate(people):
-        draw.rectangle(box, outline="black", width=width + 2)
-        draw.rectangle(_inner(box), outline=PALETTE[i % len(PALETTE)], width=width)
-    for i, (box, subject) in enumerate(people):
-        _write(draw, label_lines(subject), box, canvas.size, font, PALETTE[i % len(PALETTE)], placed)
-    for box, person in truth:
-        _write(draw, [f"truth: {name}" for name in person.labels[:_MAX_LABELS]], box, canvas.size, font, TRUTH_COLOR, placed, below_first=True)
-    return canvas
-
-
-def _scaled(box: _Rectangle, factor: int) -> _Rectangle:
-    x1, y1, x2, y2 = (float(side * factor) for side in box)
-    return x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)  # PIL's rectangles include their last pixel
-
-
-def _inner(box: _Rectangle) -> _Rectangle:
-    """One pixel smaller on every side, where there is room."""
-    x1, y1, x2, y2 = box
-    return (x1 + 1, y1 + 1, x2 - 1, y2 - 1) if min(x2 - x1, y2 - y1) > 2 else box
-
-
-def _dashed_rectangle(draw: ImageDraw.ImageDraw, box: _Rectangle, width: int) -> None:
-    x1, y1, x2, y2 = box
-    for start, end in (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x1, y2), (x2, y2)), ((x1, y1), (x1, y2))):
-        draw.line((*start, *end), fill="black", width=width)
-        length, step = max(end[0] - start[0], end[1] - start[1]), 4 * width
-        for offset in np.arange(0, length, 2 * step):
-            a, b = offset / length, min(1.0, (offset + step) / length)
-            points = [(start[0] + t * (end[0] - start[0]), start[1] + t * (end[1] - start[1])) for t in (a, b)]
-            draw.line((*points[0], *points[1]), fill=TRUTH_COLOR, width=width)
-
-
-def _write(
-    draw: ImageDraw.ImageDraw,
-    lines: Sequence[str],
-    box: _Rectangle,
-    canvas: tuple[int, int],
-    font: ImageFont.FreeTypeFont,
-    color: str,
-    placed: list[_Rectangle],
-    *,
-    below_first: bool = False,
-) -> None:
-    """Writes the lines on a panel of `color` at the box, where it covers the least of the panels already placed."""
-    if not lines:
-        return
-    padding, spacing = font.size / 5, round(font.size * 1.2)
-    width = max(font.getlength(line) for line in lines) + 2 * padding
-    height = spacing * len(lines) + padding
-    x1, y1, x2, y2 = box
-    room = max(0.0, canvas[0] - width), max(0.0, canvas[1] - height)
-    left = min(max(0.0, x1), room[0])
-    above, below = (left, y1 - height), (left, y2 + 1)
-    corners = [*((below, above) if below_first else (above, below)), (left, y1), (left, y2 - height), (x2 + 1, y1), (x1 - width, y1)]
-    corners = [(x, y) for x, y in corners if 0 <= x <= room[0] and 0 <= y <= room[1]] or [(left, min(max(0.0, y1), room[1]))]
-    panels = [(x, y, x + width, y + height) for x, y in corners]
-    panel = min(panels, key=lambda candidate: sum(_overlap(candidate, other) for other in placed))  # the first of equals
-    placed.append(panel)
-    draw.rectangle(panel, fill=color, outline="black")
-    ink = "white" if color in ("#0072B2", "#D55E00", "#009E73") else "black"
-    for i, line in enumerate(lines):
-        draw.text((panel[0] + padding, panel[1] + padding / 2 + i * spacing), line, fill=ink, font=font)
-
-
-def _overlap(a: _Rectangle, b: _Rectangle) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def contact_sheet(
-    images: Sequence[Image.Image], columns: int, *, captions: Sequence[str] | None = None, tile: int = 480, legend: str | None = None
-) -> Image.Image:
-    """All images on one white sheet, `columns` a row, each scaled to fit a `tile` x `tile` square, with a caption below and a legend on top.
+def read_truth(path: Path, class_names: Sequence[str]) -> Truth:
+    """Annotated people by file name, from a COCO-style file: bbox [x y w h] in pixels, category_id a class number or a list of them.
 
     Raises:
-        ValueError: no images, no columns, or another number of captions than images.
+        UserError: the file is missing, damaged, or names a class that the model does not have.
     """
-    if not images or columns < 1:
-        raise ValueError(f"contact_sheet: {len(images)} images in {columns} columns")
-    if captions is not None and len(captions) != len(images):
-        raise ValueError(f"contact_sheet: {len(captions)} captions for {len(images)} images")
-    columns, margin, font = min(columns, len(images)), tile // 40, _font(tile // 22)
-    line = round(font.size * 1.5)
-    fitted = [image.resize(_fit(image.size, tile), Image.Resampling.LANCZOS) for image in images]
-    rows = [fitted[start : start + columns] for start in range(0, len(fitted), columns)]
-    heights = [max(image.height for image in row) + (line if captions else 0) for row in rows]
-    top = (line + margin) if legend else margin
-    sheet = Image.new("RGB", (margin + columns * (tile + margin), top + sum(heights) + margin * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    if legend:
-        draw.text((margin, margin), legend, fill="black", font=font)
-    for r, row in enumerate(rows):
-        for c, image in enumerate(row):
-            x = margin + c * (tile + margin)
-            sheet.paste(image, (x + (tile - image.width) // 2, top))
-            if captions:
-                draw.text((x, top + image.height), captions[r * columns + c], fill="black", font=font)
-        top += heights[r] + margin
-    return sheet
+    if not path.is_file():
+        raise UserError(f"--truth={path}: no such file")
+    try:
+        content = json.loads(path.read_text())
+        names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
+        truth: Truth = {name: [] for name in names.values()}
+        for person in content["annotations"]:
+            x, y, w, h = (float(side) for side in person["bbox"])
+            ids = person["category_id"] if isinstance(person["category_id"], list) else [person["category_id"]]
+            labels = tuple(class_names[i] for i in ids)
+            truth[names[person["image_id"]]].append(Subject(box=(x, y, x + w, y + h), scores={}, labels=labels, score=1.0))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"--truth={path}: not COCO-style annotations for {len(class_names)} classes ({type(error).__name__}: {error})") from None
+    return truth
 
 
-def _fit(size: tuple[int, int], tile: int) -> tuple[int, int]:
-    scale = tile / max(size)
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+def predictions_sheet(model: Model, files: Sequence[Path], *, truth: Truth | None, selection: Selection) -> Image.Image:
+    """Fig. 5 and 6: every image with the people found in it; with `truth`, the annotated ones to the left of it."""
+    images = [read_photograph(file) for file in files]
+    answers = _answers(model, images, selection)
+    tiles: list[Image.Image] = []
+    captions: list[str] = []
+    for file, image, people in zip(files, images, answers, strict=True):
+        if truth is not None:
+            annotated = truth.get(file.name, [])
+            tiles.append(draw_subjects(image, _from_left(annotated)))
+            captions.append(f"{file.name}: annotated")
+        tiles.append(draw_subjects(image, _from_left(people)))
+        captions.append(f"{file.name}: predicted" if truth is not None else file.name)
+    return contact_sheet(tiles, 4, captions=captions)
 
 
-def draw_batch(
-    batch: Batch,
-    logits: np.ndarray,
-    boxes: np.ndarray,
-    *,
-    class_names: Sequence[str],
-    multi_label: bool,
-    subject_logit: bool,
-    selection: Selection | None = None,
-) -> list[Image.Image]:
-    """Every real image of a batch, without its padding, with the predicted people and the annotated ones.
+def beside_sheet(models: Sequence[Model], names: Sequence[str], files: Sequence[Path], *, truth: Truth | None, selection: Selection) -> Image.Image:
+    """Fig. 13: the answers of all checkpoints side by side, two images a row.
 
-    `logits` [b q k+1] and `boxes` [b q 4] are those of the last decoder layer; `batch` holds host arrays.
+    With `truth` each caption counts the annotated people whose emotions are right.
     """
-    pictures = []
-    for i in np.flatnonzero(np.asarray(batch.real)):
-        height, width = (int(side) for side in batch.sizes[i])
-        subjects = select_subjects(
-            np.asarray(logits[i]),
-            np.asarray(boxes[i]),
-            (height, width),
-            class_names=class_names,
-            multi_label=multi_label,
-            subject_logit=subject_logit,
-            selection=selection or Selection(),
+    images = [read_photograph(file) for file in files]
+    answers = [_answers(model, images, selection) for model in models]
+    tiles: list[Image.Image] = []
+    captions: list[str] = []
+    for number, (file, image) in enumerate(zip(files, images, strict=True)):
+        annotated = None if truth is None else truth.get(file.name, [])
+        for name, found in zip(names, answers, strict=True):
+            tiles.append(draw_subjects(image, _from_left(found[number]), ground_truth=annotated))
+            right = "" if annotated is None else f": {sum(_is_right(person, found[number]) for person in annotated)} of {len(annotated)} right"
+            captions.append(f"{name}{right}")
+    legend = None if truth is None else "dashed, white: annotated"
+    return contact_sheet(tiles, 2 * len(models), captions=captions, legend=legend)
+
+
+def _answers(model: Model, images: Sequence[Image.Image], selection: Selection) -> list[list[Subject]]:
+    return predict(model, images, threshold=selection.threshold, min_certainty=selection.min_certainty, nms=selection.nms)
+
+
+def _from_left(people: Sequence[Subject]) -> list[Subject]:
+    """So that a person keeps their colour from one drawing of an image to the next."""
+    return sorted(people, key=lambda person: person.box[0])
+
+
+def _is_right(person: Subject, found: Sequence[Subject]) -> bool:
+    match = _nearest(person, found)
+    return match is not None and set(match.labels) == set(person.labels)
+
+
+def _nearest(person: Subject, candidates: Sequence[Subject]) -> Subject | None:
+    """The candidate that overlaps a person most, None where none does enough to be the same person."""
+    best = max(candidates, key=lambda other: _overlap(person, other), default=None)
+    return best if best is not None and _overlap(person, best) >= _SAME_PERSON else None
+
+
+def _overlap(a: Subject, b: Subject) -> float:
+    """IoU of two boxes."""
+    width = min(a.box[2], b.box[2]) - max(a.box[0], b.box[0])
+    height = min(a.box[3], b.box[3]) - max(a.box[1], b.box[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(one.box[2] - one.box[0]) * (one.box[3] - one.box[1]) for one in (a, b)]
+    return width * height / (sum(areas) - width * height)
+
+
+def make_looks(model: Model, files: Sequence[Path], *, selection: Selection) -> list[Look]:
+    """What the model looked at in each file, with progress on the terminal where it takes long."""
+    return [look(model, read_photograph(file), selection=selection) for file in tqdm(files, unit="image", delay=3, leave=False)]
+
+
+def embeddings(looks: Sequence[Look], files: Sequence[Path], *, truth: Truth | None) -> Figure:
+    """Principal components of all people, by annotated emotion with `truth` (people that are nobody's are left out), else by predicted one."""
+    labels = [_embedding_label(subject, file, truth) for one, file in zip(looks, files, strict=True) for subject in one.subjects]
+    if len(labels) < 3:
+        raise UserError(f"embeddings: {len(labels)} people were found; principal components need at least 3, so give more images")
+    return embedding_figure(looks, labels, source="predicted emotion" if truth is None else "annotated emotion")
+
+
+def _embedding_label(subject: Subject, file: Path, truth: Truth | None) -> str:
+    if truth is None:
+        return subject.labels[0] if subject.labels else "none"
+    match = _nearest(subject, truth.get(file.name, []))
+    return "nobody" if match is None else (match.labels[0] if match.labels else "none")
+
+
+def losses(runs: Sequence[str]) -> Figure:
+    """Fig. 12 for the runs in these directories. Raises UserError where one has logged nothing."""
+    series = {}
+    for run in runs:
+        series[Path(run).resolve().name if len({Path(r).resolve().name for r in runs}) == len(runs) else run] = read_metrics(
+            Path(run) / "metrics.jsonl"
         )
-        valid = np.asarray(batch.targets.valid[i])
-        people = cxcywh_to_xyxy(np.asarray(batch.targets.boxes[i])[valid]) * np.array([width, height] * 2)
-        labels = np.asarray(batch.targets.labels[i])[valid]
-        truth = [
-            Subject(
-                box=tuple(box.tolist()),
-                scores={},
-                labels=tuple(name for name, present in zip(class_names, row, strict=True) if present),
-                score=1.0,
-            )
-            for box, row in zip(people, labels, strict=True)
-        ]
-        pixels = np.asarray(batch.images[i])[:height, :width]
-        pictures.append(draw_subjects(Image.fromarray(pixels), subjects, ground_truth=truth))
-    return pictures
+    return loss_figure(series)
+
+
+def draw(arguments: argparse.Namespace) -> Image.Image | Figure:
+    """The picture that the command line asks for."""
+    if arguments.figure == "losses":
+        return losses(arguments.paths)
+    if arguments.checkpoint is None:
+        raise UserError("--checkpoint is missing: a run directory, a .safetensors file or a released .pth (with --config)")
+    files, videos = find_inputs(arguments.paths, leave_out=Path(arguments.output))
+    if videos:
+        raise UserError(f"{videos[0]}: is a video; figures are drawn of images, and python -m dsct_jax.predict draws videos")
+    if len(files) > _MAX_IMAGES and arguments.figure != "embeddings":
+        raise UserError(f"{len(files)} images do not fit on one picture that can be read; give at most {_MAX_IMAGES}")
+    config = read_config(Path(arguments.config)) if arguments.config else None
+    model = load(arguments.checkpoint, config)
+    truth = None if arguments.truth is None else read_truth(arguments.truth, model.class_names)
+    selection = Selection(threshold=arguments.threshold, min_certainty=arguments.min_certainty, nms=arguments.nms)
+    if arguments.figure == "predictions":
+        return predictions_sheet(model, files, truth=truth, selection=selection)
+    if arguments.figure == "beside":
+        if arguments.beside is None:
+            raise UserError("--beside is missing: the second checkpoint, drawn to the right of the first")
+        names = arguments.names.split(",") if arguments.names else [str(arguments.checkpoint), str(arguments.beside)]
+        if len(names) != 2:
+            raise UserError(f"--names={arguments.names}: must be two names with a comma between them")
+        return beside_sheet([model, load(arguments.beside)], names, files, truth=truth, selection=selection)
+    looks = make_looks(model, files, selection=selection)
+    if arguments.figure == "activation":
+        return activation_figure(looks, stage=arguments.stage)
+    if arguments.figure == "embeddings":
+        return embeddings(looks, files, truth=truth)
+    return _draw_queries(arguments, looks, files)
+
+
+def _draw_queries(arguments: argparse.Namespace, looks: Sequence[Look], files: Sequence[Path]) -> Figure:
+    """The figures of single people: sampling and context."""
+    layers, person = len(looks[0].layers), arguments.person
+    if not 1 <= arguments.layer <= layers and arguments.layer != 0:
+        raise UserError(f"--layer={arguments.layer}: the decoder has layers 1 to {layers}")
+    if nobody := [str(file) for file, one in zip(files, looks, strict=True) if not one.subjects]:
+        raise UserError(f"{nobody[0]}: nobody was found in it, so there is no query to draw; lower --min-certainty or give another image")
+    if arguments.figure == "sampling":
+        return sampling_figure(looks, layer=arguments.layer - 1)
+    if len(looks) > 1:
+        raise UserError(f"context: draws one image, not {len(looks)}")
+    if not len(looks[0].context_points):
+        raise UserError(f"{arguments.checkpoint}: has no context queries (config.model.num_context_queries is 0), so there is nothing to draw")
+    if not 1 <= person <= len(looks[0].subjects):
+        raise UserError(f"--person={person}: {len(looks[0].subjects)} people were found in {files[0]}, counted from 1, surest first")
+    return context_figure(looks[0], person=person - 1)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(prog="python -m dsct_jax.visualize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figure", choices=FIGURES, metavar="FIGURE", help=", ".join(FIGURES))
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="image, folder of images, or quoted glob pattern (losses: run directory)")
+    parser.add_argument("--checkpoint", help="run directory, .safetensors file, or released .pth (with --config)")
+    parser.add_argument("--output", required=True, help="the picture, .png")
+    parser.add_argument("--config", help="configuration (.py or .json) that describes the weights; needed for .pth only")
+    parser.add_argument("--truth", type=Path, help="COCO-style annotations of the images (predictions, beside, embeddings)")
+    parser.add_argument("--beside", help="second checkpoint (beside)")
+    parser.add_argument("--names", help="what the two checkpoints are called, such as 'early fusion,late fusion' (beside)")
+    parser.add_argument("--stage", choices=["backbone", "encoder"], default="backbone", help="whose maps are drawn (activation)")
+    parser.add_argument("--layer", type=int, default=0, help="decoder layer from 1; 0 = the last (sampling)")
+    parser.add_argument("--person", type=int, default=1, help="whose context queries, from 1, surest first (context)")
+    parser.add_argument("--threshold", type=float, help="multi-label: probability that makes a class a label; else as fitted")
+    parser.add_argument("--min-certainty", type=float, default=Selection.min_certainty, help="certainty below which a query is nobody")
+    parser.add_argument("--nms", type=float, default=Selection.nms, help="overlap (IoU) above which two boxes are the same person; 1 = keep all")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; a user's mistake is one line on stderr and exit status 2."""
+    try:
+        arguments = make_parser().parse_args(argv)
+        output = Path(arguments.output)
+        if output.suffix.lower() != ".png":
+            raise UserError(f"--output={output}: must be the name of a .png file")
+        picture = draw(arguments)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(picture, Figure):
+            picture.savefig(output)
+        else:
+            picture.save(output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    start_process()
+    sys.exit(main())

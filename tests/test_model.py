@@ -275,6 +275,7 @@ def test_variants_run_and_differ(change, small, golden):
     assert np.isfinite(out.logits).all() and np.isfinite(out.boxes).all()
     fused = ["context_weights" in layer for layer in out.details["layers"]]
     assert fused == ([False, False] if "num_context_queries" in change else [False, True])
+    assert all(np.prod(shape) > 0 for shape in functions.param_shapes.values())  # checkpoints cannot hold an array without elements
 
 
 @pytest.mark.parametrize(

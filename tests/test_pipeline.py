@@ -149,13 +149,13 @@ def test_a_batch_that_hosts_cannot_share_is_refused():
 
 def test_workers_and_threads_yield_the_same_batches_in_the_same_order(monkeypatch):
     single = list(train_set().iterator(2, 7))
-    processes = list(train_set(make_config(num_workers=2)).iterator(2, 7))
+    others = [list(train_set(make_config(num_workers=workers)).iterator(2, 7)) for workers in (1, 2, 4)]
     monkeypatch.setattr(pipeline, "grain", None)
-    threads = list(train_set(make_config(num_workers=3)).iterator(2, 7))
+    others += [list(train_set(make_config(num_workers=workers)).iterator(2, 7)) for workers in (1, 3)]
     assert len(single) == 7
-    for one, two, three in zip(single, processes, threads, strict=True):
-        assert_same(one, two)
-        assert_same(one, three)
+    for other in others:
+        for one, two in zip(single, other, strict=True):
+            assert_same(one, two)
 
 
 def test_a_cache_changes_nothing():

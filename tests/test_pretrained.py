@@ -3,12 +3,15 @@
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from dsct_jax.errors import UserError
 from dsct_jax.load import Model, model_config
+from dsct_jax.model.position import resize_mask
 from dsct_jax.pretrained import initialise
 from dsct_jax.state import ModelFunctions
 from dsct_jax.torch_weights import DEFORMABLE_DETR, DSCT, HUGGING_FACE, LAYOUTS, TORCHVISION, detect_layout, from_torch, has_place, to_torch
@@ -189,3 +192,54 @@ def test_a_model_of_our_own(functions, fresh, ours, tmp_path):
     assert "subject_queries has shape (4, 128) where the model has (9, 128)" in line
     *_, report = initialise(tmp_path / "x.safetensors", functions, *fresh, small_config(semantic_selection="smallest"))
     assert "config.model.semantic_selection: 'largest' -> 'smallest'" in report[1]
+
+
+def test_released_weights_for_other_classes(functions, state, ours, tmp_path):
+    config = small_config() | {"class_names": ("Anger", "Fear"), "multi_label": False}
+    smaller = ModelFunctions(model_config(config))
+    start = smaller.init(1)
+    *result, report = initialise(write_state(tmp_path / "x.pth", state), smaller, *start, config)
+    assert_taken(result, ours, start, re.compile("(?!class_head).*"))
+    assert "  re-initialised: class_head (2)" in report
+    assert "  left out: class_embed_dsct (2)" in report
+
+
+@pytest.mark.torch
+def test_the_encoder_of_transformers(functions, fresh, tmp_path):
+    """A DeformableDetr with random weights, saved by transformers and taken by us: the same memory from the same padded images."""
+    import torch
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
+
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[32, 64, 128, 256], depths=[1, 2, 2, 1], layer_type="bottleneck", out_features=["stage2", "stage3", "stage4"]
+    )
+    sizes = {"d_model": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "num_queries": 20}
+    config = DeformableDetrConfig(use_timm_backbone=False, backbone=None, use_pretrained_backbone=False, backbone_config=backbone, **sizes, **layers)
+    theirs = DeformableDetrForObjectDetection(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in theirs.state_dict().items():
+            noise = torch.rand(value.shape, generator=generator)
+            spread = (
+                0.5 + noise
+                if "running_var" in name or (value.ndim == 1 and name.endswith("weight"))
+                else (noise - 0.5) / max(1, value[0].numel()) ** 0.5
+            )
+            value.copy_(2 * spread if value.ndim > 1 else spread)
+    theirs.save_pretrained(tmp_path)
+    images = np.random.default_rng(0).standard_normal((2, 72, 90, 3), np.float32)
+    mask = np.zeros((2, 72, 90), bool)
+    mask[0, :, 64:], mask[1, 50:] = True, True
+    images[mask] = 0
+    pixels = torch.tensor(images.transpose(0, 3, 1, 2)).double()
+    with torch.no_grad():  # in float64: in float32 theirs is 1.3e-4 away from it, ours 7e-6
+        out = theirs.double().model(pixel_values=pixels, pixel_mask=torch.tensor(~mask).long())
+    params, frozen, report = initialise(tmp_path / "model.safetensors", functions, *fresh, small_config())
+    assert "Hugging Face" in report[0]
+    ours = jax.jit(lambda *inputs: functions.bind(params, frozen)(*inputs, return_details=True).details["memory"])
+    memory = ours(jnp.asarray(images), jnp.asarray(mask))
+    valid = ~np.concatenate([resize_mask(jnp.asarray(mask), -(-72 // s), -(-90 // s)).reshape(2, -1) for s in (8, 16, 32, 64)], 1)
+    expected = out.encoder_last_hidden_state.numpy()
+    assert np.abs(expected[valid]).mean() > 0.3
+    np.testing.assert_allclose(np.asarray(memory)[valid], expected[valid], rtol=0, atol=2e-5)

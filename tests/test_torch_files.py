@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from dsct_jax.errors import UserError
-from dsct_jax.torch_files import read_pth
+from dsct_jax.tensor_writing import write_npz, write_safetensors
+from dsct_jax.tensor_writing import write_pth as write_torch_file
+from dsct_jax.torch_files import read_pth, read_safetensors, read_tensors
 
 STORAGES = {np.dtype(np.float32): "FloatStorage", np.dtype(np.float64): "DoubleStorage", np.dtype(np.int64): "LongStorage"}
 
@@ -101,7 +103,7 @@ def refused(path: Path) -> str:
 
 def test_tensors_of_a_released_file(tmp_path):
     arrays = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([1.5, -2]), "steps": np.array(7, np.int64)}
-    found = read_pth(write_state(tmp_path / "x.pth", arrays))
+    found, _ = read_pth(write_state(tmp_path / "x.pth", arrays))
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
@@ -113,7 +115,7 @@ def test_views_of_one_storage(tmp_path):
     storage = Storage(np.arange(12, dtype=np.float32), "0")
     views = {"transposed": as_tensor(storage, (4, 3), (1, 4)), "part": as_tensor(storage, (2, 2), (4, 1), 5)}
     views["none"] = as_tensor(storage, (0, 3), (3, 1))
-    found = read_pth(write_pth(tmp_path / "x.pth", views, [storage]))
+    found, _ = read_pth(write_pth(tmp_path / "x.pth", views, [storage]))
     whole = storage.array.reshape(3, 4)
     np.testing.assert_array_equal(found["transposed"], whole.T)
     np.testing.assert_array_equal(found["part"], whole[1:, 1:3])
@@ -132,7 +134,7 @@ def test_what_torch_saves(tmp_path, wrapped):
     optimizer = torch.optim.AdamW(module.parameters())
     content = {"model": state, "optimizer": optimizer.state_dict(), "epoch": 3, "args": argparse.Namespace(lr=1.0)} if wrapped else state
     torch.save(content, tmp_path / "x.pth")
-    found = read_pth(tmp_path / "x.pth")
+    found, _ = read_pth(tmp_path / "x.pth")
     assert found.keys() == state.keys()
     for name, tensor in state.items():
         np.testing.assert_array_equal(found[name], tensor.numpy())
@@ -159,7 +161,7 @@ def test_a_file_cannot_change_what_reads_it(tmp_path):
         writer.save(state)
         buffer.write(pickle.BUILD + pickle.STOP)
         assert "change a function" in refused(write_pth(tmp_path / "x.pth", buffer.getvalue()))
-    np.testing.assert_array_equal(read_pth(write_pth(tmp_path / "y.pth", {"a": as_tensor(storage, (3,), (1,))}, [storage]))["a"], storage.array)
+    np.testing.assert_array_equal(read_pth(write_pth(tmp_path / "y.pth", {"a": as_tensor(storage, (3,), (1,))}, [storage]))[0]["a"], storage.array)
 
 
 @pytest.mark.parametrize(
@@ -226,4 +228,102 @@ def test_every_damaged_pickle_is_refused_or_harmless(tmp_path):
         spoilt[rng.integers(len(spoilt))] = rng.integers(256)
         path = write_pth(tmp_path / "x.pth", bytes(spoilt), [storage])
         with contextlib.suppress(UserError):
-            assert all(array.size <= 20 for array in read_pth(path).values())
+            assert all(array.size <= 20 for array in read_pth(path)[0].values())
+
+
+# --- files of before PyTorch 1.6, names that come twice, .safetensors --------------------------------------------------------------------------
+
+
+@pytest.mark.torch
+def test_a_file_of_before_the_archives(tmp_path):
+    """As torchvision's and Deformable DETR's oldest weights are; storages in another order than the tensors, one of them shared, one not wanted."""
+    import torch
+
+    numbers = torch.arange(12, dtype=torch.float32)
+    state = {"b": numbers.reshape(3, 4), "a": numbers[2:5], "half": torch.tensor([1.5, -2], dtype=torch.float16), "steps": torch.tensor(7)}
+    content = {"optimizer": {"momentum": torch.zeros(1000)}, "model": state, "epoch": 3}
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    found, _ = read_pth(tmp_path / "x.pth")
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(found[name], tensor.numpy())
+    whole = (tmp_path / "x.pth").read_bytes()
+    for cut in range(1, len(whole), 97):
+        (tmp_path / "x.pth").write_bytes(whole[:cut])
+        assert refused(tmp_path / "x.pth")
+    # Code in place of the content, after a start that looks right.
+    start = whole[: whole.index(b"optimizer") - 20]
+    (tmp_path / "x.pth").write_bytes(start[: start.rindex(b".") + 1] + pickle.dumps(_Mkdir(tmp_path / "executed"), protocol=2))
+    assert "mkdir" in refused(tmp_path / "x.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+class _Mkdir:
+    """A pickle that makes a directory when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_name_that_comes_twice_is_refused(tmp_path):
+    storage = Storage(np.ones(3, np.float32), "0")
+    one = as_tensor(storage, (3,), (1,))
+    buffer = io.BytesIO()
+    writer = Writer(buffer, protocol=2)
+    buffer.write(pickle.PROTO + b"\x02")
+    writer.save(Call(Global("collections", "OrderedDict")))
+    buffer.write(pickle.MARK)
+    for _ in range(2):
+        writer.save("layer.weight")
+        writer.save(one)
+    buffer.write(pickle.SETITEMS + pickle.STOP)
+    assert "'layer.weight' twice" in refused(write_pth(tmp_path / "x.pth", buffer.getvalue(), [storage]))
+    path = write_pth(tmp_path / "x.pth", {"a": one}, [storage])
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("archive/data/0", np.zeros(3, np.float32).tobytes())
+    assert "'archive/data/0' twice" in refused(path)
+
+
+def test_what_we_write_is_what_we_read(tmp_path):
+    shared = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    arrays = {"b.weight": shared, "a": np.array(7, np.int64), "c": np.zeros((0, 3), np.float32), "copy": shared, "d": np.ones(5, np.float16)}
+    for again in (1, 2):
+        order = arrays if again == 1 else dict(reversed(arrays.items()))
+        write_safetensors(tmp_path / f"{again}.safetensors", order, {"x": "1", "a": "\u00e9"} if again == 1 else {"a": "\u00e9", "x": "1"})
+        write_npz(tmp_path / f"{again}.npz", order)
+        write_torch_file(tmp_path / f"{again}.pth", arrays, {"config": "{}"})
+    for kind in ("safetensors", "npz", "pth"):
+        assert (tmp_path / f"1.{kind}").read_bytes() == (tmp_path / f"2.{kind}").read_bytes(), kind
+    assert read_safetensors(tmp_path / "1.safetensors")[1] == {"a": "\u00e9", "x": "1"}
+    assert read_pth(tmp_path / "1.pth")[1] == {"config": "{}"}
+    for found in (read_tensors(tmp_path / "1.safetensors"), read_tensors(tmp_path / "1.pth"), dict(np.load(tmp_path / "1.npz"))):
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array)
+            assert found[name].dtype == array.dtype
+            assert found[name].shape == array.shape
+
+
+def test_safetensors_of_the_library_and_bfloat16(tmp_path):
+    import ml_dtypes
+    from safetensors.numpy import load_file
+
+    write_safetensors(tmp_path / "x.safetensors", {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}, {})
+    np.testing.assert_array_equal(load_file(str(tmp_path / "x.safetensors"))["a"], [[0, 1, 2], [3, 4, 5]])
+
+    def write(header: str, numbers: bytes) -> Path:
+        (tmp_path / "y.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + numbers)
+        return tmp_path / "y.safetensors"
+
+    numbers = np.array([1.5, -2.0], ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(read_tensors(write('{"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}', numbers.tobytes()))["a"], numbers)
+    entry = '"a":{"dtype":"F16","shape":[1],"data_offsets":[%d,%d]}'
+    with pytest.raises(UserError, match="holds 'a' twice"):
+        read_tensors(write(f"{{{entry % (0, 2)},{entry % (2, 4)}}}", b"1234"))
+    with pytest.raises(UserError, match="cut short"):
+        read_tensors(write('{"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}', b"12"))
+    with pytest.raises(UserError, match=r"neither a \.safetensors"):
+        read_tensors(tmp_path / "x.onnx")

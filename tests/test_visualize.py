@@ -1,184 +1,232 @@
-"""Drawings show what they are given, where it is; sheets and reports hold everything."""
+"""What the figures are made of is where it is in the photograph, and the command draws every figure or says in one line why not."""
 
 import json
 
+import jax
 import numpy as np
 import pytest
-from PIL import Image, ImageChops
+from matplotlib.figure import Figure
+from PIL import Image
 
-from dsct_jax.batch import Batch, Targets
+from configs import debug
+from data.command import run_command
+from data.samples import run as write_samples
+from dsct_jax import inside, visualize
 from dsct_jax.errors import UserError
-from dsct_jax.report import main, metrics_table, read_metrics
-from dsct_jax.subjects import Subject
-from dsct_jax.visualize import PALETTE, contact_sheet, draw_batch, draw_subjects, label_lines
+from dsct_jax.figures import contextual_samples, loss_figure
+from dsct_jax.inside import look, principal_components
+from dsct_jax.load import Model, load, model_config
+from dsct_jax.settings import plain
+from dsct_jax.state import ModelFunctions
+from dsct_jax.subjects import Selection, Subject
+from dsct_jax.visualize import main, read_truth
 
-GREY = (90, 90, 90)
-
-
-def subject(box, *labels, **scores):
-    return Subject(box=tuple(map(float, box)), scores=scores, labels=labels, score=0.9)
-
-
-def rgb(color):
-    return tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
+EVERYBODY = Selection(min_certainty=0.0, nms=1.0)
 
 
-def bounds(image, color):
-    """(left, upper, right, lower) of the pixels of exactly this colour."""
-    rows, columns = np.nonzero((np.asarray(image) == color).all(-1))
-    return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+def make_checkpoint(path, seed=0, **changes):
+    config = plain(debug.get_config())
+    config["model"] |= changes
+    functions = ModelFunctions(model_config(config))
+    params, frozen = functions.init(seed)
+    # The initial offsets and weights are the same for every query; noise makes the queries differ, so that a mix-up shows.
+    rng = np.random.default_rng(seed)
+    params = {name: value + 0.05 * rng.standard_normal(value.shape).astype(np.float32) for name, value in params.items()}
+    Model(functions, params, frozen, config).save(path)
+    return path
 
 
-def test_a_box_is_drawn_where_it_is_and_the_photograph_left_alone():
-    image = Image.new("RGB", (600, 500), GREY)
-    drawn = draw_subjects(image, [subject((100, 200, 300, 450))])
-    assert drawn.size == image.size
-    assert image.getcolors() == [(600 * 500, GREY)]
-    np.testing.assert_allclose(bounds(drawn, rgb(PALETTE[0])), (100, 200, 300, 450), atol=2)
-    inside, outside = drawn.crop((110, 210, 290, 440)), drawn.crop((0, 0, 600, 195))
-    assert inside.getcolors() == [(180 * 230, GREY)]
-    assert outside.getcolors() == [(600 * 195, GREY)]
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("weights") / "debug.safetensors")
 
 
-def test_a_small_image_is_enlarged_and_its_boxes_with_it():
-    drawn = draw_subjects(Image.new("RGB", (96, 64), GREY), [subject((10, 20, 50, 60))])
-    assert drawn.size == (96 * 8, 64 * 8)
-    np.testing.assert_allclose(bounds(drawn, rgb(PALETTE[0])), (80, 160, 400, 480), atol=2)
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """Three built-in scenes as files, with truth.json."""
+    folder = tmp_path_factory.mktemp("samples")
+    assert run_command(lambda: write_samples(["--config=configs/debug.py", "-n", "3", "--config.data.test=3", f"--output={folder}"])) == 0
+    return folder
 
 
-def test_every_subject_has_its_colour_and_its_text():
-    image = Image.new("RGB", (640, 480), GREY)
-    people = [subject((60 + 190 * i, 200, 200 + 190 * i, 400), "Happy", Happy=0.8) for i in range(3)]
-    with_text, without = draw_subjects(image, people), draw_subjects(image, [subject(person.box) for person in people])
-    for i in range(3):
-        assert bounds(with_text, rgb(PALETTE[i]))[1] < 195  # the panel is above the box
-    changed = ImageChops.difference(with_text, without).getbbox()
-    assert changed[1] > 150
-    assert changed[3] <= 205
+@pytest.fixture(scope="module")
+def scene(checkpoint, samples):
+    """(model, image, what it looked at) of one scene, everybody kept."""
+    model = load(checkpoint)
+    image = Image.open(samples / "test_00000.png")
+    return model, image, look(model, image, selection=EVERYBODY)
 
 
-@pytest.mark.parametrize("box", [(0, 0, 640, 480), (0, 0, 30, 30), (600, 440, 640, 480), (0, 440, 40, 480), (300, 0, 340, 480)])
-def test_text_stays_inside_the_image(box):
-    image = Image.new("RGB", (640, 480), GREY)
-    drawn = draw_subjects(image, [subject(box, "Doubt/Confusion", **{"Doubt/Confusion": 0.8})])
-    panel = np.asarray(ImageChops.difference(drawn, draw_subjects(image, [subject(box)])).convert("L")) > 0
-    rows, columns = np.nonzero(panel)
-    assert panel.sum() > 3000
-    assert np.ptp(columns) > 230  # nothing of the text is cut off
-    assert np.ptp(rows) > 20
+def test_a_look_agrees_with_prediction(scene):
+    model, image, seen = scene
+    people = visualize._answers(model, [image], EVERYBODY)[0]
+    assert len(people) == len(seen.subjects) == 4
+    np.testing.assert_allclose([one.box for one in seen.subjects], [one.box for one in people], atol=1e-2)
+    assert sorted(seen.queries.tolist()) == [0, 1, 2, 3]
 
 
-def test_panels_of_close_people_do_not_cover_each_other():
-    image = Image.new("RGB", (640, 480), GREY)
-    people = [subject((200, 200, 300, 300), "Happy", Happy=0.8), subject((210, 203, 310, 303), "Sad", Sad=0.7)]
-    both = draw_subjects(image, people)
-    alone = draw_subjects(image, [subject(people[0].box), people[1]])
-    for color in (PALETTE[0], PALETTE[1]):
-        area = (np.asarray(both) == rgb(color)).all(-1).sum()
-        assert area > 2000, color
-    assert bounds(alone, rgb(PALETTE[1]))[1] < bounds(alone, rgb(PALETTE[0]))[1]
+def test_points_are_in_pixels_of_the_image_without_its_padding(scene):
+    """The box head predicts relative to the reference point: with an untouched canvas both must be in the same coordinates."""
+    model, image, seen = scene
+    queries = np.concatenate([np.asarray(model.params["context_queries"]), np.asarray(model.params["subject_queries"])])
+    kernel, bias = (np.asarray(model.params[f"reference_points/{name}"]) for name in ("kernel", "bias"))
+    points = jax.nn.sigmoid(queries[:, : queries.shape[1] // 2] @ kernel + bias) * np.array([image.width, image.height])
+    np.testing.assert_allclose(seen.context_points, points[:6], rtol=1e-4)
+    np.testing.assert_allclose(seen.layers[0].subject_points, points[6:], rtol=1e-4)
 
 
-def test_labels_say_what_is_known():
-    assert label_lines(subject((0, 0, 1, 1), "a", "b", "c", "d", "e", a=0.9, b=0.8, c=0.7, d=0.6, e=0.55)) == [
-        "a 0.90",
-        "b 0.80",
-        "c 0.70",
-        "+ 2 more",
-    ]
-    assert label_lines(subject((0, 0, 1, 1), a=0.4, b=0.45)) == ["(b 0.45)"]
-    assert label_lines(subject((0, 0, 1, 1), "a")) == ["a"]
-    assert label_lines(subject((0, 0, 1, 1))) == []
+def test_samples_surround_their_reference_point_in_pixels(checkpoint, samples):
+    """With offsets of one pixel of a level, a sample lies one cell of that level from the reference point, on every canvas."""
+    model = load(checkpoint)
+    for name in model.params:
+        if name.endswith("sampling_offsets/kernel"):
+            model.params[name] = model.params[name] * 0
+        if name.endswith("sampling_offsets/bias"):
+            model.params[name] = model.params[name] * 0 + np.tile(np.array([1.0, 0.0], np.float32), model.params[name].size // 2)
+    image = Image.open(samples / "test_00000.png")
+    seen = look(model, image, selection=EVERYBODY)
+    layer = seen.layers[-1]
+    pixels, size = inside.prepare_image(image, model.preprocessing)
+    offsets = layer.subject_samples - layer.subject_points[:, None]
+    np.testing.assert_allclose(offsets[..., 1], 0, atol=1e-2)
+    heads, levels, points = 2, 4, 2
+    cells = [-(-pixels.shape[1] // 2 ** (3 + level)) for level in range(levels)]
+    step = np.array([pixels.shape[1] / cell for cell in cells]) * image.width / size[1]
+    ratios = np.array([round(size[1] * cell / pixels.shape[1] + 0.499) / cell for cell in cells]) * pixels.shape[1] / size[1]
+    expected = np.broadcast_to((step / ratios)[None, :, None], (heads, levels, points)).reshape(-1)
+    np.testing.assert_allclose(offsets[0, :, 0], expected, rtol=0.15)
 
 
-def test_annotated_people_are_dashed_white():
-    image = Image.new("RGB", (640, 480), GREY)
-    drawn = np.asarray(draw_subjects(image, [], ground_truth=[subject((100, 100, 400, 300), "Sad")]))
-    edge = (drawn[99:103, 110:390] == 255).all(-1).any(0)
-    assert 0.3 < edge.mean() < 0.7
-    assert (drawn[305:330, 100:250] == 255).all(-1).mean() > 0.3  # its panel is below
+def test_selections_and_weights_are_those_of_the_fusion(scene):
+    _, _, seen = scene
+    for layer in seen.layers:
+        assert (layer.spatial.sum(1) == 2).all()
+        distance = np.linalg.norm((layer.subject_points[:, None] - seen.context_points) / [seen.image.width, seen.image.height], axis=-1)
+        assert layer.spatial.shape == distance.shape == (4, 6)
+        np.testing.assert_allclose(layer.context_weights.sum(1), 1, atol=1e-5)
+        assert (layer.context_weights[~(layer.spatial | layer.semantic)] == 0).all()
+        np.testing.assert_allclose(layer.subject_weights.sum(1), 1, atol=1e-5)
+        points, weights = contextual_samples(layer, 0)
+        chosen = (layer.context_weights[0] > 0).sum()
+        assert len(points) == len(weights) == (1 + chosen) * layer.subject_samples.shape[1]
+        np.testing.assert_allclose(weights.sum(), 2, atol=1e-5)  # the subject itself, and its context
 
 
-def test_contact_sheet_shows_every_picture_once():
-    colors = [(250, 10 * i, 3) for i in range(7)]
-    sheet = contact_sheet([Image.new("RGB", (100 + 20 * i, 150), color) for i, color in enumerate(colors)], 3, captions=list("abcdefg"), tile=120)
-    corners = [bounds(sheet, color) for color in colors]
-    for left, upper, right, lower in corners:
-        assert max(right - left, lower - upper) == 120
-    assert len({upper for _, upper, _, _ in corners}) == 3
-    assert [round(left / 123) for left, _, _, _ in corners] == [0, 1, 2, 0, 1, 2, 0]
-    with pytest.raises(ValueError, match="0 images"):
-        contact_sheet([], 3)
-    with pytest.raises(ValueError, match="1 captions for 2"):
-        contact_sheet([sheet, sheet], 3, captions=["a"])
+def test_activation_leaves_the_padding_out():
+    x = np.zeros((4, 6, 3), np.float32)
+    x[:3, :4] = [3, 4, 0]
+    np.testing.assert_allclose(inside._activation(x, (48, 64), (64, 96)), np.full((3, 4), 5))
 
 
-def test_a_batch_is_drawn_without_padding_and_filler():
-    images = np.zeros((2, 64, 96, 3), np.uint8)
-    images[:, :50, :80] = GREY
-    box = np.array([0.5, 0.5, 0.5, 0.5], np.float32)
-    batch = Batch(
-        images=images,
-        sizes=np.array([[50, 80]] * 2, np.int32),
-        targets=Targets(
-            boxes=np.broadcast_to(box, (2, 3, 4)), labels=np.eye(3, dtype=np.float32)[None].repeat(2, 0), valid=np.array([[True, False, False]] * 2)
-        ),
-        image_ids=np.arange(2),
-        original_sizes=np.array([[500, 800]] * 2, np.int32),
-        real=np.array([True, False]),
-    )
-    logits = np.array([[[3, -3, -3, 4], [-3, 3, -3, -4]]] * 2, np.float32)
-    boxes = np.broadcast_to(np.array([0.25, 0.5, 0.3, 0.4], np.float32), (2, 2, 4))
-    (picture,) = draw_batch(batch, logits, boxes, class_names=("a", "b", "c"), multi_label=True, subject_logit=True)
-    assert picture.size == (80 * 10, 50 * 10)
-    left, _, right, lower = bounds(picture, rgb(PALETTE[0]))
-    np.testing.assert_allclose((left, right, lower), (80, 320, 350), atol=3)  # the second query is not sure enough
-    white = bounds(picture, (255, 255, 255))
-    np.testing.assert_allclose(white[:3], (200, 125, 600), atol=10)
+def test_principal_components_are_numpys():
+    x = np.random.default_rng(0).standard_normal((20, 5)) * [5, 3, 1, 1, 1]
+    scores, shares = principal_components(x)
+    values, vectors = np.linalg.eigh(np.cov(x.T))
+    expected = (x - x.mean(0)) @ vectors[:, [-1, -2]]
+    np.testing.assert_allclose(np.abs(scores), np.abs(expected), rtol=1e-6)
+    np.testing.assert_allclose(shares, values[[-1, -2]] / values.sum(), rtol=1e-6)
+    assert principal_components(np.ones((3, 2)))[1].tolist() == [0, 0]
 
 
-# --- the report of a run -------------------------------------------------------------------------------------------------------------------------
+def test_samples_and_their_truth_belong_together(samples):
+    truth = read_truth(samples / "truth.json", debug.CLASS_NAMES)
+    assert sorted(truth) == ["test_00000.png", "test_00001.png", "test_00002.png"]
+    content = json.loads((samples / "truth.json").read_text())
+    assert sum(map(len, truth.values())) == len(content["annotations"])
+    for person in truth["test_00000.png"]:
+        assert len(person.labels) == 1
+        assert 0 <= person.box[0] < person.box[2] <= Image.open(samples / "test_00000.png").width
 
 
-@pytest.fixture
-def run(tmp_path):
-    lines = [{"step": step, "train/total": 10 / step, "train/loss_bbox": 1 / step, "train/loss_class": 2 / step} for step in range(1, 6)]
-    lines += [{"step": step, "val/mean_iou": 0.1 * step, "val/macro_f1": 0.5 - 0.1 * step, "val/chance_mAP": 0.2} for step in (2, 4)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "tra')
-    return tmp_path
+def test_only_the_right_person_with_the_right_emotion_is_right():
+    truth = Subject(box=(0.0, 0.0, 10.0, 10.0), scores={}, labels=("Sad",), score=1.0)
+    near = Subject(box=(1.0, 0.0, 10.0, 10.0), scores={}, labels=("Sad",), score=0.9)
+    far = Subject(box=(6.0, 0.0, 16.0, 10.0), scores={}, labels=("Sad",), score=0.9)
+    wrong = Subject(box=(0.0, 0.0, 10.0, 10.0), scores={}, labels=("Fear",), score=0.9)
+    assert visualize._is_right(truth, [far, near])
+    assert not visualize._is_right(truth, [far])
+    assert not visualize._is_right(truth, [wrong, near])
+    assert not visualize._is_right(truth, [])
 
 
-def test_report_draws_curves_and_tables(run, capsys):
-    assert main([str(run)]) == 0
-    assert capsys.readouterr().out.split() == [str(run / "curves.png"), str(run / "metrics.md")]
-    with Image.open(run / "curves.png") as curves:
-        assert curves.width > 1500
-        assert len(set(curves.convert("RGB").resize((400, 120)).get_flattened_data())) > 20
-    table = (run / "metrics.md").read_text()
-    assert "| mean_iou | 0.2000 | 0.4000 | 0.4000 | 4 |" in table
-    assert "| macro_f1 | 0.3000 | 0.1000 | 0.3000 | 2 |" in table
-    assert "| train/total | 10 | 2 |" in table
+@pytest.mark.parametrize("figure", ["predictions", "activation", "sampling", "context", "embeddings", "beside"])
+def test_every_figure_is_drawn(figure, checkpoint, samples, tmp_path, capsys):
+    paths = [str(samples / "test_00000.png")] if figure == "context" else [str(samples)]
+    extra = ["--min-certainty=0", "--nms=1"]
+    if figure in ("predictions", "embeddings", "beside"):
+        extra.append(f"--truth={samples / 'truth.json'}")
+    if figure == "beside":
+        extra += [f"--beside={checkpoint}", "--names=one,two"]
+    if figure == "activation":
+        extra.append("--stage=encoder")
+    output = tmp_path / "new folder/figure.png"
+    assert main([figure, *paths, f"--checkpoint={checkpoint}", f"--output={output}", *extra]) == 0, capsys.readouterr().err
+    picture = np.asarray(Image.open(output).convert("L"))
+    assert min(picture.shape) > 300
+    assert picture.std() > 20  # something is drawn on it
 
 
-def test_losses_are_best_when_low(run):
-    series = read_metrics(run / "metrics.jsonl") | {"val/total": ([1, 2, 3], [3.0, 1.0, 2.0])}
-    assert "| total | 3.0000 | 2.0000 | 1.0000 | 2 |" in metrics_table(series)
+def test_losses_are_those_of_the_log(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [{"step": 10 * i, "train/loss_class": 3.0 - i, "train/loss_bbox": 0.2, "train/loss_giou": 0.1 * i} for i in range(3)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["losses", str(run), f"--output={tmp_path / 'losses.png'}"]) == 0
+    figure = loss_figure({"run": visualize.read_metrics(run / "metrics.jsonl")})
+    assert isinstance(figure, Figure)
+    classification, localisation = (axes.lines[0].get_xydata() for axes in figure.axes)
+    np.testing.assert_allclose(classification, [[0, 3], [10, 2], [20, 1]])
+    np.testing.assert_allclose(localisation, [[0, 0.2], [10, 0.3], [20, 0.4]])
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "val/mAP": 0.1}))
+    assert main(["losses", str(run), f"--output={tmp_path / 'losses.png'}"]) == 2
+    assert "has no training loss" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("arguments", "message"),
     [
-        (None, "metrics.jsonl: no such file; give the --workdir"),
-        ("", "holds no metrics yet"),
-        ('{"step": 1, "a": 1}\n{"st\n{"step": 3, "a": 1}\n', "line 2: not a JSON object with a step"),
+        (["context", "{text}"], "{text}: "),
+        (["context", "{video}"], "{video}: is a video"),
+        (["context", "{nowhere}"], "{nowhere}: no such file or folder"),
+        (["context", "{empty}"], "{empty}: the folder holds no image or video"),
+        (["sampling", "{image}", "--checkpoint={nowhere}"], "{nowhere}: no such file or directory"),
+        (["sampling", "{image}", "--config=configs/demo.py"], "{checkpoint}: "),
+        (["predictions", "{image}", "--truth={nowhere}"], "--truth={nowhere}: no such file"),
+        (["predictions", "{image}", "--truth={text}"], "--truth={text}: not COCO-style annotations for 4 classes"),
+        (["beside", "{image}"], "--beside is missing"),
+        (["beside", "{image}", "--beside={checkpoint}", "--names=one"], "--names=one: must be two names"),
+        (["sampling", "{image}", "--layer=3"], "--layer=3: the decoder has layers 1 to 2"),
+        (["sampling", "{image}", "--min-certainty=1"], "{image}: nobody was found in it"),
+        (["context", "{image}", "--person=9", "--min-certainty=0"], "--person=9: "),
+        (["embeddings", "{image}", "--min-certainty=1"], "embeddings: 0 people were found"),
+        (["losses", "{nowhere}"], "{nowhere}/metrics.jsonl: no such file"),
+        (["context", "{image}", "--output=figure.jpg"], "--output=figure.jpg: must be the name of a .png file"),
     ],
 )
-def test_report_of_what_is_no_run_is_one_line(tmp_path, capsys, text, message):
-    if text is not None:
-        (tmp_path / "metrics.jsonl").write_text(text)
-    assert main([str(tmp_path)]) == 2
+def test_a_mistake_is_one_line(arguments, message, checkpoint, samples, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty").mkdir()
+    places = {"text": tmp_path / "text.png", "nowhere": tmp_path / "nowhere", "empty": tmp_path / "empty"}
+    (tmp_path / "video.mp4").touch()
+    places |= {"video": tmp_path / "video.mp4", "image": samples / "test_00000.png", "checkpoint": checkpoint}
+    given = [f"--checkpoint={checkpoint}", f"--output={tmp_path / 'figure.png'}", *(argument.format(**places) for argument in arguments[1:])]
+    assert main([arguments[0], *given]) == 2
     error = capsys.readouterr().err
-    assert message in error
+    assert error.startswith(f"error: {message.format(**places)}")
     assert error.count("\n") == 1
-    with pytest.raises(UserError):
-        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_model_without_context_has_no_context_figure(tmp_path, samples, capsys):
+    checkpoint = make_checkpoint(tmp_path / "plain.safetensors", num_context_queries=0)
+    arguments = [f"--checkpoint={checkpoint}", f"--output={tmp_path / 'x.png'}", "--min-certainty=0"]
+    assert main(["context", str(samples / "test_00000.png"), *arguments]) == 2
+    assert "has no context queries" in capsys.readouterr().err
+    assert main(["sampling", str(samples / "test_00000.png"), *arguments]) == 0
+
+
+def test_a_split_that_is_too_small_is_one_line(tmp_path, capsys):
+    arguments = ["--config=configs/debug.py", "-n", "9", "--config.data.test=3", f"--output={tmp_path}"]
+    assert run_command(lambda: write_samples(arguments)) == 2
+    assert "built-in scenes test has 3 images" in capsys.readouterr().err
+    with pytest.raises(UserError, match="invalid choice: 'holdout'"):
+        write_samples(["--config=configs/debug.py", "--split=holdout", f"--output={tmp_path}"])

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.model.layers import linear
+from dsct_jax.model.layers import KEPT, exact_linear, linear
 from pallas_kernels.deformable_attention import deformable_attention_from_offsets
 
 SpatialShapes = tuple[tuple[int, int], ...]
@@ -56,13 +57,15 @@ class DeformableAttention(nnx.Module):
         b, q, d = queries.shape
         n, l, p = self.shape
         value = jnp.where(memory_padding[..., None], 0, self.value_proj(memory)).reshape(b, -1, n, d // n)
-        offsets = self.sampling_offsets(queries).reshape(b, q, n, l, p, 2)
+        # Locations and softmax are float32 whatever the type of the rest: half a bfloat16 step is half a pixel at the far edge of a map.
+        offsets = exact_linear(self.sampling_offsets, queries).reshape(b, q, n, l, p, 2)
         sizes = np.array([(w, h) for h, w in spatial_shapes], np.float32).reshape(1, 1, 1, l, 1, 2)
         if boxes is not None:
             half = boxes[:, :, None, :, None] * sizes / (2 * p)
             offsets *= jnp.where(half > 0, half, 1)
-        logits = self.attention_weights(queries).reshape(b, q, n, l, p)
+        logits = exact_linear(self.attention_weights, queries).reshape(b, q, n, l, p)
         attended = deformable_attention_from_offsets(value, spatial_shapes, reference_points, offsets, logits, implementation=implementation)
+        attended = checkpoint_name(attended, KEPT)
         sampled = {  # dead code under jit unless the caller keeps it
             "sampling_locations": reference_points[:, :, None, :, None, :] + offsets / sizes,
             "attention_weights": jax.nn.softmax(logits.reshape(b, q, n, l * p)).reshape(logits.shape),
@@ -82,10 +85,10 @@ class SelfAttention(nnx.Module):
         """Returns the attended tokens and the attention weights [b n q q]."""
         b, q, d = tokens.shape
         assert self.in_proj.bias is not None
-        kernel, bias = self.in_proj.kernel[...], self.in_proj.bias[...].reshape(1, 1, -1)
+        kernel, bias = self.in_proj.kernel[...].astype(tokens.dtype), self.in_proj.bias[...].astype(tokens.dtype).reshape(1, 1, -1)
         query_key = (tokens + positions) @ kernel[:, : 2 * d] + bias[..., : 2 * d]
         value = tokens @ kernel[:, 2 * d :] + bias[..., 2 * d :]
         query, key, value = (x.reshape(b, q, self.num_heads, -1) for x in (*jnp.split(query_key, 2, -1), value))
-        scores = jnp.einsum("bqnd,bknd->bnqk", query / math.sqrt(d // self.num_heads), key)
+        scores = jnp.einsum("bqnd,bknd->bnqk", query / math.sqrt(d // self.num_heads), key, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores)
-        return self.out_proj(jnp.einsum("bnqk,bknd->bqnd", weights, value).reshape(b, q, d)), weights
+        return self.out_proj(jnp.einsum("bnqk,bknd->bqnd", weights.astype(value.dtype), value).reshape(b, q, d)), weights

@@ -100,10 +100,11 @@ class ResNet(nnx.Module):
             layers.append(nnx.List(blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
 
-    def __call__(self, images: Float[Array, "b h w 3"]) -> list[jax.Array]:
+    def __call__(self, images: Float[Array, "b h w 3"], *, remat: str = "none") -> list[jax.Array]:
+        """With `remat="all"` the backward pass keeps what enters each block and computes its inside again."""
         x, features = self.stem(images), []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:
-                x = block(x)
+                x = (jax.checkpoint(block) if remat == "all" else block)(x)
             features.append(x)
         return features[1:]

@@ -128,15 +128,16 @@ class DecoderLayer(nnx.Module):
         tokens = self.norm1(tokens + dropout(attended, self.dropout_rate, noise))
         if self.fusion is not None:
             context, subject = jnp.split(tokens, [self.num_context], axis=1)
-            subject, selected = subject_context_fusion(
-                subject,
-                context,
+            exact = subject.astype(jnp.float32)
+            fused, selected = subject_context_fusion(  # few tokens, and a selection that rounding would change: float32
+                exact,
+                context.astype(jnp.float32),
                 reference_points[:, self.num_context :, 0],
                 reference_points[:, : self.num_context, 0],
                 config=self.fusion,
-                attentive_logits=None if self.context_logits is None else self.context_logits(subject),
+                attentive_logits=None if self.context_logits is None else self.context_logits(exact),
             )
-            tokens = jnp.concatenate([context, subject], 1)
+            tokens = jnp.concatenate([context, fused.astype(tokens.dtype)], 1)
             details |= selected
         tokens = self.norm3(tokens + dropout(self.feedforward(tokens, noise), self.dropout_rate, noise))
         return tokens, details | {"self_attention_weights": self_weights}

@@ -1,6 +1,7 @@
 """DSCT: one network from a photograph to the boxes and emotions of its people (paper Fig. 3)."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from dsct_jax.model.backbone import BACKBONES, ResNet
 from dsct_jax.model.decoder import DecoderLayer, FusionConfig
 from dsct_jax.model.encoder import EncoderLayer, encoder_reference_points
 from dsct_jax.model.heads import BoxHead, class_head
-from dsct_jax.model.layers import Conv, DropoutNoise, GroupNorm, linear, standard_normal, xavier_uniform
+from dsct_jax.model.layers import REMAT, Conv, DropoutNoise, GroupNorm, linear, rematerialized, standard_normal, xavier_uniform
 from dsct_jax.model.position import resize_mask, sine_position, valid_ratio
 
 
@@ -40,8 +41,10 @@ class DSCTConfig:
     fusion: str = "paper"
     semantic_selection: str = "smallest"
     reweighting: str = "semantic"
-    fusion_layers: str | tuple[int, ...] = "all"
+    fusion_layers: tuple[int, ...] = ()
     box_refinement: bool = False
+    compute_dtype: str = "float32"
+    remat: str = "none"
 
     def __post_init__(self):
         choices = {
@@ -50,6 +53,8 @@ class DSCTConfig:
             "fusion": ("paper", "released"),
             "semantic_selection": ("smallest", "largest"),
             "reweighting": ("semantic", "equal", "spatial", "attentive"),
+            "compute_dtype": ("float32", "bfloat16"),
+            "remat": REMAT,
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -61,12 +66,12 @@ class DSCTConfig:
         for field in ("num_spatial_neighbors", "num_semantic_neighbors"):
             if self.num_context_queries and not 0 <= getattr(self, field) <= self.num_context_queries:
                 raise UserError(f"model.{field}: {getattr(self, field)} is more than model.num_context_queries ({self.num_context_queries})")
-        if self.fusion_layers != "all" and not set(self.fusion_layers) <= set(range(self.num_decoder_layers)):
+        if not set(self.fusion_layers) <= set(range(self.num_decoder_layers)):
             raise UserError(f"model.fusion_layers: {self.fusion_layers} names a layer outside 0 to {self.num_decoder_layers - 1}")
 
     def fusion_of_layer(self, layer: int) -> FusionConfig | None:
         """How decoder layer `layer` fuses, None where it does not."""
-        chosen = self.fusion_layers == "all" or layer in self.fusion_layers
+        chosen = not self.fusion_layers or layer in self.fusion_layers
         neighbors = self.num_spatial_neighbors + self.num_semantic_neighbors
         if not (chosen and neighbors and self.num_context_queries):
             return None
@@ -105,7 +110,8 @@ class DSCT(nnx.Module):
             "rngs": rngs,
         }
         self.encoder = nnx.List([EncoderLayer(d, **common) for _ in range(config.num_encoder_layers)])
-        self.context_queries = nnx.Param(standard_normal(rngs.params(), (config.num_context_queries, 2 * d)))
+        if config.num_context_queries:  # no array without elements: checkpoints cannot hold one
+            self.context_queries = nnx.Param(standard_normal(rngs.params(), (config.num_context_queries, 2 * d)))
         self.subject_queries = nnx.Param(standard_normal(rngs.params(), (config.num_subject_queries, 2 * d)))
         self.reference_points = linear(d, 2, rngs=rngs)
         self.decoder = nnx.List(
@@ -131,40 +137,33 @@ class DSCT(nnx.Module):
         `noise` turns dropout on, which means training; `implementation` names one of deformable attention's. With `return_details` the
         predictions carry reference points, memory and, stacked over decoder layers, everything the layers looked at.
         """
-        features = self.project(self.backbone(images))
+        remat = "none" if return_details else self.config.remat
+        features = self.project(self.backbone(images.astype(self.config.compute_dtype), remat=remat))
         memory, positions, padding, spatial_shapes, ratios = self.flatten(features, padding_mask)
         encoder_points = encoder_reference_points(spatial_shapes, ratios)
         for layer in self.encoder:
-            memory = layer(memory, positions, encoder_points, padding, spatial_shapes, noise=noise, implementation=implementation)
+            encode = partial(layer, spatial_shapes=spatial_shapes, noise=noise, implementation=implementation)
+            memory = rematerialized(encode, remat)(memory, positions, encoder_points, padding)
         tokens, query_positions, reference_points = self.queries(images.shape[0])
         references = self.box_head.references(reference_points, self.config.num_context_queries)
         states, boxes, details = [], [], []
         for decoder_layer in self.decoder:
             layer_references = references[:, :, None] * jnp.tile(ratios, references.shape[-1] // 2)[:, None]
             points, *sizes = jnp.split(layer_references, references.shape[-1] // 2, -1)
-            tokens, seen = decoder_layer(
-                tokens,
-                query_positions,
-                points,
-                memory,
-                padding,
-                spatial_shapes,
-                boxes=sizes[0] if sizes else None,
-                noise=noise,
-                implementation=implementation,
-            )
+            decode = partial(decoder_layer, spatial_shapes=spatial_shapes, noise=noise, implementation=implementation)
+            tokens, seen = rematerialized(decode, remat)(tokens, query_positions, points, memory, padding, boxes=sizes[0] if sizes else None)
             context, subject = jnp.split(references, [self.config.num_context_queries], 1)
-            boxes.append(self.box_head(tokens[:, self.config.num_context_queries :], subject))
+            boxes.append(self.box_head(tokens[:, self.config.num_context_queries :].astype(jnp.float32), subject))
             if self.config.box_refinement:
                 references = jnp.concatenate([context, jax.lax.stop_gradient(boxes[-1])], 1)
             states.append(tokens)
             details.append(seen)
-        subjects = jnp.stack(states)[:, :, self.config.num_context_queries :]
-        logits, boxes = self.class_head(subjects), jnp.stack(boxes)
+        subjects = jnp.stack(states)[:, :, self.config.num_context_queries :].astype(jnp.float32)
+        logits, stacked_boxes = self.class_head(subjects), jnp.stack(boxes)
         if not return_details:
-            return Predictions(logits, boxes)
+            return Predictions(logits, stacked_boxes)
         shared = {"reference_points": reference_points, "valid_ratios": ratios, "memory": memory, "features": features, "states": jnp.stack(states)}
-        return Predictions(logits, boxes, {**shared, "layers": details})
+        return Predictions(logits, stacked_boxes, {**shared, "layers": details})
 
     def project(self, features: list[jax.Array]) -> list[jax.Array]:
         """C3, C4, C5 -> one map of hidden size a level; the levels beyond C5 are strided convolutions of C5, then of each other."""
@@ -181,7 +180,7 @@ class DSCT(nnx.Module):
         for level, x in enumerate(features):
             b, h, w, d = x.shape
             mask = resize_mask(padding_mask, h, w)
-            position = sine_position(mask, d).astype(x.dtype) + self.level_embed[level].reshape(1, 1, 1, d)
+            position = (sine_position(mask, d) + self.level_embed[level].reshape(1, 1, 1, d)).astype(x.dtype)
             tokens.append(x.reshape(b, h * w, d))
             positions.append(position.reshape(b, h * w, d))
             paddings.append(mask.reshape(b, h * w))
@@ -189,8 +188,13 @@ class DSCT(nnx.Module):
         shapes = tuple((x.shape[1], x.shape[2]) for x in features)
         return jnp.concatenate(tokens, 1), jnp.concatenate(positions, 1), jnp.concatenate(paddings, 1), shapes, jnp.stack(ratios, 1)
 
-    def queries(self, b: int):
-        """Context queries, then subject queries: tokens [b q d], positions [b q d] and reference points [b q 2] in [0, 1] of the image."""
-        embedding = jnp.concatenate([self.context_queries[...], self.subject_queries[...]])
+    def queries(self, b: Any):
+        """Context queries, then subject queries: tokens [b q d], positions [b q d] and reference points [b q 2] in [0, 1] of the image.
+
+        `b` is an int, or a symbolic size under jax.export.
+        """
+        context = [self.context_queries[...]] if self.config.num_context_queries else []
+        embedding = jnp.concatenate([*context, self.subject_queries[...]])
         positions, tokens = jnp.split(jnp.broadcast_to(embedding, (b, *embedding.shape)), 2, -1)
-        return tokens, positions, jax.nn.sigmoid(self.reference_points(positions))
+        dtype = self.config.compute_dtype
+        return tokens.astype(dtype), positions.astype(dtype), jax.nn.sigmoid(self.reference_points(positions))

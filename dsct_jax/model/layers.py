@@ -1,4 +1,8 @@
-"""The few layers that differ from Flax's defaults: PyTorch's epsilons, paddings and initial values, and convolutions that are fast on the CPU."""
+"""The few layers that differ from Flax's defaults: PyTorch's epsilons, paddings and initial values, and convolutions that are fast on the CPU.
+
+Parameters are float32; every layer computes in the type of its input (`model.compute_dtype`) and returns that type. What a norm measures, and
+what is asked for with `exact_linear`, is float32 whatever the input.
+"""
 
 import math
 from collections.abc import Callable
@@ -8,9 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Key
 
 NORM_EPSILON = 1e-5  # PyTorch's; Flax's 1e-6 moves the logits by 4e-5
+
+REMAT = ("none", "light", "layers", "all")
+KEPT = "kept"  # name of what `rematerialized` layers never compute twice: dear to compute, small to keep
 
 Initializer = Callable[..., jax.Array]
 
@@ -48,14 +56,50 @@ def torch_uniform(fan_in: int) -> Initializer:
     return initializer(lambda g, shape: g.uniform(-bound, bound, shape))
 
 
-def linear(d_in: int, d_out: int, *, rngs: nnx.Rngs, kernel_init=xavier_uniform, bias_init=nnx.initializers.zeros) -> nnx.Linear:
+class Linear(nnx.Linear):
+    """A dense layer in the type of its input."""
+
+    def __call__(self, inputs: Float[Array, "*n a"], out_sharding: Any = None) -> Float[Array, "*n b"]:
+        assert self.bias is not None and out_sharding is None
+        y = inputs @ self.kernel[...].astype(inputs.dtype)
+        return y + self.bias[...].astype(inputs.dtype).reshape(*(1,) * (y.ndim - 1), -1)
+
+
+def linear(d_in: int, d_out: int, *, rngs: nnx.Rngs, kernel_init=xavier_uniform, bias_init=nnx.initializers.zeros) -> Linear:
     """A dense layer; the defaults are those of the transformer (Xavier, zero bias)."""
-    return nnx.Linear(d_in, d_out, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
+    return Linear(d_in, d_out, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
 
 
-def layer_norm(d: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def exact_linear(layer: Linear, x: Float[Array, "*n a"]) -> Float[Array, "*n b"]:
+    """The layer's float32 result for an input of any type: products of what the type holds, summed and returned in float32."""
+    assert layer.bias is not None
+    y = jnp.matmul(x, layer.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
+    return y + layer.bias[...].reshape(*(1,) * (y.ndim - 1), -1)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalisation in float32, returned in the type of its input."""
+
+    def __call__(self, x: Float[Array, "*n d"], *, mask: jax.Array | None = None) -> Float[Array, "*n d"]:
+        return super().__call__(x, mask=mask).astype(x.dtype)
+
+
+def layer_norm(d: int, *, rngs: nnx.Rngs) -> LayerNorm:
     """Layer normalisation with PyTorch's epsilon."""
-    return nnx.LayerNorm(d, epsilon=NORM_EPSILON, rngs=rngs)
+    return LayerNorm(d, epsilon=NORM_EPSILON, rngs=rngs)
+
+
+def rematerialized(layer: Callable[..., Any], rule: str) -> Callable[..., Any]:
+    """The layer, of whose inside the backward pass finds only some values kept and computes the others again.
+
+    none: everything is kept; light: the results of matrix products, sampled attention and the bits of dropout; layers, all: the last two only.
+    """
+    if rule == "none":
+        return layer
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    if rule == "light":
+        policy = jax.checkpoint_policies.save_from_both_policies(policy, jax.checkpoint_policies.dots_saveable)
+    return jax.checkpoint(layer, policy=policy)
 
 
 class DropoutNoise:
@@ -68,7 +112,8 @@ class DropoutNoise:
         """Fresh mask of `shape` (b, ...), False with probability `rate` (to 1/65536: 16 random bits cost half of 32)."""
         self._calls += 1
         threshold = jnp.uint16(round(rate * 65536))
-        return jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, self._calls), shape[1:], jnp.uint16) >= threshold)(self._keys)
+        mask = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, self._calls), shape[1:], jnp.uint16) >= threshold)(self._keys)
+        return checkpoint_name(mask, KEPT)
 
 
 def dropout(x: Float[Array, "b *n"], rate: float, noise: DropoutNoise | None) -> Float[Array, "b *n"]:
