@@ -175,7 +175,7 @@ def _moving_average(training: Path) -> Flat:
 
 
 def newest_checkpoint(workdir: Path) -> str:
-    """ "step N" of the newest complete checkpoint below `workdir`; "" where there is none."""
+    """The newest complete checkpoint below `workdir` as "step N"; "" where there is none."""
     folder = workdir / DIRECTORY
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
     return f"step {max(steps)}" if steps else ""
