@@ -152,11 +152,11 @@ def _embedding_label(subject: Subject, file: Path, truth: Truth | None) -> str:
 
 def losses(runs: Sequence[str]) -> Figure:
     """Fig. 12 for the runs in these directories. Raises UserError where one has logged nothing."""
-    series = {}
-    for run in runs:
-        series[Path(run).resolve().name if len({Path(r).resolve().name for r in runs}) == len(runs) else run] = read_metrics(
-            Path(run) / "metrics.jsonl"
-        )
+    short = {run: Path(run).resolve().name for run in runs}
+    names = short if len(set(short.values())) == len(runs) else {run: run for run in runs}
+    series = {name: read_metrics(Path(run) / "metrics.jsonl") for run, name in names.items()}
+    if missing := [name for name, found in series.items() if "train/loss_class" not in found]:
+        raise UserError(f"{missing[0]}: its metrics.jsonl has no training loss; name the --workdir of a training")
     return loss_figure(series)
 
 

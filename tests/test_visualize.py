@@ -133,9 +133,11 @@ def test_samples_and_their_truth_belong_together(samples):
     assert sorted(truth) == ["test_00000.png", "test_00001.png", "test_00002.png"]
     content = json.loads((samples / "truth.json").read_text())
     assert sum(map(len, truth.values())) == len(content["annotations"])
+    with Image.open(samples / "test_00000.png") as image:
+        width = image.width
     for person in truth["test_00000.png"]:
         assert len(person.labels) == 1
-        assert 0 <= person.box[0] < person.box[2] <= Image.open(samples / "test_00000.png").width
+        assert 0 <= person.box[0] < person.box[2] <= width
 
 
 def test_only_the_right_person_with_the_right_emotion_is_right():
