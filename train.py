@@ -2,8 +2,9 @@
 
     python train.py --config=configs/demo.py --workdir=runs/demo [--config.optimizer.learning_rate=1e-4 ...]
     python train.py --config=configs/demo.py --workdir=runs/demo --mode=eval [--split=test]
+    python train.py --config=configs/emotic_r50.py --mode=plan
 
-The same command again continues from the newest checkpoint in the workdir.
+The same command again continues from the newest checkpoint in the workdir. SIGTERM saves one and leaves. --mode=plan says what a run would take.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from PIL import Image
@@ -37,14 +39,16 @@ from dsct_jax.logbook import Logbook, versions, write_settings
 from dsct_jax.losses import LossConfig
 from dsct_jax.matcher import MatcherConfig
 from dsct_jax.model.dsct import DSCTConfig
-from dsct_jax.optimizer import OptimizerConfig, make_schedule
+from dsct_jax.optimizer import OptimizerConfig, learning_rates
+from dsct_jax.plan import format_plan, make_plan
 from dsct_jax.prefetch import Prefetch
+from dsct_jax.pretrained import initialise
 from dsct_jax.results import About, ImageResult, SplitResults, pack
 from dsct_jax.settings import entry, from_section, read_config
-from dsct_jax.sharding import make_mesh, replicate, shard_batch
-from dsct_jax.startup import start_process
+from dsct_jax.sharding import FSDP, make_mesh, replicate, shard_batch
+from dsct_jax.startup import Preemption, start_process
 from dsct_jax.state import Flat, ModelFunctions
-from dsct_jax.step import initial_state, make_eval_step, make_train_step
+from dsct_jax.step import StepConfig, TrainState, TrainStep, initial_state, make_eval_step, make_train_step
 from dsct_jax.subjects import has_subject_logit
 
 SHOWN_METRICS = ("mAP", "accuracy", "macro_f1", "mean_iou")  # in the line of a validation
@@ -63,9 +67,13 @@ class TrainConfig:
     checkpoint_every: float
     keep_checkpoints: int
     log_every: int
+    accumulate: int
+    ema_decay: float
+    fsdp: bool
+    max_skipped: int
 
     def __post_init__(self) -> None:
-        for field in ("batch_size", "eval_batch_size", "keep_checkpoints", "log_every"):
+        for field in ("batch_size", "eval_batch_size", "keep_checkpoints", "log_every", "accumulate"):
             if getattr(self, field) < 1:
                 raise UserError(f"config.train.{field}={getattr(self, field)} cannot be used: must be at least 1")
         for field in ("epochs", "eval_every", "checkpoint_every"):
@@ -73,6 +81,15 @@ class TrainConfig:
                 raise UserError(f"config.train.{field}={getattr(self, field)} cannot be used: must be more than 0")
         if self.steps < 0:
             raise UserError(f"config.train.steps={self.steps} cannot be used: must be 0 (as many as config.train.epochs say) or more")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"config.train.ema_decay={self.ema_decay} cannot be used: must be at least 0 (off) and less than 1")
+        if self.max_skipped < 0:
+            raise UserError(f"config.train.max_skipped={self.max_skipped} cannot be used: must be 0 or more")
+
+    @property
+    def step_config(self) -> StepConfig:
+        """The part that a step needs to know."""
+        return StepConfig(accumulate=self.accumulate, ema_decay=self.ema_decay, shard_rules=FSDP if self.fsdp else ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +98,7 @@ class RunConfig:
 
     name: str
     seed: int
+    init_from: str
     class_names: tuple[str, ...]
     multi_label: bool
     model: DSCTConfig
@@ -110,7 +128,8 @@ def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
     epoch_steps = train_data.steps_per_epoch
     total_steps = run.train.steps or max(1, round(run.train.epochs * epoch_steps))
     functions = ModelFunctions(run.model)
-    optimizer, state = initial_state(*functions.init(run.seed), run.optimizer, total_steps=total_steps, mesh=mesh)
+    params, frozen = starting_values(functions, run, config, workdir)
+    optimizer, state = initial_state(params, frozen, run.optimizer, total_steps=total_steps, mesh=mesh, step_config=run.train.step_config)
     metadata = {"config": config, "versions": versions()}
 
     with contextlib.ExitStack() as stack:
@@ -132,11 +151,8 @@ def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
             logbook.tell(f"nothing left to train: {workdir} stands at step {start_step}; raise config.train.epochs to go on, or use --mode=eval")
             return {}
 
-        step_function = make_train_step(
-            functions, optimizer, loss=run.loss, matcher=run.matcher, multi_label=run.multi_label, mesh=mesh, seed=run.seed
-        )
+        step_function = train_step(functions, optimizer, run, mesh)
         eval_step = make_eval_step(functions, mesh=mesh)
-        schedule = make_schedule(run.optimizer, total_steps)
         eval_steps = max(1, round(run.train.eval_every * epoch_steps))
         checkpoint_steps = max(1, round(run.train.checkpoint_every * epoch_steps))
         metrics: dict[str, float] = {}
@@ -144,6 +160,7 @@ def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
         pending: list[dict[str, jax.Array]] = []
         batches = Prefetch(train_data.iterator(start_step, total_steps - start_step), lambda batch: shard_batch(batch, mesh))
         stack.enter_context(batches)
+        preemption = stack.enter_context(Preemption())
         clock = time.monotonic()
         for step, batch in enumerate(batches, start_step + 1):
             started = time.monotonic()
@@ -157,25 +174,31 @@ def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
                 logbook.leave_out(seconds)
                 clock += seconds
             last = step == total_steps
-            saving = step % checkpoint_steps == 0 or last
+            stopping = preemption.reached(step)
+            saving = step % checkpoint_steps == 0 or last or stopping
             # A line at every checkpoint too: a run that continues there then writes the same lines as one that never stopped.
             if step % run.train.log_every == 0 or saving:
                 means = mean_of(pending)
-                require_finite(means, step)
+                require_finite(state, batch, step, run.train.max_skipped, workdir)
                 seconds = time.monotonic() - clock
                 speed, waited = len(pending) * run.train.batch_size / seconds, batches.take_wait() / seconds
-                scalars = {f"train/{name}": value for name, value in means.items()} | {"train/learning_rate": float(schedule(step - 1))}
+                scalars = {f"train/{name}": value for name, value in means.items()} | {
+                    f"train/{name}": value for name, value in learning_rates(run.optimizer, total_steps, step - 1).items()
+                }
                 logbook.write(step, scalars | {"time/images_per_s": speed, "time/data_wait": waited})
-                logbook.progress(step, f"loss {means['total']:.3f}  {speed:.1f} images/s  data wait {waited:.0%}")
+                logbook.progress(step, f"loss {means.get('total', np.nan):.3f}  {speed:.1f} images/s  data wait {waited:.0%}")
                 pending, clock = [], time.monotonic()
-            if step % eval_steps == 0 or last:
-                metrics = run_evaluation(eval_step, state.params | state.fixed, state.frozen, val_data, run, mesh)
+            if (step % eval_steps == 0 and not stopping) or last:
+                metrics = run_evaluation(eval_step, (state.ema or state.params) | state.fixed, state.frozen, val_data, run, mesh)
                 logbook.write(step, {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)})
                 logbook.tell("validation: " + "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics))
                 batches.take_wait()
                 clock = time.monotonic()
             if saving:
                 checkpoints.save(state)
+            if stopping and not last:
+                checkpoints.wait()
+                raise Preempted(f"asked to stop: saved at step {step}; the same command continues from there")
         tell_skipped(train_data, val_data, tell=logbook.tell)
     return metrics
 
@@ -189,17 +212,73 @@ def require_divisible(config: TrainConfig, mesh: Mesh) -> None:
             )
 
 
-def require_finite(means: Mapping[str, float], step: int) -> None:
-    """Raises UserError when the loss or its gradient is lost; before a checkpoint is written, so that the last one is good."""
-    for name in ("total", "grad_norm"):
-        if not np.isfinite(means[name]):
-            raise UserError(f"step {step}: {name} is {means[name]}; lower config.optimizer.learning_rate, then run again from the last checkpoint")
+class Preempted(Exception):
+    """The run was asked to stop, and has saved."""
+
+
+def starting_values(functions: ModelFunctions, run: RunConfig, config: Mapping[str, Any], workdir: Path) -> tuple[Flat, Flat]:
+    """Random values, and those of config.init_from in their place; what was taken is printed and kept in init_from.txt."""
+    params, frozen = functions.init(run.seed)
+    if not run.init_from or newest_checkpoint(workdir):  # a run that continues has its own
+        return params, frozen
+    params, frozen, lines = initialise(run.init_from, functions, params, frozen, config)
+    if jax.process_index() == 0:
+        print("\n".join(lines), flush=True)
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "init_from.txt").write_text("\n".join(lines) + "\n")
+    return params, frozen
+
+
+def train_step(functions: ModelFunctions, optimizer: optax.GradientTransformation, run: RunConfig, mesh: Mesh) -> TrainStep:
+    """The step of a run."""
+    return make_train_step(
+        functions,
+        optimizer,
+        loss=run.loss,
+        matcher=run.matcher,
+        multi_label=run.multi_label,
+        mesh=mesh,
+        seed=run.seed,
+        step_config=run.train.step_config,
+    )
+
+
+def require_finite(state: TrainState, batch: Batch, step: int, limit: int, workdir: Path) -> None:
+    """Ends the run when more than `limit` steps in a row were skipped because something in them was not finite; the batch is kept for inspection.
+
+    The parameters are those of the last good step, as in the checkpoints.
+    """
+    skipped = int(state.skipped)
+    if skipped <= limit:
+        return
+    path = workdir / f"not_finite_step{step}_process{jax.process_index()}.npz"
+    parts = {field.name: getattr(part, field.name) for part in (batch, batch.targets) for field in dataclasses.fields(part)}
+    del parts["targets"]
+    arrays: dict[str, Any] = {name: np.concatenate([shard.data for shard in array.addressable_shards]) for name, array in parts.items()}
+    np.savez_compressed(path, **arrays)
+    raise UserError(
+        f"step {step}: the loss or its gradient is not finite, {skipped} step(s) in a row (config.train.max_skipped={limit}); lower "
+        f"config.optimizer.learning_rate, then run again from the last checkpoint. The last batch is in {path}"
+    )
 
 
 def mean_of(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Mean of every metric over the steps since the last line of the log."""
+    """Mean of every metric over the steps since the last line of the log; of those that were skipped only their share, `nonfinite`."""
     fetched = jax.device_get(pending)
-    return {name: float(np.mean([terms[name] for terms in fetched])) for name in fetched[0]}
+    sound = [terms for terms in fetched if not terms["nonfinite"]]
+    means = {name: float(np.mean([terms[name] for terms in sound])) for name in fetched[0]} if sound else {}
+    return means | {"nonfinite": float(np.mean([terms["nonfinite"] for terms in fetched]))}
+
+
+def print_plan(config: Mapping[str, Any]) -> None:
+    """What a training run would take: parameters, memory, compile time and arithmetic. Compiles every program; reads no data."""
+    run, mesh = RunConfig.from_mapping(config), make_mesh()
+    require_divisible(run.train, mesh)
+    functions = ModelFunctions(run.model)
+    optimizer, state = initial_state(*functions.init(run.seed), run.optimizer, total_steps=1, mesh=mesh, step_config=run.train.step_config)
+    sizes = {"batch_size": run.train.batch_size, "max_targets": run.data.max_targets, "num_classes": len(run.class_names)}
+    print(f"{run.name}: {mesh.size} {jax.devices()[0].device_kind} device(s); compiling {len(run.data.buckets)} size(s) of images ...", flush=True)
+    print(format_plan(make_plan(train_step(functions, optimizer, run, mesh), state, run.data.buckets, **sizes)))
 
 
 def open_data(run: RunConfig, split: str, *, training: bool) -> Dataset:
@@ -323,7 +402,12 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("--config", type=Path, help="configuration file, such as configs/demo.py, or a run's config.json")
     parser.add_argument("--workdir", type=Path, help="directory of the run: checkpoints, metrics, settings")
-    parser.add_argument("--mode", choices=["train", "eval"], default="train", help="train, evaluating on the way; or evaluate the newest checkpoint")
+    parser.add_argument(
+        "--mode",
+        choices=["train", "eval", "plan"],
+        default="train",
+        help="train, evaluating on the way; evaluate the newest checkpoint; or say what a run takes",
+    )
     parser.add_argument("--split", choices=SPLITS, default="test", help="what --mode=eval evaluates")
     parser.add_argument("--coordinator", help=f"several processes: HOST:PORT of process 0, the same for all; {AUTO}: as jax finds out by itself")
     parser.add_argument("--num_processes", type=int, help="several processes: how many")
@@ -335,20 +419,25 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the chosen mode; a user's mistake is one line on stderr and exit status 2."""
     try:
         arguments, overrides = make_parser().parse_known_args(argv)
-        for name in ("config", "workdir"):
+        for name in ("config", "workdir") if arguments.mode != "plan" else ("config",):
             if getattr(arguments, name) is None:
                 raise UserError(f"--{name} is missing" + (f", but there is {overrides[0]}" if overrides else "") + "; see train.py --help")
-        if arguments.workdir.exists() and not arguments.workdir.is_dir():
+        if arguments.workdir is not None and arguments.workdir.exists() and not arguments.workdir.is_dir():
             raise UserError(f"--workdir={arguments.workdir}: is a file; name a directory")
         config = override(read_config(arguments.config), overrides)
         join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
         if arguments.mode == "train":
             train(config, arguments.workdir)
+        elif arguments.mode == "plan":
+            print_plan(config)
         else:
             evaluate_checkpoint(config, arguments.workdir, arguments.split)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Preempted as request:
+        print(request, flush=True)
+        return 0
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130

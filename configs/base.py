@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "base"
     config.seed = 0
+    config.init_from = ""  # weights to start from: .pth or .safetensors of others, or a run of ours (docs/weights.md)
     config.class_names = EMOTIC_CLASSES
     config.multi_label = True  # True: a person has any number of emotions (EMOTIC, mAP); False: exactly one (CAER-S, accuracy)
 
@@ -112,4 +113,8 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 1.0  # epochs
     train.keep_checkpoints = 3
     train.log_every = 50  # steps
+    train.accumulate = 1  # parts that each device's share of a batch is cut into, one after another: the same step with less memory
+    train.ema_decay = 0.0  # moving average of the parameters, used by validation, prediction and exports; 0 = off, such as 0.9998
+    train.fsdp = False  # True: parameters, their average and the optimizer's state are spread over the devices instead of copied
+    train.max_skipped = 20  # steps in a row whose loss or gradient is not finite and which are skipped before the run stops
     return config

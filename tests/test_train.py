@@ -147,7 +147,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(unbroken, tmp_path):
 def only_count(functions, optimizer, **_):
     def step(state, batch):
         number = int(state.step) + 1
-        return dataclasses.replace(state, step=jnp.int32(number)), {"total": jnp.float32(number), "grad_norm": jnp.float32(1)}
+        return dataclasses.replace(state, step=jnp.int32(number)), {"total": jnp.float32(number), "nonfinite": jnp.float32(0)}
 
     return step
 
@@ -197,21 +197,92 @@ def test_lines_between_checkpoints_are_means(counting, tmp_path):
     assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [5, 7]
 
 
-def test_a_lost_loss_stops_the_run_before_anything_is_overwritten(counting, monkeypatch, tmp_path, capsys):
-    def until_three(functions, optimizer, **_):
+def losing(first: int, last: int):
+    """A step that counts, and whose loss is lost from step `first` to step `last`."""
+
+    def make(functions, optimizer, **_):
         step = only_count(functions, optimizer)
 
         def lost(state, batch):
             state, terms = step(state, batch)
-            return state, terms | {"grad_norm": jnp.float32(np.nan if state.step == 3 else 1)}
+            if not first <= state.step <= last:
+                return dataclasses.replace(state, skipped=jnp.int32(0)), terms
+            return dataclasses.replace(state, skipped=state.skipped + 1), {"total": jnp.float32(np.nan), "nonfinite": jnp.float32(1)}
 
         return lost
 
-    monkeypatch.setattr(train, "make_train_step", until_three)
-    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.epochs=5"]) == 2
-    assert one_error(capsys, "step 3", "grad_norm is nan", "config.optimizer.learning_rate")
+    return make
+
+
+def test_a_loss_that_stays_lost_stops_the_run_before_anything_is_overwritten(counting, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "make_train_step", losing(3, 99))
+    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.epochs=5", "--config.train.max_skipped=0"]) == 2
+    assert one_error(capsys, "step 3", "not finite, 1 step(s) in a row", "config.optimizer.learning_rate", "not_finite_step3_process0.npz")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
     assert [line["step"] for line in lines_of(tmp_path / "run")][-1] == 2
+    with np.load(tmp_path / "run" / "not_finite_step3_process0.npz") as batch:
+        assert batch["images"].shape == (2, 80, 80, 3) and batch["boxes"].shape == (2, 4, 4) and set(batch["image_ids"]) <= {0, 1, 2, 3}
+
+
+def test_single_steps_that_are_lost_are_skipped_and_counted(counting, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "make_train_step", losing(3, 3))
+    arguments = ["--config.train.steps=6", "--config.train.log_every=2", "--config.train.checkpoint_every=50.0"]
+    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *arguments]) == 0
+    lines = [(line["step"], line["train/total"], line["train/nonfinite"]) for line in lines_of(tmp_path / "run") if "train/total" in line]
+    assert lines == [(2, 1.5, 0), (4, 4.0, 0.5), (6, 5.5, 0)]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(counting, monkeypatch, tmp_path, capsys):
+    def told_to_stop(functions, optimizer, **_):
+        step = only_count(functions, optimizer)
+
+        def stopped(state, batch):
+            state, terms = step(state, batch)
+            if state.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return state, terms
+
+        return stopped
+
+    arguments = [DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.steps=6", "--config.train.checkpoint_every=50.0"]
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train, "make_train_step", told_to_stop)
+    assert counting(arguments) == 0
+    assert "asked to stop: saved at step 3; the same command continues from there" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setattr(train, "make_train_step", only_count)
+    assert counting(arguments) == 0
+    assert "steps 3 to 6" in capsys.readouterr().out
+    assert [line["train/total"] for line in lines_of(tmp_path / "run") if "train/total" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_starting_from_the_weights_of_another_run(counting, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert counting([DEBUG, f"--workdir={first}", "--config.train.steps=1", "--config.seed=7"]) == 0
+    capsys.readouterr()
+    other_classes = "--config.class_names=('Sad','Happy','Fear','Anger')"
+    arguments = [DEBUG, f"--workdir={second}", "--config.train.steps=1", f"--config.init_from={first}", other_classes]
+    assert counting(arguments) == 0
+    out = capsys.readouterr().out
+    assert "re-initialised: class_head" in out and (second / "init_from.txt").read_text() in out
+    (theirs, _, _), (ours, _, _) = load_weights(first), load_weights(second)
+    for path, value in ours.items():
+        assert path.startswith("class_head") or np.array_equal(value, theirs[path]), path
+    assert not np.array_equal(ours["class_head/kernel"], theirs["class_head/kernel"])  # number 0 is another class now
+    assert counting([*arguments[:2], "--config.train.steps=2", *arguments[3:]]) == 0
+    assert "steps 1 to 2" in capsys.readouterr().out  # a run that continues has its own weights
+    assert counting([DEBUG, f"--workdir={tmp_path / 'third'}", "--config.init_from=/nowhere.pth"]) == 2
+    assert one_error(capsys, "/nowhere.pth")
+
+
+def test_a_plan_needs_neither_a_workdir_nor_data(counting, monkeypatch, capsys):
+    asked = {}
+    monkeypatch.setattr(train, "make_plan", lambda step, state, buckets, **sizes: asked.update(sizes, buckets=buckets))
+    monkeypatch.setattr(train, "format_plan", lambda plan: "the plan")
+    assert counting([DEBUG, "--mode=plan", "--config.data.data_dir=/nowhere"]) == 0
+    assert asked == {"batch_size": 2, "max_targets": 4, "num_classes": 4, "buckets": ((80, 80),)}
+    assert "the plan" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
