@@ -40,7 +40,9 @@ def write_samples(config: DataConfig, split: str, output: Path, *, first: int, c
         for box, labels in zip(record.boxes, record.labels, strict=True):
             x1, y1, x2, y2 = (round(float(side), 2) for side in box)
             ids = np.flatnonzero(labels).tolist()
-            people.append({"id": len(people), "image_id": record.image_id, "bbox": [x1, y1, x2 - x1, y2 - y1], "category_id": ids})
+            people.append(
+                {"id": len(people), "image_id": record.image_id, "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)], "category_id": ids}
+            )
     categories = [{"id": i, "name": name} for i, name in enumerate(config.class_names)]
     content = {"images": images, "annotations": people, "categories": categories}
     (output / "truth.json").write_text(json.dumps(content, indent=1) + "\n")

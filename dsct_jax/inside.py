@@ -40,8 +40,8 @@ class Look:
     context_points: Float[np.ndarray, "m 2"]  # reference points, the same in every layer
     layers: tuple[Layer, ...]
     embeddings: Float[np.ndarray, "n d"]  # of the subjects, after the last layer
-    backbone: tuple[Float[np.ndarray, "h w"], ...]  # activation of C3, C4, C5, ...: norm over channels, without the padding
-    encoder: tuple[Float[np.ndarray, "h w"], ...]  # the same maps after the encoder
+    backbone: tuple[Float[np.ndarray, "_ _"], ...]  # activation of C3, C4, C5, ...: norm over channels, without the padding
+    encoder: tuple[Float[np.ndarray, "_ _"], ...]  # the same maps after the encoder
 
 
 def look(model: Model, image: Image.Image, *, selection: Selection | None = None) -> Look:

@@ -15,6 +15,7 @@ PATHs are images, folders or quoted patterns. --truth is what `python -m data.sa
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from dsct_jax.startup import start_process
 from dsct_jax.subjects import Selection, Subject, predict
 
 FIGURES = ("predictions", "activation", "sampling", "context", "beside", "embeddings", "losses")
+_COLORS = 256  # of the file: a third of the size, and hardly a difference to be seen
 _MAX_IMAGES = 12  # on one picture; more could not be read
 _SAME_PERSON = 0.5  # IoU from which a found person is an annotated one
 
@@ -152,11 +154,11 @@ def _embedding_label(subject: Subject, file: Path, truth: Truth | None) -> str:
 
 def losses(runs: Sequence[str]) -> Figure:
     """Fig. 12 for the runs in these directories. Raises UserError where one has logged nothing."""
-    series = {}
-    for run in runs:
-        series[Path(run).resolve().name if len({Path(r).resolve().name for r in runs}) == len(runs) else run] = read_metrics(
-            Path(run) / "metrics.jsonl"
-        )
+    short = {run: Path(run).resolve().name for run in runs}
+    names = short if len(set(short.values())) == len(runs) else {run: run for run in runs}
+    series = {name: read_metrics(Path(run) / "metrics.jsonl") for run, name in names.items()}
+    if missing := [name for name, found in series.items() if "train/loss_class" not in found]:
+        raise UserError(f"{missing[0]}: its metrics.jsonl has no training loss; name the --workdir of a training")
     return loss_figure(series)
 
 
@@ -210,6 +212,16 @@ def _draw_queries(arguments: argparse.Namespace, looks: Sequence[Look], files: S
     return context_figure(looks[0], person=person - 1)
 
 
+def as_image(picture: Image.Image | Figure) -> Image.Image:
+    """A figure as RGB pixels, at its own resolution."""
+    if isinstance(picture, Image.Image):
+        return picture
+    buffer = io.BytesIO()
+    picture.savefig(buffer, format="png")
+    buffer.seek(0)
+    return Image.open(buffer).convert("RGB")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = argparse.ArgumentParser(prog="python -m dsct_jax.visualize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -239,10 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--output={output}: must be the name of a .png file")
         picture = draw(arguments)
         output.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(picture, Figure):
-            picture.savefig(output)
-        else:
-            picture.save(output)
+        as_image(picture).quantize(_COLORS).save(output, optimize=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -154,9 +154,9 @@ def test_a_mistake_is_one_line(command, capsys, arguments, message):
 def test_a_directory_of_another_budget_is_refused(command, capsys):
     command("--table=8", "--seeds=0")
     capsys.readouterr()
-    assert command("--table=8", "--seeds=0", "--config.train.epochs=3.0")[0] == 2
+    assert command("--table=8", "--seeds=0", "--config.train.epochs=3")[0] == 2
     error = capsys.readouterr().err
-    assert "holds a run with other settings (config.train.epochs: 12 -> 3.0)" in error
+    assert "holds a run with other settings (config.train.epochs: 12 -> 3)" in error
 
 
 def test_cues_are_told_apart(tmp_path):

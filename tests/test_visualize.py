@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks.fusion_weights import weight_measures
 from configs import debug
 from data.command import run_command
 from data.samples import run as write_samples
@@ -133,9 +134,11 @@ def test_samples_and_their_truth_belong_together(samples):
     assert sorted(truth) == ["test_00000.png", "test_00001.png", "test_00002.png"]
     content = json.loads((samples / "truth.json").read_text())
     assert sum(map(len, truth.values())) == len(content["annotations"])
+    with Image.open(samples / "test_00000.png") as image:
+        width = image.width
     for person in truth["test_00000.png"]:
         assert len(person.labels) == 1
-        assert 0 <= person.box[0] < person.box[2] <= Image.open(samples / "test_00000.png").width
+        assert 0 <= person.box[0] < person.box[2] <= width
 
 
 def test_only_the_right_person_with_the_right_emotion_is_right():
@@ -230,3 +233,19 @@ def test_a_split_that_is_too_small_is_one_line(tmp_path, capsys):
     assert "built-in scenes test has 3 images" in capsys.readouterr().err
     with pytest.raises(UserError, match="invalid choice: 'holdout'"):
         write_samples(["--config=configs/debug.py", "--split=holdout", f"--output={tmp_path}"])
+
+
+def test_the_weight_of_the_fusion_is_split_between_its_selections(scene):
+    """By hand: the shares of what both, one or the other selected, weighted by distance."""
+    _, _, seen = scene
+    measured = np.array(list(weight_measures([seen], 1)))
+    layer = seen.layers[1]
+    expected = []
+    for query in seen.queries:
+        offsets = (seen.context_points - layer.subject_points[query]) / [seen.image.width, seen.image.height]
+        total = sum(w * np.hypot(*o) for w, o in zip(layer.context_weights[query], offsets, strict=True))
+        alone = sum(
+            w for w, near, alike in zip(layer.context_weights[query], layer.spatial[query], layer.semantic[query], strict=True) if alike > near
+        )
+        expected.append([max(layer.context_weights[query]), alone, total])
+    np.testing.assert_allclose(measured, expected, rtol=1e-5, atol=1e-7)

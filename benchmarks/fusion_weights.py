@@ -1,0 +1,52 @@
+"""Where the fusion's weight (Eq. 8) goes in a trained model: how sharp it is, and what each selection gets.
+
+    python -m benchmarks.fusion_weights --checkpoint=runs/demo1 samples/test_0000?.png samples/test_0001?.png
+
+One line a decoder layer, means over the people found: the largest weight of a context query, the share of those selected by relevance alone, and the
+distance of the weight from the person's reference point in shares of the image.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.command import Parser, run_command
+from dsct_jax.inside import Look, look
+from dsct_jax.load import load
+from dsct_jax.predict import read_photograph
+from dsct_jax.startup import start_process
+
+
+def weight_measures(looks: Sequence[Look], layer: int) -> Iterator[tuple[float, float, float]]:
+    """(largest weight, share of the semantic selection alone, mean distance) of each person found; none for a layer that does not fuse."""
+    for one in looks:
+        seen = one.layers[layer]
+        size = np.array([one.image.width, one.image.height])
+        for query in one.queries:
+            weights = seen.context_weights[query]
+            if weights.sum() > 0:
+                distances = np.linalg.norm((one.context_points - seen.subject_points[query]) / size, axis=-1)
+                semantic = weights[seen.semantic[query] & ~seen.spatial[query]].sum()
+                yield float(weights.max()), float(semantic), float((weights * distances).sum())
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Runs the command."""
+    parser = Parser(prog="python -m benchmarks.fusion_weights", description=__doc__)
+    parser.add_argument("images", nargs="+", type=Path)
+    parser.add_argument("--checkpoint", required=True, help="run directory or .safetensors file")
+    arguments = parser.parse_args(argv)
+    model = load(arguments.checkpoint)
+    looks = [look(model, read_photograph(file)) for file in arguments.images]
+    print(f"{'layer':<8}{'people':>8}{'largest':>10}{'semantic':>10}{'distance':>10}")
+    for layer in range(len(looks[0].layers)):
+        measures = np.array(list(weight_measures(looks, layer))).reshape(-1, 3)
+        means = measures.mean(0) if len(measures) else np.full(3, np.nan)
+        print(f"{layer + 1:<8}{len(measures):>8}" + "".join(f"{mean:>10.3f}" for mean in means))
+
+
+if __name__ == "__main__":
+    start_process()
+    sys.exit(run_command(lambda: run(None)))
