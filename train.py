@@ -2,12 +2,15 @@
 
     python train.py --config=configs/demo.py --workdir=runs/demo [--config.optimizer.learning_rate=1e-4 ...]
     python train.py --config=configs/demo.py --workdir=runs/demo --mode=eval [--split=test]
+    python train.py --config=configs/demo.py --workdir=runs/demo --mode=plan
 
-The same command again continues from the newest checkpoint in the workdir.
+The same command again continues from the newest checkpoint in the workdir. docs/training.md tells the rest.
 """
 
 import contextlib
 import dataclasses
+import errno
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -27,28 +30,36 @@ from dsct_jax.batch import Batch
 from dsct_jax.calibration import FILE as CALIBRATION_FILE
 from dsct_jax.calibration import calibration_of_run
 from dsct_jax.checkpoint import Checkpoints, load_weights, newest_checkpoint, require_same_model, require_same_shapes
+from dsct_jax.compilation import FILE as COMPILATIONS_FILE
+from dsct_jax.compilation import CompilationLog, keep_programs_in
 from dsct_jax.distributed import AUTO, join_processes
 from dsct_jax.drawing import contact_sheet, draw_batch
 from dsct_jax.errors import UserError
 from dsct_jax.evaluate import RESAMPLES, evaluate, fit_calibration, write_evaluation
 from dsct_jax.evaluation_table import format_table
+from dsct_jax.guard import Best, NonFiniteGuard, Stopped, StopRequest
 from dsct_jax.load import model_config
 from dsct_jax.logbook import Logbook, versions, write_settings
 from dsct_jax.losses import LossConfig
 from dsct_jax.matcher import MatcherConfig
+from dsct_jax.meter import Meter, memory
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.optimizer import OptimizerConfig, make_schedule
+from dsct_jax.plan import format_plan, make_plan
 from dsct_jax.prefetch import Prefetch
+from dsct_jax.pretrained import initialise
 from dsct_jax.results import About, ImageResult, SplitResults, pack
 from dsct_jax.settings import entry, from_section, read_config
-from dsct_jax.sharding import make_mesh, replicate, shard_batch
+from dsct_jax.sharding import FSDP, make_mesh, replicate, shard_batch
 from dsct_jax.startup import start_process
 from dsct_jax.state import Flat, ModelFunctions
-from dsct_jax.step import initial_state, make_eval_step, make_train_step
+from dsct_jax.step import StepConfig, initial_state, make_eval_step, make_train_step
 from dsct_jax.subjects import has_subject_logit
 
 SHOWN_METRICS = ("mAP", "accuracy", "macro_f1", "mean_iou")  # in the line of a validation
 DRAWN_IMAGES = 24  # on the contact sheet of an evaluation
+DRAWN_IN_TRAINING = 6  # of each validation
+SHARDING = {"none": (), "fsdp": FSDP}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +74,14 @@ class TrainConfig:
     checkpoint_every: float
     keep_checkpoints: int
     log_every: int
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    sharding: str = "none"
+    mesh_model: int = 1
+    nonfinite_limit: int = 10
+    best_metric: str = ""
+    early_stopping: int = 0
+    wandb: str = ""
 
     def __post_init__(self) -> None:
         for field in ("batch_size", "eval_batch_size", "keep_checkpoints", "log_every"):
@@ -73,6 +92,16 @@ class TrainConfig:
                 raise UserError(f"config.train.{field}={getattr(self, field)} cannot be used: must be more than 0")
         if self.steps < 0:
             raise UserError(f"config.train.steps={self.steps} cannot be used: must be 0 (as many as config.train.epochs say) or more")
+        for field in ("nonfinite_limit", "early_stopping"):
+            if getattr(self, field) < 0:
+                raise UserError(f"config.train.{field}={getattr(self, field)} cannot be used: must be 0 (off) or more")
+        if self.sharding not in SHARDING:
+            raise UserError(f"config.train.sharding={self.sharding!r} is not one of {', '.join(SHARDING)}")
+
+    def step_config(self) -> StepConfig:
+        """What of this concerns a single step."""
+        skip = self.nonfinite_limit > 0
+        return StepConfig(accumulate=self.accumulate, ema_decay=self.ema_decay, skip_nonfinite=skip, shard_rules=SHARDING[self.sharding])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +118,12 @@ class RunConfig:
     optimizer: OptimizerConfig
     data: DataConfig
     train: TrainConfig
+    init_from: str = ""
+
+    @property
+    def best_metric(self) -> str:
+        """What the best checkpoint is best by."""
+        return self.train.best_metric or ("mAP" if self.multi_label else "accuracy")
 
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> "RunConfig":
@@ -101,87 +136,204 @@ class RunConfig:
         return from_section(cls, "", {key: value for key, value in config.items() if key not in parts}, **parts)
 
 
-def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
-    """Trains to the end of the schedule, evaluating and saving on the way; returns the last validation metrics."""
-    run, mesh = RunConfig.from_mapping(config), make_mesh()
+def prepare(run: RunConfig, mesh: Mesh, config: Mapping[str, Any], total_steps: int, *, fresh: bool = True):
+    """(network, optimizer, state before step 0, report of `init_from`); its weights are only read for a run that begins (`fresh`)."""
+    functions = ModelFunctions(run.model)
+    params, frozen = functions.init(run.seed)
+    report: list[str] = []
+    if run.init_from and fresh:
+        params, frozen, report = initialise(run.init_from, functions, params, frozen, config)
+    step_config = run.train.step_config()
+    optimizer, state = initial_state(params, frozen, run.optimizer, total_steps=total_steps, mesh=mesh, step_config=step_config)
+    return functions, optimizer, state, report
+
+
+def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] | None = None) -> dict[str, float]:
+    """Trains to the end of the schedule, evaluating and saving on the way; returns the last validation metrics.
+
+    Args:
+        profile: (first step, number of steps) that jax's profiler records, below `workdir`/profile.
+
+    Raises:
+        Stopped: the run was told to stop by SIGTERM, and has saved.
+    """
+    run = RunConfig.from_mapping(config)
+    mesh = make_mesh(model=run.train.mesh_model)
     require_divisible(run.train, mesh)
     train_data = open_data(run, "train", training=True)
     val_data = open_data(run, "val", training=False)
     epoch_steps = train_data.steps_per_epoch
     total_steps = run.train.steps or max(1, round(run.train.epochs * epoch_steps))
-    functions = ModelFunctions(run.model)
-    optimizer, state = initial_state(*functions.init(run.seed), run.optimizer, total_steps=total_steps, mesh=mesh)
-    metadata = {"config": config, "versions": versions()}
+    metadata = {"config": config, "class_names": run.class_names, "seed": run.seed, "steps_per_epoch": epoch_steps, "versions": versions()}
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, keep=run.train.keep_checkpoints, metadata=metadata)))
-        if checkpoints.latest_step() is not None:
-            state = checkpoints.restore(state)
+        keep_programs_in(workdir)
+        fresh = checkpoints.latest_step() is None
+        functions, optimizer, state, report = prepare(run, mesh, config, total_steps, fresh=fresh)
+        best, found, meter = Best(run.best_metric), checkpoints.restore_newest(state), Meter()
+        progress: dict[str, Any] = {}
+        if found is not None:
+            state, stored = found
+            progress = stored.get("progress", {})
+            meter.put_back(progress.get("pending", []))
+            if progress.get("best_metric") == best.metric:
+                best = Best(best.metric, progress["best_value"], progress["best_step"], progress["waited"])
         start_step = int(state.step)
         changed = write_settings(config, workdir) if jax.process_index() == 0 else []
-        logbook = stack.enter_context(contextlib.closing(Logbook(workdir, start_step=start_step, total_steps=total_steps)))
+        logbook = Logbook(workdir, start_step=start_step, total_steps=total_steps, wandb=run.train.wandb, config=config)
+        stack.enter_context(contextlib.closing(logbook))
         trained = sum(value.size for value in state.params.values())
         logbook.tell(
             f"{run.name}: {train_data.num_images} images, {trained:,} trained parameters, {mesh.size} device(s), steps {start_step} to {total_steps}"
         )
+        logbook.note("init_from.txt", report)
         if jax.process_count() > 1:
             logbook.tell(f"process 0 of {jax.process_count()}, the only one that writes")
         if start_step > 0 and changed:
             logbook.tell(f"settings changed since the last start: config.{'; config.'.join(changed)}")
+        if found is not None and stored.get("steps_per_epoch", epoch_steps) != epoch_steps:
+            logbook.tell(f"the training data or the batch size changed: {stored['steps_per_epoch']} -> {epoch_steps} steps an epoch")
+        eval_step = make_eval_step(functions, mesh=mesh)
+
+        def validate(step: int, state) -> tuple[dict[str, Any], bool]:
+            """Metrics of the weights as they are, averaged if the run keeps an average; and whether they are the best."""
+            drawings: list[Image.Image] | None = [] if jax.process_index() == 0 else None
+            weights = (state.ema or state.params) | state.fixed
+            metrics = run_evaluation(eval_step, weights, state.frozen, val_data, run, mesh, drawings=drawings)
+            logbook.write(step, {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)})
+            if drawings:
+                logbook.image(step, "val/predictions", contact_sheet(drawings[:DRAWN_IN_TRAINING], 3))
+            logbook.tell("validation: " + "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics))
+            return metrics, best.add(step, metrics)
+
+        if progress.get("validation_owed"):
+            validate(start_step, state)
         if start_step >= total_steps:
             logbook.tell(f"nothing left to train: {workdir} stands at step {start_step}; raise config.train.epochs to go on, or use --mode=eval")
             return {}
+        if stopped_early(best, run.train, logbook):
+            return {}
 
         step_function = make_train_step(
-            functions, optimizer, loss=run.loss, matcher=run.matcher, multi_label=run.multi_label, mesh=mesh, seed=run.seed
+            functions,
+            optimizer,
+            loss=run.loss,
+            matcher=run.matcher,
+            multi_label=run.multi_label,
+            mesh=mesh,
+            seed=run.seed,
+            step_config=run.train.step_config(),
         )
-        eval_step = make_eval_step(functions, mesh=mesh)
         schedule = make_schedule(run.optimizer, total_steps)
+        scales = sorted({scale for _, scale in run.optimizer.rules if scale not in (0.0, 1.0)})
         eval_steps = max(1, round(run.train.eval_every * epoch_steps))
         checkpoint_steps = max(1, round(run.train.checkpoint_every * epoch_steps))
         metrics: dict[str, float] = {}
         seen_shapes: set[tuple[int, ...]] = set()
-        pending: list[dict[str, jax.Array]] = []
+        compilations = CompilationLog(workdir / COMPILATIONS_FILE if jax.process_index() == 0 else None)
+        stack.enter_context(contextlib.closing(compilations))
+        guard = NonFiniteGuard(workdir, limit=run.train.nonfinite_limit, in_a_row=int(state.skipped), tell=logbook.tell)
+        stop = stack.enter_context(StopRequest())
         batches = Prefetch(train_data.iterator(start_step, total_steps - start_step), lambda batch: shard_batch(batch, mesh))
         stack.enter_context(batches)
-        clock = time.monotonic()
+        meter.resume()
         for step, batch in enumerate(batches, start_step + 1):
+            if profile and step == profile[0]:
+                jax.profiler.start_trace(workdir / "profile")
+                stack.callback(stop_profile)
             started = time.monotonic()
-            state, terms = step_function(state, batch)
-            pending.append(terms)
+            with compilations.during(step, "x".join(map(str, batch.images.shape))):
+                state, terms = step_function(state, batch)
+            seconds = 0.0
             if batch.images.shape not in seen_shapes:
                 seen_shapes.add(batch.images.shape)
                 seconds = time.monotonic() - started
                 programs = f"program {len(seen_shapes)} of at most {len(run.data.buckets)}"
                 logbook.tell(f"compiled for images {batch.images.shape} in {seconds:.1f} s ({programs})")
                 logbook.leave_out(seconds)
-                clock += seconds
-            last = step == total_steps
-            saving = step % checkpoint_steps == 0 or last
+            meter.add(terms, left_out=seconds)
+            guard.add(step, batch, terms)
+            if profile and step == profile[0] + profile[1] - 1:
+                jax.block_until_ready(state)
+                stop_profile()
+                logbook.tell(f"profile of steps {profile[0]} to {step}: {workdir / 'profile'}")
+            last, stopping = step == total_steps, stop.asked(step)
+            evaluating, saving = step % eval_steps == 0 or last, step % checkpoint_steps == 0 or last or stopping
             # A line at every checkpoint too: a run that continues there then writes the same lines as one that never stopped.
-            if step % run.train.log_every == 0 or saving:
-                means = mean_of(pending)
-                require_finite(means, step)
-                seconds = time.monotonic() - clock
-                speed, waited = len(pending) * run.train.batch_size / seconds, batches.take_wait() / seconds
-                scalars = {f"train/{name}": value for name, value in means.items()} | {"train/learning_rate": float(schedule(step - 1))}
-                logbook.write(step, scalars | {"time/images_per_s": speed, "time/data_wait": waited})
-                logbook.progress(step, f"loss {means['total']:.3f}  {speed:.1f} images/s  data wait {waited:.0%}")
-                pending, clock = [], time.monotonic()
-            if step % eval_steps == 0 or last:
-                metrics = run_evaluation(eval_step, state.params | state.fixed, state.frozen, val_data, run, mesh)
-                logbook.write(step, {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)})
-                logbook.tell("validation: " + "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics))
+            if saving or evaluating or step % run.train.log_every == 0:
+                guard.look()
+                checkpoints.check()
+            if step % run.train.log_every == 0 or evaluating or step % checkpoint_steps == 0:
+                means, times = meter.take(batch_size=run.train.batch_size, waited=batches.take_wait())
+                if not means.get("nonfinite"):
+                    require_finite(means, step)
+                rate = float(schedule(step - 1))
+                rates = {"train/learning_rate": rate} | {f"train/learning_rate/x{scale:g}": rate * scale for scale in scales}
+                scalars = {f"train/{name}": value for name, value in means.items()} | rates
+                scalars |= {f"time/{name}": value for name, value in times.items()} | {f"memory/{name}": x for name, x in memory().items()}
+                logbook.write(step, scalars)
+                speed = f"{times['images_per_s']:.1f} images/s  data wait {times['data_wait']:.0%}"
+                logbook.progress(step, f"loss {means['total']:.3f}  {speed}")
+            if evaluating and not stopping:
+                with compilations.during(step, "validation"):
+                    metrics, better = validate(step, state)
+                saving |= better
                 batches.take_wait()
-                clock = time.monotonic()
-            if saving:
-                checkpoints.save(state)
+            ends = not stopping and evaluating and stopped_early(best, run.train, logbook)
+            if saving or ends:
+                progress = {"step": step, "epoch": step // epoch_steps, "batch_in_epoch": step % epoch_steps}
+                progress |= {"best_metric": best.metric, "best_value": best.value, "best_step": best.step, "waited": best.waited}
+                # Told to stop between two lines, or before a validation: what these would have held is kept for the run that continues.
+                progress |= {"pending": meter.pending(), "validation_owed": evaluating and stopping}
+                checkpoints.save(state, progress=progress)
+            if evaluating or saving:
+                meter.resume()
+            if stopping:
+                checkpoints.wait()
+                raise Stopped(f"stopped by SIGTERM after step {step}, which is saved; the same command continues from there")
+            if ends:
+                break
         tell_skipped(train_data, val_data, tell=logbook.tell)
+        if best.value is not None:
+            logbook.tell(f"best validation: {best.metric} {best.value:.3f} at step {best.step}, kept in {workdir / 'checkpoints' / str(best.step)}")
     return metrics
+
+
+def stop_profile() -> None:
+    """Ends the profiler's recording, if one is going on."""
+    with contextlib.suppress(RuntimeError):
+        jax.profiler.stop_trace()
+
+
+def stopped_early(best: Best, config: TrainConfig, logbook: Logbook) -> bool:
+    """Whether the validations no longer improve; says so."""
+    over = 0 < config.early_stopping <= best.waited
+    if over:
+        logbook.tell(
+            f"stopped early: {best.metric} has not improved in {best.waited} validations since step {best.step} "
+            f"(config.train.early_stopping={config.early_stopping})"
+        )
+    return over
+
+
+def plan(config: Mapping[str, Any]) -> None:
+    """Prints what a run will take: parameters by module, and memory, compile time and FLOPs of each bucket. Trains and reads nothing."""
+    run = RunConfig.from_mapping(config)
+    mesh = make_mesh(model=run.train.mesh_model)
+    require_divisible(run.train, mesh)
+    functions, optimizer, state, _ = prepare(run, mesh, config, max(run.train.steps, 1), fresh=False)
+    step: dict[str, Any] = {"loss": run.loss, "matcher": run.matcher, "multi_label": run.multi_label, "mesh": mesh, "seed": run.seed}
+    step_function = make_train_step(functions, optimizer, step_config=run.train.step_config(), **step)
+    sizes = {"batch_size": run.train.batch_size, "max_targets": run.data.max_targets, "num_classes": len(run.class_names)}
+    print(format_plan(make_plan(step_function, state, run.data.buckets, **sizes)))
 
 
 def require_divisible(config: TrainConfig, mesh: Mesh) -> None:
     """Raises UserError unless the global batch sizes divide by the number of devices."""
+    if config.batch_size % (mesh.size * config.accumulate) and config.accumulate > 1:
+        parts = f"{mesh.size} devices x config.train.accumulate={config.accumulate}"
+        raise UserError(f"config.train.batch_size={config.batch_size} cannot be shared by {parts}: set it to a multiple of their product")
     for field in ("batch_size", "eval_batch_size"):
         if getattr(config, field) % mesh.size:
             raise UserError(
@@ -194,12 +346,6 @@ def require_finite(means: Mapping[str, float], step: int) -> None:
     for name in ("total", "grad_norm"):
         if not np.isfinite(means[name]):
             raise UserError(f"step {step}: {name} is {means[name]}; lower config.optimizer.learning_rate, then run again from the last checkpoint")
-
-
-def mean_of(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Mean of every metric over the steps since the last line of the log."""
-    fetched = jax.device_get(pending)
-    return {name: float(np.mean([terms[name] for terms in fetched])) for name in fetched[0]}
 
 
 def open_data(run: RunConfig, split: str, *, training: bool) -> Dataset:
@@ -222,9 +368,11 @@ def tell_skipped(*datasets: Dataset, tell) -> None:
         tell(f"left out: {unreadable} image(s) that could not be opened and {len(damaged)} with damaged pixels")
 
 
-def run_evaluation(eval_step, params: Flat, frozen: Flat, data: Dataset, run: RunConfig, mesh: Mesh) -> dict[str, Any]:
-    """Every image of `data` once -> metrics."""
-    return evaluate(collect_results(eval_step, params, frozen, data, run, mesh))
+def run_evaluation(
+    eval_step, params: Flat, frozen: Flat, data: Dataset, run: RunConfig, mesh: Mesh, *, drawings: list[Image.Image] | None = None
+) -> dict[str, Any]:
+    """Every image of `data` once -> metrics; some are drawn into `drawings` if given."""
+    return evaluate(collect_results(eval_step, params, frozen, data, run, mesh, drawings=drawings, drawn=DRAWN_IN_TRAINING))
 
 
 def collect_results(
@@ -238,6 +386,7 @@ def collect_results(
     split: str = "val",
     checkpoint: str = "",
     drawings: list[Image.Image] | None = None,
+    drawn: int = DRAWN_IMAGES,
 ) -> SplitResults:
     """What the model says of every image of `data`, each once, on every process; some of this process's are drawn into `drawings` if given."""
     subject_logit = has_subject_logit(multi_label=run.multi_label, class_loss=run.loss.class_loss)
@@ -249,11 +398,12 @@ def collect_results(
             logits, boxes = predictions.logits[-1], predictions.boxes[-1]
             results += image_results(whole, logits, boxes)
             seen += int((whole.image_ids >= 0).sum())  # images that were skipped as damaged keep their number
-            if drawings is not None and len(drawings) < DRAWN_IMAGES:
+            if drawings is not None and len(drawings) < drawn:
                 first = jax.process_index() * len(batch.real)
                 here = slice(first, first + len(batch.real))
                 names: dict[str, Any] = {"class_names": run.class_names, "multi_label": run.multi_label, "subject_logit": subject_logit}
-                drawings += draw_batch(batch, logits[here], boxes[here], **names)
+                shown = jax.tree.map(lambda x, room=drawn - len(drawings): x[:room], batch)
+                drawings += draw_batch(shown, logits[here][: len(shown.real)], boxes[here][: len(shown.real)], **names)
     if seen != data.num_images:
         raise RuntimeError(f"evaluated {seen} of {data.num_images} images")
     if not results:
@@ -323,31 +473,53 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("--config", type=Path, help="configuration file, such as configs/demo.py, or a run's config.json")
     parser.add_argument("--workdir", type=Path, help="directory of the run: checkpoints, metrics, settings")
-    parser.add_argument("--mode", choices=["train", "eval"], default="train", help="train, evaluating on the way; or evaluate the newest checkpoint")
+    parser.add_argument("--mode", choices=["train", "eval", "plan"], default="train", help="plan: print what a run will take")
     parser.add_argument("--split", choices=SPLITS, default="test", help="what --mode=eval evaluates")
     parser.add_argument("--coordinator", help=f"several processes: HOST:PORT of process 0, the same for all; {AUTO}: as jax finds out by itself")
     parser.add_argument("--num_processes", type=int, help="several processes: how many")
     parser.add_argument("--process_id", type=int, help="several processes: which of them this is, from 0")
+    parser.add_argument("--profile", metavar="STEP:NUMBER", help="records so many steps with jax's profiler, from this one on, below the workdir")
     return parser
+
+
+def profile_window(text: str | None) -> tuple[int, int] | None:
+    """--profile=STEP:NUMBER as two numbers. Raises UserError."""
+    if text is None:
+        return None
+    step, _, number = text.partition(":")
+    if not (step.isdecimal() and number.isdecimal() and int(step) and int(number)):
+        raise UserError(f"--profile={text} cannot be used: must be STEP:NUMBER, such as 20:5 for the steps 20 to 24")
+    return int(step), int(number)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the chosen mode; a user's mistake is one line on stderr and exit status 2."""
     try:
         arguments, overrides = make_parser().parse_known_args(argv)
-        for name in ("config", "workdir"):
+        for name in ("config",) if arguments.mode == "plan" else ("config", "workdir"):
             if getattr(arguments, name) is None:
                 raise UserError(f"--{name} is missing" + (f", but there is {overrides[0]}" if overrides else "") + "; see train.py --help")
-        if arguments.workdir.exists() and not arguments.workdir.is_dir():
+        window = profile_window(arguments.profile)
+        if arguments.workdir and arguments.workdir.exists() and not arguments.workdir.is_dir():
             raise UserError(f"--workdir={arguments.workdir}: is a file; name a directory")
         config = override(read_config(arguments.config), overrides)
         join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
         if arguments.mode == "train":
-            train(config, arguments.workdir)
+            train(config, arguments.workdir, profile=window)
+        elif arguments.mode == "plan":
+            plan(config)
         else:
             evaluate_checkpoint(config, arguments.workdir, arguments.split)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        print(f"error: {error.filename or arguments.workdir}: {error.strerror}; make room, then the same command continues", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
