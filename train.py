@@ -10,15 +10,16 @@ The same command again continues from the newest checkpoint in the workdir. docs
 import contextlib
 import dataclasses
 import errno
-import signal
+import operator
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from PIL import Image
@@ -37,7 +38,7 @@ from dsct_jax.drawing import contact_sheet, draw_batch
 from dsct_jax.errors import UserError
 from dsct_jax.evaluate import RESAMPLES, evaluate, fit_calibration, write_evaluation
 from dsct_jax.evaluation_table import format_table
-from dsct_jax.guard import Best, NonFiniteGuard, Stopped, StopRequest
+from dsct_jax.guard import Best, NonFiniteGuard
 from dsct_jax.load import model_config
 from dsct_jax.logbook import Logbook, versions, write_settings
 from dsct_jax.losses import LossConfig
@@ -51,15 +52,14 @@ from dsct_jax.pretrained import initialise
 from dsct_jax.results import About, ImageResult, SplitResults, pack
 from dsct_jax.settings import entry, from_section, read_config
 from dsct_jax.sharding import FSDP, make_mesh, replicate, shard_batch
-from dsct_jax.startup import start_process
+from dsct_jax.startup import Preemption, start_process
 from dsct_jax.state import Flat, ModelFunctions
-from dsct_jax.step import StepConfig, initial_state, make_eval_step, make_train_step
+from dsct_jax.step import StepConfig, TrainStep, initial_state, make_eval_step, make_train_step
 from dsct_jax.subjects import has_subject_logit
 
 SHOWN_METRICS = ("mAP", "accuracy", "macro_f1", "mean_iou")  # in the line of a validation
 DRAWN_IMAGES = 24  # on the contact sheet of an evaluation
 DRAWN_IN_TRAINING = 6  # of each validation
-SHARDING = {"none": (), "fsdp": FSDP}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +76,14 @@ class TrainConfig:
     log_every: int
     accumulate: int = 1
     ema_decay: float = 0.0
-    sharding: str = "none"
-    mesh_model: int = 1
-    nonfinite_limit: int = 10
+    fsdp: bool = False
+    max_skipped: int = 20
     best_metric: str = ""
     early_stopping: int = 0
     wandb: str = ""
 
     def __post_init__(self) -> None:
-        for field in ("batch_size", "eval_batch_size", "keep_checkpoints", "log_every"):
+        for field in ("batch_size", "eval_batch_size", "keep_checkpoints", "log_every", "accumulate"):
             if getattr(self, field) < 1:
                 raise UserError(f"config.train.{field}={getattr(self, field)} cannot be used: must be at least 1")
         for field in ("epochs", "eval_every", "checkpoint_every"):
@@ -92,16 +91,16 @@ class TrainConfig:
                 raise UserError(f"config.train.{field}={getattr(self, field)} cannot be used: must be more than 0")
         if self.steps < 0:
             raise UserError(f"config.train.steps={self.steps} cannot be used: must be 0 (as many as config.train.epochs say) or more")
-        for field in ("nonfinite_limit", "early_stopping"):
+        for field in ("max_skipped", "early_stopping"):
             if getattr(self, field) < 0:
-                raise UserError(f"config.train.{field}={getattr(self, field)} cannot be used: must be 0 (off) or more")
-        if self.sharding not in SHARDING:
-            raise UserError(f"config.train.sharding={self.sharding!r} is not one of {', '.join(SHARDING)}")
+                raise UserError(f"config.train.{field}={getattr(self, field)} cannot be used: must be 0 or more")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"config.train.ema_decay={self.ema_decay} cannot be used: must be at least 0 (off) and less than 1")
 
+    @property
     def step_config(self) -> StepConfig:
-        """What of this concerns a single step."""
-        skip = self.nonfinite_limit > 0
-        return StepConfig(accumulate=self.accumulate, ema_decay=self.ema_decay, skip_nonfinite=skip, shard_rules=SHARDING[self.sharding])
+        """The part that a step needs to know."""
+        return StepConfig(accumulate=self.accumulate, ema_decay=self.ema_decay, shard_rules=FSDP if self.fsdp else ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +109,7 @@ class RunConfig:
 
     name: str
     seed: int
+    init_from: str
     class_names: tuple[str, ...]
     multi_label: bool
     model: DSCTConfig
@@ -118,7 +118,6 @@ class RunConfig:
     optimizer: OptimizerConfig
     data: DataConfig
     train: TrainConfig
-    init_from: str = ""
 
     @property
     def best_metric(self) -> str:
@@ -136,18 +135,6 @@ class RunConfig:
         return from_section(cls, "", {key: value for key, value in config.items() if key not in parts}, **parts)
 
 
-def prepare(run: RunConfig, mesh: Mesh, config: Mapping[str, Any], total_steps: int, *, fresh: bool = True):
-    """(network, optimizer, state before step 0, report of `init_from`); its weights are only read for a run that begins (`fresh`)."""
-    functions = ModelFunctions(run.model)
-    params, frozen = functions.init(run.seed)
-    report: list[str] = []
-    if run.init_from and fresh:
-        params, frozen, report = initialise(run.init_from, functions, params, frozen, config)
-    step_config = run.train.step_config()
-    optimizer, state = initial_state(params, frozen, run.optimizer, total_steps=total_steps, mesh=mesh, step_config=step_config)
-    return functions, optimizer, state, report
-
-
 def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] | None = None) -> dict[str, float]:
     """Trains to the end of the schedule, evaluating and saving on the way; returns the last validation metrics.
 
@@ -155,30 +142,30 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
         profile: (first step, number of steps) that jax's profiler records, below `workdir`/profile.
 
     Raises:
-        Stopped: the run was told to stop by SIGTERM, and has saved.
+        Preempted: the run was asked to stop by SIGTERM, and has saved.
     """
-    run = RunConfig.from_mapping(config)
-    mesh = make_mesh(model=run.train.mesh_model)
+    run, mesh = RunConfig.from_mapping(config), make_mesh()
     require_divisible(run.train, mesh)
     train_data = open_data(run, "train", training=True)
     val_data = open_data(run, "val", training=False)
     epoch_steps = train_data.steps_per_epoch
     total_steps = run.train.steps or max(1, round(run.train.epochs * epoch_steps))
+    functions = ModelFunctions(run.model)
+    params, frozen = starting_values(functions, run, config, workdir)
+    keep_programs_in(workdir)
+    optimizer, state = initial_state(params, frozen, run.optimizer, total_steps=total_steps, mesh=mesh, step_config=run.train.step_config)
     metadata = {"config": config, "class_names": run.class_names, "seed": run.seed, "steps_per_epoch": epoch_steps, "versions": versions()}
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, keep=run.train.keep_checkpoints, metadata=metadata)))
-        keep_programs_in(workdir)
-        fresh = checkpoints.latest_step() is None
-        functions, optimizer, state, report = prepare(run, mesh, config, total_steps, fresh=fresh)
         best, found, meter = Best(run.best_metric), checkpoints.restore_newest(state), Meter()
+        stored: dict[str, Any] = {}
         progress: dict[str, Any] = {}
         if found is not None:
             state, stored = found
             progress = stored.get("progress", {})
             meter.put_back(progress.get("pending", []))
-            if progress.get("best_metric") == best.metric:
-                best = Best(best.metric, progress["best_value"], progress["best_step"], progress["waited"])
+            best.take_up(progress)
         start_step = int(state.step)
         changed = write_settings(config, workdir) if jax.process_index() == 0 else []
         logbook = Logbook(workdir, start_step=start_step, total_steps=total_steps, wandb=run.train.wandb, config=config)
@@ -187,13 +174,10 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
         logbook.tell(
             f"{run.name}: {train_data.num_images} images, {trained:,} trained parameters, {mesh.size} device(s), steps {start_step} to {total_steps}"
         )
-        logbook.note("init_from.txt", report)
         if jax.process_count() > 1:
             logbook.tell(f"process 0 of {jax.process_count()}, the only one that writes")
-        if start_step > 0 and changed:
-            logbook.tell(f"settings changed since the last start: config.{'; config.'.join(changed)}")
-        if found is not None and stored.get("steps_per_epoch", epoch_steps) != epoch_steps:
-            logbook.tell(f"the training data or the batch size changed: {stored['steps_per_epoch']} -> {epoch_steps} steps an epoch")
+        if start_step > 0:
+            tell_changes(logbook, changed, stored.get("steps_per_epoch", epoch_steps), epoch_steps)
         eval_step = make_eval_step(functions, mesh=mesh)
 
         def validate(step: int, state) -> tuple[dict[str, Any], bool]:
@@ -215,26 +199,16 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
         if stopped_early(best, run.train, logbook):
             return {}
 
-        step_function = make_train_step(
-            functions,
-            optimizer,
-            loss=run.loss,
-            matcher=run.matcher,
-            multi_label=run.multi_label,
-            mesh=mesh,
-            seed=run.seed,
-            step_config=run.train.step_config(),
-        )
-        schedule = make_schedule(run.optimizer, total_steps)
-        scales = sorted({scale for _, scale in run.optimizer.rules if scale not in (0.0, 1.0)})
+        step_function = train_step(functions, optimizer, run, mesh)
+        rates = learning_rates(run.optimizer, total_steps)
         eval_steps = max(1, round(run.train.eval_every * epoch_steps))
         checkpoint_steps = max(1, round(run.train.checkpoint_every * epoch_steps))
         metrics: dict[str, float] = {}
         seen_shapes: set[tuple[int, ...]] = set()
         compilations = CompilationLog(workdir / COMPILATIONS_FILE if jax.process_index() == 0 else None)
         stack.enter_context(contextlib.closing(compilations))
-        guard = NonFiniteGuard(workdir, limit=run.train.nonfinite_limit, in_a_row=int(state.skipped), tell=logbook.tell)
-        stop = stack.enter_context(StopRequest())
+        guard = NonFiniteGuard(workdir, limit=run.train.max_skipped, in_a_row=int(state.skipped), tell=logbook.tell)
+        preemption = stack.enter_context(Preemption())
         batches = Prefetch(train_data.iterator(start_step, total_steps - start_step), lambda batch: shard_batch(batch, mesh))
         stack.enter_context(batches)
         meter.resume()
@@ -258,23 +232,14 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
                 jax.block_until_ready(state)
                 stop_profile()
                 logbook.tell(f"profile of steps {profile[0]} to {step}: {workdir / 'profile'}")
-            last, stopping = step == total_steps, stop.asked(step)
+            last, stopping = step == total_steps, preemption.reached(step)
             evaluating, saving = step % eval_steps == 0 or last, step % checkpoint_steps == 0 or last or stopping
             # A line at every checkpoint too: a run that continues there then writes the same lines as one that never stopped.
             if saving or evaluating or step % run.train.log_every == 0:
                 guard.look()
                 checkpoints.check()
             if step % run.train.log_every == 0 or evaluating or step % checkpoint_steps == 0:
-                means, times = meter.take(batch_size=run.train.batch_size, waited=batches.take_wait())
-                if not means.get("nonfinite"):
-                    require_finite(means, step)
-                rate = float(schedule(step - 1))
-                rates = {"train/learning_rate": rate} | {f"train/learning_rate/x{scale:g}": rate * scale for scale in scales}
-                scalars = {f"train/{name}": value for name, value in means.items()} | rates
-                scalars |= {f"time/{name}": value for name, value in times.items()} | {f"memory/{name}": x for name, x in memory().items()}
-                logbook.write(step, scalars)
-                speed = f"{times['images_per_s']:.1f} images/s  data wait {times['data_wait']:.0%}"
-                logbook.progress(step, f"loss {means['total']:.3f}  {speed}")
+                write_line(logbook, step, meter, waited=batches.take_wait(), rates=rates(step - 1), batch_size=run.train.batch_size)
             if evaluating and not stopping:
                 with compilations.during(step, "validation"):
                     metrics, better = validate(step, state)
@@ -282,22 +247,50 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
                 batches.take_wait()
             ends = not stopping and evaluating and stopped_early(best, run.train, logbook)
             if saving or ends:
-                progress = {"step": step, "epoch": step // epoch_steps, "batch_in_epoch": step % epoch_steps}
-                progress |= {"best_metric": best.metric, "best_value": best.value, "best_step": best.step, "waited": best.waited}
+                where = {"step": step, "epoch": step // epoch_steps, "batch_in_epoch": step % epoch_steps}
                 # Told to stop between two lines, or before a validation: what these would have held is kept for the run that continues.
-                progress |= {"pending": meter.pending(), "validation_owed": evaluating and stopping}
-                checkpoints.save(state, progress=progress)
+                owed = {"pending": meter.pending(), "validation_owed": evaluating and stopping}
+                checkpoints.save(state, progress=where | owed | best.as_progress())
             if evaluating or saving:
                 meter.resume()
             if stopping:
                 checkpoints.wait()
-                raise Stopped(f"stopped by SIGTERM after step {step}, which is saved; the same command continues from there")
+                raise Preempted(f"asked to stop: saved at step {step}; the same command continues from there")
             if ends:
                 break
         tell_skipped(train_data, val_data, tell=logbook.tell)
         if best.value is not None:
             logbook.tell(f"best validation: {best.metric} {best.value:.3f} at step {best.step}, kept in {workdir / 'checkpoints' / str(best.step)}")
     return metrics
+
+
+def learning_rates(config: OptimizerConfig, total_steps: int) -> Callable[[int], dict[str, float]]:
+    """A function from a step to its learning rate, and to that of each multiplier among the rules."""
+    schedule = make_schedule(config, total_steps)
+    scales = sorted({scale for _, scale in config.rules if scale not in (0.0, 1.0)})
+
+    def rates(step: int) -> dict[str, float]:
+        rate = float(schedule(step))
+        return {"learning_rate": rate} | {f"learning_rate/x{scale:g}": rate * scale for scale in scales}
+
+    return rates
+
+
+def write_line(logbook: Logbook, step: int, meter: Meter, *, waited: float, rates: Mapping[str, float], batch_size: int) -> None:
+    """What was measured since the last line of the log."""
+    means, times = meter.take(batch_size=batch_size, waited=waited)
+    parts = {"train": means | rates, "time": times, "memory": memory()}
+    logbook.write(step, {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()})
+    speed = f"{times['images_per_s']:.1f} images/s  data wait {times['data_wait']:.0%}"
+    logbook.progress(step, f"loss {means.get('total', np.nan):.3f}  {speed}")
+
+
+def tell_changes(logbook: Logbook, changed: list[str], steps_before: int, steps_now: int) -> None:
+    """What is different from the start before."""
+    if changed:
+        logbook.tell(f"settings changed since the last start: config.{'; config.'.join(changed)}")
+    if steps_before != steps_now:
+        logbook.tell(f"the training data or the batch size changed: {steps_before} -> {steps_now} steps an epoch")
 
 
 def stop_profile() -> None:
@@ -317,18 +310,6 @@ def stopped_early(best: Best, config: TrainConfig, logbook: Logbook) -> bool:
     return over
 
 
-def plan(config: Mapping[str, Any]) -> None:
-    """Prints what a run will take: parameters by module, and memory, compile time and FLOPs of each bucket. Trains and reads nothing."""
-    run = RunConfig.from_mapping(config)
-    mesh = make_mesh(model=run.train.mesh_model)
-    require_divisible(run.train, mesh)
-    functions, optimizer, state, _ = prepare(run, mesh, config, max(run.train.steps, 1), fresh=False)
-    step: dict[str, Any] = {"loss": run.loss, "matcher": run.matcher, "multi_label": run.multi_label, "mesh": mesh, "seed": run.seed}
-    step_function = make_train_step(functions, optimizer, step_config=run.train.step_config(), **step)
-    sizes = {"batch_size": run.train.batch_size, "max_targets": run.data.max_targets, "num_classes": len(run.class_names)}
-    print(format_plan(make_plan(step_function, state, run.data.buckets, **sizes)))
-
-
 def require_divisible(config: TrainConfig, mesh: Mesh) -> None:
     """Raises UserError unless the global batch sizes divide by the number of devices."""
     if config.batch_size % (mesh.size * config.accumulate) and config.accumulate > 1:
@@ -341,11 +322,46 @@ def require_divisible(config: TrainConfig, mesh: Mesh) -> None:
             )
 
 
-def require_finite(means: Mapping[str, float], step: int) -> None:
-    """Raises UserError when the loss or its gradient is lost; before a checkpoint is written, so that the last one is good."""
-    for name in ("total", "grad_norm"):
-        if not np.isfinite(means[name]):
-            raise UserError(f"step {step}: {name} is {means[name]}; lower config.optimizer.learning_rate, then run again from the last checkpoint")
+class Preempted(Exception):
+    """The run was asked to stop, and has saved."""
+
+
+def starting_values(functions: ModelFunctions, run: RunConfig, config: Mapping[str, Any], workdir: Path) -> tuple[Flat, Flat]:
+    """Random values, and those of config.init_from in their place; what was taken is printed and kept in init_from.txt."""
+    params, frozen = functions.init(run.seed)
+    if not run.init_from or newest_checkpoint(workdir):  # a run that continues has its own
+        return params, frozen
+    params, frozen, lines = initialise(run.init_from, functions, params, frozen, config)
+    if jax.process_index() == 0:
+        print("\n".join(lines), flush=True)
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "init_from.txt").write_text("\n".join(lines) + "\n")
+    return params, frozen
+
+
+def train_step(functions: ModelFunctions, optimizer: optax.GradientTransformation, run: RunConfig, mesh: Mesh) -> TrainStep:
+    """The step of a run."""
+    return make_train_step(
+        functions,
+        optimizer,
+        loss=run.loss,
+        matcher=run.matcher,
+        multi_label=run.multi_label,
+        mesh=mesh,
+        seed=run.seed,
+        step_config=run.train.step_config,
+    )
+
+
+def print_plan(config: Mapping[str, Any]) -> None:
+    """What a training run would take: parameters, memory, compile time and arithmetic. Compiles every program; reads no data."""
+    run, mesh = RunConfig.from_mapping(config), make_mesh()
+    require_divisible(run.train, mesh)
+    functions = ModelFunctions(run.model)
+    optimizer, state = initial_state(*functions.init(run.seed), run.optimizer, total_steps=1, mesh=mesh, step_config=run.train.step_config)
+    sizes = {"batch_size": run.train.batch_size, "max_targets": run.data.max_targets, "num_classes": len(run.class_names)}
+    print(f"{run.name}: {mesh.size} {jax.devices()[0].device_kind} device(s); compiling {len(run.data.buckets)} size(s) of images ...", flush=True)
+    print(format_plan(make_plan(train_step(functions, optimizer, run, mesh), state, run.data.buckets, **sizes)))
 
 
 def open_data(run: RunConfig, split: str, *, training: bool) -> Dataset:
@@ -402,7 +418,7 @@ def collect_results(
                 first = jax.process_index() * len(batch.real)
                 here = slice(first, first + len(batch.real))
                 names: dict[str, Any] = {"class_names": run.class_names, "multi_label": run.multi_label, "subject_logit": subject_logit}
-                shown = jax.tree.map(lambda x, room=drawn - len(drawings): x[:room], batch)
+                shown = jax.tree.map(operator.itemgetter(slice(drawn - len(drawings))), batch)
                 drawings += draw_batch(shown, logits[here][: len(shown.real)], boxes[here][: len(shown.real)], **names)
     if seen != data.num_images:
         raise RuntimeError(f"evaluated {seen} of {data.num_images} images")
@@ -473,7 +489,12 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("--config", type=Path, help="configuration file, such as configs/demo.py, or a run's config.json")
     parser.add_argument("--workdir", type=Path, help="directory of the run: checkpoints, metrics, settings")
-    parser.add_argument("--mode", choices=["train", "eval", "plan"], default="train", help="plan: print what a run will take")
+    parser.add_argument(
+        "--mode",
+        choices=["train", "eval", "plan"],
+        default="train",
+        help="train, evaluating on the way; evaluate the newest checkpoint; or say what a run takes",
+    )
     parser.add_argument("--split", choices=SPLITS, default="test", help="what --mode=eval evaluates")
     parser.add_argument("--coordinator", help=f"several processes: HOST:PORT of process 0, the same for all; {AUTO}: as jax finds out by itself")
     parser.add_argument("--num_processes", type=int, help="several processes: how many")
@@ -507,15 +528,15 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.mode == "train":
             train(config, arguments.workdir, profile=window)
         elif arguments.mode == "plan":
-            plan(config)
+            print_plan(config)
         else:
             evaluate_checkpoint(config, arguments.workdir, arguments.split)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + signal.SIGTERM
+    except Preempted as request:
+        print(request, flush=True)
+        return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             raise

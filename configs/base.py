@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "base"
     config.seed = 0
-    config.init_from = ""  # weights to start from (docs/pretrained.md), of which a run that continues takes none; "" = random
+    config.init_from = ""  # weights to start from: .pth or .safetensors of others, or a run of ours (docs/weights.md)
     config.class_names = EMOTIC_CLASSES
     config.multi_label = True  # True: a person has any number of emotions (EMOTIC, mAP); False: exactly one (CAER-S, accuracy)
 
@@ -113,12 +113,11 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 1.0  # epochs
     train.keep_checkpoints = 3
     train.log_every = 50  # steps
-    train.accumulate = 1  # parts that a device's share of a batch is cut into; the gradient is that of the whole batch
-    train.ema_decay = 0.0  # of the moving average of the parameters, which is then what is validated and exported; 0 = off; usual: 0.9997
-    train.sharding = "none"  # none: every device holds the whole state; fsdp: parameters and optimizer are spread over 'data'
-    train.mesh_model = 1  # devices along the mesh's second axis
-    train.nonfinite_limit = 10  # steps in a row that may be skipped because something is not finite; 0 = skip none, stop at once
     train.best_metric = ""  # of a validation, kept in a checkpoint of its own; "" = mAP (multi_label) or accuracy
     train.early_stopping = 0  # validations without a better one that end the run; 0 = off
     train.wandb = ""  # Weights & Biases project that gets the numbers too (needs the package wandb); "" = none
+    train.accumulate = 1  # parts that each device's share of a batch is cut into, one after another: the same step with less memory
+    train.ema_decay = 0.0  # moving average of the parameters, used by validation, prediction and exports; 0 = off, such as 0.9998
+    train.fsdp = False  # True: parameters, their average and the optimizer's state are spread over the devices instead of copied
+    train.max_skipped = 20  # steps in a row whose loss or gradient is not finite and which are skipped before the run stops
     return config

@@ -2,8 +2,7 @@
 
     python train.py --config=configs/faces_single.py --workdir=runs/faces_single --config.data.data_dir=DIR
 
-DIR holds {train,val,test}/<Class>/*.jpg and {train,val,test}.json. A difference from the demo. What it reaches is told in docs/results.md: the faces
-are found, their emotions are not.
+DIR holds {train,val,test}/<Class>/*.jpg and {train,val,test}.json. A difference from the demo. What it reaches is told in docs/results.md.
 """
 
 from configs import base, demo

@@ -1,62 +1,26 @@
-"""What may end a run before its schedule does: a signal, numbers that are not finite, a validation that no longer improves."""
+"""What may end a run before its schedule does: numbers that are not finite, validations that no longer improve."""
 
 import dataclasses
 import math
-import signal
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from dsct_jax.errors import UserError
 
 _LOWER_IS_BETTER = ("total", "loss", "error")  # beginnings of a metric's name
 
 
-class Stopped(Exception):
-    """The run was told to stop by SIGTERM, and has saved."""
-
-
-class StopRequest:
-    """SIGTERM, as schedulers send it before they take a machine away: noted, and acted upon after the step. Use as a context manager.
-
-    Of several processes each may be told at another time; jax's coordination service lets all of them stop after the same step.
-    """
-
-    def __init__(self) -> None:
-        self._noted = False
-        self._previous: Any = None
-        self._several = jax.process_count() > 1
-        self._here = not self._several and threading.current_thread() is threading.main_thread()  # the service has a handler of its own
-
-    def __enter__(self) -> "StopRequest":
-        if self._here:
-            self._previous = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, *_: Any) -> None:
-        self._noted = True
-
-    def asked(self, step: int) -> bool:
-        """Whether to stop after this step; the same answer on every process."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._noted
-
-    def __exit__(self, *_: Any) -> None:
-        if self._here:
-            signal.signal(signal.SIGTERM, self._previous)
-
-
 class NonFiniteGuard:
-    """Counts the steps that were skipped because the loss or a gradient was not finite, and stops the run at `limit` of them in a row.
+    """Counts the steps that were skipped because the loss or a gradient was not finite, and stops the run at more than `limit` of them in a row.
 
     A step is looked at when the next one is under way, so that the device never waits for the host.
 
     Args:
-        limit: 0 = the first one stops the run, as 1.
+        limit: of the configuration, train.max_skipped.
         in_a_row: skipped steps right before the first one, as in the restored state.
         tell: says one line for each skipped step.
     """
@@ -79,24 +43,21 @@ class NonFiniteGuard:
             self._in_a_row = 0
             return
         self._in_a_row += 1
-        self._tell(
-            f"step {step}: the loss or a gradient is not finite; skipped, {self._in_a_row} in a row (config.train.nonfinite_limit={self._limit})"
-        )
-        if self._in_a_row >= max(self._limit, 1):
+        limit = f"config.train.max_skipped={self._limit}"
+        if self._in_a_row > self._limit:
             path = save_batch(batch, self._workdir, step)
             raise UserError(
-                f"step {step}: the loss or a gradient was not finite in {self._in_a_row} steps in a row; the batch of this step is in {path}; "
-                "lower config.optimizer.learning_rate or look at these images, then run again from the last checkpoint"
+                f"step {step}: the loss or its gradient is not finite, {self._in_a_row} step(s) in a row ({limit}); lower "
+                f"config.optimizer.learning_rate, then run again from the last checkpoint. The last batch is in {path}"
             )
+        self._tell(f"step {step}: the loss or its gradient is not finite; skipped, {self._in_a_row} in a row ({limit})")
 
 
 def save_batch(batch: Any, workdir: Path, step: int) -> Path:
-    """Writes this process's part of a batch, one array a field, as nonfinite_step<N>.npz; returns its path."""
-    several = f"_process{jax.process_index()}" if jax.process_count() > 1 else ""
-    path = workdir / f"nonfinite_step{step}{several}.npz"
-    leaves = {jax.tree_util.keystr(where, simple=True, separator="."): leaf for where, leaf in jax.tree_util.tree_leaves_with_path(batch)}
+    """Writes this process's part of a batch, one array a field, as not_finite_step<N>_process<P>.npz; returns its path."""
+    path = workdir / f"not_finite_step{step}_process{jax.process_index()}.npz"
+    leaves = {where[-1].name: leaf for where, leaf in jax.tree_util.tree_leaves_with_path(batch)}
     arrays = {name: np.concatenate([np.asarray(shard.data) for shard in leaf.addressable_shards]) for name, leaf in leaves.items()}
-    workdir.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **arrays)
     return path
 
@@ -122,3 +83,17 @@ class Best:
         better = not math.isnan(value) and (self.value is None or sign * value > sign * self.value)
         self.value, self.step, self.waited = (value, step, 0) if better else (self.value, self.step, self.waited + 1)
         return better
+
+    def as_progress(self) -> dict[str, Any]:
+        """For a checkpoint's metadata; `take_up` reads it."""
+        return {
+            "best_metric": self.metric,
+            "best_value": self.value,
+            "best_step": self.step if self.value is not None else None,
+            "waited": self.waited,
+        }
+
+    def take_up(self, progress: Mapping[str, Any]) -> None:
+        """Goes on from what a checkpoint tells; with another metric than it was written with, anew."""
+        if progress.get("best_metric") == self.metric and progress.get("best_value") is not None:
+            self.value, self.step, self.waited = progress["best_value"], progress["best_step"], progress["waited"]

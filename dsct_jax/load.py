@@ -30,6 +30,7 @@ class Model:
     def __init__(self, functions: ModelFunctions, params: Flat, frozen: Flat, config: Mapping[str, Any], *, calibration: Calibration | None = None):
         self.functions, self.config = functions, plain(config)
         self.calibration = calibration
+        self.thresholds = None if calibration is None else calibration.thresholds  # Eq. 4's t of each class, fitted on validation
         self.params, self.frozen = jax.tree.map(jnp.asarray, (params, frozen))
         self.class_names: tuple[str, ...] = entry(self.config, "class_names", tuple)
         self.multi_label: bool = entry(self.config, "multi_label", bool)
@@ -39,11 +40,6 @@ class Model:
             return functions.bind(params, frozen)(images, mask, return_details=details)
 
         self._forward = jax.jit(forward, static_argnums=4)
-
-    @property
-    def thresholds(self) -> tuple[float, ...] | None:
-        """Eq. 4's t of each class as fitted on validation; None where nothing was fitted, and for multi-class models."""
-        return None if self.calibration is None else self.calibration.thresholds
 
     def __call__(self, images: Float[AnyArray, "b h w 3"], padding_mask: Bool[AnyArray, "b h w"], *, return_details: bool = False) -> Predictions:
         """Normalised float32 images and their padding (True) -> logits [layers b q k+1] and boxes [layers b q 4]; the last layer is the answer.

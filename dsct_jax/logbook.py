@@ -112,12 +112,6 @@ class Logbook:
         self._events.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         image.save(self._workdir / f"{name.replace('/', '_')}.png")
 
-    def note(self, name: str, lines: list[str]) -> None:
-        """Lines for the user that are also kept as the file `name`; none = nothing."""
-        if lines and not self._silent:
-            _replace(self._workdir / name, "".join(f"{line}\n" for line in lines))
-            self.tell("\n".join(lines))
-
     def tell(self, text: str) -> None:
         """One line for the user, above the progress bar where there is one."""
         if self._silent:

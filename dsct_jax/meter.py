@@ -56,11 +56,11 @@ class Meter:
 
 
 def mean_of(pending: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean of every metric over the steps; skipped ones only count in `nonfinite`, unless all were skipped."""
+    """Mean of every metric over the steps; of those that were skipped only their share, `nonfinite`."""
     fetched = jax.device_get(pending)
-    sound = [metrics for metrics in fetched if not metrics.get("nonfinite")] or fetched
-    means = {name: float(np.mean([metrics[name] for metrics in sound])) for name in fetched[0]}
-    return means | ({"nonfinite": float(np.sum([metrics["nonfinite"] for metrics in fetched]))} if "nonfinite" in means else {})
+    sound = [metrics for metrics in fetched if not metrics["nonfinite"]]
+    means = {name: float(np.mean([metrics[name] for metrics in sound])) for name in sound[0]} if sound else {}
+    return means | {"nonfinite": float(np.mean([metrics["nonfinite"] for metrics in fetched]))}
 
 
 def memory() -> dict[str, float]:

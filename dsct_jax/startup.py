@@ -4,11 +4,13 @@ import contextlib
 import logging
 import os
 import platform
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 
 def _report_unraisable(unraisable: Any) -> None:
@@ -41,3 +43,31 @@ def start_process() -> None:
         with contextlib.suppress(OSError):  # no such place to write: every start compiles
             directory.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+class Preemption:
+    """Whether the run was asked to stop (SIGTERM, as schedulers send before they take a machine away); use as a context manager.
+
+    Several processes stop after the same step: jax hands the signal of any of them to all.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: Any = None
+
+    def reached(self, step: int) -> bool:
+        """True from the step on after which to save and leave; every process has to ask at every step."""
+        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+    def __enter__(self) -> "Preemption":
+        if jax.process_count() == 1:
+
+            def note(*_: Any) -> None:
+                self._asked = True
+
+            self._before = signal.signal(signal.SIGTERM, note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)

@@ -56,8 +56,11 @@ class Detector(Protocol):
     class_names: tuple[str, ...]
     multi_label: bool
     preprocessing: Preprocessing
-    thresholds: tuple[float, ...] | None  # of the classes, fitted on validation
     config: Any  # the run's configuration as a mapping; only loss.class_loss is read
+
+    @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """Of the classes, fitted on validation."""
 
     def __call__(self, images: Any, padding_mask: Any) -> Predictions:
         """Normalised float32 [b h w 3] and bool [b h w] -> the predictions of all decoder layers."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ _USUAL_RATE = 25.0  # frames a second where a file or camera does not say
 
 def opencv() -> Any:
     """The module cv2, which then keeps its own warnings to itself. Raises UserError when it is not installed."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read at the first video: what FFmpeg says would stand beside our own lines
     try:
         cv2 = importlib.import_module("cv2")
     except ImportError:
         raise UserError("videos and cameras need OpenCV: pip install 'dsct-jax[video]' (or opencv-python-headless)") from None
     if hasattr(cv2, "setLogLevel"):
-        cv2.setLogLevel(0)  # its lines on stderr would stand beside ours
+        cv2.setLogLevel(0)
     return cv2
 
 
@@ -46,8 +48,8 @@ class Video:
             raise UserError(f"{source}: no such video file")
         self._cv2, self.live = cv2, isinstance(source, int)
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
-        ready, self._first = self._capture.read() if self._capture.isOpened() else (False, None)
-        if not ready:
+        self._first: Any = self._capture.read()[1] if self._capture.isOpened() else None
+        if self._first is None:
             self._capture.release()
             if isinstance(source, int):
                 raise UserError(f"--camera={source}: no such camera, or another program uses it")

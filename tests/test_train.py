@@ -24,7 +24,7 @@ import train
 from dsct_jax.batch import Predictions
 from dsct_jax.checkpoint import load_weights
 from dsct_jax.load import model_config
-from dsct_jax.settings import read_config
+from dsct_jax.settings import plain, read_config
 from dsct_jax.state import ModelFunctions
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +63,7 @@ def test_a_run_leaves_everything_behind(unbroken):
     assert {path.name for path in workdir.iterdir()} == files
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4", "6"]
     assert [path for path in (workdir / "tensorboard").iterdir() if path.stat().st_size > 500]
-    assert train.plain(json.loads((workdir / "config.json").read_text())) == read_config(ROOT / "configs" / "debug.py")
+    assert plain(json.loads((workdir / "config.json").read_text())) == read_config(ROOT / "configs" / "debug.py")
     environment = json.loads((workdir / "env.json").read_text())
     assert environment["versions"].keys() >= {"jax", "flax", "python"}
     assert environment["devices"] == {"platform": "cpu", "kind": "cpu", "count": 1}
@@ -167,7 +167,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(unbroken, tmp_path):
 def only_count(functions, optimizer, **_):
     def step(state, batch):
         number = int(state.step) + 1
-        return dataclasses.replace(state, step=jnp.int32(number)), {"total": jnp.float32(number), "grad_norm": jnp.float32(1)}
+        return dataclasses.replace(state, step=jnp.int32(number)), {"total": jnp.float32(number), "nonfinite": jnp.float32(0)}
 
     return step
 
@@ -217,63 +217,97 @@ def test_lines_between_checkpoints_are_means(counting, tmp_path):
     assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [2, 5, 7]  # 2: the best validation
 
 
-def test_a_lost_loss_stops_the_run_before_anything_is_overwritten(counting, monkeypatch, tmp_path, capsys):
-    def until_three(functions, optimizer, **_):
-        step = only_count(functions, optimizer)
-
-        def lost(state, batch):
-            state, terms = step(state, batch)
-            return state, terms | {"grad_norm": jnp.float32(np.nan if state.step == 3 else 1)}
-
-        return lost
-
-    monkeypatch.setattr(train, "make_train_step", until_three)
-    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.epochs=5"]) == 2
-    assert one_error(capsys, "step 3", "grad_norm is nan", "config.optimizer.learning_rate")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
-    assert [line["step"] for line in lines_of(tmp_path / "run")][-1] == 2
-
-
-def lost_at(*lost: int):
-    """A step that only counts, and tells that these steps were not finite."""
+def losing(first: int, last: int):
+    """A step that counts, and whose loss is lost from step `first` to step `last`."""
 
     def make(functions, optimizer, **_):
         step = only_count(functions, optimizer)
 
-        def counted(state, batch):
+        def lost(state, batch):
             state, terms = step(state, batch)
-            wrong = int(state.step) in lost
-            return state, terms | {"nonfinite": jnp.float32(wrong), "total": jnp.float32(np.nan) if wrong else terms["total"]}
+            if not first <= state.step <= last:
+                return dataclasses.replace(state, skipped=jnp.int32(0)), terms
+            return dataclasses.replace(state, skipped=state.skipped + 1), {"total": jnp.float32(np.nan), "nonfinite": jnp.float32(1)}
 
-        return counted
+        return lost
 
     return make
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted(counting, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train, "make_train_step", lost_at(2, 3, 5))
-    limits = ["--config.train.nonfinite_limit=3", "--config.train.steps=8", "--config.train.log_every=4", "--config.train.eval_every=2.0"]
-    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *limits, "--config.train.checkpoint_every=2.0"]) == 0
+def test_a_loss_that_stays_lost_stops_the_run_before_anything_is_overwritten(counting, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "make_train_step", losing(3, 99))
+    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.epochs=5", "--config.train.max_skipped=0"]) == 2
+    assert one_error(capsys, "step 3", "not finite, 1 step(s) in a row", "config.optimizer.learning_rate", "not_finite_step3_process0.npz")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+    assert [line["step"] for line in lines_of(tmp_path / "run")][-1] == 2
+    with np.load(tmp_path / "run" / "not_finite_step3_process0.npz") as batch:
+        assert batch["images"].shape == (2, 80, 80, 3) and batch["boxes"].shape == (2, 4, 4) and set(batch["image_ids"]) <= {0, 1, 2, 3}
+
+
+def test_single_steps_that_are_lost_are_skipped_and_counted(counting, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "make_train_step", losing(3, 3))
+    arguments = ["--config.train.steps=6", "--config.train.log_every=2", "--config.train.checkpoint_every=50.0"]
+    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *arguments]) == 0
     lines = [(line["step"], line["train/total"], line["train/nonfinite"]) for line in lines_of(tmp_path / "run") if "train/total" in line]
-    assert lines == [(4, (1 + 4) / 2, 2), (8, (6 + 7 + 8) / 3, 1)]
+    assert lines == [(2, 1.5, 0), (4, 4.0, 0.5), (6, 5.5, 0)]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(counting, monkeypatch, tmp_path, capsys):
+    def told_to_stop(functions, optimizer, **_):
+        step = only_count(functions, optimizer)
+
+        def stopped(state, batch):
+            state, terms = step(state, batch)
+            if state.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return state, terms
+
+        return stopped
+
+    arguments = [DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.steps=6", "--config.train.checkpoint_every=50.0"]
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train, "make_train_step", told_to_stop)
+    assert counting(arguments) == 0
+    assert "asked to stop: saved at step 3; the same command continues from there" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "3"]  # 2: the best validation
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setattr(train, "make_train_step", only_count)
+    assert counting(arguments) == 0
+    assert "steps 3 to 6" in capsys.readouterr().out
+    assert [line["train/total"] for line in lines_of(tmp_path / "run") if "train/total" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_starting_from_the_weights_of_another_run(counting, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert counting([DEBUG, f"--workdir={first}", "--config.train.steps=1", "--config.seed=7"]) == 0
+    capsys.readouterr()
+    other_classes = "--config.class_names=('Sad','Happy','Fear','Anger')"
+    arguments = [DEBUG, f"--workdir={second}", "--config.train.steps=1", f"--config.init_from={first}", other_classes]
+    assert counting(arguments) == 0
     out = capsys.readouterr().out
-    assert "step 3: the loss or a gradient is not finite; skipped, 2 in a row (config.train.nonfinite_limit=3)" in out
-    assert "step 5: the loss or a gradient is not finite; skipped, 1 in a row" in out
+    assert "re-initialised: class_head" in out and (second / "init_from.txt").read_text() in out
+    (theirs, _, _), (ours, _, _) = load_weights(first), load_weights(second)
+    for path, value in ours.items():
+        assert path.startswith("class_head") or np.array_equal(value, theirs[path]), path
+    assert not np.array_equal(ours["class_head/kernel"], theirs["class_head/kernel"])  # number 0 is another class now
+    assert counting([*arguments[:2], "--config.train.steps=2", *arguments[3:]]) == 0
+    assert "steps 1 to 2" in capsys.readouterr().out  # a run that continues has its own weights
+    assert counting([DEBUG, f"--workdir={tmp_path / 'third'}", "--config.init_from=/nowhere.pth"]) == 2
+    assert one_error(capsys, "/nowhere.pth")
 
 
-def test_too_many_of_them_stop_the_run_with_the_batch_saved(counting, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train, "make_train_step", lost_at(4, 5, 6))
-    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.nonfinite_limit=2"]) == 2
-    assert one_error(capsys, "step 5", "2 steps in a row", "nonfinite_step5.npz", "config.optimizer.learning_rate")
-    with np.load(tmp_path / "run" / "nonfinite_step5.npz") as batch:
-        assert batch["images"].shape == (2, 80, 80, 3) and batch["targets.boxes"].shape == (2, 4, 4)
-        assert batch["image_ids"].min() >= 0
-    assert "2" in {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+def test_a_plan_needs_neither_a_workdir_nor_data(counting, monkeypatch, capsys):
+    asked = {}
+    monkeypatch.setattr(train, "make_plan", lambda step, state, buckets, **sizes: asked.update(sizes, buckets=buckets))
+    monkeypatch.setattr(train, "format_plan", lambda plan: "the plan")
+    assert counting([DEBUG, "--mode=plan", "--config.data.data_dir=/nowhere"]) == 0
+    assert asked == {"batch_size": 2, "max_targets": 4, "num_classes": 4, "buckets": ((80, 80),)}
+    assert "the plan" in capsys.readouterr().out
 
 
 def test_the_best_validation_is_kept_and_no_better_one_ends_the_run(counting, monkeypatch, tmp_path, capsys):
     values = iter([0.3, 0.5, 0.4, 0.45, 0.9])
-    monkeypatch.setattr(train, "run_evaluation", lambda *_, **__: {"accuracy": next(values), "loss_like": 1.0})
+    monkeypatch.setattr(train, "run_evaluation", lambda *_, **__: {"accuracy": next(values), "mean_iou": 1.0})
     settings = ["--config.train.epochs=9", "--config.train.early_stopping=2", "--config.train.keep_checkpoints=1"]
     assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
     out = capsys.readouterr().out
@@ -290,28 +324,13 @@ def test_a_stop_between_two_lines_leaves_the_curve_as_it_is(counting, monkeypatc
     settings = ["--config.train.steps=9", "--config.train.log_every=5", "--config.train.eval_every=2.0", "--config.train.checkpoint_every=4.0"]
     assert counting([DEBUG, f"--workdir={tmp_path / 'unbroken'}", *settings]) == 0
     for asked in (3, 4, 7):  # 4: a validation is due, and is made up for
-        monkeypatch.setattr(train.StopRequest, "asked", lambda self, step, asked=asked: step == asked)
-        assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 128 + signal.SIGTERM
-        assert f"stopped by SIGTERM after step {asked}" in capsys.readouterr().err
+        monkeypatch.setattr(train.Preemption, "reached", lambda self, step, asked=asked: step == asked)
+        assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
+        assert f"asked to stop: saved at step {asked};" in capsys.readouterr().out
         assert (tmp_path / "run" / "checkpoints" / str(asked)).is_dir()
-    monkeypatch.setattr(train.StopRequest, "asked", lambda self, step: False)
+    monkeypatch.setattr(train.Preemption, "reached", lambda self, step: False)
     assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "unbroken")
-
-
-def test_weights_to_start_from_are_taken_once(counting, tmp_path, capsys):
-    first, second = f"--workdir={tmp_path / 'first'}", f"--workdir={tmp_path / 'second'}"
-    assert counting([DEBUG, first, "--config.train.steps=1", "--config.seed=7"]) == 0
-    start = [DEBUG, second, f"--config.init_from={tmp_path / 'first'}"]
-    assert counting([*start, "--config.train.steps=1"]) == 0
-    assert "taken: " in capsys.readouterr().out
-    assert "taken: " in (tmp_path / "second" / "init_from.txt").read_text()
-    for ours, theirs in zip(load_weights(tmp_path / "second")[0].values(), load_weights(tmp_path / "first")[0].values(), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    assert counting([*start, "--config.train.steps=2"]) == 0
-    assert "taken: " not in capsys.readouterr().out
-    assert counting([DEBUG, f"--workdir={tmp_path / 'third'}", f"--config.init_from={tmp_path / 'nothing'}"]) == 2
-    assert one_error(capsys, "nothing")
 
 
 def test_weights_and_biases_only_where_it_is_asked_for(counting, monkeypatch, tmp_path, capsys):
@@ -390,7 +409,6 @@ def write_config(path: Path, body: str) -> str:
         ([DEBUG, "--wrokdir=x"], ["--wrokdir=x: unexpected argument"]),
         ([DEBUG, "--config.seed", "1"], ["1: unexpected argument", "--config.section.field=value"]),
         ([DEBUG, "--profile=3"], ["--profile=3", "STEP:NUMBER"]),
-        ([DEBUG, "--config.train.sharding=half"], ["config.train.sharding='half'", "none, fsdp"]),
         ([DEBUG, "--config.train.ema_decay=1.5"], ["ema_decay=1.5"]),
         ([DEBUG, "--mode=evaluate"], ["--mode", "'evaluate'"]),
         ([DEBUG, "--mode=eval", "--split=tset"], ["--split", "'tset'", "'test'"]),
