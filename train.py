@@ -13,7 +13,7 @@ import errno
 import operator
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from dsct_jax.losses import LossConfig
 from dsct_jax.matcher import MatcherConfig
 from dsct_jax.meter import Meter, memory
 from dsct_jax.model.dsct import DSCTConfig
-from dsct_jax.optimizer import OptimizerConfig, make_schedule
+from dsct_jax.optimizer import OptimizerConfig, learning_rates
 from dsct_jax.plan import format_plan, make_plan
 from dsct_jax.prefetch import Prefetch
 from dsct_jax.pretrained import initialise
@@ -200,7 +200,6 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
             return {}
 
         step_function = train_step(functions, optimizer, run, mesh)
-        rates = learning_rates(run.optimizer, total_steps)
         eval_steps = max(1, round(run.train.eval_every * epoch_steps))
         checkpoint_steps = max(1, round(run.train.checkpoint_every * epoch_steps))
         metrics: dict[str, float] = {}
@@ -239,7 +238,8 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
                 guard.look()
                 checkpoints.check()
             if step % run.train.log_every == 0 or evaluating or step % checkpoint_steps == 0:
-                write_line(logbook, step, meter, waited=batches.take_wait(), rates=rates(step - 1), batch_size=run.train.batch_size)
+                rates = learning_rates(run.optimizer, total_steps, step - 1)
+                write_line(logbook, step, meter, waited=batches.take_wait(), rates=rates, batch_size=run.train.batch_size)
             if evaluating and not stopping:
                 with compilations.during(step, "validation"):
                     metrics, better = validate(step, state)
@@ -262,18 +262,6 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
         if best.value is not None:
             logbook.tell(f"best validation: {best.metric} {best.value:.3f} at step {best.step}, kept in {workdir / 'checkpoints' / str(best.step)}")
     return metrics
-
-
-def learning_rates(config: OptimizerConfig, total_steps: int) -> Callable[[int], dict[str, float]]:
-    """A function from a step to its learning rate, and to that of each multiplier among the rules."""
-    schedule = make_schedule(config, total_steps)
-    scales = sorted({scale for _, scale in config.rules if scale not in (0.0, 1.0)})
-
-    def rates(step: int) -> dict[str, float]:
-        rate = float(schedule(step))
-        return {"learning_rate": rate} | {f"learning_rate/x{scale:g}": rate * scale for scale in scales}
-
-    return rates
 
 
 def write_line(logbook: Logbook, step: int, meter: Meter, *, waited: float, rates: Mapping[str, float], batch_size: int) -> None:

@@ -27,6 +27,7 @@ from dsct_jax.step import TrainState
 DIRECTORY = "checkpoints"
 DAMAGED = "damaged_checkpoints"  # where the run puts what it could not read
 TRAINING_FIELDS = ("step", "opt_state", "ema", "skipped", "skipped_total")  # of a TrainState
+FREE_FIELDS = ("model.compute_dtype", "model.remat")  # how the same model is computed
 MODEL_FIELDS = ("class_names", "multi_label", "model")  # of a configuration: what the weights mean
 # What orbax and tensorstore raise for files that were cut, emptied or removed, and for a disk that is full.
 _FILE_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
@@ -200,7 +201,13 @@ class Checkpoints:
 
 def require_same_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
     """Raises UserError, naming the fields, when two configurations describe different models: shapes alone do not tell how a model computes."""
-    different = [line for key in MODEL_FIELDS if key in stored for line in differences({key: stored[key]}, {key: wanted[key]})]
+    different = [
+        line
+        for key in MODEL_FIELDS
+        if key in stored
+        for line in differences({key: stored[key]}, {key: wanted[key]})
+        if not line.startswith(FREE_FIELDS)
+    ]
     if different:
         raise UserError(f"{where}: a checkpoint of another model (config.{'; config.'.join(different)}); use the same model, or another --workdir")
 

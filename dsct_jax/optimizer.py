@@ -60,6 +60,12 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     return schedule
 
 
+def learning_rates(config: OptimizerConfig, total_steps: int, step: int) -> dict[str, float]:
+    """For the log: `learning_rate` of this step, and `learning_rate/0.1x` ... of the parameters whose rules have that multiplier."""
+    rate = float(make_schedule(config, total_steps)(step))
+    return {"learning_rate": rate} | {f"learning_rate/{m:g}x": rate * m for m in sorted({m for _, m in config.rules}) if m > 0}
+
+
 def multipliers(params: Tree, rules: Sequence[tuple[str, float]]) -> Tree:
     """Learning-rate multiplier of every parameter, in a tree like `params`; 0 = frozen.
 

@@ -35,7 +35,7 @@ class ProgramPlan:
     name: str
     compile_seconds: float  # tracing included; short where the compilation cache has it
     flops: float  # of one device as XLA counts them: the body of a loop (sampled attention) once, kernels not at all
-    argument_bytes: int
+    argument_bytes: int  # of what it reads: a first half has no use for the optimizer's state
     output_bytes: int
     aliased_bytes: int  # outputs that take the place of arguments
     temporary_bytes: int
@@ -52,7 +52,7 @@ class BucketPlan:
 
     image_shape: tuple[int, ...]  # b h w 3, global
     programs: tuple[ProgramPlan, ...]
-    peak_bytes: int  # on one device: the largest program, with the gradients that wait beside it where they are accumulated
+    peak_bytes: int  # on one device: the largest program with what waits beside it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +76,17 @@ def make_plan(step: TrainStep, state: TrainState, buckets: Sequence[tuple[int, i
         UserError: the batch cannot be split over the devices of the mesh and the parts that are accumulated.
     """
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    # What exists beside a program although it is none of its arguments: what only the update reads, and gradients that are being added up.
+    unread = _bytes_on_a_device((state.opt_state, state.ema))
+    sums = 4 * sum(x.size for x in state.params.values()) if step.config.accumulate > 1 else 0
+    idle = {"first_half": unread + sums, "add_gradients": unread, "add_gradients_on_device": unread}
     plans = []
     for height, width in buckets:
         batch = _abstract_batch(batch_size, height, width, max_targets, num_classes, step.mesh)
         programs = tuple(_programs(step, state, batch))
-        waiting = 4 * sum(x.size for x in state.params.values()) if step.config.accumulate > 1 else 0
-        peak = max(program.live_bytes + (waiting if program.name == "first_half" else 0) for program in programs)
+        peak = max(program.live_bytes + idle.get(program.name, 0) for program in programs)
         plans.append(BucketPlan(batch.images.shape, programs, peak))
-    return Plan(_modules(state), sum(_bytes_on_a_device(x) for x in jax.tree.leaves(state)), tuple(plans))
+    return Plan(_modules(state), _bytes_on_a_device(state), tuple(plans))
 
 
 def format_plan(plan: Plan) -> str:
@@ -114,8 +117,8 @@ def _modules(state: TrainState) -> tuple[ModulePlan, ...]:
     return tuple(ModulePlan(name, *numbers) for name, numbers in sorted(counts.items()))
 
 
-def _bytes_on_a_device(x: Any) -> int:
-    return int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+def _bytes_on_a_device(tree: Any) -> int:
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _abstract_batch(b: int, height: int, width: int, t: int, k: int, mesh: Mesh) -> Batch:
@@ -146,8 +149,7 @@ def _programs(step: TrainStep, state: TrainState, batch: Batch):
             return
         program, (grads, sums) = _compile("add_gradients", step.add_gradients, grads, state, forward, batch, part, assignment)
         yield program
-    count = jax.ShapeDtypeStruct((), np.float32)
-    yield _compile("update", step.update, state, grads, [sums] * step.config.accumulate, count)[0]
+    yield _compile("update", step.update, state, grads, [sums] * step.config.accumulate, batch.targets.valid)[0]
 
 
 def _compile(name: str, function: Any, *arguments: Any) -> tuple[ProgramPlan, Any]:

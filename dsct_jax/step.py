@@ -153,7 +153,7 @@ class TrainStep:
         self.whole_on_device = jax.jit(self._whole_on_device, donate_argnums=0)
         self.add_gradients = jax.jit(self._add_gradients, donate_argnums=0)
         self.add_gradients_on_device = jax.jit(self._add_gradients_on_device, donate_argnums=0)
-        self.update = jax.jit(self._update, donate_argnums=(0, 1))
+        self.update = jax.jit(self._finish_parts, donate_argnums=(0, 1))
         self.zeros = jax.jit(
             lambda params: jax.tree.map(lambda x: jnp.zeros((mesh.size, *x.shape), x.dtype), params), out_shardings=NamedSharding(mesh, BATCH)
         )
@@ -174,7 +174,7 @@ class TrainStep:
                 grads, sums = self.add_gradients(grads, state, forward, batch, part, assign_shards(forward.cost, forward.valid))
                 del forward  # before the next one
             parts.append(sums)
-        return self.update(state, grads, parts, count_boxes(batch.targets.valid))
+        return self.update(state, grads, parts, batch.targets.valid)
 
     def _shard(self, f: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -250,6 +250,9 @@ class TrainStep:
         num_boxes = count_boxes(batch.targets.valid)
         grads, sums = self._gradients(state, forward, batch, None, assignment, num_boxes)
         return self._update(state, grads, [sums], num_boxes)
+
+    def _finish_parts(self, state: TrainState, grads: Flat, parts: list[LossSums], valid: jax.Array):
+        return self._update(state, grads, parts, count_boxes(valid))
 
     def _whole_on_device(self, state: TrainState, batch: Batch):
         forward = self._predict(state, batch, None)

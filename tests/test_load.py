@@ -26,8 +26,7 @@ ROOT = Path(__file__).parent.parent
 def small_config(**model: Any) -> dict[str, Any]:
     """The configuration of tests/golden/model_small.npz."""
     config = base.get_config()
-    config.model.update(backbone="tiny", hidden_dim=64, num_heads=4, feedforward_dim=128, num_encoder_layers=2, num_decoder_layers=2)
-    config.model.update(num_context_queries=20, num_spatial_neighbors=6, num_semantic_neighbors=5, fusion="released", semantic_selection="largest")
+    config.model.update(json.loads((Path(__file__).parent / "golden" / "model_small.json").read_text()))
     config.model.update(model)
     return plain(config)
 

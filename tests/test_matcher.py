@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsct_jax.batch import Targets
-from dsct_jax.matcher import MatcherConfig, assign_on_host, matching_cost
+from dsct_jax.matcher import MatcherConfig, assign_on_device, assign_on_host, matching_cost
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "matcher.npz")
 cost_of = jax.jit(matching_cost, static_argnames=("config", "multi_label"))
+on_device = jax.jit(assign_on_device)
 CASES = [f"{kind}_{case}" for kind in ("ml", "mc") for case in ("main", "zero", "allzero", "toomany")]
 
 
@@ -45,6 +46,7 @@ def test_cost_and_assignment_equal_the_released_matcher(case):
         expected[0, image, queries[matched]] = people[matched]
     np.testing.assert_array_equal(assignment, expected)
     assert assignment.dtype == np.int32
+    np.testing.assert_array_equal(on_device(cost, arrays["valid"]), expected)
 
 
 def test_all_layers_in_one_call_equal_layer_by_layer():
@@ -100,3 +102,23 @@ def test_assignment_is_one_to_one_complete_and_optimal(num_queries, num_targets,
             for some_people in itertools.permutations(people, size)
         ]
         assert cost[layer, 0, queries, matched].sum() == min(totals)
+
+
+@pytest.mark.parametrize(("num_queries", "num_targets"), [(9, 9), (4, 7), (30, 12), (5, 1), (3, 0)])
+def test_the_device_assigns_exactly_as_the_host(num_queries, num_targets):
+    rng = np.random.default_rng(num_queries)
+    cost = rng.uniform(-4, 8, (6, 16, num_queries, num_targets)).astype(np.float32)
+    valid = rng.random((16, num_targets)) < 0.6
+    cost = np.where(valid[None, :, None], cost, np.float32(np.nan))  # meaningless where nobody is
+    assignment = on_device(cost, valid)
+    np.testing.assert_array_equal(assignment, assign_on_host(cost, valid))
+    assert assignment.dtype == np.int32
+
+
+def test_where_costs_tie_the_device_finds_an_optimum_too():
+    rng = np.random.default_rng(0)
+    cost = rng.integers(-3, 4, (40, 1, 4, 3)).astype(np.float32)
+    valid = np.ones((1, 3), bool)
+    totals = [np.where(found[..., None] == np.arange(3), cost, 0).sum((1, 2, 3)) for found in (on_device(cost, valid), assign_on_host(cost, valid))]
+    np.testing.assert_array_equal(*totals)
+    assert np.all((np.asarray(on_device(cost, valid)) >= 0).sum((1, 2)) == 3)

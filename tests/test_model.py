@@ -1,6 +1,8 @@
 """The network against the authors' released code: whole model, one decoder layer, initial values, parameter counts and the ablations."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +14,12 @@ from dsct_jax.errors import UserError
 from dsct_jax.model.attention import DeformableAttention, initial_offsets
 from dsct_jax.model.decoder import DecoderLayer, FusionConfig, masked_softmax, nearest, subject_context_fusion
 from dsct_jax.model.dsct import DSCTConfig
+from dsct_jax.model.layers import DropoutNoise
 from dsct_jax.optimizer import multipliers
 from dsct_jax.state import ModelFunctions, flatten, unflatten
 from dsct_jax.torch_weights import RELEASED, from_torch, to_torch
 
-SMALL = DSCTConfig(
-    num_classes=26,
-    backbone="tiny",
-    hidden_dim=64,
-    num_heads=4,
-    feedforward_dim=128,
-    num_encoder_layers=2,
-    num_decoder_layers=2,
-    num_context_queries=20,
-    num_spatial_neighbors=6,
-    num_semantic_neighbors=5,
-    fusion="released",
-    semantic_selection="largest",
-)
+SMALL = DSCTConfig(num_classes=26, **json.loads((Path(__file__).parent / "golden" / "model_small.json").read_text()))
 
 
 def released_state(arrays) -> dict[str, np.ndarray]:
@@ -325,3 +315,37 @@ def test_offsets_count_in_half_boxes():
     scaled = run(jnp.array([[[[0.4, 0.2]], [[0.0, 0.0]]]])) - points[:, :, None, :, None]
     np.testing.assert_allclose(scaled[0, 0], pixels[0, 0] * np.array([8 * 0.4, 6 * 0.2]) / (2 * 4), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(scaled[0, 1], pixels[0, 1], rtol=1e-6)  # no box: pixels of the map
+
+
+def test_bfloat16_keeps_places_weights_and_answers_in_float32(small, small_output, golden):
+    arrays, (_, params, frozen) = golden("model_small"), small
+    functions = ModelFunctions(dataclasses.replace(SMALL, compute_dtype="bfloat16"))
+    images, mask = jnp.asarray(arrays["batch"].transpose(0, 2, 3, 1)), jnp.asarray(arrays["mask"])
+    out = jax.jit(lambda p, f: functions.bind(p, f)(images, mask, return_details=True))(params, frozen)
+    assert out.logits.dtype == out.boxes.dtype == jnp.float32
+    assert out.details["memory"].dtype == out.details["features"][0].dtype == jnp.bfloat16
+    for layer in out.details["layers"]:
+        for name in ("sampling_locations", "attention_weights", "self_attention_weights", "context_weights"):
+            assert layer[name].dtype == jnp.float32, name
+    # Where the selection of context queries flips, a query answers something else: the median is what rounding alone does.
+    assert np.median(np.abs(out.logits - small_output.logits)) < 0.03
+    assert np.median(np.abs(out.boxes - small_output.boxes)) < 0.003
+    assert np.abs(out.boxes - small_output.boxes).max() < 0.1
+
+
+@pytest.mark.parametrize("remat", ["light", "layers", "all"])
+def test_rematerialization_keeps_less(remat, small, golden):
+    arrays, (_, params, frozen) = golden("model_small"), small
+    images, mask = jnp.asarray(arrays["batch"].transpose(0, 2, 3, 1)), jnp.asarray(arrays["mask"])
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def kept_bytes(rule):
+        functions = ModelFunctions(dataclasses.replace(SMALL, remat=rule))
+
+        def forward(params):
+            return functions.bind(params, frozen)(images, mask, noise=DropoutNoise(keys)).logits
+
+        _, pull_back = jax.eval_shape(lambda p: jax.vjp(forward, p), params)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull_back))
+
+    assert kept_bytes(remat) < 0.8 * kept_bytes("none")  # that the values stay the same is shown by the released trajectory, computed with "light"

@@ -8,7 +8,7 @@ import pytest
 
 from configs.base import get_config
 from dsct_jax.errors import UserError
-from dsct_jax.optimizer import OptimizerConfig, make_optimizer, make_schedule, multipliers
+from dsct_jax.optimizer import OptimizerConfig, learning_rates, make_optimizer, make_schedule, multipliers
 
 RULES = ((r"backbone/stem/.*", 0.0), (r"backbone/layer\d/.*", 0.1), (r"(?!backbone/).*", 1.0))
 SHAPES = {"backbone": {"stem": {"kernel": (3, 2)}, "layer2": {"kernel": (2, 4)}}, "decoder": {0: {"bias": (5,)}, 10: {"bias": (1,)}}, "scale": ()}
@@ -132,6 +132,13 @@ def test_step_schedule_drops_once():
     np.testing.assert_allclose(rates[:5], np.arange(5) * 5e-5, rtol=1e-6)
     np.testing.assert_allclose(rates[4:40], 2e-4, rtol=1e-6)
     np.testing.assert_allclose(rates[40:], 2e-5, rtol=1e-6)
+
+
+def test_learning_rates_of_a_step_by_multiplier():
+    config = OptimizerConfig(learning_rate=2e-4, drop_at=0.8, rules=get_config().optimizer.rules)
+    for step, rate in ((0, 2e-4), (90, 2e-5)):
+        found = learning_rates(config, 100, step)
+        assert found == pytest.approx({"learning_rate": rate, "learning_rate/0.1x": rate / 10, "learning_rate/1x": rate}, rel=1e-6)
 
 
 def test_cosine_schedule_ends_at_zero():

@@ -94,8 +94,8 @@ def test_what_should_move_moved_and_what_is_frozen_stayed(unbroken):
 def test_a_line_tells_how_fast_how_large_and_how_far(unbroken):
     line = json.loads((unbroken[0] / "metrics.jsonl").read_text().splitlines()[0])
     assert {"time/images_per_s", "time/data_wait", "time/step_seconds_p50", "time/step_seconds_p90", "time/step_seconds_p99"} <= line.keys()
-    assert {"memory/process_mib", "train/learning_rate", "train/learning_rate/x0.1", "train/grad_norm/backbone", "train/nonfinite"} <= line.keys()
-    np.testing.assert_allclose(line["train/learning_rate/x0.1"], 0.1 * line["train/learning_rate"], rtol=1e-6)
+    assert {"memory/process_mib", "train/learning_rate", "train/learning_rate/0.1x", "train/grad_norm/backbone", "train/nonfinite"} <= line.keys()
+    np.testing.assert_allclose(line["train/learning_rate/0.1x"], 0.1 * line["train/learning_rate"], rtol=1e-6)
     assert 100 < line["memory/process_mib"] < 20000
 
 
@@ -571,7 +571,7 @@ def test_the_process_ends_with_status_2_and_one_line(tmp_path):
 
 
 def test_an_interrupt_says_how_to_continue(monkeypatch, tmp_path, capsys):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "train", interrupted)

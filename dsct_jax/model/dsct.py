@@ -44,7 +44,7 @@ class DSCTConfig:
     fusion_layers: tuple[int, ...] = ()
     box_refinement: bool = False
     compute_dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "light"
 
     def __post_init__(self):
         choices = {
@@ -138,32 +138,49 @@ class DSCT(nnx.Module):
         predictions carry reference points, memory and, stacked over decoder layers, everything the layers looked at.
         """
         remat = "none" if return_details else self.config.remat
-        features = self.project(self.backbone(images.astype(self.config.compute_dtype), remat=remat))
-        memory, positions, padding, spatial_shapes, ratios = self.flatten(features, padding_mask)
-        encoder_points = encoder_reference_points(spatial_shapes, ratios)
-        for layer in self.encoder:
-            encode = partial(layer, spatial_shapes=spatial_shapes, noise=noise, implementation=implementation)
-            memory = rematerialized(encode, remat)(memory, positions, encoder_points, padding)
+        features = self.features(images, remat=remat)
+        memory, padding, spatial_shapes, ratios = self.encode(features, padding_mask, noise=noise, implementation=implementation, remat=remat)
         tokens, query_positions, reference_points = self.queries(images.shape[0])
         references = self.box_head.references(reference_points, self.config.num_context_queries)
-        states, boxes, details = [], [], []
+        states, predicted, details = [], [], []
         for decoder_layer in self.decoder:
             layer_references = references[:, :, None] * jnp.tile(ratios, references.shape[-1] // 2)[:, None]
             points, *sizes = jnp.split(layer_references, references.shape[-1] // 2, -1)
-            decode = partial(decoder_layer, spatial_shapes=spatial_shapes, noise=noise, implementation=implementation)
-            tokens, seen = rematerialized(decode, remat)(tokens, query_positions, points, memory, padding, boxes=sizes[0] if sizes else None)
+            run = partial(decoder_layer, spatial_shapes=spatial_shapes, noise=noise, implementation=implementation)
+            tokens, seen = rematerialized(run, remat)(tokens, query_positions, points, memory, padding, boxes=sizes[0] if sizes else None)
             context, subject = jnp.split(references, [self.config.num_context_queries], 1)
-            boxes.append(self.box_head(tokens[:, self.config.num_context_queries :].astype(jnp.float32), subject))
+            predicted.append(self.box_head(tokens[:, self.config.num_context_queries :].astype(jnp.float32), subject))
             if self.config.box_refinement:
-                references = jnp.concatenate([context, jax.lax.stop_gradient(boxes[-1])], 1)
+                references = jnp.concatenate([context, jax.lax.stop_gradient(predicted[-1])], 1)
             states.append(tokens)
             details.append(seen)
         subjects = jnp.stack(states)[:, :, self.config.num_context_queries :].astype(jnp.float32)
-        logits, stacked_boxes = self.class_head(subjects), jnp.stack(boxes)
+        logits, boxes = self.class_head(subjects), jnp.stack(predicted)
         if not return_details:
-            return Predictions(logits, stacked_boxes)
+            return Predictions(logits, boxes)
         shared = {"reference_points": reference_points, "valid_ratios": ratios, "memory": memory, "features": features, "states": jnp.stack(states)}
-        return Predictions(logits, stacked_boxes, {**shared, "layers": details})
+        return Predictions(logits, boxes, {**shared, "layers": details})
+
+    def features(self, images: Float[Array, "b h w 3"], *, remat: str = "none") -> list[jax.Array]:
+        """Normalised images -> one map [b h w d] of each level, in the type that the model computes in."""
+        return self.project(self.backbone(images.astype(self.config.compute_dtype), remat=remat))
+
+    def encode(
+        self,
+        features: list[jax.Array],
+        padding_mask: Bool[Array, "b h w"],
+        *,
+        noise: DropoutNoise | None = None,
+        implementation: str | None = None,
+        remat: str = "none",
+    ):
+        """Maps -> memory [b s d] and its padding [b s], the static level shapes and the valid ratios [b l 2]."""
+        memory, positions, padding, spatial_shapes, ratios = self.flatten(features, padding_mask)
+        points = encoder_reference_points(spatial_shapes, ratios)
+        for layer in self.encoder:
+            run = partial(layer, spatial_shapes=spatial_shapes, noise=noise, implementation=implementation)
+            memory = rematerialized(run, remat)(memory, positions, points, padding)
+        return memory, padding, spatial_shapes, ratios
 
     def project(self, features: list[jax.Array]) -> list[jax.Array]:
         """C3, C4, C5 -> one map of hidden size a level; the levels beyond C5 are strided convolutions of C5, then of each other."""

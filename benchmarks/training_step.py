@@ -1,0 +1,170 @@
+"""Seconds of a training step by devices, image size, batch, type and matcher, and by part: backbone, encoder, decoder, matcher, optimizer.
+
+    python -m benchmarks.training_step --output=benchmarks/training_step_cpu                                    # R50, 480x640, batch 1
+    python -m benchmarks.training_step --config=configs/demo.py --sizes 96x136 --batches 16 --devices 1 2 8 ...  # what spreading costs
+    python -m benchmarks.training_step --sizes 800x1066 640x853 --batches 1 2 4 8 16 32 --dtypes float32 bfloat16 --matchers scipy device
+        --output=benchmarks/training_step_gpu                                                                   # on a GPU
+
+Random weights and images, dropout as configured. Backbone, encoder, matcher and optimizer are timed alone, the first two forward and backward;
+"decoder" is what remains of the step: decoder, heads, losses, and the communication of gradients.
+"""
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dsct_jax.batch import Batch, Targets
+from dsct_jax.load import model_config
+from dsct_jax.losses import LossConfig
+from dsct_jax.matcher import IMPLEMENTATIONS, MatcherConfig, assign_on_device
+from dsct_jax.model.layers import REMAT, DropoutNoise
+from dsct_jax.optimizer import OptimizerConfig
+from dsct_jax.settings import from_section, read_config
+from dsct_jax.sharding import make_mesh, shard_batch
+from dsct_jax.state import Flat, ModelFunctions
+from dsct_jax.step import TrainState, TrainStep, assign_shards, initial_state, make_train_step, model_input
+
+PARTS = ("backbone", "encoder", "decoder", "matcher", "optimizer")
+
+
+def make_batch(b: int, height: int, width: int, max_targets: int, num_classes: int) -> Batch:
+    """Random images that fill their canvas, two people each."""
+    rng = np.random.default_rng(0)
+    sizes = np.tile(np.array([[height, width]], np.int32), (b, 1))
+    labels = np.eye(num_classes, dtype=np.float32)[rng.integers(0, num_classes, (b, max_targets))]
+    boxes = rng.uniform(0.3, 0.5, (b, max_targets, 4)).astype(np.float32)
+    targets = Targets(boxes, labels, np.tile(np.arange(max_targets)[None] < 2, (b, 1)))
+    images = rng.integers(0, 256, (b, height, width, 3), dtype=np.uint8)
+    return Batch(images, sizes, targets, np.arange(b, dtype=np.int32), sizes, np.ones(b, bool))
+
+
+def seconds(run: Callable[[], Any], runs: int) -> float:
+    """Median of `runs` calls after two that are not counted."""
+    found = []
+    for i in range(runs + 2):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        if i >= 2:
+            found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def measure(
+    config: dict[str, Any], *, devices: int, size: tuple[int, int], batch_size: int, matcher: str, runs: int, parts: bool
+) -> dict[str, float]:
+    """Seconds of the whole step and, on one device, of its parts."""
+    functions, mesh = ModelFunctions(model_config(config)), make_mesh(jax.devices()[:devices])
+    optimizer_config = from_section(OptimizerConfig, "optimizer", config["optimizer"])
+    optimizer, state = initial_state(*functions.init(0), optimizer_config, total_steps=1000, mesh=mesh)
+    options: dict[str, Any] = {
+        "loss": from_section(LossConfig, "loss", config["loss"]),
+        "multi_label": config["multi_label"],
+        "mesh": mesh,
+        "seed": 0,
+    }
+    step = make_train_step(functions, optimizer, matcher=MatcherConfig(implementation=matcher), **options)
+    host_batch = make_batch(batch_size, *size, config["data"]["max_targets"], len(config["class_names"]))
+    batch = shard_batch(host_batch, mesh)
+
+    def run():
+        nonlocal state
+        state, terms = step(state, batch)
+        return state, terms
+
+    found = {"step": seconds(run, runs)}
+    if parts and devices == 1:
+        found |= measure_parts(functions, optimizer, state, step, batch, runs)
+        found["decoder"] = found["step"] - sum(found[part] for part in PARTS if part != "decoder")
+    return found
+
+
+def measure_parts(
+    functions: ModelFunctions, optimizer: optax.GradientTransformation, state: TrainState, step: TrainStep, batch: Batch, runs: int
+) -> dict[str, float]:
+    """Seconds of each part but the decoder, alone; the encoder is what it adds to the backbone."""
+    remat = functions.config.remat
+
+    def model_of(params: Flat, batch: Batch):
+        return functions.bind(params | state.fixed, state.frozen), *model_input(batch)
+
+    def backbone(params: Flat, batch: Batch):
+        model, images, _ = model_of(params, batch)
+        return sum(level.astype(jnp.float32).sum() for level in model.features(images, remat=remat))
+
+    def encoder(params: Flat, batch: Batch):
+        model, images, mask = model_of(params, batch)
+        noise = DropoutNoise(jax.random.split(jax.random.key(0), mask.shape[0]))
+        return model.encode(model.features(images, remat=remat), mask, noise=noise, remat=remat)[0].astype(jnp.float32).sum()
+
+    update = jax.jit(lambda params, opt_state: optimizer.update(params, opt_state, params))
+    up_to = {}
+    for name, f in (("backbone", backbone), ("encoder", encoder)):
+        gradient = jax.jit(jax.grad(f))
+        up_to[name] = seconds(partial(gradient, state.params, batch), runs)
+    predict = jax.eval_shape(step.first_half, state, batch, None)
+    cost = jax.random.normal(jax.random.key(0), predict.cost.shape)
+    on_device = jax.jit(assign_on_device)
+    assign = on_device if step.matcher.implementation == "device" else assign_shards
+    return {
+        "backbone": up_to["backbone"],
+        "encoder": up_to["encoder"] - up_to["backbone"],
+        "matcher": seconds(lambda: assign(cost + 0, batch.targets.valid), runs),
+        "optimizer": seconds(lambda: update(state.params, state.opt_state), runs),
+    }
+
+
+def main() -> None:
+    """Measures every combination, prints the table, and writes it with the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=Path("configs/emotic_r50.py"))
+    parser.add_argument("--sizes", nargs="+", default=["480x640"], help="HEIGHTxWIDTH of the padded images")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1], help="global")
+    parser.add_argument("--devices", nargs="+", type=int, default=[1])
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser.add_argument("--remat", nargs="+", choices=REMAT, default=["light"])
+    parser.add_argument("--matchers", nargs="+", choices=IMPLEMENTATIONS, default=["scipy"])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--parts", action="store_true", help="time the parts too, on one device")
+    parser.add_argument("--output", type=Path, help="writes OUTPUT.md and OUTPUT.json")
+    args = parser.parse_args()
+    kind = jax.devices()[0].device_kind
+    lines = [
+        f"Training step of {args.config}, median of {args.runs} ({kind}, jax {jax.__version__}, Python {platform.python_version()})",
+        "",
+        "| devices | images | batch | type | remat | matcher | step ms | images/s |" + "".join(f" {part} ms |" for part in PARTS),
+        "|---" * (8 + len(PARTS)) + "|",
+    ]
+    results = []
+    for devices, size, batch, dtype, remat, matcher in itertools.product(
+        args.devices, args.sizes, args.batches, args.dtypes, args.remat, args.matchers
+    ):
+        if batch % devices:
+            continue
+        config = read_config(args.config)
+        config["model"] |= {"compute_dtype": dtype, "remat": remat}
+        height, width = (int(side) for side in size.split("x"))
+        found = measure(config, devices=devices, size=(height, width), batch_size=batch, matcher=matcher, runs=args.runs, parts=args.parts)
+        case = {"devices": devices, "images": size, "batch": batch, "type": dtype, "remat": remat, "matcher": matcher}
+        results.append(case | found)
+        numbers = [f"{1e3 * found['step']:.0f}", f"{batch / found['step']:.2f}", *(f"{1e3 * found[p]:.1f}" if p in found else "" for p in PARTS)]
+        lines.append("| " + " | ".join([*map(str, case.values()), *numbers]) + " |")
+        print(lines[-1], flush=True)
+    if args.output:
+        args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        args.output.with_suffix(".json").write_text(json.dumps({"device": kind, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
