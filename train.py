@@ -2,13 +2,15 @@
 
     python train.py --config=configs/demo.py --workdir=runs/demo [--config.optimizer.learning_rate=1e-4 ...]
     python train.py --config=configs/demo.py --workdir=runs/demo --mode=eval [--split=test]
-    python train.py --config=configs/emotic_r50.py --mode=plan
+    python train.py --config=configs/demo.py --workdir=runs/demo --mode=plan
 
-The same command again continues from the newest checkpoint in the workdir. SIGTERM saves one and leaves. --mode=plan says what a run would take.
+The same command again continues from the newest checkpoint in the workdir. docs/training.md tells the rest.
 """
 
 import contextlib
 import dataclasses
+import errno
+import operator
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -29,15 +31,19 @@ from dsct_jax.batch import Batch
 from dsct_jax.calibration import FILE as CALIBRATION_FILE
 from dsct_jax.calibration import calibration_of_run
 from dsct_jax.checkpoint import Checkpoints, load_weights, newest_checkpoint, require_same_model, require_same_shapes
+from dsct_jax.compilation import FILE as COMPILATIONS_FILE
+from dsct_jax.compilation import CompilationLog, keep_programs_in
 from dsct_jax.distributed import AUTO, join_processes
 from dsct_jax.drawing import contact_sheet, draw_batch
 from dsct_jax.errors import UserError
 from dsct_jax.evaluate import RESAMPLES, evaluate, fit_calibration, write_evaluation
 from dsct_jax.evaluation_table import format_table
+from dsct_jax.guard import Best, NonFiniteGuard
 from dsct_jax.load import model_config
 from dsct_jax.logbook import Logbook, versions, write_settings
 from dsct_jax.losses import LossConfig
 from dsct_jax.matcher import MatcherConfig
+from dsct_jax.meter import Meter, memory
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.optimizer import OptimizerConfig, learning_rates
 from dsct_jax.plan import format_plan, make_plan
@@ -48,11 +54,12 @@ from dsct_jax.settings import entry, from_section, read_config
 from dsct_jax.sharding import FSDP, make_mesh, replicate, shard_batch
 from dsct_jax.startup import Preemption, start_process
 from dsct_jax.state import Flat, ModelFunctions
-from dsct_jax.step import StepConfig, TrainState, TrainStep, initial_state, make_eval_step, make_train_step
+from dsct_jax.step import StepConfig, TrainStep, initial_state, make_eval_step, make_train_step
 from dsct_jax.subjects import has_subject_logit
 
 SHOWN_METRICS = ("mAP", "accuracy", "macro_f1", "mean_iou")  # in the line of a validation
 DRAWN_IMAGES = 24  # on the contact sheet of an evaluation
+DRAWN_IN_TRAINING = 6  # of each validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +74,13 @@ class TrainConfig:
     checkpoint_every: float
     keep_checkpoints: int
     log_every: int
-    accumulate: int
-    ema_decay: float
-    fsdp: bool
-    max_skipped: int
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    fsdp: bool = False
+    max_skipped: int = 20
+    best_metric: str = ""
+    early_stopping: int = 0
+    wandb: str = ""
 
     def __post_init__(self) -> None:
         for field in ("batch_size", "eval_batch_size", "keep_checkpoints", "log_every", "accumulate"):
@@ -81,10 +91,11 @@ class TrainConfig:
                 raise UserError(f"config.train.{field}={getattr(self, field)} cannot be used: must be more than 0")
         if self.steps < 0:
             raise UserError(f"config.train.steps={self.steps} cannot be used: must be 0 (as many as config.train.epochs say) or more")
+        for field in ("max_skipped", "early_stopping"):
+            if getattr(self, field) < 0:
+                raise UserError(f"config.train.{field}={getattr(self, field)} cannot be used: must be 0 or more")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"config.train.ema_decay={self.ema_decay} cannot be used: must be at least 0 (off) and less than 1")
-        if self.max_skipped < 0:
-            raise UserError(f"config.train.max_skipped={self.max_skipped} cannot be used: must be 0 or more")
 
     @property
     def step_config(self) -> StepConfig:
@@ -108,6 +119,11 @@ class RunConfig:
     data: DataConfig
     train: TrainConfig
 
+    @property
+    def best_metric(self) -> str:
+        """What the best checkpoint is best by."""
+        return self.train.best_metric or ("mAP" if self.multi_label else "accuracy")
+
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> "RunConfig":
         """Raises UserError at the first field that is unknown, missing, or cannot be used."""
@@ -119,8 +135,15 @@ class RunConfig:
         return from_section(cls, "", {key: value for key, value in config.items() if key not in parts}, **parts)
 
 
-def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
-    """Trains to the end of the schedule, evaluating and saving on the way; returns the last validation metrics."""
+def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] | None = None) -> dict[str, float]:
+    """Trains to the end of the schedule, evaluating and saving on the way; returns the last validation metrics.
+
+    Args:
+        profile: (first step, number of steps) that jax's profiler records, below `workdir`/profile.
+
+    Raises:
+        Preempted: the run was asked to stop by SIGTERM, and has saved.
+    """
     run, mesh = RunConfig.from_mapping(config), make_mesh()
     require_divisible(run.train, mesh)
     train_data = open_data(run, "train", training=True)
@@ -129,82 +152,157 @@ def train(config: Mapping[str, Any], workdir: Path) -> dict[str, float]:
     total_steps = run.train.steps or max(1, round(run.train.epochs * epoch_steps))
     functions = ModelFunctions(run.model)
     params, frozen = starting_values(functions, run, config, workdir)
+    keep_programs_in(workdir)
     optimizer, state = initial_state(params, frozen, run.optimizer, total_steps=total_steps, mesh=mesh, step_config=run.train.step_config)
-    metadata = {"config": config, "versions": versions()}
+    metadata = {"config": config, "class_names": run.class_names, "seed": run.seed, "steps_per_epoch": epoch_steps, "versions": versions()}
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, keep=run.train.keep_checkpoints, metadata=metadata)))
-        if checkpoints.latest_step() is not None:
-            state = checkpoints.restore(state)
+        best, found, meter = Best(run.best_metric), checkpoints.restore_newest(state), Meter()
+        stored: dict[str, Any] = {}
+        progress: dict[str, Any] = {}
+        if found is not None:
+            state, stored = found
+            progress = stored.get("progress", {})
+            meter.put_back(progress.get("pending", []))
+            best.take_up(progress)
         start_step = int(state.step)
         changed = write_settings(config, workdir) if jax.process_index() == 0 else []
-        logbook = stack.enter_context(contextlib.closing(Logbook(workdir, start_step=start_step, total_steps=total_steps)))
+        logbook = Logbook(workdir, start_step=start_step, total_steps=total_steps, wandb=run.train.wandb, config=config)
+        stack.enter_context(contextlib.closing(logbook))
         trained = sum(value.size for value in state.params.values())
         logbook.tell(
             f"{run.name}: {train_data.num_images} images, {trained:,} trained parameters, {mesh.size} device(s), steps {start_step} to {total_steps}"
         )
         if jax.process_count() > 1:
             logbook.tell(f"process 0 of {jax.process_count()}, the only one that writes")
-        if start_step > 0 and changed:
-            logbook.tell(f"settings changed since the last start: config.{'; config.'.join(changed)}")
+        if start_step > 0:
+            tell_changes(logbook, changed, stored.get("steps_per_epoch", epoch_steps), epoch_steps)
+        eval_step = make_eval_step(functions, mesh=mesh)
+
+        def validate(step: int, state) -> tuple[dict[str, Any], bool]:
+            """Metrics of the weights as they are, averaged if the run keeps an average; and whether they are the best."""
+            drawings: list[Image.Image] | None = [] if jax.process_index() == 0 else None
+            weights = (state.ema or state.params) | state.fixed
+            metrics = run_evaluation(eval_step, weights, state.frozen, val_data, run, mesh, drawings=drawings)
+            logbook.write(step, {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)})
+            if drawings:
+                logbook.image(step, "val/predictions", contact_sheet(drawings[:DRAWN_IN_TRAINING], 3))
+            logbook.tell("validation: " + "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics))
+            return metrics, best.add(step, metrics)
+
+        if progress.get("validation_owed"):
+            validate(start_step, state)
         if start_step >= total_steps:
             logbook.tell(f"nothing left to train: {workdir} stands at step {start_step}; raise config.train.epochs to go on, or use --mode=eval")
             return {}
+        if stopped_early(best, run.train, logbook):
+            return {}
 
         step_function = train_step(functions, optimizer, run, mesh)
-        eval_step = make_eval_step(functions, mesh=mesh)
         eval_steps = max(1, round(run.train.eval_every * epoch_steps))
         checkpoint_steps = max(1, round(run.train.checkpoint_every * epoch_steps))
         metrics: dict[str, float] = {}
         seen_shapes: set[tuple[int, ...]] = set()
-        pending: list[dict[str, jax.Array]] = []
+        compilations = CompilationLog(workdir / COMPILATIONS_FILE if jax.process_index() == 0 else None)
+        stack.enter_context(contextlib.closing(compilations))
+        guard = NonFiniteGuard(workdir, limit=run.train.max_skipped, in_a_row=int(state.skipped), tell=logbook.tell)
+        preemption = stack.enter_context(Preemption())
         batches = Prefetch(train_data.iterator(start_step, total_steps - start_step), lambda batch: shard_batch(batch, mesh))
         stack.enter_context(batches)
-        preemption = stack.enter_context(Preemption())
-        clock = time.monotonic()
+        meter.resume()
         for step, batch in enumerate(batches, start_step + 1):
+            if profile and step == profile[0]:
+                jax.profiler.start_trace(workdir / "profile")
+                stack.callback(stop_profile)
             started = time.monotonic()
-            state, terms = step_function(state, batch)
-            pending.append(terms)
+            with compilations.during(step, "x".join(map(str, batch.images.shape))):
+                state, terms = step_function(state, batch)
+            seconds = 0.0
             if batch.images.shape not in seen_shapes:
                 seen_shapes.add(batch.images.shape)
                 seconds = time.monotonic() - started
                 programs = f"program {len(seen_shapes)} of at most {len(run.data.buckets)}"
                 logbook.tell(f"compiled for images {batch.images.shape} in {seconds:.1f} s ({programs})")
                 logbook.leave_out(seconds)
-                clock += seconds
-            last = step == total_steps
-            stopping = preemption.reached(step)
-            saving = step % checkpoint_steps == 0 or last or stopping
+            meter.add(terms, left_out=seconds)
+            guard.add(step, batch, terms)
+            if profile and step == profile[0] + profile[1] - 1:
+                jax.block_until_ready(state)
+                stop_profile()
+                logbook.tell(f"profile of steps {profile[0]} to {step}: {workdir / 'profile'}")
+            last, stopping = step == total_steps, preemption.reached(step)
+            evaluating, saving = step % eval_steps == 0 or last, step % checkpoint_steps == 0 or last or stopping
             # A line at every checkpoint too: a run that continues there then writes the same lines as one that never stopped.
-            if step % run.train.log_every == 0 or saving:
-                means = mean_of(pending)
-                require_finite(state, batch, step, run.train.max_skipped, workdir)
-                seconds = time.monotonic() - clock
-                speed, waited = len(pending) * run.train.batch_size / seconds, batches.take_wait() / seconds
-                scalars = {f"train/{name}": value for name, value in means.items()} | {
-                    f"train/{name}": value for name, value in learning_rates(run.optimizer, total_steps, step - 1).items()
-                }
-                logbook.write(step, scalars | {"time/images_per_s": speed, "time/data_wait": waited})
-                logbook.progress(step, f"loss {means.get('total', np.nan):.3f}  {speed:.1f} images/s  data wait {waited:.0%}")
-                pending, clock = [], time.monotonic()
-            if (step % eval_steps == 0 and not stopping) or last:
-                metrics = run_evaluation(eval_step, (state.ema or state.params) | state.fixed, state.frozen, val_data, run, mesh)
-                logbook.write(step, {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)})
-                logbook.tell("validation: " + "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics))
+            if saving or evaluating or step % run.train.log_every == 0:
+                guard.look()
+                checkpoints.check()
+            if step % run.train.log_every == 0 or evaluating or step % checkpoint_steps == 0:
+                rates = learning_rates(run.optimizer, total_steps, step - 1)
+                write_line(logbook, step, meter, waited=batches.take_wait(), rates=rates, batch_size=run.train.batch_size)
+            if evaluating and not stopping:
+                with compilations.during(step, "validation"):
+                    metrics, better = validate(step, state)
+                saving |= better
                 batches.take_wait()
-                clock = time.monotonic()
-            if saving:
-                checkpoints.save(state)
-            if stopping and not last:
+            ends = not stopping and evaluating and stopped_early(best, run.train, logbook)
+            if saving or ends:
+                where = {"step": step, "epoch": step // epoch_steps, "batch_in_epoch": step % epoch_steps}
+                # Told to stop between two lines, or before a validation: what these would have held is kept for the run that continues.
+                owed = {"pending": meter.pending(), "validation_owed": evaluating and stopping}
+                checkpoints.save(state, progress=where | owed | best.as_progress())
+            if evaluating or saving:
+                meter.resume()
+            if stopping:
                 checkpoints.wait()
                 raise Preempted(f"asked to stop: saved at step {step}; the same command continues from there")
+            if ends:
+                break
         tell_skipped(train_data, val_data, tell=logbook.tell)
+        if best.value is not None:
+            logbook.tell(f"best validation: {best.metric} {best.value:.3f} at step {best.step}, kept in {workdir / 'checkpoints' / str(best.step)}")
     return metrics
+
+
+def write_line(logbook: Logbook, step: int, meter: Meter, *, waited: float, rates: Mapping[str, float], batch_size: int) -> None:
+    """What was measured since the last line of the log."""
+    means, times = meter.take(batch_size=batch_size, waited=waited)
+    parts = {"train": means | rates, "time": times, "memory": memory()}
+    logbook.write(step, {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()})
+    speed = f"{times['images_per_s']:.1f} images/s  data wait {times['data_wait']:.0%}"
+    logbook.progress(step, f"loss {means.get('total', np.nan):.3f}  {speed}")
+
+
+def tell_changes(logbook: Logbook, changed: list[str], steps_before: int, steps_now: int) -> None:
+    """What is different from the start before."""
+    if changed:
+        logbook.tell(f"settings changed since the last start: config.{'; config.'.join(changed)}")
+    if steps_before != steps_now:
+        logbook.tell(f"the training data or the batch size changed: {steps_before} -> {steps_now} steps an epoch")
+
+
+def stop_profile() -> None:
+    """Ends the profiler's recording, if one is going on."""
+    with contextlib.suppress(RuntimeError):
+        jax.profiler.stop_trace()
+
+
+def stopped_early(best: Best, config: TrainConfig, logbook: Logbook) -> bool:
+    """Whether the validations no longer improve; says so."""
+    over = 0 < config.early_stopping <= best.waited
+    if over:
+        logbook.tell(
+            f"stopped early: {best.metric} has not improved in {best.waited} validations since step {best.step} "
+            f"(config.train.early_stopping={config.early_stopping})"
+        )
+    return over
 
 
 def require_divisible(config: TrainConfig, mesh: Mesh) -> None:
     """Raises UserError unless the global batch sizes divide by the number of devices."""
+    if config.batch_size % (mesh.size * config.accumulate) and config.accumulate > 1:
+        parts = f"{mesh.size} devices x config.train.accumulate={config.accumulate}"
+        raise UserError(f"config.train.batch_size={config.batch_size} cannot be shared by {parts}: set it to a multiple of their product")
     for field in ("batch_size", "eval_batch_size"):
         if getattr(config, field) % mesh.size:
             raise UserError(
@@ -243,33 +341,6 @@ def train_step(functions: ModelFunctions, optimizer: optax.GradientTransformatio
     )
 
 
-def require_finite(state: TrainState, batch: Batch, step: int, limit: int, workdir: Path) -> None:
-    """Ends the run when more than `limit` steps in a row were skipped because something in them was not finite; the batch is kept for inspection.
-
-    The parameters are those of the last good step, as in the checkpoints.
-    """
-    skipped = int(state.skipped)
-    if skipped <= limit:
-        return
-    path = workdir / f"not_finite_step{step}_process{jax.process_index()}.npz"
-    parts = {field.name: getattr(part, field.name) for part in (batch, batch.targets) for field in dataclasses.fields(part)}
-    del parts["targets"]
-    arrays: dict[str, Any] = {name: np.concatenate([shard.data for shard in array.addressable_shards]) for name, array in parts.items()}
-    np.savez_compressed(path, **arrays)
-    raise UserError(
-        f"step {step}: the loss or its gradient is not finite, {skipped} step(s) in a row (config.train.max_skipped={limit}); lower "
-        f"config.optimizer.learning_rate, then run again from the last checkpoint. The last batch is in {path}"
-    )
-
-
-def mean_of(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """Mean of every metric over the steps since the last line of the log; of those that were skipped only their share, `nonfinite`."""
-    fetched = jax.device_get(pending)
-    sound = [terms for terms in fetched if not terms["nonfinite"]]
-    means = {name: float(np.mean([terms[name] for terms in sound])) for name in fetched[0]} if sound else {}
-    return means | {"nonfinite": float(np.mean([terms["nonfinite"] for terms in fetched]))}
-
-
 def print_plan(config: Mapping[str, Any]) -> None:
     """What a training run would take: parameters, memory, compile time and arithmetic. Compiles every program; reads no data."""
     run, mesh = RunConfig.from_mapping(config), make_mesh()
@@ -301,9 +372,11 @@ def tell_skipped(*datasets: Dataset, tell) -> None:
         tell(f"left out: {unreadable} image(s) that could not be opened and {len(damaged)} with damaged pixels")
 
 
-def run_evaluation(eval_step, params: Flat, frozen: Flat, data: Dataset, run: RunConfig, mesh: Mesh) -> dict[str, Any]:
-    """Every image of `data` once -> metrics."""
-    return evaluate(collect_results(eval_step, params, frozen, data, run, mesh))
+def run_evaluation(
+    eval_step, params: Flat, frozen: Flat, data: Dataset, run: RunConfig, mesh: Mesh, *, drawings: list[Image.Image] | None = None
+) -> dict[str, Any]:
+    """Every image of `data` once -> metrics; some are drawn into `drawings` if given."""
+    return evaluate(collect_results(eval_step, params, frozen, data, run, mesh, drawings=drawings, drawn=DRAWN_IN_TRAINING))
 
 
 def collect_results(
@@ -317,6 +390,7 @@ def collect_results(
     split: str = "val",
     checkpoint: str = "",
     drawings: list[Image.Image] | None = None,
+    drawn: int = DRAWN_IMAGES,
 ) -> SplitResults:
     """What the model says of every image of `data`, each once, on every process; some of this process's are drawn into `drawings` if given."""
     subject_logit = has_subject_logit(multi_label=run.multi_label, class_loss=run.loss.class_loss)
@@ -328,11 +402,12 @@ def collect_results(
             logits, boxes = predictions.logits[-1], predictions.boxes[-1]
             results += image_results(whole, logits, boxes)
             seen += int((whole.image_ids >= 0).sum())  # images that were skipped as damaged keep their number
-            if drawings is not None and len(drawings) < DRAWN_IMAGES:
+            if drawings is not None and len(drawings) < drawn:
                 first = jax.process_index() * len(batch.real)
                 here = slice(first, first + len(batch.real))
                 names: dict[str, Any] = {"class_names": run.class_names, "multi_label": run.multi_label, "subject_logit": subject_logit}
-                drawings += draw_batch(batch, logits[here], boxes[here], **names)
+                shown = jax.tree.map(operator.itemgetter(slice(drawn - len(drawings))), batch)
+                drawings += draw_batch(shown, logits[here][: len(shown.real)], boxes[here][: len(shown.real)], **names)
     if seen != data.num_images:
         raise RuntimeError(f"evaluated {seen} of {data.num_images} images")
     if not results:
@@ -412,22 +487,34 @@ def make_parser() -> Parser:
     parser.add_argument("--coordinator", help=f"several processes: HOST:PORT of process 0, the same for all; {AUTO}: as jax finds out by itself")
     parser.add_argument("--num_processes", type=int, help="several processes: how many")
     parser.add_argument("--process_id", type=int, help="several processes: which of them this is, from 0")
+    parser.add_argument("--profile", metavar="STEP:NUMBER", help="records so many steps with jax's profiler, from this one on, below the workdir")
     return parser
+
+
+def profile_window(text: str | None) -> tuple[int, int] | None:
+    """--profile=STEP:NUMBER as two numbers. Raises UserError."""
+    if text is None:
+        return None
+    step, _, number = text.partition(":")
+    if not (step.isdecimal() and number.isdecimal() and int(step) and int(number)):
+        raise UserError(f"--profile={text} cannot be used: must be STEP:NUMBER, such as 20:5 for the steps 20 to 24")
+    return int(step), int(number)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the chosen mode; a user's mistake is one line on stderr and exit status 2."""
     try:
         arguments, overrides = make_parser().parse_known_args(argv)
-        for name in ("config", "workdir") if arguments.mode != "plan" else ("config",):
+        for name in ("config",) if arguments.mode == "plan" else ("config", "workdir"):
             if getattr(arguments, name) is None:
                 raise UserError(f"--{name} is missing" + (f", but there is {overrides[0]}" if overrides else "") + "; see train.py --help")
-        if arguments.workdir is not None and arguments.workdir.exists() and not arguments.workdir.is_dir():
+        window = profile_window(arguments.profile)
+        if arguments.workdir and arguments.workdir.exists() and not arguments.workdir.is_dir():
             raise UserError(f"--workdir={arguments.workdir}: is a file; name a directory")
         config = override(read_config(arguments.config), overrides)
         join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
         if arguments.mode == "train":
-            train(config, arguments.workdir)
+            train(config, arguments.workdir, profile=window)
         elif arguments.mode == "plan":
             print_plan(config)
         else:
@@ -438,6 +525,11 @@ def main(argv: list[str] | None = None) -> int:
     except Preempted as request:
         print(request, flush=True)
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        print(f"error: {error.filename or arguments.workdir}: {error.strerror}; make room, then the same command continues", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130

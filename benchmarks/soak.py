@@ -41,7 +41,7 @@ class Watch:
         self.validations: list[float] = []
         self.last_lines: list[str] = []
         self._process, self._log = process, log
-        self._thread = threading.Thread(target=self._read, name="soak log")
+        self._thread = threading.Thread(target=self._read, name="soak log", daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
@@ -64,8 +64,8 @@ class Watch:
         return self.validations[WARM_VALIDATIONS - 1] if len(self.validations) >= WARM_VALIDATIONS else None
 
     def join(self) -> None:
-        """Waits for the last line."""
-        self._thread.join()
+        """Waits for the last line; not for ever, as data workers that outlive a killed run hold its output open."""
+        self._thread.join(10)
 
 
 def memory_of(pid: int) -> tuple[float, float]:

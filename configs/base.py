@@ -113,6 +113,9 @@ def get_config() -> ConfigDict:
     train.checkpoint_every = 1.0  # epochs
     train.keep_checkpoints = 3
     train.log_every = 50  # steps
+    train.best_metric = ""  # of a validation, kept in a checkpoint of its own; "" = mAP (multi_label) or accuracy
+    train.early_stopping = 0  # validations without a better one that end the run; 0 = off
+    train.wandb = ""  # Weights & Biases project that gets the numbers too (needs the package wandb); "" = none
     train.accumulate = 1  # parts that each device's share of a batch is cut into, one after another: the same step with less memory
     train.ema_decay = 0.0  # moving average of the parameters, used by validation, prediction and exports; 0 = off, such as 0.9998
     train.fsdp = False  # True: parameters, their average and the optimizer's state are spread over the devices instead of copied

@@ -1,20 +1,23 @@
 """Checkpoints of a run (orbax): save, exact resume, and the weights alone.
 
 A checkpoint has two parts, so that prediction reads only what it needs: `model` (parameters and frozen statistics) and `training` (step,
-optimizer, moving average, count of skipped steps). The position in the data and all random numbers are functions of the seed and the step, so
-nothing else has to be kept.
+optimizer, moving average, count of skipped steps). The position in the data and all random numbers are functions of the seed and the step, which
+the metadata tell for people too, with the configuration, the class names, the versions and the best validation so far.
 """
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from dsct_jax.errors import UserError
 from dsct_jax.settings import differences
@@ -22,9 +25,21 @@ from dsct_jax.state import Flat
 from dsct_jax.step import TrainState
 
 DIRECTORY = "checkpoints"
+DAMAGED = "damaged_checkpoints"  # where the run puts what it could not read
 TRAINING_FIELDS = ("step", "opt_state", "ema", "skipped", "skipped_total")  # of a TrainState
 FREE_FIELDS = ("model.compute_dtype", "model.remat")  # how the same model is computed
 MODEL_FIELDS = ("class_names", "multi_label", "model")  # of a configuration: what the weights mean
+# What orbax and tensorstore raise for files that were cut, emptied or removed, and for a disk that is full.
+_FILE_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+_log = logging.getLogger(__name__)
+
+
+class DamagedCheckpoint(UserError):
+    """A complete checkpoint whose files cannot be read; `reason` in a few words."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"{path}: this checkpoint is damaged ({reason}); remove it to continue from the one before")
+        self.reason = reason
 
 
 def _names(tree: Any) -> list[str]:
@@ -40,38 +55,106 @@ def _parts(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     return _by_name(model), _by_name({name: getattr(state, name) for name in TRAINING_FIELDS})
 
 
+class _NewestAndBest:
+    """Which checkpoints orbax keeps: the last `keep`, and the best one."""
+
+    def __init__(self, keep: int):
+        self.keep = keep
+        self.best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One answer for each checkpoint, oldest first; orbax's interface."""
+        del context
+        first_kept = len(checkpoints) - self.keep
+        return [number >= first_kept or checkpoint.step == self.best for number, checkpoint in enumerate(checkpoints)]
+
+
 class Checkpoints:
     """The checkpoints below `workdir`; writes in the background, an unfinished one is never read."""
 
     def __init__(self, workdir: Path, *, keep: int = 3, metadata: dict[str, Any] | None = None):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=metadata is not None, create=metadata is not None)
+        self._policy = _NewestAndBest(keep)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy, cleanup_tmp_directories=metadata is not None, create=metadata is not None
+        )
         handlers = {"model": ocp.StandardCheckpointHandler(), "training": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
         try:
             self._manager = ocp.CheckpointManager((workdir / DIRECTORY).absolute(), options=options, item_handlers=handlers)
         except OSError as error:
             raise UserError(f"--workdir={workdir}: cannot be used ({error.strerror}); name another directory") from error
         self._metadata = metadata or {}
+        self._workdir = workdir
+
+    def all_steps(self) -> list[int]:
+        """Steps of all complete checkpoints."""
+        return list(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState) -> None:
-        """Starts writing; returns before it is done."""
+    def save(self, state: TrainState, *, progress: Mapping[str, Any] | None = None) -> None:
+        """Starts writing; returns before it is done.
+
+        Args:
+            progress: goes into the metadata; `best_step` in it names the checkpoint that is kept however old it gets.
+
+        Raises:
+            UserError: this or the checkpoint before could not be written, such as on a full disk. Those before stay as they are.
+        """
         step = int(state.step)
         if step == self.latest_step():
             return
         model, training = _parts(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(model), training=ocp.args.StandardSave(training), metadata=ocp.args.JsonSave(self._metadata)
-            ),
-        )
+        self._policy.best = (progress or {}).get("best_step")
+        metadata = self._metadata | {"progress": dict(progress or {})}
+        with self._failure_reported():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave(model), training=ocp.args.StandardSave(training), metadata=ocp.args.JsonSave(metadata)
+                ),
+            )
 
-    def restore(self, state: TrainState) -> TrainState:
-        """The newest checkpoint in the place, shapes and shardings of `state`; raises UserError when it is of another model or damaged."""
-        step = self.latest_step()
+    def check(self) -> None:
+        """Raises UserError when a checkpoint that is written in the background has failed."""
+        with self._failure_reported():
+            self._manager.check_for_errors()
+
+    def restore_newest(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, as `restore`, and its metadata; None where there is none.
+
+        Damaged ones are moved to `damaged_checkpoints`, with one line each. Raises UserError when all are damaged, or one is of another model.
+        """
+        steps = sorted(self.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                restored = self.restore(state, step)
+            except DamagedCheckpoint as error:
+                if step == steps[-1]:
+                    raise
+                self._put_aside(step, error.reason)
+                continue
+            metadata = _read_metadata(Path(self._manager.directory) / str(step))
+            self._policy.best = metadata.get("progress", {}).get("best_step")
+            return restored, metadata
+        return None
+
+    def _put_aside(self, step: int, reason: str) -> None:
+        if jax.process_index() == 0:
+            _log.warning("checkpoint %d is damaged (%s): moved to %s; the one before is taken", step, reason, self._workdir / DAMAGED)
+            place = self._workdir / DAMAGED / str(step)
+            place.parent.mkdir(exist_ok=True)
+            if place.exists():
+                shutil.rmtree(place)
+            (Path(self._manager.directory) / str(step)).rename(place)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
+        self._manager.reload()
+
+    def restore(self, state: TrainState, step: int | None = None) -> TrainState:
+        """A checkpoint (None: the newest) in the place, shapes and shardings of `state`; raises UserError when of another model or damaged."""
+        step = self.latest_step() if step is None else step
         path = Path(self._manager.directory) / str(step)
         templates = [
             {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in part.items()} for part in _parts(state)
@@ -98,12 +181,22 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything is on disk; raises UserError when it could not be written."""
+        with self._failure_reported():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finishes writing and lets the directory go."""
-        self._manager.close()
+        """Finishes writing and lets the directory go; raises UserError when something could not be written."""
+        with self._failure_reported():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _failure_reported(self) -> Iterator[None]:
+        try:
+            yield
+        except _FILE_ERRORS as error:
+            where, before = self._workdir / DIRECTORY, "those before are whole"
+            raise UserError(f"{where}: a checkpoint could not be written ({_reason(error)}); {before}: make room, then run again") from error
 
 
 def require_same_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
@@ -142,10 +235,19 @@ def load_weights(workdir: Path, *, ema: bool = True) -> tuple[Flat, Flat, dict[s
     if not (workdir / DIRECTORY).is_dir():
         raise UserError(f"{workdir}: no {DIRECTORY}/ here; give the --workdir of a training run")
     checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest_step()
+    steps = sorted(checkpoints.all_steps(), reverse=True)
     checkpoints.close()
-    if step is None:
+    if not steps:
         raise UserError(f"{workdir / DIRECTORY}: holds no complete checkpoint; train first, or wait until one is written")
+    for step in steps[:-1]:
+        try:
+            return _weights_of(workdir, step, ema=ema)
+        except DamagedCheckpoint as error:
+            _log.warning("checkpoint %d is damaged (%s): the one before is taken", step, error.reason)
+    return _weights_of(workdir, steps[-1], ema=ema)
+
+
+def _weights_of(workdir: Path, step: int, *, ema: bool) -> tuple[Flat, Flat, dict[str, Any]]:
     path = (workdir / DIRECTORY / str(step)).absolute()
     reader = ocp.PyTreeCheckpointer()
     with _damage_reported(path):
@@ -185,13 +287,19 @@ def _read_metadata(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "metadata" / "metadata").read_text())
 
 
-@contextlib.contextmanager
-def _damage_reported(path: Path) -> Iterator[None]:
-    """Turns what reading a damaged checkpoint raises into a UserError that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # orbax raises anything, down to a bare Exception, for files that were cut or removed
-        reason = str(error).split("\n")[0][:200] or type(error).__name__
-        raise UserError(f"{path}: this checkpoint is damaged ({reason}); remove it to continue from the one before") from error
+def _reason(error: BaseException) -> str:
+    return str(error).split("\n")[0][:200] or type(error).__name__
+
+
+class _damage_reported(contextlib.AbstractContextManager):
+    """Turns what reading a damaged checkpoint raises into a DamagedCheckpoint that names it.
+
+    For an array whose bytes are cut orbax raises a plain Exception, of no class of its own: that very class counts too, its subclasses do not.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if kind is not None and error is not None and not isinstance(error, UserError) and (kind is Exception or issubclass(kind, _FILE_ERRORS)):
+            raise DamagedCheckpoint(self.path, _reason(error)) from error

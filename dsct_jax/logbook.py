@@ -1,5 +1,6 @@
 """What a run writes down: config.json, env.json, metrics.jsonl, TensorBoard events, and its progress on the terminal."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from dsct_jax.errors import UserError
 from dsct_jax.settings import differences
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "pillow")
@@ -71,10 +75,15 @@ class Logbook:
     Of several processes only process 0 writes and speaks.
     """
 
-    def __init__(self, workdir: Path, *, start_step: int, total_steps: int):
+    def __init__(self, workdir: Path, *, start_step: int, total_steps: int, wandb: str = "", config: Mapping[str, Any] | None = None):
+        """`wandb` names a Weights & Biases project that gets the same numbers; "" = none. Raises UserError when its package is missing."""
         self._silent = jax.process_index() != 0
+        self._wandb: Any = None
         if self._silent:
             return
+        if wandb:
+            self._wandb = _start_wandb(wandb, workdir, config or {})
+        self._workdir = workdir
         self._path = workdir / "metrics.jsonl"
         if self._path.exists():
             kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start_step]
@@ -93,6 +102,15 @@ class Logbook:
         self._file.flush()
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(scalars), step=step)
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """A picture among the TensorBoard events, and as the newest of its name below `workdir`."""
+        if self._silent:
+            return
+        self._events.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        image.save(self._workdir / f"{name.replace('/', '_')}.png")
 
     def tell(self, text: str) -> None:
         """One line for the user, above the progress bar where there is one."""
@@ -129,6 +147,18 @@ class Logbook:
             self._bar.close()
         self._events.close()
         self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
+    try:
+        import wandb  # only where it is asked for: it is not among the dependencies
+    except ImportError:
+        raise UserError(f"config.train.wandb={project!r} needs the package wandb: pip install wandb, or leave the field empty") from None
+    # One identity a work directory, so that a run that continues there continues its curves.
+    identity = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=workdir.name, id=identity, dir=str(workdir), config=dict(config), resume="allow")
 
 
 def _step_of(line: str) -> int:

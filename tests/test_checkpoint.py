@@ -1,7 +1,10 @@
 """Checkpoints: exact there and back, on any number of devices, and what remains readable when files are unfinished, half removed or damaged."""
 
+import dataclasses
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from dsct_jax.errors import UserError
 from dsct_jax.sharding import make_mesh, replicate
 from dsct_jax.step import TrainState
 
+ROOT = Path(__file__).parent.parent
 METADATA = {"config": {"class_names": ("a", "b"), "multi_label": False, "model": {"hidden_dim": 8, "fusion": "paper"}, "train": {"epochs": 2}}}
 OPTIMIZER = optax.adamw(1e-3)
 
@@ -66,6 +70,16 @@ def test_the_newest_state_comes_back_exactly(saved, devices):
     assert all(leaf.sharding == other.sharding for leaf, other in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True))
 
 
+def test_from_eight_devices_to_one_to_two(tmp_path):
+    for number, devices in enumerate((8, 1, 2)):
+        checkpoints = Checkpoints(tmp_path, metadata=METADATA)
+        before = checkpoints.restore_newest(state_at(0, devices=devices))
+        state = state_at(1, devices=devices) if before is None else before[0]
+        assert equal(state, dataclasses.replace(state_at(1), step=jnp.int32(max(number, 1))))
+        checkpoints.save(dataclasses.replace(state, step=state.step + 1) if number else state)
+        checkpoints.close()
+
+
 def test_the_weights_alone(saved):
     params, frozen, metadata = load_weights(saved)
     expected = state_at(2)
@@ -98,7 +112,10 @@ def test_an_unfinished_checkpoint_is_never_the_newest(workdir):
     unfinished = workdir / "checkpoints" / "3.orbax-checkpoint-tmp"
     shutil.copytree(workdir / "checkpoints" / "2", unfinished)
     assert equal(restored(workdir, state_at(0)), state_at(2))
-    assert not unfinished.exists()  # the run that continues tidies up
+    end = time.monotonic() + 20
+    while unfinished.exists() and time.monotonic() < end:  # the run that continues tidies up, in the background
+        time.sleep(0.05)
+    assert not unfinished.exists()
 
 
 def test_a_kill_while_an_old_checkpoint_is_removed(workdir):
@@ -115,18 +132,77 @@ def unfinished_reads(monkeypatch):
 
 @pytest.mark.usefixtures("unfinished_reads")
 @pytest.mark.parametrize("place", ["model/ocdbt.process_0/d/*", "model/d/*", "model/_METADATA", "model/manifest.ocdbt", "metadata/metadata"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_still_works(workdir, place):
-    newest = workdir / "checkpoints" / "2"
-    files = [path for path in newest.glob(place) if path.is_file()]
-    assert files
-    for path in files:
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(workdir, place, caplog):
+    for path in damaged(workdir / "checkpoints" / "2", place):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    for read in (lambda: restored(workdir, state_at(0)), lambda: load_weights(workdir)):
-        with pytest.raises(UserError, match=r"checkpoints/2: this checkpoint is damaged .*; remove it to continue from the one before") as error:
+    assert load_weights(workdir)[0]["fixed/scale"][0] == 1  # a reader moves nothing
+    assert len(told(caplog)) == 1 and told(caplog)[0].startswith("checkpoint 2 is damaged (")
+    caplog.clear()
+    checkpoints = Checkpoints(workdir, metadata=METADATA)
+    state, metadata = checkpoints.restore_newest(state_at(0))
+    assert equal(state, state_at(1))
+    assert metadata["config"]["model"]["hidden_dim"] == 8
+    (line,) = told(caplog)
+    assert line.startswith("checkpoint 2 is damaged (") and line.endswith("the one before is taken") and "\n" not in line
+    checkpoints.save(state_at(2))  # the run comes by again
+    checkpoints.close()
+    assert equal(restored(workdir, state_at(0)), state_at(2))
+    assert (workdir / "damaged_checkpoints" / "2").is_dir()
+
+
+def told(caplog) -> list[str]:
+    """Our own lines, without orbax's."""
+    return [record.getMessage() for record in caplog.records if record.name == "dsct_jax.checkpoint"]
+
+
+def damaged(checkpoint: Path, place: str) -> list[Path]:
+    files = [path for path in checkpoint.glob(place) if path.is_file()]
+    assert files
+    return files
+
+
+@pytest.mark.usefixtures("unfinished_reads")
+def test_when_every_checkpoint_is_damaged(workdir):
+    for path in damaged(workdir / "checkpoints", "*/metadata/metadata"):
+        path.write_text("{")
+    for read in (lambda: Checkpoints(workdir, metadata=METADATA).restore_newest(state_at(0)), lambda: load_weights(workdir)):
+        with pytest.raises(UserError, match=r"checkpoints/1: this checkpoint is damaged"):
             read()
-        assert "\n" not in str(error.value)
-    shutil.rmtree(newest)
-    assert equal(restored(workdir, state_at(0)), state_at(1))
+
+
+def test_the_best_checkpoint_is_kept_however_old(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, metadata=METADATA)
+    for step in range(1, 6):
+        checkpoints.save(state_at(step), progress={"best_step": 2})
+    checkpoints.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5"]
+    checkpoints = Checkpoints(tmp_path, keep=2, metadata=METADATA)  # a run that continues remembers
+    _, metadata = checkpoints.restore_newest(state_at(0))
+    checkpoints.save(state_at(6), progress=metadata["progress"])
+    checkpoints.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "5", "6"]
+
+
+def test_a_full_disk_while_saving_loses_nothing(workdir):
+    """In a process of its own, which may write no file larger than 20 kB: the error of a full disk, in the middle of the array."""
+    script = f"""
+import resource, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from test_checkpoint import Checkpoints, METADATA, Path, state_at
+from dsct_jax.errors import UserError
+checkpoints = Checkpoints(Path({str(workdir)!r}), metadata=METADATA)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
+try:
+    checkpoints.save(state_at(3))
+    checkpoints.wait()
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "a checkpoint could not be written (" in done.stdout and "make room" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("\n") == 1
+    assert equal(restored(workdir, state_at(0)), state_at(2))
 
 
 def test_a_checkpoint_of_another_model(saved):

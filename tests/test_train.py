@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ import train
 from dsct_jax.batch import Predictions
 from dsct_jax.checkpoint import load_weights
 from dsct_jax.load import model_config
-from dsct_jax.settings import read_config
+from dsct_jax.settings import plain, read_config
 from dsct_jax.state import ModelFunctions
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,7 @@ def run(arguments: list[str], *, killed: bool = False) -> str:
 def lines_of(workdir: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+    return [{name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +59,11 @@ def unbroken(tmp_path_factory):
 
 def test_a_run_leaves_everything_behind(unbroken):
     workdir, stdout = unbroken
-    assert {path.name for path in workdir.iterdir()} == {"checkpoints", "config.json", "env.json", "metrics.jsonl", "tensorboard"}
+    files = {"checkpoints", "compilations.jsonl", "config.json", "env.json", "metrics.jsonl", "tensorboard", "val_predictions.png"}
+    assert {path.name for path in workdir.iterdir()} == files
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4", "6"]
     assert [path for path in (workdir / "tensorboard").iterdir() if path.stat().st_size > 500]
-    assert train.plain(json.loads((workdir / "config.json").read_text())) == read_config(ROOT / "configs" / "debug.py")
+    assert plain(json.loads((workdir / "config.json").read_text())) == read_config(ROOT / "configs" / "debug.py")
     environment = json.loads((workdir / "env.json").read_text())
     assert environment["versions"].keys() >= {"jax", "flax", "python"}
     assert environment["devices"] == {"platform": "cpu", "kind": "cpu", "count": 1}
@@ -87,6 +89,24 @@ def test_what_should_move_moved_and_what_is_frozen_stayed(unbroken):
     still = {name for name in after if name.startswith(("backbone/stem/", "backbone/layer1/"))}
     assert still
     assert moved == after.keys() - still
+
+
+def test_a_line_tells_how_fast_how_large_and_how_far(unbroken):
+    line = json.loads((unbroken[0] / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"time/images_per_s", "time/data_wait", "time/step_seconds_p50", "time/step_seconds_p90", "time/step_seconds_p99"} <= line.keys()
+    assert {"memory/process_mib", "train/learning_rate", "train/learning_rate/0.1x", "train/grad_norm/backbone", "train/nonfinite"} <= line.keys()
+    np.testing.assert_allclose(line["train/learning_rate/0.1x"], 0.1 * line["train/learning_rate"], rtol=1e-6)
+    assert 100 < line["memory/process_mib"] < 20000
+
+
+def test_every_program_is_told_and_each_half_is_compiled_once_a_bucket(unbroken):
+    programs = [json.loads(line) for line in (unbroken[0] / "compilations.jsonl").read_text().splitlines()]
+    in_steps = [program for program in programs if program["bucket"] == "2x80x80x3"]
+    assert {program["step"] for program in in_steps} == {1}
+    halves = [program["program"] for program in in_steps if program["program"] in ("jit(_predict)", "jit(_finish_whole)")]
+    assert sorted(halves) == ["jit(_finish_whole)", "jit(_predict)"]
+    assert all(program["seconds"] > 0 for program in in_steps)
+    assert {program["step"] for program in programs if program["bucket"] == "validation"} <= {2}  # the first one
 
 
 def test_evaluation_repeats_the_last_validation(unbroken):
@@ -168,7 +188,7 @@ def counting(monkeypatch):
         return Predictions(jnp.zeros((1, b, 4, 5)), jnp.full((1, b, 4, 4), 0.5))
 
     mesh = train.make_mesh(jax.devices()[:1])
-    monkeypatch.setattr(train, "make_mesh", lambda: mesh)
+    monkeypatch.setattr(train, "make_mesh", lambda **_: mesh)
     monkeypatch.setattr(train, "make_train_step", only_count)
     monkeypatch.setattr(train, "make_eval_step", lambda functions, mesh: eval_step)
     monkeypatch.setattr(train, "ModelFunctions", model_functions)
@@ -194,7 +214,7 @@ def test_lines_between_checkpoints_are_means(counting, tmp_path):
     assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *arguments]) == 0
     lines = [(line["step"], line["train/total"]) for line in lines_of(tmp_path / "run") if "train/total" in line]
     assert lines == [(2, 1.5), (4, 3.5), (5, 5.0), (6, 6.0), (7, 7.0)]
-    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [5, 7]
+    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [2, 5, 7]  # 2: the best validation
 
 
 def losing(first: int, last: int):
@@ -249,7 +269,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(counting, monkeypatch, tmp_p
     monkeypatch.setattr(train, "make_train_step", told_to_stop)
     assert counting(arguments) == 0
     assert "asked to stop: saved at step 3; the same command continues from there" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "3"]  # 2: the best validation
     assert signal.getsignal(signal.SIGTERM) is before
     monkeypatch.setattr(train, "make_train_step", only_count)
     assert counting(arguments) == 0
@@ -283,6 +303,54 @@ def test_a_plan_needs_neither_a_workdir_nor_data(counting, monkeypatch, capsys):
     assert counting([DEBUG, "--mode=plan", "--config.data.data_dir=/nowhere"]) == 0
     assert asked == {"batch_size": 2, "max_targets": 4, "num_classes": 4, "buckets": ((80, 80),)}
     assert "the plan" in capsys.readouterr().out
+
+
+def test_the_best_validation_is_kept_and_no_better_one_ends_the_run(counting, monkeypatch, tmp_path, capsys):
+    values = iter([0.3, 0.5, 0.4, 0.45, 0.9])
+    monkeypatch.setattr(train, "run_evaluation", lambda *_, **__: {"accuracy": next(values), "mean_iou": 1.0})
+    settings = ["--config.train.epochs=9", "--config.train.early_stopping=2", "--config.train.keep_checkpoints=1"]
+    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
+    out = capsys.readouterr().out
+    assert "stopped early: accuracy has not improved in 2 validations since step 4 (config.train.early_stopping=2)" in out
+    assert "best validation: accuracy 0.500 at step 4" in out
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["4", "8"]
+    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0  # remembered
+    assert "stopped early" in capsys.readouterr().out
+    assert counting([DEBUG, f"--workdir={tmp_path / 'other'}", "--config.train.best_metric=mAPP"]) == 2
+    assert one_error(capsys, "config.train.best_metric='mAPP'", "accuracy")
+
+
+def test_a_stop_between_two_lines_leaves_the_curve_as_it_is(counting, monkeypatch, tmp_path, capsys):
+    settings = ["--config.train.steps=9", "--config.train.log_every=5", "--config.train.eval_every=2.0", "--config.train.checkpoint_every=4.0"]
+    assert counting([DEBUG, f"--workdir={tmp_path / 'unbroken'}", *settings]) == 0
+    for asked in (3, 4, 7):  # 4: a validation is due, and is made up for
+        monkeypatch.setattr(train.Preemption, "reached", lambda self, step, asked=asked: step == asked)
+        assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
+        assert f"asked to stop: saved at step {asked};" in capsys.readouterr().out
+        assert (tmp_path / "run" / "checkpoints" / str(asked)).is_dir()
+    monkeypatch.setattr(train.Preemption, "reached", lambda self, step: False)
+    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "unbroken")
+
+
+def test_weights_and_biases_only_where_it_is_asked_for(counting, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.wandb=emotions", "--config.train.steps=1"]) == 2
+    assert one_error(capsys, "config.train.wandb='emotions'", "pip install wandb")
+    logged = []
+
+    class FakeRun:
+        def log(self, scalars, step):
+            logged.append((step, scalars.get("train/total")))
+
+        def finish(self):
+            logged.append("finished")
+
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **about: logged.append(about["project"]) or FakeRun()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.wandb=emotions", "--config.train.steps=1"]) == 0
+    assert logged == ["emotions", (1, 1.0), (1, None), "finished"]
 
 
 @pytest.mark.parametrize(
@@ -340,6 +408,8 @@ def write_config(path: Path, body: str) -> str:
         ([DEBUG, "--config.model.num_heads=5"], ["model.num_heads"]),
         ([DEBUG, "--wrokdir=x"], ["--wrokdir=x: unexpected argument"]),
         ([DEBUG, "--config.seed", "1"], ["1: unexpected argument", "--config.section.field=value"]),
+        ([DEBUG, "--profile=3"], ["--profile=3", "STEP:NUMBER"]),
+        ([DEBUG, "--config.train.ema_decay=1.5"], ["ema_decay=1.5"]),
         ([DEBUG, "--mode=evaluate"], ["--mode", "'evaluate'"]),
         ([DEBUG, "--mode=eval", "--split=tset"], ["--split", "'tset'", "'test'"]),
         ([DEBUG, "--mode=eval"], ["no checkpoints/ here", "--workdir"]),
@@ -501,7 +571,7 @@ def test_the_process_ends_with_status_2_and_one_line(tmp_path):
 
 
 def test_an_interrupt_says_how_to_continue(monkeypatch, tmp_path, capsys):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "train", interrupted)
