@@ -267,7 +267,7 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
 def write_line(logbook: Logbook, step: int, meter: Meter, *, waited: float, rates: Mapping[str, float], batch_size: int) -> None:
     """What was measured since the last line of the log."""
     means, times = meter.take(batch_size=batch_size, waited=waited)
-    parts = {"train": means | rates, "time": times, "memory": memory()}
+    parts = {"train": means | dict(rates), "time": times, "memory": memory()}
     logbook.write(step, {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()})
     speed = f"{times['images_per_s']:.1f} images/s  data wait {times['data_wait']:.0%}"
     logbook.progress(step, f"loss {means.get('total', np.nan):.3f}  {speed}")

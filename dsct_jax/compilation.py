@@ -38,13 +38,13 @@ class CompilationLog:
         self._open = True
         monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **about: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **about: Any) -> None:
         if not self._open or event != _COMPILED:
             return
         name = str(about.get("fun_name", ""))
-        self.programs.append((name, self._bucket, seconds))
+        self.programs.append((name, self._bucket, duration_secs))
         if self._file:
-            entry = {"time": round(time.time(), 1), "step": self._step, "bucket": self._bucket, "program": name, "seconds": round(seconds, 3)}
+            entry = {"time": round(time.time(), 1), "step": self._step, "bucket": self._bucket, "program": name, "seconds": round(duration_secs, 3)}
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
 

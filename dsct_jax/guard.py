@@ -57,7 +57,7 @@ def save_batch(batch: Any, workdir: Path, step: int) -> Path:
     """Writes this process's part of a batch, one array a field, as not_finite_step<N>_process<P>.npz; returns its path."""
     path = workdir / f"not_finite_step{step}_process{jax.process_index()}.npz"
     leaves = {where[-1].name: leaf for where, leaf in jax.tree_util.tree_leaves_with_path(batch)}
-    arrays = {name: np.concatenate([np.asarray(shard.data) for shard in leaf.addressable_shards]) for name, leaf in leaves.items()}
+    arrays: dict[str, Any] = {name: np.concatenate([np.asarray(shard.data) for shard in leaf.addressable_shards]) for name, leaf in leaves.items()}
     np.savez_compressed(path, **arrays)
     return path
 
