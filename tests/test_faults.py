@@ -72,7 +72,7 @@ def killed_again_and_again(workdir: Path, *, kills: int, steps: int, seed: int) 
         process = start(workdir, steps)
         begun = max(before, default=0)
         said = read_to(process, begun + draw.randint(1, 3)) if draw.random() < 0.8 else ""  # or while it starts
-        time.sleep(draw.random() * (0.5 if said else 6.0))
+        time.sleep(draw.random() * (0.05 if said else 6.0))  # a step takes some hundredths of a second
         process.kill()
         process.communicate()
         if (resumed := re.search(r"steps (\d+) to", said)) and before:
