@@ -32,6 +32,7 @@ from data.prepare import prepare
 from data.records import Record
 from data.sources import read_split
 from dsct_jax.errors import UserError
+from dsct_jax.prefetch import Prefetch
 
 SOURCES = ((480, 640), (800, 1066))  # (height, width)
 BATCH_SIZE = 4
@@ -138,20 +139,17 @@ def _measured(make: Callable[[DataConfig, int], Iterator[object]], config: DataC
 
 def data_wait(config: DataConfig, workers: int, step_seconds: float, *, steps: int = 30) -> float:
     """Share of the time that a device which needs `step_seconds` a batch stands still for want of data."""
-    batches, waited = pipeline_batches(config, workers), 0.0
-    try:
+    with Prefetch(pipeline_batches(config, workers), lambda batch: batch) as batches:  # as train.py takes them
+        stream = iter(batches)
         for _ in range(6):
-            next(batches)
+            next(stream)
             time.sleep(step_seconds)
+        batches.take_wait()
         start = time.perf_counter()
         for _ in range(steps):
-            asked = time.perf_counter()
-            next(batches)
-            waited += time.perf_counter() - asked
+            next(stream)
             time.sleep(step_seconds)  # what a device does meanwhile takes none of the CPU's time
-        return waited / (time.perf_counter() - start)
-    finally:
-        batches.close()  # type: ignore[attr-defined]
+        return batches.take_wait() / (time.perf_counter() - start)
 
 
 def measure(folder: Path, *, count: int, rounds: int, seconds: float, workers: Sequence[int], with_torch: bool) -> list[Row]:

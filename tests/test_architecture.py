@@ -62,7 +62,11 @@ def test_only_attention_opens_the_door_to_the_kernels():
 
 def test_data_uses_only_the_contract_of_the_library():
     contract = [f"dsct_jax.{module}" for module in ("batch", "preprocess", "boxes", "errors")]
-    commands = {"data/command.py": ["dsct_jax.settings", "ml_collections"], "data/show.py": ["dsct_jax.subjects", "dsct_jax.drawing"]}
+    commands = {
+        "data/command.py": ["dsct_jax.settings", "ml_collections"],
+        "data/bench.py": ["dsct_jax.prefetch"],
+        "data/show.py": ["dsct_jax.subjects", "dsct_jax.drawing"],
+    }
 
     def allowed(file, name):
         return within(name, "data", *contract, *commands.get(file, []))
