@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
+from dsct_jax.command import Parser, run_command, writing
 from dsct_jax.drawing import contact_sheet, draw_subjects
 from dsct_jax.errors import UserError
 from dsct_jax.figures import activation_figure, context_figure, embedding_figure, loss_figure, sampling_figure
@@ -222,9 +223,9 @@ def as_image(picture: Image.Image | Figure) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(prog="python -m dsct_jax.visualize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m dsct_jax.visualize", description=__doc__)
     parser.add_argument("figure", choices=FIGURES, metavar="FIGURE", help=", ".join(FIGURES))
     parser.add_argument("paths", nargs="+", metavar="PATH", help="image, folder of images, or quoted glob pattern (losses: run directory)")
     parser.add_argument("--checkpoint", help="run directory, .safetensors file, or released .pth (with --config)")
@@ -242,21 +243,21 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; a user's mistake is one line on stderr and exit status 2."""
-    try:
-        arguments = make_parser().parse_args(argv)
-        output = Path(arguments.output)
-        if output.suffix.lower() != ".png":
-            raise UserError(f"--output={output}: must be the name of a .png file")
-        picture = draw(arguments)
+def run(arguments: argparse.Namespace) -> None:
+    """The command with its arguments parsed. Raises UserError for what cannot be used."""
+    output = Path(arguments.output)
+    if output.suffix.lower() != ".png":
+        raise UserError(f"--output={output}: must be the name of a .png file")
+    picture = draw(arguments)
+    with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         as_image(picture).quantize(_COLORS).save(output, optimize=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     print(output)
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; a user's mistake is one line on stderr and exit status 2."""
+    return run_command(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":
