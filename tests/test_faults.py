@@ -21,6 +21,7 @@ from dsct_jax.checkpoint import load_weights
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONUNBUFFERED": "1"}
 STEP = re.compile(r"step (\d+)/")
+STARTED = re.compile(r"steps (\d+) to \d+$", re.MULTILINE)
 STEP_OF_ANY_LINE = re.compile(r"^step \d+/", re.MULTILINE)
 STEPS = 40  # of a whole run
 START_SECONDS, SAVE_SECONDS = 8.0, 0.04  # about what a start takes, and the writing of a checkpoint
@@ -50,14 +51,19 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> str:
     return stdout
 
 
-def read_to(process: subprocess.Popen[str], step: int) -> str:
-    """What the run says until it has done this step, or to its end."""
+def read_until(process: subprocess.Popen[str], done: Callable[[str], object]) -> str:
+    """What the run says until such a line, or to its end."""
     said = []
     for line in process.stdout:
         said.append(line)
-        if (found := STEP.match(line)) and int(found[1]) >= step:
+        if done(line):
             break
     return "".join(said)
+
+
+def read_to(process: subprocess.Popen[str], step: int) -> str:
+    """What the run says until it has done this step, or to its end."""
+    return read_until(process, lambda line: (found := STEP.match(line)) and int(found[1]) >= step)
 
 
 def lines_of(workdir: Path) -> list[dict]:
@@ -112,7 +118,9 @@ def killed(workdir: Path, moment: str, draw: random.Random, *, steps: int) -> st
     if moment == "starting":
         time.sleep(draw.random() * START_SECONDS)
     else:
-        said = read_to(process, newest + 1)  # what an earlier kill left half-written is gone by now
+        said = read_until(process, STARTED.search)
+        wait_for(lambda: not unfinished(workdir), process)  # what an earlier kill left half-written is removed in the background
+        said += read_to(process, newest + 1)
         if moment == "saving":
             stop_while_saving(workdir, process, draw)
         else:
@@ -121,7 +129,7 @@ def killed(workdir: Path, moment: str, draw: random.Random, *, steps: int) -> st
     assert process.poll() is None, "the run was over before its kill"
     process.kill()
     said += process.communicate()[0]
-    if resumed := re.search(r"steps (\d+) to", said):
+    if resumed := STARTED.search(said):
         assert int(resumed[1]) == newest, "a saved step was lost"
     after = saved_steps(workdir)
     assert max(after, default=0) >= newest
