@@ -237,7 +237,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layer", type=int, default=0, help="decoder layer from 1; 0 = the last (sampling)")
     parser.add_argument("--person", type=int, default=1, help="whose context queries, from 1, surest first (context)")
     parser.add_argument("--threshold", type=float, help="multi-label: probability that makes a class a label; else as fitted")
-    parser.add_argument("--min-certainty", type=float, default=Selection.min_certainty, help="certainty below which a query is nobody")
+    parser.add_argument("--min-certainty", type=float, help="certainty below which a query is nobody; else as fitted, or 0.3")
     parser.add_argument("--nms", type=float, default=Selection.nms, help="overlap (IoU) above which two boxes are the same person; 1 = keep all")
     return parser
 
