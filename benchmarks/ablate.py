@@ -21,8 +21,9 @@ from typing import Any
 
 from benchmarks.cues import accuracy_by_cue
 from benchmarks.paper_tables import TABLES, Row, Table, paper_table
-from data.command import Parser, override, run_command
+from data.command import override
 from data.config import SPLITS
+from dsct_jax.command import Parser, run_command
 from dsct_jax.errors import UserError
 from dsct_jax.settings import differences, plain, read_config
 from train import RunConfig

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from data.command import Parser, data_config, run_command
+from data.command import data_config
 from data.config import SPLITS, DataConfig
 from data.scenes import CUE_SHARES, CUES
 from data.sources import read_split
+from dsct_jax.command import Parser, run_command
 from dsct_jax.errors import UserError
 from dsct_jax.results import read_results
 from dsct_jax.selection import class_probabilities, select_all

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.command import Parser, run_command
+from dsct_jax.command import Parser, run_command
 from dsct_jax.inside import Look, look
 from dsct_jax.load import load
 from dsct_jax.predict import read_photograph

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.cues import accuracies, require_scenes
-from data.command import Parser, data_config, run_command
+from data.command import data_config
 from data.config import SPLITS
 from data.pipeline import Dataset, make_dataset
 from dsct_jax.boxes import cxcywh_to_xyxy
+from dsct_jax.command import Parser, run_command
 from dsct_jax.errors import UserError
 from dsct_jax.load import Model, load
 from dsct_jax.model import decoder

@@ -25,12 +25,13 @@ import numpy as np
 from PIL import Image
 
 from data.augment import NUM_DRAWS, apply, draw
-from data.command import Parser, data_config, run_command
+from data.command import data_config
 from data.config import DataConfig
 from data.pipeline import make_dataset
 from data.prepare import prepare
 from data.records import Record
 from data.sources import read_split
+from dsct_jax.command import Parser, run_command
 from dsct_jax.errors import UserError
 from dsct_jax.prefetch import Prefetch
 

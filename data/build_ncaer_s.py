@@ -26,9 +26,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from data.command import Parser, run_command
 from data.faces import FaceDetector, largest_face, make_detector, opencv
 from data.progress import progress
+from dsct_jax.command import Parser, run_command
 from dsct_jax.errors import UserError
 
 FOLDERS = {"train": "train", "validation": "val", "val": "val", "test": "test"}  # of the videos -> split

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from data.command import config_parser, parse, run_command
+from data.command import config_parser, parse
 from data.config import PROTOCOLS, SPLITS, DataConfig
 from data.duplicates import NEAR, Fingerprint, exact_groups, fingerprints, members, near_groups
 from data.records import ReadReport, Record
 from data.sources import read_split
+from dsct_jax.command import run_command
 from dsct_jax.errors import UserError
 
 _SHOWN = 5  # examples of each finding

@@ -1,4 +1,4 @@
-"""What the commands that run from a checkout share: a configuration named on the command line, and a user's mistake told in one line.
+"""What the commands that run from a checkout share: a configuration named on the command line, and changed there.
 
     python -m data.check --config=configs/demo.py --config.data.train=100
 
@@ -7,28 +7,17 @@ takes a DataConfig.
 """
 
 import argparse
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from data.config import DataConfig
+from dsct_jax.command import Parser
 from dsct_jax.errors import UserError
 from dsct_jax.settings import entry, from_section, plain, read_config, unknown_field
-
-
-class Parser(argparse.ArgumentParser):
-    """Its errors are one line: UserError instead of a usage text and SystemExit."""
-
-    def __init__(self, *, description: str | None, prog: str | None = None) -> None:
-        super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError."""
-        raise UserError(message)
 
 
 def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -77,15 +66,3 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> tuple[DataConfig
     """(data configuration, the command's own flags) of a command line whose parser is a `config_parser`. Raises UserError."""
     arguments, overrides = parser.parse_known_args(argv)
     return data_config(arguments.config, overrides), arguments
-
-
-def run_command(run: Callable[[], int | None]) -> int:
-    """Calls `run` and returns the exit status: its own (None = 0), 2 after a user's mistake told in one line on stderr, 130 after Ctrl-C."""
-    try:
-        return run() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130

@@ -22,12 +22,13 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data.augment import scale_boxes
-from data.command import config_parser, parse, run_command
+from data.command import config_parser, parse
 from data.config import SPLITS, DataConfig
 from data.prepared import NAME, SHARD_TEMPLATE, SUMMARY, features, folder, read_summary, sha256, write_index
 from data.progress import progress
 from data.records import Record
 from data.sources import read_split
+from dsct_jax.command import run_command
 from dsct_jax.errors import UserError
 from dsct_jax.preprocess import Size, decode_image, resize
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from data.command import config_parser, parse, run_command
+from data.command import config_parser, parse
 from data.config import SPLITS, DataConfig
 from data.sources import read_split
+from dsct_jax.command import run_command
 from dsct_jax.errors import UserError
 
 

@@ -12,11 +12,12 @@ from jaxtyping import Float32
 from PIL import Image
 
 from data.augment import Transform, apply
-from data.command import config_parser, parse, run_command
+from data.command import config_parser, parse
 from data.config import SPLITS, DataConfig
 from data.plan import FILLER, BatchPlan
 from data.records import Record
 from data.sources import read_split
+from dsct_jax.command import run_command
 from dsct_jax.drawing import contact_sheet, draw_subjects
 from dsct_jax.errors import UserError
 from dsct_jax.subjects import Subject

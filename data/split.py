@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from data.command import config_parser, parse, run_command
+from data.command import config_parser, parse
 from data.config import SPLITS, DataConfig
 from data.duplicates import NEAR, Fingerprint, fingerprints, near_groups
 from data.records import Record
 from data.sources import read_split
+from dsct_jax.command import run_command
 from dsct_jax.errors import UserError
 
 

@@ -89,8 +89,8 @@ def read_calibration(path: Path, *, class_names: tuple[str, ...]) -> Calibration
     return parse_calibration(text, class_names=class_names, where=str(path))
 
 
-def calibration_of_run(workdir: Path, *, class_names: tuple[str, ...], checkpoint: str) -> Calibration | None:
-    """The calibration stored beside a run's checkpoints; None where there is none, or (with a warning) one of other weights than `checkpoint`.
+def calibration_of_run(workdir: Path, *, class_names: tuple[str, ...], step: int | None) -> Calibration | None:
+    """The calibration stored beside a run's checkpoints; None where there is none, or (with a warning) one of the weights of another step.
 
     Raises:
         UserError: the file is damaged or of other classes.
@@ -98,7 +98,7 @@ def calibration_of_run(workdir: Path, *, class_names: tuple[str, ...], checkpoin
     path = workdir / FILE
     if not path.is_file():
         return None
-    calibration = read_calibration(path, class_names=class_names)
+    calibration, checkpoint = read_calibration(path, class_names=class_names), f"step {step}"
     if calibration.checkpoint != checkpoint:
         _log.warning("%s: fitted for %s, not for %s; not used (train.py --mode=eval --split=val fits anew)", path, calibration.checkpoint, checkpoint)
         return None

@@ -227,18 +227,26 @@ def require_same_shapes(expected: Mapping[str, Any], given: Mapping[str, Any], w
         )
 
 
-def load_weights(workdir: Path, *, ema: bool = True) -> tuple[Flat, Flat, dict[str, Any]]:
-    """Weights of the newest checkpoint below `workdir` as numpy: (parameters, frozen statistics, metadata). Any number of devices.
+def load_weights(workdir: Path, step: int | None = None, *, ema: bool = True) -> tuple[Flat, Flat, dict[str, Any]]:
+    """Weights of a checkpoint below `workdir` as numpy: (parameters, frozen statistics, metadata). Any number of devices.
 
-    With `ema` the trained parameters are their moving average, where the run kept one.
+    Args:
+        step: of the checkpoint; None: the newest that can be read.
+        ema: take the moving average of the trained parameters, where the run kept one.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged.
     """
-    if not (workdir / DIRECTORY).is_dir():
-        raise UserError(f"{workdir}: no {DIRECTORY}/ here; give the --workdir of a training run")
+    _require_run(workdir)
     checkpoints = Checkpoints(workdir)
     steps = sorted(checkpoints.all_steps(), reverse=True)
     checkpoints.close()
     if not steps:
         raise UserError(f"{workdir / DIRECTORY}: holds no complete checkpoint; train first, or wait until one is written")
+    if step is not None and step not in steps:
+        raise UserError(f"{workdir / DIRECTORY}: holds no checkpoint of step {step}; there are {', '.join(map(str, reversed(steps)))}")
+    if step is not None:
+        return _weights_of(workdir, step, ema=ema)
     for step in steps[:-1]:
         try:
             return _weights_of(workdir, step, ema=ema)
@@ -276,11 +284,34 @@ def _moving_average(training: Path) -> Flat:
     return {name.removeprefix("ema.").replace(".", "/"): leaf for name, leaf in restored.items()}
 
 
-def newest_checkpoint(workdir: Path) -> str:
-    """The newest complete checkpoint below `workdir` as "step N"; "" where there is none."""
+def _require_run(workdir: Path) -> None:
+    if not (workdir / DIRECTORY).is_dir():
+        raise UserError(f"{workdir}: no {DIRECTORY}/ here; give the --workdir of a training run")
+
+
+def newest_step(workdir: Path) -> int | None:
+    """Step of the newest complete checkpoint below `workdir`; None where there is none."""
     folder = workdir / DIRECTORY
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    return f"step {max(steps)}" if steps else ""
+    return max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=None) if folder.is_dir() else None
+
+
+def best_step(workdir: Path) -> int:
+    """Step of the checkpoint with the best validation so far, as the newest one tells. Raises UserError where no validation was saved."""
+    _require_run(workdir)
+    newest = newest_step(workdir)
+    path = workdir / DIRECTORY / str(newest)
+    with _damage_reported(path):
+        found = None if newest is None else _read_metadata(path).get("progress", {}).get("best_step")
+    if found is None:
+        raise UserError(f"{workdir / DIRECTORY}: no checkpoint tells of a validation, so none is the best; take the newest")
+    return found
+
+
+def locate(path: Path) -> tuple[Path, int | None]:
+    """(workdir, step) of RUN, RUN/checkpoints (both: None, the newest) or RUN/checkpoints/STEP."""
+    if path.parent.name == DIRECTORY and path.name.isdecimal():
+        return path.parent.parent, int(path.name)
+    return path.parent if path.name == DIRECTORY else path, None
 
 
 def _read_metadata(checkpoint: Path) -> dict[str, Any]:

@@ -15,11 +15,10 @@ FILE = "compilations.jsonl"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-def keep_programs_in(workdir: Path) -> None:
-    """Compiled programs are kept in `workdir`/compiled, unless JAX_COMPILATION_CACHE_DIR names a place: a run that continues does not compile."""
+def keep_programs_in(directory: Path) -> None:
+    """Compiled programs are kept in `directory`, unless JAX_COMPILATION_CACHE_DIR names a place; without either every start compiles."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        directory = workdir / "compiled"
-        with contextlib.suppress(OSError):  # no such place to write: every start compiles
+        with contextlib.suppress(OSError):  # no such place to write
             directory.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(directory))
 
@@ -34,6 +33,8 @@ class CompilationLog:
     def __init__(self, path: Path | None):
         self.programs: list[tuple[str, str, float]] = []
         self._bucket, self._step = "", 0
+        self._first: dict[str, float] = {}  # bucket -> seconds of the first time
+        self._told: set[str] = set()
         self._file = path.open("a") if path else None
         self._open = True
         monitoring.register_event_duration_secs_listener(self._listen)
@@ -52,10 +53,24 @@ class CompilationLog:
     def during(self, step: int, bucket: str) -> Iterator[None]:
         """What is compiled inside belongs to this step and batch."""
         self._step, self._bucket = step, bucket
+        start = time.monotonic()
         try:
             yield
         finally:
             self._bucket = ""
+            self._first.setdefault(bucket, time.monotonic() - start)
+
+    def take_first(self, bucket: str) -> float | None:
+        """Seconds of the first time in `during` for this bucket, most of them compilation, at the first call; None at every later one."""
+        if bucket in self._told:
+            return None
+        self._told.add(bucket)
+        return self._first[bucket]
+
+    @property
+    def num_taken(self) -> int:
+        """How many buckets `take_first` has told."""
+        return len(self._told)
 
     def close(self) -> None:
         """Listens no longer: jax has no way to take a listener back."""

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsct_jax.command import Parser, run_command, writing
 from dsct_jax.errors import UserError
 from dsct_jax.load import Model, model_config, read_own
 from dsct_jax.pretrained import initialise, is_own
@@ -43,9 +44,9 @@ def convert(source: Path, output: Path, config: Mapping[str, Any] | None = None,
     return report
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(prog="python -m dsct_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m dsct_jax.convert", description=__doc__)
     parser.add_argument("--input", type=Path, required=True, help="the weights of others, or a model of ours")
     parser.add_argument("--output", type=Path, required=True, help=f"directory for {MODEL_FILE} and {REPORT_FILE}")
     parser.add_argument("--config", type=Path, help="configuration (.py or .json) of the model to make; a model of ours brings its own")
@@ -53,21 +54,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; a user's mistake is one line on stderr and exit status 2."""
-    arguments = make_parser().parse_args(argv)
-    try:
-        config = None if arguments.config is None else read_config(arguments.config)
+def run(arguments: argparse.Namespace) -> None:
+    """The command with its arguments parsed. Raises UserError for what cannot be used."""
+    config = None if arguments.config is None else read_config(arguments.config)
+    with writing(arguments.output):
         report = convert(arguments.input, arguments.output, config, strict=not arguments.lenient)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: --output={arguments.output}: cannot be written ({error.strerror or error})", file=sys.stderr)
-        return 2
     print("\n".join(report))
     print(f"written: {arguments.output / MODEL_FILE}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; a user's mistake is one line on stderr and exit status 2."""
+    return run_command(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

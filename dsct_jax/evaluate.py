@@ -25,6 +25,7 @@ from dsct_jax.bootstrap import image_weights, interval, mean_over_present
 from dsct_jax.box_ap import IOU_THRESHOLDS, box_average_precision, match
 from dsct_jax.boxes import elementwise_iou, non_max_suppression
 from dsct_jax.calibration import Calibration, calibration_errors, fit_min_certainty, fit_temperature, fit_thresholds, read_calibration
+from dsct_jax.command import Parser, run_command, writing
 from dsct_jax.decisions import DEFAULT_THRESHOLD, confusion_matrix, count, decide
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation_plots import draw_evaluation
@@ -329,9 +330,9 @@ def write_evaluation(metrics: dict[str, Any], folder: Path, *, suffix: str) -> l
     return paths
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(prog="python -m dsct_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m dsct_jax.evaluate", description=__doc__)
     parser.add_argument("predictions", type=Path, help="predictions_<split>.npz, as train.py --mode=eval writes it")
     parser.add_argument("--output", type=Path, help="folder for metrics_<split>.json, .md and .png; without it the table is only printed")
     parser.add_argument("--nms", type=float, help="suppress queries that overlap more than this (IoU) before the selection; off by default")
@@ -357,17 +358,14 @@ def run(arguments: argparse.Namespace) -> None:
     print(format_table(metrics))
     if arguments.output is not None:
         suffix = f"_{results.about.split}" if results.about.split else ""
-        print("\nwritten: " + "   ".join(str(path) for path in write_evaluation(metrics, arguments.output, suffix=suffix)))
+        with writing(arguments.output):
+            paths = write_evaluation(metrics, arguments.output, suffix=suffix)
+        print("\nwritten: " + "   ".join(map(str, paths)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake is one line on stderr and exit status 2."""
-    try:
-        run(make_parser().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsct_jax import onnx_export
+from dsct_jax.command import Parser, run_command, writing
 from dsct_jax.errors import UserError
 from dsct_jax.load import Model, load
 from dsct_jax.preprocess import MEAN, STD, Size
@@ -256,9 +257,9 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
     return tuple(sizes)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(prog="python -m dsct_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m dsct_jax.export", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run directory, .safetensors file, or released .pth (with --config)")
     parser.add_argument("--output", type=Path, required=True, help="directory for what is written")
     parser.add_argument("--format", required=True, help=" | ".join(FORMATS))
@@ -268,23 +269,20 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """The command with its arguments parsed. Raises UserError for what cannot be used."""
+    sizes = () if arguments.sizes is None else parse_sizes(arguments.sizes)
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size={arguments.batch_size} must be at least 1")
+    model = load(arguments.checkpoint, None if arguments.config is None else read_config(arguments.config))
+    with writing(arguments.output):
+        lines = export(model, arguments.output, format=arguments.format, sizes=sizes, batch_size=arguments.batch_size)
+    print("\n".join(lines))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; a user's mistake is one line on stderr and exit status 2."""
-    arguments = make_parser().parse_args(argv)
-    try:
-        sizes = () if arguments.sizes is None else parse_sizes(arguments.sizes)
-        if arguments.batch_size < 1:
-            raise UserError(f"--batch-size={arguments.batch_size} must be at least 1")
-        model = load(arguments.checkpoint, None if arguments.config is None else read_config(arguments.config))
-        lines = export(model, arguments.output, format=arguments.format, sizes=sizes, batch_size=arguments.batch_size)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: --output={arguments.output}: cannot be written ({error.strerror or error})", file=sys.stderr)
-        return 2
-    print("\n".join(lines))
-    return 0
+    return run_command(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from dsct_jax.batch import Predictions
 from dsct_jax.boxes import AnyArray
 from dsct_jax.calibration import Calibration, calibration_of_run, parse_calibration
-from dsct_jax.checkpoint import DIRECTORY, load_weights, newest_checkpoint, require_same_shapes
+from dsct_jax.checkpoint import load_weights, locate, newest_step, require_same_shapes
 from dsct_jax.errors import UserError
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.preprocess import Preprocessing
@@ -77,8 +77,9 @@ def model_config(config: Mapping[str, Any]) -> DSCTConfig:
 def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
     """Reads a model: a run directory, a .safetensors file of `Model.save`, or a released .pth (which needs `config` for its variant).
 
-    For the first two, and a .pth of `dsct_jax.export`, `config` may be left out; given, it replaces the stored one and must describe the same
-    weights. Raises UserError when the file or directory is missing, unreadable, or of another model.
+    A run directory means its newest checkpoint, RUN/checkpoints/STEP that one. `config` may be left out but for a .pth of others; given, it
+    replaces the stored one and must describe the same weights. Raises UserError when the file or directory is missing, unreadable, or of another
+    model.
     """
     path, config = Path(path), None if config is None else plain(config)
     if path.suffix in PTH_SUFFIXES and path.is_file():
@@ -102,8 +103,8 @@ def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
 def _read_calibration(path: Path, class_names: tuple[str, ...]) -> Calibration | None:
     """What was fitted on validation for these weights: beside a run's checkpoints, or inside a .safetensors file."""
     if path.is_dir():
-        workdir = path.parent if path.name == DIRECTORY else path
-        return calibration_of_run(workdir, class_names=class_names, checkpoint=newest_checkpoint(workdir))
+        workdir, step = locate(path)
+        return calibration_of_run(workdir, class_names=class_names, step=newest_step(workdir) if step is None else step)
     return _parsed_calibration(read_safetensors(path)[1], class_names, path)
 
 
@@ -112,11 +113,11 @@ def _parsed_calibration(texts: Mapping[str, str], class_names: tuple[str, ...], 
 
 
 def read_own(path: Path) -> tuple[Flat, Flat, dict[str, Any]]:
-    """(parameters, frozen statistics, configuration) of a run directory or a .safetensors file of `Model.save`."""
+    """(parameters, frozen statistics, configuration) of a run directory, one of its checkpoints, or a .safetensors file of `Model.save`."""
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
     if path.is_dir():
-        params, frozen, metadata = load_weights(path.parent if path.name == DIRECTORY else path)
+        params, frozen, metadata = load_weights(*locate(path))
         return params, frozen, plain(metadata["config"])
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: neither a run directory nor a .safetensors or .pth file")

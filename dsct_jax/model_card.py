@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dsct_jax.command import Parser, run_command, writing
 from dsct_jax.errors import UserError
 from dsct_jax.load import model_config
 from dsct_jax.settings import entry, plain, read_config
@@ -193,30 +194,27 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(prog="python -m dsct_jax.model_card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m dsct_jax.model_card", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="directory of the run")
     parser.add_argument("--split", default="test", help="whose metrics_<split>.json to show")
     parser.add_argument("--output", type=Path, help="file to write; left out: WORKDIR/MODEL_CARD.md")
     return parser
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """The command with its arguments parsed. Raises UserError for what cannot be used."""
+    output = arguments.output or arguments.workdir / "MODEL_CARD.md"
+    card = model_card(arguments.workdir, split=arguments.split)
+    with writing(output):
+        output.write_text(card)
+    print(f"written: {output}; {card.count('(?)')} questions in it, marked (?), are for you to answer")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; a user's mistake is one line on stderr and exit status 2."""
-    arguments = make_parser().parse_args(argv)
-    output = arguments.output or arguments.workdir / "MODEL_CARD.md"
-    try:
-        card = model_card(arguments.workdir, split=arguments.split)
-        output.write_text(card)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: --output={output}: cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
-    print(f"written: {output}; {card.count('(?)')} questions in it, marked (?), are for you to answer")
-    return 0
+    return run_command(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

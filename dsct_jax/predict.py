@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from dsct_jax.batch import Predictions
+from dsct_jax.command import Parser, run_command
 from dsct_jax.drawing import contact_sheet, draw_subjects
 from dsct_jax.errors import UserError
 from dsct_jax.load import load
@@ -282,9 +283,9 @@ def _draw_sheet(entries: Sequence[dict[str, Any]], output: Path) -> None:
     print(f"overview: {output / 'contact_sheet.png'}")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(prog="python -m dsct_jax.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m dsct_jax.predict", description=__doc__)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image, video, folder of both, or quoted glob pattern")
     parser.add_argument("--camera", type=int, help="number of a camera to watch, usually 0; one frame at a time, until --seconds or Ctrl-C")
     parser.add_argument("--checkpoint", required=True, help="run directory, .safetensors file, or released .pth (with --config)")
@@ -308,15 +309,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; a user's mistake is one line on stderr and exit status 2."""
-    try:
-        run(make_parser().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written but the drawings made so far", file=sys.stderr)
-        return 130
-    return 0
+    interrupted = "interrupted; nothing was written but the drawings made so far"
+    return run_command(lambda: run(make_parser().parse_args(argv)), interrupted=interrupted)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 python -m dsct_jax.report runs/demo
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dsct_jax.command import Parser, run_command
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation_table import format_table
 
@@ -119,15 +119,9 @@ def write_report(workdir: Path) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake is one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(prog="python -m dsct_jax.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m dsct_jax.report", description=__doc__)
     parser.add_argument("workdir", type=Path, help="the --workdir of a run")
-    try:
-        paths = write_report(parser.parse_args(argv).workdir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(map(str, paths)))
-    return 0
+    return run_command(lambda: print("\n".join(map(str, write_report(parser.parse_args(argv).workdir)))))
 
 
 if __name__ == "__main__":

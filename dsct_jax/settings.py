@@ -77,6 +77,8 @@ def from_section(cls: type[T], name: str, values: Mapping[str, Any], **extra: An
     for key, value in given.items():
         if not _fits(value, hints[key]):
             raise UserError(f"{prefix}{key}={value!r} cannot be used: must be {_describe(hints[key])}")
+        if hints[key] is float:  # written as 3 it means 3.0
+            given[key] = float(value)
     return cls(**given, **extra)
 
 

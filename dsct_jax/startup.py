@@ -1,6 +1,5 @@
 """How the process of a command starts: what it says on the terminal, and programs compiled by earlier runs. Never called by the library itself."""
 
-import contextlib
 import logging
 import os
 import platform
@@ -11,6 +10,8 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+from dsct_jax.compilation import keep_programs_in
 
 
 def _report_unraisable(unraisable: Any) -> None:
@@ -37,12 +38,9 @@ def start_process() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     sys.unraisablehook = _report_unraisable
     sys.modules["__main__"].__dict__.pop("__file__", None)  # or every data worker would run the command's file, and load all that it imports
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # One directory a machine: programs for a CPU use its instructions, and home directories are shared.
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dsct_jax" / (platform.node() or "local")
-        with contextlib.suppress(OSError):  # no such place to write: every start compiles
-            directory.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(directory))
+    # One directory a machine: programs for a CPU use its instructions, and home directories are shared.
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    keep_programs_in(caches / "dsct_jax" / (platform.node() or "local"))
 
 
 class Preemption:

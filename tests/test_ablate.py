@@ -12,8 +12,8 @@ from benchmarks import ablate
 from benchmarks.cues import accuracy_by_cue
 from benchmarks.paper_tables import TABLES, UNCHANGED, paper_table
 from configs import caer_s_r50, debug, demo, emotic_r50
-from data.command import run_command
 from data.pipeline import make_dataset
+from dsct_jax.command import run_command
 from dsct_jax.errors import UserError
 from dsct_jax.results import About, ImageResult, pack
 from dsct_jax.settings import plain

@@ -61,7 +61,7 @@ def test_only_attention_opens_the_door_to_the_kernels():
 
 
 def test_data_uses_only_the_contract_of_the_library():
-    contract = [f"dsct_jax.{module}" for module in ("batch", "preprocess", "boxes", "errors")]
+    contract = [f"dsct_jax.{module}" for module in ("batch", "preprocess", "boxes", "errors", "command")]
     commands = {
         "data/command.py": ["dsct_jax.settings", "ml_collections"],
         "data/bench.py": ["dsct_jax.prefetch"],

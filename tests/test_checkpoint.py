@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from dsct_jax.checkpoint import Checkpoints, load_weights
+from dsct_jax.checkpoint import Checkpoints, best_step, load_weights, locate
 from dsct_jax.errors import UserError
 from dsct_jax.sharding import make_mesh, replicate
 from dsct_jax.step import TrainState
@@ -87,6 +87,25 @@ def test_the_weights_alone(saved):
     np.testing.assert_array_equal(params["a/0/kernel"], expected.params["a/0/kernel"])
     np.testing.assert_array_equal(frozen["mean"], np.ones(4))
     assert metadata["config"]["model"] == {"hidden_dim": 8, "fusion": "paper"}
+
+
+def test_the_weights_of_a_chosen_step(saved):
+    assert load_weights(saved, 1)[0]["fixed/scale"][0] == 1
+    assert load_weights(*locate(saved / "checkpoints" / "1"))[0]["fixed/scale"][0] == 1
+    assert [locate(path) for path in (saved, saved / "checkpoints")] == [(saved, None)] * 2
+    with pytest.raises(UserError, match=r"holds no checkpoint of step 7; there are 1, 2"):
+        load_weights(saved, 7)
+
+
+def test_the_step_of_the_best_validation(tmp_path, saved):
+    checkpoints = Checkpoints(tmp_path, keep=1, metadata=METADATA)
+    for step in (1, 2, 3):
+        checkpoints.save(state_at(step), progress={"best_step": min(step, 2)})
+    checkpoints.close()
+    assert best_step(tmp_path) == 2
+    assert load_weights(tmp_path, best_step(tmp_path))[0]["fixed/scale"][0] == 2
+    with pytest.raises(UserError, match="no checkpoint tells of a validation"):
+        best_step(saved)
 
 
 def test_a_step_is_saved_once_and_old_ones_go(tmp_path):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from data.command import config_parser, data_config, parse, run_command
+from data.command import config_parser, data_config, parse
+from dsct_jax.command import run_command
 
 DEBUG = Path(__file__).parent.parent / "configs/debug.py"
 

@@ -1,5 +1,6 @@
 """Evaluating a checkpoint through train.py: what it leaves behind, thresholds from validation to prediction, and several processes."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -14,7 +15,7 @@ import pytest
 import dsct_jax
 import train
 from dsct_jax.calibration import Calibration, read_calibration
-from dsct_jax.checkpoint import Checkpoints
+from dsct_jax.checkpoint import Checkpoints, best_step, load_weights
 from dsct_jax.errors import UserError
 from dsct_jax.evaluate import main as evaluate_main
 from dsct_jax.results import read_results
@@ -69,6 +70,21 @@ def test_what_an_evaluation_leaves_behind(workdir):
     assert "macro_f1_fitted" in test
     assert "macro_f1_fitted" not in val  # fitted there: it would say nothing
     assert len(read_results(workdir / "predictions_test.npz").image_ids) == IMAGES
+
+
+def test_a_chosen_checkpoint(workdir, tmp_path, one_device):
+    config = small_config()
+    save(tmp_path, config, one_device)
+    checkpoints = Checkpoints(tmp_path, metadata={"config": config, "versions": {}})
+    params, frozen, _ = load_weights(tmp_path)
+    run = train.RunConfig.from_mapping(config)
+    _, state = initial_state({name: value * 0 for name, value in params.items()}, frozen, run.optimizer, total_steps=1, mesh=one_device)
+    checkpoints.save(dataclasses.replace(state, step=state.step + 5), progress={"best_step": 0})
+    checkpoints.close()
+    chosen = train.evaluate_checkpoint(config, tmp_path, "test", step=best_step(tmp_path))
+    expected = json.loads((workdir / "metrics_test.json").read_text())
+    assert chosen["checkpoint"] == "step 0" and chosen["mAP"] == expected["mAP"] and chosen["mean_iou"] == expected["mean_iou"]
+    assert train.evaluate_checkpoint(config, tmp_path, "test")["checkpoint"] == "step 5"
 
 
 def test_the_numbers_come_again_from_the_file_alone(workdir, tmp_path):

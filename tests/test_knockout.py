@@ -8,9 +8,10 @@ import pytest
 
 from benchmarks import knockout
 from configs import debug, emotic_r50
-from data.command import data_config, run_command
+from data.command import data_config
 from data.pipeline import make_dataset
 from data.scenes import CUES
+from dsct_jax.command import run_command
 from dsct_jax.load import Model, model_config
 from dsct_jax.model import decoder
 from dsct_jax.model.decoder import FusionConfig, subject_context_fusion

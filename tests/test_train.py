@@ -307,7 +307,7 @@ def test_a_plan_needs_neither_a_workdir_nor_data(counting, monkeypatch, capsys):
 
 def test_the_best_validation_is_kept_and_no_better_one_ends_the_run(counting, monkeypatch, tmp_path, capsys):
     values = iter([0.3, 0.5, 0.4, 0.45, 0.9])
-    monkeypatch.setattr(train, "run_evaluation", lambda *_, **__: {"accuracy": next(values), "mean_iou": 1.0})
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: {"accuracy": next(values), "mean_iou": 1.0})
     settings = ["--config.train.epochs=9", "--config.train.early_stopping=2", "--config.train.keep_checkpoints=1"]
     assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
     out = capsys.readouterr().out
@@ -413,6 +413,8 @@ def write_config(path: Path, body: str) -> str:
         ([DEBUG, "--mode=evaluate"], ["--mode", "'evaluate'"]),
         ([DEBUG, "--mode=eval", "--split=tset"], ["--split", "'tset'", "'test'"]),
         ([DEBUG, "--mode=eval"], ["no checkpoints/ here", "--workdir"]),
+        ([DEBUG, "--mode=eval", "--checkpoint=best"], ["no checkpoints/ here", "--workdir"]),
+        ([DEBUG, "--mode=eval", "--checkpoint=bset"], ["--checkpoint=bset", "newest, best or the step"]),
     ],
 )
 def test_a_command_that_cannot_be_used(arguments, says, tmp_path, capsys):

@@ -10,9 +10,9 @@ from PIL import Image
 
 from benchmarks.fusion_weights import weight_measures
 from configs import debug
-from data.command import run_command
 from data.samples import run as write_samples
 from dsct_jax import inside, visualize
+from dsct_jax.command import run_command
 from dsct_jax.errors import UserError
 from dsct_jax.figures import contextual_samples, loss_figure
 from dsct_jax.inside import look, principal_components
