@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dsct_jax.batch import Predictions
 from dsct_jax.command import Parser, run_command
-from dsct_jax.drawing import contact_sheet, draw_subjects
+from dsct_jax.drawing import contact_sheet, draw_subjects, from_left
 from dsct_jax.errors import UserError
 from dsct_jax.load import load
 from dsct_jax.prediction_files import describe, drawing_names, find_inputs, write_csv, write_json
@@ -134,7 +134,7 @@ def predict_video(
             pictures = _while_time_lasts(itertools.islice(video, 0, None, every), video, every, seconds)
             for index, image, subjects in predict_each(model, pictures, selection=selection, batch_size=batch_size):
                 size = image.size
-                writer.add(draw_subjects(image, subjects))
+                writer.add(draw_subjects(image, from_left(subjects)))
                 frames.append({"frame": index * every, "seconds": round(index * every / video.rate, 3), "subjects": describe(subjects)})
                 progress.advance(len(frames))
     except KeyboardInterrupt:

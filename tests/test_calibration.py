@@ -99,11 +99,11 @@ def test_the_file_keeps_every_digit_and_is_whole_or_not_there(tmp_path):
 
 
 def test_a_run_without_a_fit_and_a_fit_of_other_weights(tmp_path, caplog):
-    assert calibration_of_run(tmp_path, class_names=NAMES, checkpoint="step 6") is None
+    assert calibration_of_run(tmp_path, class_names=NAMES, step=6) is None
     FITTED.save(tmp_path / "thresholds.json")
-    assert calibration_of_run(tmp_path, class_names=NAMES, checkpoint="step 6") == FITTED
+    assert calibration_of_run(tmp_path, class_names=NAMES, step=6) == FITTED
     with caplog.at_level(logging.WARNING):
-        assert calibration_of_run(tmp_path, class_names=NAMES, checkpoint="step 8") is None
+        assert calibration_of_run(tmp_path, class_names=NAMES, step=8) is None
     assert "fitted for step 6, not for step 8" in caplog.text
 
 
