@@ -44,6 +44,16 @@ def test_each_fusion_is_what_it_says(tokens):
     assert not np.allclose(fused("context of another image"), fused("as trained"))
 
 
+def test_likeness_is_the_cosine_of_what_is_added(tokens):
+    subject, _, *points = tokens
+    fused, seen = knockout._with_likeness(subject, jnp.repeat(2 * subject[:, :1], 6, 1), *points, config=BOTH)
+    np.testing.assert_allclose(seen["likeness"][:, 0], 1, rtol=1e-5)  # twice itself is added to the first query
+    np.testing.assert_allclose(fused[:, 0], 3 * subject[:, 0], rtol=1e-5)
+    a, b = np.asarray(subject[:, 1]), np.asarray(subject[:, 0])
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    np.testing.assert_allclose(seen["likeness"][:, 1], cosine, rtol=1e-5)
+
+
 def test_the_models_own_fusion_gives_its_own_accuracy(tmp_path):
     config = plain(debug.get_config()) | {"multi_label": False}
     config["data"]["test"] = "12"
@@ -57,6 +67,9 @@ def test_the_models_own_fusion_gives_its_own_accuracy(tmp_path):
         calls.append(options["config"])
         return subject_context_fusion(*arguments, **options)
 
+    cosines = knockout.likeness(model, data)
+    assert len(cosines) == functions.config.num_decoder_layers
+    assert all(-1 <= cosine <= 1 for cosine in cosines)
     own = knockout.knocked_out_accuracies(model, data, knockout.FUSIONS["as trained"])
     assert knockout.knocked_out_accuracies(model, data, counted) == own
     assert len(calls) >= functions.config.num_decoder_layers  # it stood in for the fusion of every layer
