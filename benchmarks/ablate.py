@@ -3,8 +3,8 @@
     python -m benchmarks.ablate --table=6 --config=configs/demo.py --seeds=0,1,2 --output=runs/ablations [--config.train.epochs=6 ...]
 
 Rows are runs of train.py in OUTPUT/<setting>/seed<n>: the same command again skips finished ones, continues an unfinished one from its checkpoint,
-and prints the table from what there is when told so with --report. Tables share the rows they have in common. --launch='nice -n 5' (or srun ...)
-is put before each run.
+and prints the table from what there is when told so with --report. Tables share the rows they have in common. --rows=baseline,both keeps the rows
+whose name holds one of these words, for a larger budget or another setting of a few rows. --launch='nice -n 5' (or srun ...) is put before each run.
 """
 
 import dataclasses
@@ -65,6 +65,14 @@ def row_config(config: Mapping[str, Any], row: Row, seed: int) -> dict[str, Any]
     except UserError as error:
         raise UserError(f"row {row.name!r}: {error}") from None
     return changed
+
+
+def choose_rows(table: Table, words: str) -> Table:
+    """The table with the rows whose name holds one of the words ('baseline,both'); '' keeps all. Raises UserError for a word in no name."""
+    wanted = words.split(",") if words else [""]
+    if unknown := [word for word in wanted if not any(word in row.name for row in table.rows)]:
+        raise UserError(f"--rows={words}: {unknown[0]!r} is in no name of this table's rows: {'; '.join(row.name for row in table.rows)}")
+    return dataclasses.replace(table, rows=tuple(row for row in table.rows if any(word in row.name for word in wanted)))
 
 
 def make_runs(table: Table, config: Mapping[str, Any], *, seeds: Sequence[int], output: Path) -> list[Run]:
@@ -162,6 +170,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.ablate", description=__doc__)
     parser.add_argument("--table", required=True, help=f"of the paper: {', '.join(TABLES)}")
     parser.add_argument("--config", type=Path, required=True, help="what the rows are changes of, such as configs/demo.py")
+    parser.add_argument("--rows", default="", help="words with commas between them: the rows whose name holds one of them; all unless told")
     parser.add_argument("--seeds", default="0,1,2", help="a run each; 0,1,2 unless told")
     parser.add_argument("--output", type=Path, required=True, help="directory of the runs, shared by all tables of one budget")
     parser.add_argument("--split", choices=SPLITS, default="test", help="what the rows are compared on")
@@ -174,7 +183,7 @@ def run(argv: Sequence[str] | None) -> None:
     """Runs the command: trains what is missing, prints the table, writes it to OUTPUT/table<name>.md and .json."""
     arguments, overrides = make_parser().parse_known_args(argv)
     config = override(read_config(arguments.config), overrides)
-    table = paper_table(arguments.table, config)
+    table = choose_rows(paper_table(arguments.table, config), arguments.rows)
     seeds, split = parse_seeds(arguments.seeds), arguments.split
     runs = make_runs(table, config, seeds=seeds, output=arguments.output)
     missing = [] if arguments.report else [run for run in runs if not run.is_finished(split)]

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from data.command import data_config
-from data.config import SPLITS
+from data.config import SPLITS, DataConfig
 from data.scenes import CUE_SHARES, CUES
 from data.sources import read_split
 from dsct_jax.command import Parser, run_command
@@ -29,8 +30,7 @@ def accuracy_by_cue(workdir: Path, split: str) -> dict[str, float]:
         UserError: the run has no predictions of the split, or its data are not the scenes with one label a person.
     """
     config = data_config(workdir / "config.json")
-    if config.source != "scenes" or config.multi_label:
-        raise UserError(f"{workdir}: cues are known for config.data.source='scenes' with config.multi_label=False only")
+    require_scenes(config, workdir)
     results = read_results(workdir / f"predictions_{split}.npz")
     records, _ = read_split(config, split)
     people = {record.image_id: record.cues for record in records}
@@ -38,6 +38,17 @@ def accuracy_by_cue(workdir: Path, split: str) -> dict[str, float]:
     queries, _ = select_all(results, nms_threshold=None)
     probabilities = class_probabilities(results.logits[results.image_of_person, queries], multi_label=False)
     right = probabilities.argmax(-1) == results.gt_labels.argmax(-1)
+    return accuracies(right, cues)
+
+
+def require_scenes(config: DataConfig, workdir: Path) -> None:
+    """Raises UserError where the data of a run are not the scenes with one label a person."""
+    if config.source != "scenes" or config.multi_label:
+        raise UserError(f"{workdir}: cues are known for config.data.source='scenes' with config.multi_label=False only")
+
+
+def accuracies(right: Bool[np.ndarray, "m"], cues: Sequence[str]) -> dict[str, float]:
+    """Cue -> share of its people that are right; `cues` has one for each person."""
     return {cue: float(np.mean(right[np.array(cues) == cue])) for cue in CUES}
 
 

@@ -34,7 +34,7 @@ def box_average_precision(
     starts = np.concatenate([[0], people_per_image.cumsum()])
     matched = np.concatenate(
         [
-            _match(boxes[i : i + _IMAGES_AT_ONCE], gt_boxes[starts[i] : starts[min(i + _IMAGES_AT_ONCE, len(boxes))]], counts)
+            match(boxes[i : i + _IMAGES_AT_ONCE], gt_boxes[starts[i] : starts[min(i + _IMAGES_AT_ONCE, len(boxes))]], counts)
             for i in range(0, len(boxes), _IMAGES_AT_ONCE)
             for counts in [people_per_image[i : i + _IMAGES_AT_ONCE]]
         ]
@@ -43,10 +43,13 @@ def box_average_precision(
     return np.array([_area(hits, num_people=len(gt_boxes)) for hits in matched.reshape(-1, len(IOU_THRESHOLDS))[falling].T])
 
 
-def _match(
+def match(
     boxes: Float[np.ndarray, "n q 4"], gt_boxes: Float[np.ndarray, "m 4"], people_per_image: Int[np.ndarray, "n"]
 ) -> Bool[np.ndarray, "n q 10"]:
-    """Whether each box finds a person: the surest first, each takes the free person it overlaps most (of equals the last), if by the threshold."""
+    """Whether each box finds a person at each of `IOU_THRESHOLDS`, boxes of an image in falling order of their scores.
+
+    Each takes the free person it overlaps most (of equals the last), if by the threshold.
+    """
     most = max(1, int(people_per_image.max()))
     exists = np.arange(most) < people_per_image[:, None]
     people = np.zeros((len(boxes), most, 4))

@@ -1,4 +1,5 @@
-"""Whether probabilities mean what they say, and what is fitted on validation to make them: one temperature and a threshold for each class.
+"""Whether probabilities mean what they say, and what is fitted on validation to make them: one temperature, a threshold for each class, and the
+certainty from which a query is a person.
 
 thresholds.json beside a run's checkpoints keeps the fit; prediction and evaluation read it.
 """
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
@@ -33,6 +34,7 @@ class Calibration:
     split: str  # what it was fitted on
     people: int  # how many labelled people that were
     checkpoint: str = ""  # which weights gave the probabilities; other weights of the same run need another fit
+    min_certainty: float | None = None  # a query below is nobody; None: not fitted, as in files of older versions
 
     def save(self, path: Path) -> None:
         """Writes readable JSON, whole or not at all."""
@@ -62,6 +64,7 @@ def parse_calibration(text: str, *, class_names: tuple[str, ...], where: str) ->
             split=str(stored["split"]),
             people=int(stored["people"]),
             checkpoint=str(stored.get("checkpoint", "")),
+            min_certainty=None if stored.get("min_certainty") is None else float(stored["min_certainty"]),
         )
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{where}: not what a calibration writes ({type(error).__name__}: {error}); {remedy}") from None
@@ -72,6 +75,8 @@ def parse_calibration(text: str, *, class_names: tuple[str, ...], where: str) ->
     values = calibration.thresholds
     if values is not None and (len(values) != len(class_names) or not all(0 <= value <= 1 for value in values)):
         raise UserError(f"{where}: thresholds must be {len(class_names)} numbers in [0, 1]; {remedy}")
+    if calibration.min_certainty is not None and not 0 <= calibration.min_certainty <= 1:
+        raise UserError(f"{where}: min_certainty={calibration.min_certainty} must lie in [0, 1]; {remedy}")
     return calibration
 
 
@@ -122,15 +127,33 @@ def fit_thresholds(probabilities: Float[np.ndarray, "n k"], labels: Bool[np.ndar
 
     Of equally good ones the highest; 0.5 for a class that nobody has, about which the split says nothing.
     """
-    order = np.argsort(-probabilities, axis=0, kind="stable")
-    falling = np.take_along_axis(probabilities, order, 0)
-    below = np.concatenate([falling[1:], np.zeros((1, falling.shape[1]))])  # the next lower probability
-    positives, found = labels.sum(0), np.take_along_axis(labels, order, 0).cumsum(0)
-    f1 = 2 * found / (np.arange(1, len(labels) + 1)[:, None] + positives)
-    f1 = np.where(falling > below, f1, -1.0)  # no threshold parts equal probabilities
+    positives = labels.sum(0)
+    return np.where(positives > 0, _best_cuts(probabilities, labels, positives), DEFAULT_THRESHOLD)
+
+
+def fit_min_certainty(certainties: Float[np.ndarray, "n"], finds: Bool[np.ndarray, "n"], *, people: int) -> float | None:
+    """The certainty from which a query is a person: the cut with the best F1 of finding people, None where no query finds anybody.
+
+    Args:
+        certainties: of the queries that could answer, in any order.
+        finds: whether each finds a person whom no surer one found.
+        people: how many there were to find.
+    """
+    if not finds.any():
+        return None
+    return float(_best_cuts(certainties[:, None], finds[:, None], np.array([people]))[0])
+
+
+def _best_cuts(scores: Float[np.ndarray, "n k"], right: Bool[np.ndarray, "n k"], positives: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k"]:
+    """For each column the cut with the best F1 of `score > cut`, half-way between two scores; `positives` counts also those without a score."""
+    order = np.argsort(-scores, axis=0, kind="stable")
+    falling = np.take_along_axis(scores, order, 0)
+    below = np.concatenate([falling[1:], np.zeros((1, falling.shape[1]))])  # the next lower score
+    found = np.take_along_axis(right, order, 0).cumsum(0)
+    f1 = 2 * found / (np.arange(1, len(right) + 1)[:, None] + positives)
+    f1 = np.where(falling > below, f1, -1.0)  # no cut parts equal scores
     best = f1.argmax(0)[None]
-    thresholds = (np.take_along_axis(falling, best, 0) + np.take_along_axis(below, best, 0))[0] / 2
-    return np.where(positives > 0, thresholds, DEFAULT_THRESHOLD)
+    return (np.take_along_axis(falling, best, 0) + np.take_along_axis(below, best, 0))[0] / 2
 
 
 def calibration_errors(probabilities: Float[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"], *, multi_label: bool) -> dict[str, Any]:

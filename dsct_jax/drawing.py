@@ -63,6 +63,11 @@ def draw_subjects(image: Image.Image, subjects: Sequence[Subject], *, ground_tru
     return canvas
 
 
+def from_left(people: Sequence[Subject]) -> list[Subject]:
+    """So that a person keeps their colour from one drawing of an image, or frame of a film, to the next."""
+    return sorted(people, key=lambda person: person.box[0])
+
+
 def _scaled(box: _Rectangle, factor: int) -> _Rectangle:
     x1, y1, x2, y2 = (float(side * factor) for side in box)
     return x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)  # PIL's rectangles include their last pixel

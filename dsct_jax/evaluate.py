@@ -22,16 +22,16 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from dsct_jax.average_precision import DEFINITIONS, average_precision, precision_at_recall, resampled_average_precision
 from dsct_jax.bootstrap import image_weights, interval, mean_over_present
-from dsct_jax.box_ap import IOU_THRESHOLDS, box_average_precision
-from dsct_jax.boxes import elementwise_iou
-from dsct_jax.calibration import Calibration, calibration_errors, fit_temperature, fit_thresholds, read_calibration
+from dsct_jax.box_ap import IOU_THRESHOLDS, box_average_precision, match
+from dsct_jax.boxes import elementwise_iou, non_max_suppression
+from dsct_jax.calibration import Calibration, calibration_errors, fit_min_certainty, fit_temperature, fit_thresholds, read_calibration
 from dsct_jax.command import Parser, run_command, writing
 from dsct_jax.decisions import DEFAULT_THRESHOLD, confusion_matrix, count, decide
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation_plots import draw_evaluation
 from dsct_jax.evaluation_table import format_table
 from dsct_jax.results import SplitResults, read_results
-from dsct_jax.selection import certainty, class_probabilities, select_all
+from dsct_jax.selection import PREDICTION_NMS, certainty, class_probabilities, select_all
 
 BUCKETS = ("1", "2", "3", "4", ">=5")  # people annotated in the image: Tables 4 and 12
 RESAMPLES = 400  # a few seconds for 10,000 images
@@ -128,7 +128,9 @@ def evaluate(
 
 
 def fit_calibration(results: SplitResults) -> Calibration:
-    """The temperature and the threshold of each class (multi-label) that fit this split best; meant for validation, never for a test split.
+    """What fits this split best: the temperature, the threshold of each class (multi-label), and the certainty from which a query is a person.
+
+    Meant for validation, never for a test split.
 
     Raises:
         UserError: no labelled person.
@@ -146,7 +148,20 @@ def fit_calibration(results: SplitResults) -> Calibration:
         split=about.split,
         people=len(people.labels),
         checkpoint=about.checkpoint,
+        min_certainty=_fit_min_certainty(results),
     )
+
+
+def _fit_min_certainty(results: SplitResults) -> float | None:
+    """As prediction chooses: after its suppression; a query finds a person at an overlap of 0.5."""
+    boxes, certainties = results.pixel_boxes, certainty(results.logits, subject_logit=results.about.subject_logit)
+    people = np.split(results.gt_boxes, results.people_per_image.cumsum()[:-1])
+    stated, finds = [], []
+    for image_boxes, image_certainties, annotated in zip(boxes, certainties, people, strict=True):
+        kept = non_max_suppression(image_boxes, image_certainties, threshold=PREDICTION_NMS)  # surest first
+        stated.append(image_certainties[kept])
+        finds.append(match(image_boxes[None, kept], annotated, np.array([len(annotated)]))[0, :, 0])
+    return fit_min_certainty(np.concatenate(stated), np.concatenate(finds), people=len(results.gt_boxes))
 
 
 def _gather(results: SplitResults, queries: Int[np.ndarray, "m"]) -> _People:

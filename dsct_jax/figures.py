@@ -15,6 +15,7 @@ from dsct_jax.inside import Layer, Look, principal_components
 SPATIAL, SEMANTIC = "#0072B2", "#E69F00"
 REFERENCE = "#D55E00"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+NOBODY = "nobody"  # the label of a person found where none is annotated
 _GREY = "#9A9A9A"
 _FONT = 15
 _SHOWN_SHARE = 0.98  # of the attention: the samples beyond carry next to nothing and would hide the others
@@ -64,8 +65,8 @@ def activation_figure(looks: Sequence[Look], *, stage: str) -> Figure:
     maps = [getattr(one, stage) for one in looks]
     figure, panels = _panels([one.image for one in looks], 1 + len(maps[0]), width=3.6)
     figure.suptitle(f"Activation after the {stage}", fontsize=_FONT + 2)
-    for row, one, levels in zip(panels, looks, maps, strict=True):
-        _show(row[0], one.image, "image" if row is panels[0] else "")
+    for position, (row, one, levels) in enumerate(zip(panels, looks, maps, strict=True)):
+        _show(row[0], one.image, "" if position else "image")
         for number, (axes, level) in enumerate(zip(row[1:], levels, strict=True), 3):
             title = f"{'C' if stage == 'backbone' else 'level '}{number}, {level.shape[0]}x{level.shape[1]}"
             _show(axes, one.image.convert("L"), title)
@@ -84,8 +85,9 @@ def sampling_figure(looks: Sequence[Look], *, layer: int) -> Figure:
     """
     figure, panels = _panels([one.image for one in looks], 3)
     figure.suptitle(f"Sampling points, decoder layer {layer % len(looks[0].layers) + 1}", fontsize=_FONT + 2)
-    for row, one in zip(panels, looks, strict=True):
-        titles = ("people found", "subject queries alone", "with their context queries") if row is panels[0] else ("", "", "")
+    headings = ("people found", "subject queries alone", "with their context queries")
+    for position, (row, one) in enumerate(zip(panels, looks, strict=True)):
+        titles = ("", "", "") if position else headings
         for axes, title, faded in zip(row, titles, (0.0, 0.35, 0.35), strict=True):
             _show(axes, one.image, title, faded=faded)
         seen = one.layers[layer]
@@ -143,7 +145,7 @@ def context_figure(one: Look, *, person: int) -> Figure:
         figure,
         {
             "the person's reference point": ("*", REFERENCE),
-            "selected by distance": ("o", SPATIAL),
+            "selected by distance (area = weight)": ("o", SPATIAL),
             "selected by relevance (area = weight)": ("o", SEMANTIC),
             "not selected": (".", _GREY),
         },
@@ -152,14 +154,15 @@ def context_figure(one: Look, *, person: int) -> Figure:
 
 
 def embedding_figure(looks: Sequence[Look], labels: Sequence[str], *, source: str) -> Figure:
-    """Principal components of the subjects' embeddings, one point a person; `labels` one for each subject of all looks in order."""
+    """Principal components of the subjects' embeddings, one point a person; `labels` one for each subject of all looks in order, NOBODY in grey."""
     embeddings = np.concatenate([one.embeddings for one in looks])
     scores, shares = principal_components(embeddings)
-    figure = Figure(figsize=(9, 7.5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(11.5, 7.5), dpi=100, layout="constrained")
     axes = figure.subplots()
-    for number, name in enumerate(sorted(set(labels))):
+    names = sorted(set(labels), key=lambda name: (name == NOBODY, name))
+    for number, name in enumerate(names):
         chosen = np.array([label == name for label in labels])
-        color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
+        color, marker = (_GREY, ".") if name == NOBODY else (PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)])
         text = f"{name} ({chosen.sum()})"
         x, y = scores[chosen].T
         axes.scatter(x, y, s=70, color=color, marker=marker, edgecolors="black", linewidths=0.6, alpha=0.85, label=text)
@@ -167,7 +170,7 @@ def embedding_figure(looks: Sequence[Look], labels: Sequence[str], *, source: st
     axes.set_xlabel(f"first principal component, {shares[0]:.0%} of the variance", fontsize=_FONT)
     axes.set_ylabel(f"second, {shares[1]:.0%}", fontsize=_FONT)
     axes.tick_params(labelsize=_FONT - 2)
-    axes.legend(fontsize=_FONT, loc="best")
+    figure.legend(fontsize=_FONT, loc="outside right upper")
     return figure
 
 

@@ -54,7 +54,8 @@ def look(model: Model, image: Image.Image, *, selection: Selection | None = None
     subject_logit = has_subject_logit(multi_label=model.multi_label, class_loss=model.config["loss"]["class_loss"])
     names: dict[str, Any] = {"class_names": model.class_names, "multi_label": model.multi_label, "subject_logit": subject_logit}
     size = image.height, image.width
-    subjects = select_subjects(logits[-1], boxes[-1], size, selection=selection or Selection(), thresholds=model.thresholds, **names)
+    fitted: dict[str, Any] = {"thresholds": model.thresholds, "min_certainty": model.min_certainty}
+    subjects = select_subjects(logits[-1], boxes[-1], size, selection=selection or Selection(), **fitted, **names)
     found = np.array([subject.box for subject in subjects]).reshape(-1, 1, 4)
     scale = np.array([image.width, image.height], np.float32)
     corners = np.clip(cxcywh_to_xyxy(boxes[-1]), 0, 1) * np.tile(scale, 2)

@@ -31,6 +31,7 @@ class Model:
         self.functions, self.config = functions, plain(config)
         self.calibration = calibration
         self.thresholds = None if calibration is None else calibration.thresholds  # Eq. 4's t of each class, fitted on validation
+        self.min_certainty = None if calibration is None else calibration.min_certainty  # from which a query is a person, fitted too
         self.params, self.frozen = jax.tree.map(jnp.asarray, (params, frozen))
         self.class_names: tuple[str, ...] = entry(self.config, "class_names", tuple)
         self.multi_label: bool = entry(self.config, "multi_label", bool)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dsct_jax.batch import Predictions
 from dsct_jax.command import Parser, run_command
-from dsct_jax.drawing import contact_sheet, draw_subjects
+from dsct_jax.drawing import contact_sheet, draw_subjects, from_left
 from dsct_jax.errors import UserError
 from dsct_jax.load import load
 from dsct_jax.prediction_files import describe, drawing_names, find_inputs, write_csv, write_json
@@ -42,7 +42,7 @@ class TimedDetector:
     def __init__(self, model: Detector):
         self._model = model
         self.class_names, self.multi_label, self.preprocessing = model.class_names, model.multi_label, model.preprocessing
-        self.thresholds, self.config = model.thresholds, model.config
+        self.thresholds, self.min_certainty, self.config = model.thresholds, model.min_certainty, model.config
         self._seconds: dict[tuple[int, ...], list[float]] = {}
 
     def __call__(self, images: Any, padding_mask: Any) -> Predictions:
@@ -134,7 +134,7 @@ def predict_video(
             pictures = _while_time_lasts(itertools.islice(video, 0, None, every), video, every, seconds)
             for index, image, subjects in predict_each(model, pictures, selection=selection, batch_size=batch_size):
                 size = image.size
-                writer.add(draw_subjects(image, subjects))
+                writer.add(draw_subjects(image, from_left(subjects)))
                 frames.append({"frame": index * every, "seconds": round(index * every / video.rate, 3), "subjects": describe(subjects)})
                 progress.advance(len(frames))
     except KeyboardInterrupt:
@@ -204,7 +204,7 @@ def run(arguments: argparse.Namespace) -> None:
         "checkpoint": str(arguments.checkpoint),
         "class_names": list(model.class_names),
         "multi_label": model.multi_label,
-        "selection": dataclasses.asdict(selection),
+        "selection": dataclasses.asdict(selection) | {"min_certainty": selection.certainty_cut(model.min_certainty)},
         "thresholds": model.thresholds if selection.threshold is None else [selection.threshold] * len(model.class_names),
         "images": list(entries.values()),
         "videos": watched,
@@ -218,8 +218,15 @@ def run(arguments: argparse.Namespace) -> None:
     pictures = len(entries) + sum(len(entry["frames"]) for entry in watched)
     counted = f"{len(entries)} images" + (f", {pictures - len(entries)} frames of {len(watched)} videos" if watched else "")
     print(f"{counted}, {len(rows)} people in {seconds:.1f} s ({pictures / seconds:.1f} images/s, with reading, drawing and compilation)")
+    if not rows:
+        print(_nobody(selection.certainty_cut(model.min_certainty), fitted=model.min_certainty is not None))
     print(model.report())
     print(f"drawings: {output / 'drawn'}   numbers: {output / 'predictions.json'}, {output / 'predictions.csv'}")
+
+
+def _nobody(cut: float, *, fitted: bool) -> str:
+    remedy = "" if fitted else "; train.py --mode=eval --split=val fits it to the weights"
+    return f"nobody was found: no query was as sure as {cut:.3g}. A lower --min-certainty shows what there was{remedy}"
 
 
 def _check(arguments: argparse.Namespace, output: Path) -> None:
@@ -287,7 +294,11 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--threshold", type=float, help="multi-label: probability that makes a class a label; default: as fitted on validation, or 0.5"
     )
-    parser.add_argument("--min-certainty", type=float, default=Selection.min_certainty, help="certainty below which a query is nobody (%(default)s)")
+    parser.add_argument(
+        "--min-certainty",
+        type=float,
+        help="certainty below which a query is nobody; default: as fitted on validation, or 0.3",
+    )
     parser.add_argument("--nms", type=float, default=Selection.nms, help="overlap (IoU) above which two boxes are the same person; 1 = keep all")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="images a call of the model (default: %(default)s)")
     parser.add_argument("--every", type=int, default=1, help="videos: look at each so many-th frame only")

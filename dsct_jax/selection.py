@@ -10,6 +10,8 @@ from dsct_jax.boxes import elementwise_iou, non_max_suppression, pairwise_iou
 from dsct_jax.results import SplitResults
 
 RELEASED_NMS_THRESHOLD = 0.01  # so low that neighbours suppress each other; commented out in the released code
+PREDICTION_NMS = 0.5  # in prediction: of two boxes that overlap more (IoU), the less certain one goes
+DEFAULT_MIN_CERTAINTY = 0.3  # in prediction, where none was fitted on validation
 _PIXEL = 1.0  # boxes include their last pixel in the released overlap
 
 

@@ -15,7 +15,7 @@ from dsct_jax.boxes import cxcywh_to_xyxy, non_max_suppression
 from dsct_jax.decisions import decide
 from dsct_jax.errors import UserError
 from dsct_jax.preprocess import Preprocessing, Size, normalize, prepare_image
-from dsct_jax.selection import certainty, class_probabilities, paper_scores
+from dsct_jax.selection import DEFAULT_MIN_CERTAINTY, PREDICTION_NMS, certainty, class_probabilities, paper_scores
 
 Photograph = Image.Image | np.ndarray
 
@@ -40,13 +40,17 @@ class Selection:
     # Multi-label: a class above this probability is a label (Eq. 4's t); None = the model's thresholds, fitted on validation, or 0.5 without a fit.
     # Without meaning for multi-class (Eq. 5).
     threshold: float | None = None
-    min_certainty: float = 0.3  # queries below are nobody
-    nms: float = 0.5  # of two boxes that overlap more than this (IoU), the less certain one goes; 1 = keep all
+    min_certainty: float | None = None  # queries below are nobody; None = as fitted on validation, or 0.3 without a fit
+    nms: float = PREDICTION_NMS  # of two boxes that overlap more than this (IoU), the less certain one goes; 1 = keep all
 
     def __post_init__(self) -> None:
         for field, value in dataclasses.asdict(self).items():
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"{field}={value} must lie in [0, 1]")
+
+    def certainty_cut(self, fitted: float | None) -> float:
+        """The certainty from which a query is a person: as named, else as `fitted`, else the default."""
+        return next(value for value in (self.min_certainty, fitted, DEFAULT_MIN_CERTAINTY) if value is not None)
 
 
 @runtime_checkable
@@ -61,6 +65,10 @@ class Detector(Protocol):
     @property
     def thresholds(self) -> tuple[float, ...] | None:
         """Of the classes, fitted on validation."""
+
+    @property
+    def min_certainty(self) -> float | None:
+        """From which a query is a person, fitted on validation."""
 
     def __call__(self, images: Any, padding_mask: Any) -> Predictions:
         """Normalised float32 [b h w 3] and bool [b h w] -> the predictions of all decoder layers."""
@@ -82,6 +90,7 @@ def select_subjects(
     subject_logit: bool,
     selection: Selection,
     thresholds: Sequence[float] | None = None,
+    min_certainty: float | None = None,
 ) -> list[Subject]:
     """The people of one image, surest first, from the queries of the last decoder layer.
 
@@ -89,7 +98,7 @@ def select_subjects(
     person, but cannot say whether there is one: it grows with the number of emotions and has no scale to cut at.
 
     Args:
-        thresholds: one a class, for when `selection` names none.
+        thresholds, min_certainty: as fitted on validation, for when `selection` names none; one threshold a class.
         logits: c = k + 1.
         boxes: (cx, cy, w, h) in [0, 1] of the image without padding.
         size: (height, width) of the image that the boxes are wanted for.
@@ -98,7 +107,7 @@ def select_subjects(
     certainties, scores = certainty(logits, subject_logit=subject_logit), paper_scores(logits)
     height, width = size
     pixels = np.clip(cxcywh_to_xyxy(boxes) * np.array([width, height] * 2), 0, [width, height] * 2)
-    candidates = np.flatnonzero((certainties >= selection.min_certainty) & (pixels[:, 2:] > pixels[:, :2]).all(-1))
+    candidates = np.flatnonzero((certainties >= selection.certainty_cut(min_certainty)) & (pixels[:, 2:] > pixels[:, :2]).all(-1))
     kept = candidates[non_max_suppression(pixels[candidates], certainties[candidates], threshold=selection.nms)]
     cuts = thresholds if selection.threshold is None else [selection.threshold] * len(class_names)
     decided = decide(probabilities, multi_label=multi_label, thresholds=cuts)
@@ -122,7 +131,7 @@ def predict(
     images: Sequence[Photograph],
     *,
     threshold: float | None = Selection.threshold,
-    min_certainty: float = Selection.min_certainty,
+    min_certainty: float | None = Selection.min_certainty,
     nms: float = Selection.nms,
     batch_size: int = BATCH_SIZE,
 ) -> list[list[Subject]]:
@@ -194,6 +203,7 @@ def _predict_batch(
                 subject_logit=subject_logit,
                 selection=selection,
                 thresholds=model.thresholds,
+                min_certainty=model.min_certainty,
             ),
         )
 

@@ -26,9 +26,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from dsct_jax.command import Parser, run_command, writing
-from dsct_jax.drawing import contact_sheet, draw_subjects
+from dsct_jax.drawing import contact_sheet, draw_subjects, from_left
 from dsct_jax.errors import UserError
-from dsct_jax.figures import activation_figure, context_figure, embedding_figure, loss_figure, sampling_figure
+from dsct_jax.figures import NOBODY, activation_figure, context_figure, embedding_figure, loss_figure, sampling_figure
 from dsct_jax.inside import Look, look
 from dsct_jax.load import Model, load
 from dsct_jax.predict import read_photograph
@@ -39,7 +39,7 @@ from dsct_jax.startup import start_process
 from dsct_jax.subjects import Selection, Subject, predict
 
 FIGURES = ("predictions", "activation", "sampling", "context", "beside", "embeddings", "losses")
-_COLORS = 256  # of the file: a third of the size, and hardly a difference to be seen
+_COLORS = 256  # of the file
 _MAX_IMAGES = 12  # on one picture; more could not be read
 _SAME_PERSON = 0.5  # IoU from which a found person is an annotated one
 
@@ -77,9 +77,9 @@ def predictions_sheet(model: Model, files: Sequence[Path], *, truth: Truth | Non
     for file, image, people in zip(files, images, answers, strict=True):
         if truth is not None:
             annotated = truth.get(file.name, [])
-            tiles.append(draw_subjects(image, _from_left(annotated)))
+            tiles.append(draw_subjects(image, from_left(annotated)))
             captions.append(f"{file.name}: annotated")
-        tiles.append(draw_subjects(image, _from_left(people)))
+        tiles.append(draw_subjects(image, from_left(people)))
         captions.append(f"{file.name}: predicted" if truth is not None else file.name)
     return contact_sheet(tiles, 4, captions=captions)
 
@@ -96,7 +96,7 @@ def beside_sheet(models: Sequence[Model], names: Sequence[str], files: Sequence[
     for number, (file, image) in enumerate(zip(files, images, strict=True)):
         annotated = None if truth is None else truth.get(file.name, [])
         for name, found in zip(names, answers, strict=True):
-            tiles.append(draw_subjects(image, _from_left(found[number]), ground_truth=annotated))
+            tiles.append(draw_subjects(image, from_left(found[number]), ground_truth=annotated))
             right = "" if annotated is None else f": {sum(_is_right(person, found[number]) for person in annotated)} of {len(annotated)} right"
             captions.append(f"{name}{right}")
     legend = None if truth is None else "dashed, white: annotated"
@@ -105,11 +105,6 @@ def beside_sheet(models: Sequence[Model], names: Sequence[str], files: Sequence[
 
 def _answers(model: Model, images: Sequence[Image.Image], selection: Selection) -> list[list[Subject]]:
     return predict(model, images, threshold=selection.threshold, min_certainty=selection.min_certainty, nms=selection.nms)
-
-
-def _from_left(people: Sequence[Subject]) -> list[Subject]:
-    """So that a person keeps their colour from one drawing of an image to the next."""
-    return sorted(people, key=lambda person: person.box[0])
 
 
 def _is_right(person: Subject, found: Sequence[Subject]) -> bool:
@@ -139,7 +134,7 @@ def make_looks(model: Model, files: Sequence[Path], *, selection: Selection) -> 
 
 
 def embeddings(looks: Sequence[Look], files: Sequence[Path], *, truth: Truth | None) -> Figure:
-    """Principal components of all people, by annotated emotion with `truth` (people that are nobody's are left out), else by predicted one."""
+    """Principal components of all people, by annotated emotion with `truth` (NOBODY where none is annotated), else by predicted one."""
     labels = [_embedding_label(subject, file, truth) for one, file in zip(looks, files, strict=True) for subject in one.subjects]
     if len(labels) < 3:
         raise UserError(f"embeddings: {len(labels)} people were found; principal components need at least 3, so give more images")
@@ -150,7 +145,7 @@ def _embedding_label(subject: Subject, file: Path, truth: Truth | None) -> str:
     if truth is None:
         return subject.labels[0] if subject.labels else "none"
     match = _nearest(subject, truth.get(file.name, []))
-    return "nobody" if match is None else (match.labels[0] if match.labels else "none")
+    return NOBODY if match is None else (match.labels[0] if match.labels else "none")
 
 
 def losses(runs: Sequence[str]) -> Figure:
@@ -223,6 +218,12 @@ def as_image(picture: Image.Image | Figure) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
+def _few_colors(image: Image.Image) -> Image.Image:
+    """256 colours, dithered: a third of the file, and neither photographs nor colour maps show steps."""
+    palette = image.quantize(_COLORS, method=Image.Quantize.FASTOCTREE)
+    return image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+
+
 def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser(prog="python -m dsct_jax.visualize", description=__doc__)
@@ -238,7 +239,7 @@ def make_parser() -> Parser:
     parser.add_argument("--layer", type=int, default=0, help="decoder layer from 1; 0 = the last (sampling)")
     parser.add_argument("--person", type=int, default=1, help="whose context queries, from 1, surest first (context)")
     parser.add_argument("--threshold", type=float, help="multi-label: probability that makes a class a label; else as fitted")
-    parser.add_argument("--min-certainty", type=float, default=Selection.min_certainty, help="certainty below which a query is nobody")
+    parser.add_argument("--min-certainty", type=float, help="certainty below which a query is nobody; else as fitted, or 0.3")
     parser.add_argument("--nms", type=float, default=Selection.nms, help="overlap (IoU) above which two boxes are the same person; 1 = keep all")
     return parser
 
@@ -251,7 +252,7 @@ def run(arguments: argparse.Namespace) -> None:
     picture = draw(arguments)
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        as_image(picture).quantize(_COLORS).save(output, optimize=True)
+        _few_colors(as_image(picture)).save(output, optimize=True)
     print(output)
 
 

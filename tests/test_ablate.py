@@ -114,6 +114,14 @@ def test_finished_runs_are_skipped_and_shared_between_tables(command):
     assert len(calls) == len(before) + 2 * 2
 
 
+def test_some_rows_of_a_table(command, tmp_path):
+    status, calls = command("--table=6", "--seeds=0", "--rows=baseline,both")
+    assert (status, len(calls)) == (0, 2 * 2)
+    lines = (tmp_path / "out/table6.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[4:6]] == ["| baseline: no context queries", "| + both selections"]
+    assert lines[6] == ""
+
+
 def test_a_run_without_evaluation_is_continued(command, tmp_path):
     command("--table=8", "--seeds=0")
     (tmp_path / "out" / UNCHANGED / "seed0" / "metrics_test.json").unlink()
@@ -132,6 +140,7 @@ def test_columns_by_people_leave_out_what_has_nobody(command, tmp_path):
     ("arguments", "message"),
     [
         (["--table=10"], "--table=10: must be one of 3, 5, 6"),
+        (["--table=8", "--rows=1st,early"], "--rows=1st,early: 'early' is in no name of this table's rows: 1st to 3rd layer; 2nd to 3rd layer; "),
         (["--table=6", "--seeds=0,0"], "--seeds=0,0: must be whole numbers"),
         (["--table=6", "--seeds=one"], "--seeds=one: must be whole numbers"),
         (["--table=6", "--config.model.num_context_queries=0"], "--table=6: needs config.model.num_context_queries above 0"),

@@ -1,5 +1,6 @@
 """Temperature, thresholds, errors of calibration, and thresholds.json."""
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -13,6 +14,7 @@ from dsct_jax.calibration import (
     Calibration,
     calibration_errors,
     calibration_of_run,
+    fit_min_certainty,
     fit_temperature,
     fit_thresholds,
     negative_log_likelihood,
@@ -22,7 +24,7 @@ from dsct_jax.calibration import (
 from dsct_jax.errors import UserError
 
 NAMES = ("calm", "glad")
-FITTED = Calibration(NAMES, 1.25, (0.1 + 0.2, 0.75), "val", 12, "step 6")
+FITTED = Calibration(NAMES, 1.25, (0.1 + 0.2, 0.75), "val", 12, "step 6", 0.1 + 0.1)
 
 
 @settings(deadline=None, max_examples=100)
@@ -41,6 +43,28 @@ def test_no_threshold_has_a_better_f1(data, n):
 
     # Eq. 4 says "more than": nobody's probability 0 can be reached by any threshold.
     assert f1(threshold) >= max(f1(cut) for cut in [0.0, *np.unique(probabilities)]) - 1e-12
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), st.integers(1, 12), st.integers(0, 5))
+def test_no_certainty_finds_people_better(data, n, missed):
+    certainties = data.draw(hnp.arrays(np.float64, n, elements=st.sampled_from([0.0, 0.05, 0.2, 0.7, 1.0])))
+    finds = data.draw(hnp.arrays(bool, n))
+    people = int(finds.sum()) + missed
+    cut = fit_min_certainty(certainties, finds, people=people)
+    if not finds.any():
+        assert cut is None
+        return
+
+    def f1(chosen):
+        return 2 * (finds & chosen).sum() / (chosen.sum() + people)
+
+    assert f1(certainties >= cut) >= max(f1(certainties > level) for level in [0.0, *np.unique(certainties)]) - 1e-12
+
+
+def test_a_file_of_an_older_version_has_no_certainty():
+    text = FITTED.to_json().replace(', "min_certainty": 0.2', "")
+    assert parse_calibration(text, class_names=NAMES, where="here") == dataclasses.replace(FITTED, min_certainty=None)
 
 
 @pytest.mark.parametrize("multi_label", [True, False])
@@ -75,11 +99,11 @@ def test_the_file_keeps_every_digit_and_is_whole_or_not_there(tmp_path):
 
 
 def test_a_run_without_a_fit_and_a_fit_of_other_weights(tmp_path, caplog):
-    assert calibration_of_run(tmp_path, class_names=NAMES, checkpoint="step 6") is None
+    assert calibration_of_run(tmp_path, class_names=NAMES, step=6) is None
     FITTED.save(tmp_path / "thresholds.json")
-    assert calibration_of_run(tmp_path, class_names=NAMES, checkpoint="step 6") == FITTED
+    assert calibration_of_run(tmp_path, class_names=NAMES, step=6) == FITTED
     with caplog.at_level(logging.WARNING):
-        assert calibration_of_run(tmp_path, class_names=NAMES, checkpoint="step 8") is None
+        assert calibration_of_run(tmp_path, class_names=NAMES, step=8) is None
     assert "fitted for step 6, not for step 8" in caplog.text
 
 
@@ -91,6 +115,7 @@ def test_a_run_without_a_fit_and_a_fit_of_other_weights(tmp_path, caplog):
         (FITTED.to_json().replace("glad", "sad"), "fitted for the classes calm, sad, not for calm, glad"),
         (FITTED.to_json().replace("1.25", "0.0"), "temperature=0.0 must be more than 0"),
         (FITTED.to_json().replace("0.75", "7.5"), r"thresholds must be 2 numbers in \[0, 1\]"),
+        (FITTED.to_json().replace(": 0.2}", ": 1.2}"), r"min_certainty=1.2 must lie in \[0, 1\]"),
         (FITTED.to_json().replace(", 0.75", ""), r"thresholds must be 2 numbers in \[0, 1\]"),
     ],
 )

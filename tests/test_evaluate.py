@@ -13,13 +13,14 @@ from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
 from configs.base import CAER_S_CLASSES, EMOTIC_CLASSES
-from dsct_jax.boxes import cxcywh_to_xyxy
+from dsct_jax.boxes import cxcywh_to_xyxy, pairwise_iou
 from dsct_jax.calibration import Calibration
 from dsct_jax.errors import UserError
 from dsct_jax.evaluate import BUCKETS, evaluate, fit_calibration, main, write_evaluation
 from dsct_jax.evaluation_table import format_table
 from dsct_jax.results import About, ImageResult, pack, read_results
 from dsct_jax.selection import certainty, class_probabilities, paper_scores, select_all, select_queries
+from dsct_jax.subjects import Selection, select_subjects
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 GOLDEN = np.load(FOLDER / "eval_protocol.npz")
@@ -292,6 +293,29 @@ def test_thresholds_fitted_on_the_split_itself_are_the_best_there():
         moved = tuple(np.clip(np.array(calibration.thresholds) + rng.normal(0, 0.05, 26), 0, 1).tolist())
         assert evaluate(results, calibration=dataclasses.replace(calibration, thresholds=moved))["macro_f1_fitted"] < best
     assert fit_calibration(pack(multi_class_results(), About(CAER_S_CLASSES, False, False))).thresholds is None
+
+
+def test_prediction_finds_people_best_at_the_fitted_certainty():
+    about = About(CAER_S_CLASSES, False, False)
+    images = multi_class_results()[:200]
+    fitted = fit_calibration(pack(images, about)).min_certainty
+
+    def f1(cut):
+        found = decided = 0
+        for one in images:
+            names = {"class_names": CAER_S_CLASSES, "multi_label": False, "subject_logit": False}
+            subjects = select_subjects(one.logits, one.boxes, one.size, selection=Selection(min_certainty=cut), **names)
+            free = list(one.gt_boxes)
+            for subject in subjects:  # surest first
+                overlaps = pairwise_iou(np.array([subject.box]), np.reshape(free, (-1, 4)))[0]
+                if overlaps.max(initial=0.0) >= 0.5:
+                    free.pop(int(np.argmax(overlaps)))
+                    found += 1
+            decided += len(subjects)
+        return 2 * found / (decided + sum(len(one.gt_boxes) for one in images))
+
+    assert 0 < fitted < 1
+    assert f1(fitted) >= max(f1(cut) for cut in (0.0, fitted / 2, 0.3, (1 + fitted) / 2))
 
 
 # --- intervals -----------------------------------------------------------------------------------------------------------------------------------

@@ -96,10 +96,10 @@ def test_a_loaded_model_decides_with_the_fitted_thresholds(workdir, tmp_path):
     fitted = read_calibration(workdir / "thresholds.json", class_names=("Anger", "Fear", "Happy", "Sad"))
     assert (fitted.split, fitted.checkpoint) == ("val", "step 0")
     model = dsct_jax.load(workdir)
-    assert model.thresholds == fitted.thresholds
+    assert (model.thresholds, model.min_certainty) == (fitted.thresholds, fitted.min_certainty)
     model.save(tmp_path / "model.safetensors")
     again = dsct_jax.load(tmp_path / "model.safetensors")
-    assert again.thresholds == fitted.thresholds
+    assert (again.thresholds, again.min_certainty) == (fitted.thresholds, fitted.min_certainty)
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     ours = dsct_jax.predict(again, [image], min_certainty=0.0, nms=1.0)[0]
     assert len(ours) == 4

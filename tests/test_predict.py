@@ -36,6 +36,7 @@ class RedFinder:
     class_names = CLASSES
     multi_label = True
     thresholds = None
+    min_certainty = None
     preprocessing = Preprocessing(short_side=64, max_long_side=96, buckets=((64, 96), (96, 64), (72, 72)))
     config: ClassVar = {"loss": {"class_loss": "focal"}}
 
@@ -340,6 +341,16 @@ def test_fitted_thresholds_decide_unless_the_user_names_one():
     ((fitted,),), ((named,),) = dsct_jax.predict(model, [image]), dsct_jax.predict(model, [image], threshold=0.85)
     assert fitted.labels == ("calm",)  # sigmoid(-1) = 0.27
     assert named.labels == ("angry",)  # sigmoid(2) = 0.88
+
+
+def test_the_fitted_certainty_decides_unless_the_user_names_one():
+    model, image = RedFinder(), photograph(80, 60, (10, 10, 50, 40))
+    sure = dsct_jax.predict(model, [image], min_certainty=0.0)[0][0].certainty
+    model.min_certainty = sure + 0.01
+    assert dsct_jax.predict(model, [image]) == [[]]
+    assert len(dsct_jax.predict(model, [image], min_certainty=sure)[0]) == 1
+    model.min_certainty = 0.0  # fitted, and not the same as none
+    assert len(dsct_jax.predict(model, [image])[0]) == len(dsct_jax.predict(model, [image], min_certainty=0.0)[0])
 
 
 def test_the_score_is_the_papers_mean_logit():

@@ -14,7 +14,7 @@ from data.samples import run as write_samples
 from dsct_jax import inside, visualize
 from dsct_jax.command import run_command
 from dsct_jax.errors import UserError
-from dsct_jax.figures import contextual_samples, loss_figure
+from dsct_jax.figures import NOBODY, activation_figure, contextual_samples, embedding_figure, loss_figure, sampling_figure
 from dsct_jax.inside import look, principal_components
 from dsct_jax.load import Model, load, model_config
 from dsct_jax.settings import plain
@@ -111,6 +111,23 @@ def test_selections_and_weights_are_those_of_the_fusion(scene):
         chosen = (layer.context_weights[0] > 0).sum()
         assert len(points) == len(weights) == (1 + chosen) * layer.subject_samples.shape[1]
         np.testing.assert_allclose(weights.sum(), 2, atol=1e-5)  # the subject itself, and its context
+
+
+def test_the_columns_have_their_headings_once(scene):
+    _, _, seen = scene
+    for figure, headings in (
+        (sampling_figure([seen, seen], layer=0), ["people found", "subject queries alone", "with their context queries"]),
+        (activation_figure([seen, seen], stage="encoder"), ["image"]),
+    ):
+        titles = [axes.get_title() for axes in figure.axes]
+        assert [titles.count(heading) for heading in headings] == [1] * len(headings)
+        assert titles[: len(headings)] == headings
+
+
+def test_nobody_is_the_last_entry_of_the_legend(scene):
+    _, _, seen = scene
+    figure = embedding_figure([seen], ["Sad", NOBODY, "Fear", "Sad"], source="annotated emotion")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Fear (1)", "Sad (2)", "nobody (1)"]
 
 
 def test_activation_leaves_the_padding_out():
