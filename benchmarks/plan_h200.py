@@ -1,0 +1,67 @@
+"""What a training step would take on an H200, compiled completely on a machine without one: memory, and that every kernel compiles.
+
+    python -m benchmarks.plan_h200 --size 800x1066 --batch 4 --dtype bfloat16 --remat light
+
+Nothing is executed. Needs what `pallas_kernels.compile_check` needs; takes about ten minutes on two cores.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the CUDA plugin then registers without looking for a driver
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+
+from dsct_jax.load import model_config
+from dsct_jax.losses import LossConfig
+from dsct_jax.matcher import IMPLEMENTATIONS, MatcherConfig
+from dsct_jax.model.layers import REMAT
+from dsct_jax.optimizer import OptimizerConfig
+from dsct_jax.plan import format_plan, make_plan
+from dsct_jax.settings import from_section, read_config
+from dsct_jax.sharding import make_mesh
+from dsct_jax.state import ModelFunctions
+from dsct_jax.step import initial_state, make_train_step
+from pallas_kernels.compile_check import H200
+
+
+def main() -> None:
+    """Compiles and prints the plan."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=Path("configs/emotic_r50.py"))
+    parser.add_argument("--size", default="800x1066", help="HEIGHTxWIDTH of the padded images")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--remat", choices=REMAT, default="light")
+    parser.add_argument("--matcher", choices=IMPLEMENTATIONS, default="scipy")
+    args = parser.parse_args()
+    config = read_config(args.config)
+    config["model"] |= {"compute_dtype": args.dtype, "remat": args.remat}
+    here = make_mesh(jax.devices()[:1])
+    topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H200, topology="1x1x1")
+    mesh = Mesh(np.array(topology.devices).reshape(here.devices.shape), here.axis_names)
+    functions = ModelFunctions(model_config(config))
+    optimizer_config = from_section(OptimizerConfig, "optimizer", config["optimizer"])
+    optimizer, state = initial_state(*functions.init(0), optimizer_config, total_steps=1, mesh=here)
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), state)
+    step = make_train_step(
+        functions,
+        optimizer,
+        loss=from_section(LossConfig, "loss", config["loss"]),
+        matcher=MatcherConfig(implementation=args.matcher),
+        multi_label=config["multi_label"],
+        mesh=mesh,
+        seed=0,
+    )
+    height, width = (int(side) for side in args.size.split("x"))
+    sizes = {"batch_size": args.batch, "max_targets": config["data"]["max_targets"], "num_classes": len(config["class_names"])}
+    print(f"{args.config}, {args.dtype}, remat {args.remat}, matcher {args.matcher}, for an H200 (jax {jax.__version__})")
+    print(format_plan(make_plan(step, state, [(height, width)], **sizes)))
+
+
+if __name__ == "__main__":
+    main()
