@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from dsct_jax.batch import Batch, Targets
 from dsct_jax.load import model_config
@@ -61,10 +60,8 @@ def seconds(run: Callable[[], Any], runs: int) -> float:
     return statistics.median(found)
 
 
-def measure(
-    config: dict[str, Any], *, devices: int, size: tuple[int, int], batch_size: int, matcher: str, runs: int, parts: bool
-) -> dict[str, float]:
-    """Seconds of the whole step and, on one device, of its parts."""
+def build(config: dict[str, Any], *, devices: int, size: tuple[int, int], batch_size: int, matcher: str) -> tuple[TrainStep, TrainState, Batch]:
+    """(step, state, batch) of a configuration, spread over so many devices."""
     functions, mesh = ModelFunctions(model_config(config)), make_mesh(jax.devices()[:devices])
     optimizer_config = from_section(OptimizerConfig, "optimizer", config["optimizer"])
     optimizer, state = initial_state(*functions.init(0), optimizer_config, total_steps=1000, mesh=mesh)
@@ -76,7 +73,14 @@ def measure(
     }
     step = make_train_step(functions, optimizer, matcher=MatcherConfig(implementation=matcher), **options)
     host_batch = make_batch(batch_size, *size, config["data"]["max_targets"], len(config["class_names"]))
-    batch = shard_batch(host_batch, mesh)
+    return step, state, shard_batch(host_batch, mesh)
+
+
+def measure(
+    config: dict[str, Any], *, devices: int, size: tuple[int, int], batch_size: int, matcher: str, runs: int, parts: bool
+) -> dict[str, float]:
+    """Seconds of the whole step and, on one device, of its parts."""
+    step, state, batch = build(config, devices=devices, size=size, batch_size=batch_size, matcher=matcher)
 
     def run():
         nonlocal state
@@ -85,16 +89,14 @@ def measure(
 
     found = {"step": seconds(run, runs)}
     if parts and devices == 1:
-        found |= measure_parts(functions, optimizer, state, step, batch, runs)
+        found |= measure_parts(state, step, batch, runs)
         found["decoder"] = found["step"] - sum(found[part] for part in PARTS if part != "decoder")
     return found
 
 
-def measure_parts(
-    functions: ModelFunctions, optimizer: optax.GradientTransformation, state: TrainState, step: TrainStep, batch: Batch, runs: int
-) -> dict[str, float]:
+def measure_parts(state: TrainState, step: TrainStep, batch: Batch, runs: int) -> dict[str, float]:
     """Seconds of each part but the decoder, alone; the encoder is what it adds to the backbone."""
-    remat = functions.config.remat
+    functions, optimizer, remat = step.functions, step.optimizer, step.functions.config.remat
 
     def model_of(params: Flat, batch: Batch):
         return functions.bind(params | state.fixed, state.frozen), *model_input(batch)
@@ -157,7 +159,7 @@ def main() -> None:
         height, width = (int(side) for side in size.split("x"))
         found = measure(config, devices=devices, size=(height, width), batch_size=batch, matcher=matcher, runs=args.runs, parts=args.parts)
         case = {"devices": devices, "images": size, "batch": batch, "type": dtype, "remat": remat, "matcher": matcher}
-        results.append(case | found)
+        results.append({**case, "seconds": found})
         numbers = [f"{1e3 * found['step']:.0f}", f"{batch / found['step']:.2f}", *(f"{1e3 * found[p]:.1f}" if p in found else "" for p in PARTS)]
         lines.append("| " + " | ".join([*map(str, case.values()), *numbers]) + " |")
         print(lines[-1], flush=True)

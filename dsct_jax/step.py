@@ -209,7 +209,8 @@ class TrainStep:
                 return out.logits, out.boxes
 
             (logits, boxes), pull_back = jax.vjp(forward, params)
-            cost = matching_cost(logits, boxes, batch.targets, config=self.matcher, multi_label=self.multi_label)
+            with jax.named_scope("matching"):
+                cost = matching_cost(logits, boxes, batch.targets, config=self.matcher, multi_label=self.multi_label)
             if self.config.skip_nonfinite:  # the step finds out by itself, and no matcher has to cope
                 cost = jnp.nan_to_num(cost, nan=0.0, posinf=0.0, neginf=0.0)
             return _Forward(cost, batch.targets.valid, logits, boxes, _PullBack.pack(pull_back, params | fixed | frozen))
@@ -233,7 +234,8 @@ class TrainStep:
                 sums = loss_sums(logits, boxes, batch.targets, assignment, num_boxes=num_boxes, config=self.loss, multi_label=self.multi_label)
                 return sums.terms["total"], sums
 
-            cotangents, sums = jax.grad(objective, argnums=(0, 1), has_aux=True)(forward.logits, forward.boxes)
+            with jax.named_scope("losses"):
+                cotangents, sums = jax.grad(objective, argnums=(0, 1), has_aux=True)(forward.logits, forward.boxes)
             finite = jnp.isfinite(forward.logits).all() & jnp.isfinite(forward.boxes).all()
             sums.terms["nonfinite"] = (~finite).astype(jnp.float32)
             (grads,) = pull_back(cotangents)
@@ -284,8 +286,9 @@ class TrainStep:
         terms, norms = sums.finished(), gradient_norms(grads)
         unsound = terms.pop("nonfinite") > 0
         unsound |= ~(jnp.isfinite(terms["total"]) & jnp.isfinite(norms["grad_norm"]))
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         moved = (params, opt_state, average(state.ema, params, state.step, decay=self.config.ema_decay) if state.ema else {})
         if self.config.skip_nonfinite:
             moved = jax.tree.map(lambda new, old: jnp.where(unsound, old, new), moved, (state.params, state.opt_state, state.ema))

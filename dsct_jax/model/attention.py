@@ -64,7 +64,8 @@ class DeformableAttention(nnx.Module):
             half = boxes[:, :, None, :, None] * sizes / (2 * p)
             offsets *= jnp.where(half > 0, half, 1)
         logits = exact_linear(self.attention_weights, queries).reshape(b, q, n, l, p)
-        attended = deformable_attention_from_offsets(value, spatial_shapes, reference_points, offsets, logits, implementation=implementation)
+        with jax.named_scope("deformable_attention"):
+            attended = deformable_attention_from_offsets(value, spatial_shapes, reference_points, offsets, logits, implementation=implementation)
         attended = checkpoint_name(attended, KEPT)
         sampled = {  # dead code under jit unless the caller keeps it
             "sampling_locations": reference_points[:, :, None, :, None, :] + offsets / sizes,

@@ -138,8 +138,11 @@ class DSCT(nnx.Module):
         predictions carry reference points, memory and, stacked over decoder layers, everything the layers looked at.
         """
         remat = "none" if return_details else self.config.remat
-        features = self.features(images, remat=remat)
-        memory, padding, spatial_shapes, ratios = self.encode(features, padding_mask, noise=noise, implementation=implementation, remat=remat)
+        # The scopes are what a profile calls the parts.
+        with jax.named_scope("backbone"):
+            features = self.features(images, remat=remat)
+        with jax.named_scope("encoder"):
+            memory, padding, spatial_shapes, ratios = self.encode(features, padding_mask, noise=noise, implementation=implementation, remat=remat)
         tokens, query_positions, reference_points = self.queries(images.shape[0])
         references = self.box_head.references(reference_points, self.config.num_context_queries)
         states, predicted, details = [], [], []
@@ -147,15 +150,18 @@ class DSCT(nnx.Module):
             layer_references = references[:, :, None] * jnp.tile(ratios, references.shape[-1] // 2)[:, None]
             points, *sizes = jnp.split(layer_references, references.shape[-1] // 2, -1)
             run = partial(decoder_layer, spatial_shapes=spatial_shapes, noise=noise, implementation=implementation)
-            tokens, seen = rematerialized(run, remat)(tokens, query_positions, points, memory, padding, boxes=sizes[0] if sizes else None)
+            with jax.named_scope("decoder"):
+                tokens, seen = rematerialized(run, remat)(tokens, query_positions, points, memory, padding, boxes=sizes[0] if sizes else None)
             context, subject = jnp.split(references, [self.config.num_context_queries], 1)
-            predicted.append(self.box_head(tokens[:, self.config.num_context_queries :].astype(jnp.float32), subject))
+            with jax.named_scope("heads"):
+                predicted.append(self.box_head(tokens[:, self.config.num_context_queries :].astype(jnp.float32), subject))
             if self.config.box_refinement:
                 references = jnp.concatenate([context, jax.lax.stop_gradient(predicted[-1])], 1)
             states.append(tokens)
             details.append(seen)
         subjects = jnp.stack(states)[:, :, self.config.num_context_queries :].astype(jnp.float32)
-        logits, boxes = self.class_head(subjects), jnp.stack(predicted)
+        with jax.named_scope("heads"):
+            logits, boxes = self.class_head(subjects), jnp.stack(predicted)
         if not return_details:
             return Predictions(logits, boxes)
         shared = {"reference_points": reference_points, "valid_ratios": ratios, "memory": memory, "features": features, "states": jnp.stack(states)}

@@ -1,0 +1,130 @@
+"""Where the time of a training step goes, from jax's profiler: by part of the network, and by kind of work.
+
+    python -m benchmarks.profile_step --output=benchmarks/profile_step_cpu                        # R50, 480x640, batch 1
+    python -m benchmarks.profile_step --size 800x1066 --batch 8 --dtype bfloat16 --output=benchmarks/profile_step_gpu
+
+Milliseconds of a step, summed over the threads (CPU) or streams (GPU) that worked at the same time: the columns do not add up to the time that
+passes, which stands above the table. A fused program counts for the operation at its end.
+"""
+
+import argparse
+import collections
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from benchmarks.training_step import build
+from dsct_jax.model.layers import REMAT
+from dsct_jax.settings import read_config
+from dsct_jax.step import assign_shards
+
+PARTS = ("backbone", "encoder", "decoder", "heads", "matching", "losses", "optimizer")  # jax.named_scope in model/dsct.py and step.py
+KINDS = (  # the first that is found in an operation's path; in a backbone, a convolution of 1x1 is an einsum
+    ("deformable attention", r"deformable_attention"),
+    ("convolutions", r"conv_general_dilated|bhwc,cd->bhwd"),
+    ("matrix products", r"dot_general"),
+    ("sums and maxima", r"reduce"),
+    ("moved, not computed", r"transpose\)?$|copy|reshape$|concatenate$|slice|broadcast|gather|split$|pad$"),
+)
+
+
+def events(directory: Path) -> Iterator[tuple[str, str, float]]:
+    """(module, operation, milliseconds without what ran inside it) of every operation of the programs in a recorded trace."""
+    (path,) = directory.rglob("*.xplane.pb")
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        for line in plane.lines:
+            found = [(e.start_ns, e.start_ns + e.duration_ns, dict(e.stats)) for e in line.events if not e.name.startswith("end: ")]
+            found = [(start, end, stats) for start, end, stats in found if "hlo_op" in stats]
+            own: list[list] = []  # module, operation, nanoseconds
+            open_: list[tuple[float, int]] = []  # end and number of what is still running
+            for start, end, stats in sorted(found, key=lambda event: (event[0], -event[1])):
+                while open_ and open_[-1][0] <= start:
+                    open_.pop()
+                if open_:
+                    own[open_[-1][1]][2] -= end - start
+                open_.append((end, len(own)))
+                own.append([stats["hlo_module"], stats["hlo_op"], end - start])
+            yield from ((module, operation, time_ / 1e6) for module, operation, time_ in own)
+
+
+def paths_of(text: str) -> dict[str, str]:
+    """Operation of a compiled program -> where in the model it comes from."""
+    found = re.finditer(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', text, re.MULTILINE)
+    return {match[1]: match[2] for match in found}
+
+
+def part_of(path: str) -> str:
+    """The named scope, or "other"."""
+    return next((part for part in PARTS if re.search(rf"\b{part}\b", path)), "other")
+
+
+def direction_of(path: str) -> str:
+    """Whether an operation belongs to the forward pass, the backward pass, or to what the backward pass computes again."""
+    if "rematted_computation" in path:
+        return "again"
+    return "backward" if "transpose(" in path else "forward"
+
+
+def kind_of(path: str, operation: str) -> str:
+    """Which of KINDS, by the path, or by the operation's name where the compiler made it up."""
+    return next((kind for kind, pattern in KINDS if re.search(pattern, path or operation)), "element by element")
+
+
+def main() -> None:
+    """Profiles, prints the tables, and writes them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=Path("configs/emotic_r50.py"))
+    parser.add_argument("--size", default="480x640", help="HEIGHTxWIDTH of the padded images")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--remat", choices=REMAT, help="default: the configuration's")
+    parser.add_argument("--steps", type=int, default=3, help="recorded, after two that are not")
+    parser.add_argument("--output", type=Path, help="writes OUTPUT.md")
+    args = parser.parse_args()
+    config = read_config(args.config)
+    config["model"] |= {"compute_dtype": args.dtype, "remat": args.remat or config["model"]["remat"]}
+    height, width = (int(side) for side in args.size.split("x"))
+    step, state, batch = build(config, devices=1, size=(height, width), batch_size=args.batch, matcher="scipy")
+    first = step.first_half.lower(state, batch, None).compile()
+    forward = first(state, batch, None)
+    second = step.second_half.lower(state, forward, batch, assign_shards(forward.cost, forward.valid)).compile()
+    paths = {"predict": paths_of(first.as_text()), "finish": paths_of(second.as_text())}
+    passed = []
+    with tempfile.TemporaryDirectory() as directory:
+        for number in range(2 + args.steps):
+            if number == 2:
+                jax.profiler.start_trace(directory)
+            start = time.perf_counter()
+            forward = first(state, batch, None)
+            state, terms = second(state, forward, batch, assign_shards(forward.cost, forward.valid))
+            del forward
+            jax.block_until_ready((state, terms))
+            passed.append(time.perf_counter() - start)
+        jax.profiler.stop_trace()
+        found = list(events(Path(directory)))
+    by_part: collections.Counter[tuple[str, str]] = collections.Counter()
+    by_kind: collections.Counter[tuple[str, str]] = collections.Counter()
+    for module, operation, milliseconds in found:
+        path = paths["finish" if "finish" in module else "predict"].get(operation, "")
+        by_part[part_of(path), direction_of(path)] += milliseconds / args.steps
+        by_kind[kind_of(path, operation), direction_of(path)] += milliseconds / args.steps
+    device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}"
+    about = f"{args.size}, batch {args.batch}, {args.dtype}, remat {config['model']['remat']} ({device})"
+    lines = [f"Training step of {args.config}, {about}: {1e3 * min(passed[2:]):.0f} to {1e3 * max(passed[2:]):.0f} ms. Milliseconds of work:"]
+    for name, rows, table in (("part", (*PARTS, "other"), by_part), ("kind", (*(kind for kind, _ in KINDS), "element by element"), by_kind)):
+        lines += ["", f"| {name} | forward | again | backward | all | share |", "|---|---|---|---|---|---|"]
+        for row in rows:
+            numbers = [table[row, direction] for direction in ("forward", "again", "backward")]
+            lines.append(f"| {row} | " + " | ".join(f"{x:.0f}" for x in (*numbers, sum(numbers))) + f" | {sum(numbers) / table.total():.0%} |")
+    print("\n".join(lines))
+    if args.output:
+        args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
