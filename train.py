@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import optax
 from jax.sharding import Mesh
-from PIL import Image
 
 from data.command import override
 from data.config import SPLITS, DataConfig
@@ -28,7 +27,7 @@ from dsct_jax.batch import Batch, Predictions
 from dsct_jax.calibration import FILE as CALIBRATION_FILE
 from dsct_jax.calibration import calibration_of_run
 from dsct_jax.checkpoint import Checkpoints, best_step, load_weights, newest_step, require_same_model, require_same_shapes
-from dsct_jax.collect import collect_results
+from dsct_jax.collect import Shown, collect_results, draw_shown
 from dsct_jax.command import Parser, run_command
 from dsct_jax.compilation import FILE as COMPILATIONS_FILE
 from dsct_jax.compilation import CompilationLog, keep_programs_in
@@ -212,23 +211,23 @@ def validate(
 ) -> tuple[dict[str, Any], bool]:
     """Metrics of the weights as they are, averaged if the run keeps an average; and whether they are the best, which `best` then knows."""
     weights = (state.ema or state.params) | state.fixed
-    drawn = DRAWN_IN_TRAINING if jax.process_index() == 0 else 0
-    results, drawings = collect(partial(eval_step, weights, state.frozen), data, "val", run=run, mesh=mesh, drawn=drawn)
+    keep = DRAWN_IN_TRAINING if jax.process_index() == 0 else 0
+    results, shown = collect(partial(eval_step, weights, state.frozen), data, "val", run=run, mesh=mesh, keep=keep)
     metrics = evaluate(results)
     logbook.write(step, {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)})
-    if drawings:
-        logbook.image(step, "val/predictions", contact_sheet(drawings[:DRAWN_IN_TRAINING], 3))
+    if shown:
+        logbook.image(step, "val/predictions", contact_sheet(draw_shown(shown, results.about, fit_calibration(results)), 3))
     logbook.tell("validation: " + "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics))
     return metrics, best.add(step, metrics)
 
 
 def collect(
-    predict: Callable[[Batch], Predictions], data: Dataset, split: str, *, run: RunConfig, mesh: Mesh, drawn: int, checkpoint: str = ""
-) -> tuple[SplitResults, list[Image.Image]]:
-    """(what `predict` says of every image of `data`, drawings of the first `drawn`); `checkpoint` is kept with the results, for people."""
+    predict: Callable[[Batch], Predictions], data: Dataset, split: str, *, run: RunConfig, mesh: Mesh, keep: int, checkpoint: str = ""
+) -> tuple[SplitResults, list[Shown]]:
+    """(what `predict` says of every image of `data`, the first `keep` images with it); `checkpoint` is kept with the results, for people."""
     subject_logit = has_subject_logit(multi_label=run.multi_label, class_loss=run.loss.class_loss)
     about = About(run.class_names, run.multi_label, subject_logit, data.report.protocol, split, checkpoint)
-    return collect_results(predict, data.iterator(), about, num_images=data.num_images, source=data.report.source, mesh=mesh, drawn=drawn)
+    return collect_results(predict, data.iterator(), about, num_images=data.num_images, source=data.report.source, mesh=mesh, keep=keep)
 
 
 def tell_skipped(*datasets: Dataset, tell) -> None:
@@ -266,18 +265,19 @@ def evaluate_checkpoint(config: Mapping[str, Any], workdir: Path, split: str, *,
     calibration = calibration_of_run(workdir, class_names=run.class_names, step=step) if split != "val" else None
     data = open_data(run, split, training=False)
     predict = partial(make_eval_step(functions, mesh=mesh), *replicate((params, frozen), mesh))
-    results, drawings = collect(predict, data, split, run=run, mesh=mesh, drawn=DRAWN_IMAGES, checkpoint=f"step {step}")
+    results, shown = collect(predict, data, split, run=run, mesh=mesh, keep=DRAWN_IMAGES, checkpoint=f"step {step}")
     metrics = evaluate(results, calibration=calibration, resamples=RESAMPLES, seed=run.seed)
     if jax.process_index() == 0:
         print(format_table(metrics))
         tell_skipped(data, tell=print)
         predictions, sheet = workdir / f"predictions_{split}.npz", workdir / f"predictions_{split}.png"
         results.save(predictions)
-        contact_sheet(drawings[:DRAWN_IMAGES], 6).save(sheet)
+        fitted = fit_calibration(results) if split == "val" else None
+        contact_sheet(draw_shown(shown, results.about, fitted or calibration), 6).save(sheet)
         numbers = write_evaluation(metrics, workdir, suffix=f"_{split}")
         print(f"numbers: {'   '.join(map(str, numbers))}   predictions: {predictions}   drawings (dashed: annotated): {sheet}")
-        if split == "val":
-            fit_calibration(results).save(workdir / CALIBRATION_FILE)
+        if fitted is not None:
+            fitted.save(workdir / CALIBRATION_FILE)
             print(f"temperature and thresholds fitted for prediction and for the other splits: {workdir / CALIBRATION_FILE}")
         elif calibration is None:
             print("no thresholds fitted on validation: --mode=eval --split=val makes them")

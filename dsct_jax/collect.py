@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,14 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from dsct_jax.batch import Batch, Predictions
+from dsct_jax.calibration import Calibration
 from dsct_jax.drawing import draw_batch
 from dsct_jax.errors import UserError
 from dsct_jax.prefetch import Prefetch
 from dsct_jax.results import About, ImageResult, SplitResults, pack
 from dsct_jax.sharding import shard_batch
+
+Shown = tuple[Batch, np.ndarray, np.ndarray]  # images on the host, and the last layer's logits [b q k+1] and boxes [b q 4] of each
 
 
 def collect_results(
@@ -27,9 +30,9 @@ def collect_results(
     num_images: int,
     source: str,
     mesh: Mesh,
-    drawn: int = 0,
-) -> tuple[SplitResults, list[Image.Image]]:
-    """(what `predict` says of every image, on every process; drawings of the first `drawn` images of this process).
+    keep: int = 0,
+) -> tuple[SplitResults, list[Shown]]:
+    """(what `predict` says of every image, on every process; the first `keep` images of this process with it, for `draw_shown`).
 
     Args:
         predict: an eval step, on a batch of the mesh.
@@ -41,7 +44,7 @@ def collect_results(
         UserError: none of the images could be read.
     """
     results: list[ImageResult] = []
-    drawings: list[Image.Image] = []
+    shown: list[Shown] = []
     seen = 0
     with Prefetch(batches, lambda batch: (batch, shard_batch(batch, mesh))) as pairs:
         for batch, sharded in pairs:
@@ -49,17 +52,22 @@ def collect_results(
             logits, boxes = predictions.logits[-1], predictions.boxes[-1]
             results += image_results(whole, logits, boxes)
             seen += int((whole.image_ids >= 0).sum())  # images that were skipped as damaged keep their number
-            if len(drawings) < drawn:
-                first = jax.process_index() * len(batch.real)
-                here = slice(first, first + len(batch.real))
-                shown = jax.tree.map(operator.itemgetter(slice(drawn - len(drawings))), batch)
-                names: dict[str, Any] = {name: getattr(about, name) for name in ("class_names", "multi_label", "subject_logit")}
-                drawings += draw_batch(shown, logits[here][: len(shown.real)], boxes[here][: len(shown.real)], **names)
+            if keep > 0:
+                first, number = jax.process_index() * len(batch.real), min(keep, len(batch.real))
+                here = slice(first, first + number)
+                shown.append((jax.tree.map(operator.itemgetter(slice(number)), batch), logits[here], boxes[here]))
+                keep -= number
     if seen != num_images:
         raise RuntimeError(f"evaluated {seen} of {num_images} images")
     if not results:
         raise UserError(f"{source}: none of its {num_images} images could be read")
-    return pack(results, about), drawings
+    return pack(results, about), shown
+
+
+def draw_shown(shown: Sequence[Shown], about: About, calibration: Calibration | None) -> list[Image.Image]:
+    """Drawings of images that `collect_results` kept, with the people that `calibration` finds (None: at the defaults)."""
+    names: dict[str, Any] = {name: getattr(about, name) for name in ("class_names", "multi_label", "subject_logit")}
+    return [picture for batch, logits, boxes in shown for picture in draw_batch(batch, logits, boxes, calibration=calibration, **names)]
 
 
 def on_host(tree: Any) -> Any:

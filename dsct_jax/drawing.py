@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dsct_jax.batch import Batch
 from dsct_jax.boxes import cxcywh_to_xyxy
+from dsct_jax.calibration import Calibration
 from dsct_jax.subjects import Selection, Subject, select_subjects
 
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")  # Okabe-Ito without black
@@ -171,11 +172,12 @@ def draw_batch(
     class_names: Sequence[str],
     multi_label: bool,
     subject_logit: bool,
-    selection: Selection | None = None,
+    calibration: Calibration | None = None,
 ) -> list[Image.Image]:
     """Every real image of a batch, without its padding, with the predicted people and the annotated ones.
 
-    `logits` [b q k+1] and `boxes` [b q 4] are those of the last decoder layer; `batch` holds host arrays.
+    `logits` [b q k+1] and `boxes` [b q 4] are those of the last decoder layer; `batch` holds host arrays. `calibration` says who is a person and,
+    where classes are independent, which emotions apply.
     """
     pictures = []
     for i in np.flatnonzero(np.asarray(batch.real)):
@@ -187,7 +189,9 @@ def draw_batch(
             class_names=class_names,
             multi_label=multi_label,
             subject_logit=subject_logit,
-            selection=selection or Selection(),
+            selection=Selection(),
+            thresholds=calibration and calibration.thresholds,
+            min_certainty=calibration and calibration.min_certainty,
         )
         valid = np.asarray(batch.targets.valid[i])
         people = cxcywh_to_xyxy(np.asarray(batch.targets.boxes[i])[valid]) * np.array([width, height] * 2)
