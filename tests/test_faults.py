@@ -24,6 +24,7 @@ STEP = re.compile(r"step (\d+)/")
 STARTED = re.compile(r"steps (\d+) to \d+$", re.MULTILINE)
 STEP_OF_ANY_LINE = re.compile(r"^step \d+/", re.MULTILINE)
 STEPS = 40  # of a whole run
+TWO_STEPS = 100  # of two processes, which look for a signal once a second
 START_SECONDS, SAVE_SECONDS = 8.0, 0.04  # about what a start takes, and the writing of a checkpoint
 # Lines, validations and checkpoints at different steps, so that a kill falls between any two of them.
 SETTINGS = ["--config=configs/debug.py", "--config.train.log_every=5", "--config.train.eval_every=2.0", "--config.train.checkpoint_every=1.0"]
@@ -207,7 +208,7 @@ def test_a_cut_checkpoint_costs_the_steps_since_the_one_before(unbroken, tmp_pat
 @pytest.fixture(scope="module")
 def unbroken_two(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("unbroken_two") / "run"
-    for process in start_two(workdir, STEPS):
+    for process in start_two(workdir, TWO_STEPS):
         finish(process)
     return workdir
 
@@ -215,7 +216,7 @@ def unbroken_two(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_a_kill_of_one_of_two_processes(unbroken_two, tmp_path):
     for victim in (1, 0):
-        both = start_two(tmp_path / "run", STEPS)
+        both = start_two(tmp_path / "run", TWO_STEPS)
         read_to(both[0], max(saved_steps(tmp_path / "run"), default=0) + 3)
         before = saved_steps(tmp_path / "run")
         both[victim].kill()
@@ -224,7 +225,7 @@ def test_a_kill_of_one_of_two_processes(unbroken_two, tmp_path):
             process.kill()
             process.communicate()
         assert saved_steps(tmp_path / "run")[-1:] >= before[-1:]
-    for process in start_two(tmp_path / "run", STEPS):
+    for process in start_two(tmp_path / "run", TWO_STEPS):
         finish(process)
     same(tmp_path / "run", unbroken_two)
 
@@ -233,13 +234,13 @@ def test_a_kill_of_one_of_two_processes(unbroken_two, tmp_path):
 def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(unbroken_two, tmp_path):
     for told in (1, 0):
         newest = max(saved_steps(tmp_path / "run"), default=0)
-        both = start_two(tmp_path / "run", STEPS)
+        both = start_two(tmp_path / "run", TWO_STEPS)
         read_to(both[0], newest + 2)
         both[told].send_signal(signal.SIGTERM)
         steps = [re.search(r"^asked to stop: saved at step (\d+);", finish(process), re.MULTILINE)[1] for process in both]
-        assert steps[0] == steps[1] and newest < int(steps[0]) == saved_steps(tmp_path / "run")[-1] < STEPS
-    spoken, _ = [finish(process) for process in start_two(tmp_path / "run", STEPS)]
-    assert f"steps {steps[0]} to {STEPS}" in spoken
+        assert steps[0] == steps[1] and newest < int(steps[0]) == saved_steps(tmp_path / "run")[-1] < TWO_STEPS
+    spoken, _ = [finish(process) for process in start_two(tmp_path / "run", TWO_STEPS)]
+    assert f"steps {steps[0]} to {TWO_STEPS}" in spoken
     same(tmp_path / "run", unbroken_two)
 
 

@@ -1,6 +1,7 @@
 """bfloat16 follows float32: the loss of a hundred steps on the built-in scenes stays within the band that docs/training_step.md states."""
 
 import numpy as np
+import pytest
 
 from benchmarks.precision import smoothed, trainer
 from configs import debug
@@ -22,6 +23,7 @@ def config() -> dict:
     return plain(config)
 
 
+@pytest.mark.slow  # its programs take most of the time
 def test_bfloat16_follows_float32_for_a_hundred_steps():
     exact, rounded = (smoothed(trainer(config(), dtype, STEPS)(seed=0)) for dtype in ("float32", "bfloat16"))
     assert exact[-1] < 0.8 * exact[0]
