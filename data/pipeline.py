@@ -1,9 +1,15 @@
 """Files on disk -> padded numpy batches: read, plan, decode, transform, pad, prefetch; resumable at any step."""
 
+import contextlib
 import logging
+import multiprocessing
+import os
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import connection
 from typing import Any
 
 import numpy as np
@@ -206,15 +212,41 @@ def _load_in_processes(load: Callable[[int], dict[str, Any]], start: int, stop: 
     """The same through Grain's worker processes."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain hands the flags to its workers and stops where nobody has parsed any
-    dataset = grain.MapDataset.range(start, stop).map(load)
-    elements = iter(
-        dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)).mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        )
-    )
+    dataset = grain.MapDataset.range(start, stop).map(load).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    with _signals_held_back():
+        elements = iter(dataset.mp_prefetch(options, worker_init_fn=_belong_to_the_run))
     try:
-        for element in elements:
+        with _signals_held_back():
+            element = next(elements, None)
+        while element is not None:
             # Copies: what arrives are views of shared memory that the sender owns only until its process is stopped.
             yield element | {"arrays": {name: np.array(array) for name, array in element["arrays"].items()}}
+            element = next(elements, None)
     finally:
         elements.close()
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Workers that are started inside inherit it: SIGTERM and Ctrl-C, which reach a whole group, do not end them before they can ignore them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _belong_to_the_run(worker: int, workers: int) -> None:
+    """Called in each worker process: what a signal means is the run's business, which stops its workers; and a worker whose run was killed ends."""
+    del worker, workers
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    run = multiprocessing.parent_process()
+    if run is not None:
+        threading.Thread(target=_end_with, args=(run.sentinel,), name="end with the run", daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)

@@ -282,3 +282,14 @@ def test_sigterm_leaves_no_data_worker_behind(unbroken, tmp_path, send):
     all_gone(process.pid)
     finish(start(tmp_path / "run", STEPS, WORKERS))
     same(tmp_path / "run", unbroken)
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_data_worker_behind(unbroken, tmp_path):
+    process = start(tmp_path / "run", STEPS, WORKERS)
+    read_to(process, 4)
+    process.kill()
+    process.communicate(timeout=60)  # returns when nobody holds the run's output open any more
+    all_gone(process.pid)
+    finish(start(tmp_path / "run", STEPS, WORKERS))
+    same(tmp_path / "run", unbroken)

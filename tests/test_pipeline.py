@@ -1,6 +1,9 @@
 """The pipeline: every image once an epoch, the same batches whatever the workers, hosts or starting step, and clear words about bad files."""
 
 import json
+import multiprocessing
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -156,6 +159,22 @@ def test_workers_and_threads_yield_the_same_batches_in_the_same_order(monkeypatc
     for other in others:
         for one, two in zip(single, other, strict=True):
             assert_same(one, two)
+
+
+def test_a_signal_to_the_whole_group_is_no_concern_of_the_workers():
+    """Ctrl-C and schedulers reach every process of a run; a worker that ended by it would end the run before it has saved."""
+    expected = list(train_set().iterator(0, 20))
+    batches = train_set(make_config(num_workers=2)).iterator(0, 20)
+    found = [next(batches)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker.pid, number)
+    found += list(batches)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    for one, two in zip(expected, found, strict=True):
+        assert_same(one, two)
 
 
 def test_a_cache_changes_nothing():
