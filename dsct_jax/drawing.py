@@ -190,8 +190,8 @@ def draw_batch(
             multi_label=multi_label,
             subject_logit=subject_logit,
             selection=Selection(),
-            thresholds=calibration and calibration.thresholds,
-            min_certainty=calibration and calibration.min_certainty,
+            thresholds=None if calibration is None else calibration.thresholds,
+            min_certainty=None if calibration is None else calibration.min_certainty,
         )
         valid = np.asarray(batch.targets.valid[i])
         people = cxcywh_to_xyxy(np.asarray(batch.targets.boxes[i])[valid]) * np.array([width, height] * 2)

@@ -46,26 +46,33 @@ def start_process() -> None:
 class Preemption:
     """Whether the run was asked to stop (SIGTERM, as schedulers send before they take a machine away); use as a context manager.
 
-    Several processes stop after the same step: jax hands the signal of any of them to all.
+    Several processes stop after the same step: jax hands the signal of any of them to all. Ctrl-C raises KeyboardInterrupt as always; where a
+    callback of the garbage collector swallows that, `reached` raises it again.
     """
 
     def __init__(self) -> None:
-        self._asked = False
-        self._before: Any = None
+        self._asked = self._interrupted = False
+        self._before: dict[signal.Signals, Any] = {}
 
     def reached(self, step: int) -> bool:
         """True from the step on after which to save and leave; every process has to ask at every step."""
+        if self._interrupted:
+            raise KeyboardInterrupt
         return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
     def __enter__(self) -> "Preemption":
+        def stop(*_: Any) -> None:
+            self._asked = True
+
+        def interrupt(*_: Any) -> None:
+            self._interrupted = True
+            raise KeyboardInterrupt
+
+        self._before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
         if jax.process_count() == 1:
-
-            def note(*_: Any) -> None:
-                self._asked = True
-
-            self._before = signal.signal(signal.SIGTERM, note)
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, stop)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

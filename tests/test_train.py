@@ -4,6 +4,7 @@ The whole program runs in processes of its own, with the shared compilation cach
 counts.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -11,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -275,6 +277,28 @@ def test_sigterm_saves_and_the_same_command_goes_on(counting, monkeypatch, tmp_p
     assert counting(arguments) == 0
     assert "steps 3 to 6" in capsys.readouterr().out
     assert [line["train/total"] for line in lines_of(tmp_path / "run") if "train/total" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_interrupt_that_a_callback_swallows_is_not_lost(counting, monkeypatch, tmp_path, capsys):
+    def interrupted(functions, optimizer, **_):
+        step = only_count(functions, optimizer)
+
+        def swallowing(state, batch):
+            state, terms = step(state, batch)
+            if state.step == 3:
+                with contextlib.suppress(KeyboardInterrupt):  # as Python does with what is raised inside a callback of its garbage collector
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(1)
+            return state, terms
+
+        return swallowing
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train, "make_train_step", interrupted)
+    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.steps=6"]) == 130
+    assert "interrupted; the same command continues" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [line["step"] for line in lines_of(tmp_path / "run") if "train/total" in line] == [1, 2]
 
 
 def test_starting_from_the_weights_of_another_run(counting, tmp_path, capsys):
