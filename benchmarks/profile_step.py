@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="recorded, after two that are not")
     parser.add_argument("--output", type=Path, help="writes OUTPUT.md")
     args = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)  # programs that come from it carry the scopes of whoever compiled them
     config = read_config(args.config)
     config["model"] |= {"compute_dtype": args.dtype, "remat": args.remat or config["model"]["remat"]}
     height, width = (int(side) for side in args.size.split("x"))
