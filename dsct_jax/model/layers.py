@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float, Key
 
 NORM_EPSILON = 1e-5  # PyTorch's; Flax's 1e-6 moves the logits by 4e-5
@@ -77,11 +78,33 @@ def exact_linear(layer: Linear, x: Float[Array, "*n a"]) -> Float[Array, "*n b"]
     return y + layer.bias[...].reshape(*(1,) * (y.ndim - 1), -1)
 
 
+@jax.custom_vjp
+def scale_and_shift(x: Float[Array, "*n d"], scale: Float[Array, " d"], bias: Float[Array, " d"]) -> Float[Array, "*n d"]:
+    """x * scale + bias, with the obvious gradients in an order that XLA's CPU backend does well: a norm's backward pass takes a third of the time.
+
+    (What JAX derives sums the gradient of `scale` inside the loops of the normalisation, where nothing is vectorised.)
+    """
+    return x * scale.reshape(*(1,) * (x.ndim - 1), -1) + bias.reshape(*(1,) * (x.ndim - 1), -1)
+
+
+def _scale_and_shift_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, scale = kept
+    axes = tuple(range(g.ndim - 1))
+    return g * scale.reshape(*(1,) * len(axes), -1), (g * x).sum(axes), g.sum(axes)
+
+
+scale_and_shift.defvjp(lambda x, scale, bias: (scale_and_shift(x, scale, bias), (x, scale)), _scale_and_shift_backward)
+
+
 class LayerNorm(nnx.LayerNorm):
     """Layer normalisation in float32, returned in the type of its input."""
 
     def __call__(self, x: Float[Array, "*n d"], *, mask: jax.Array | None = None) -> Float[Array, "*n d"]:
-        return super().__call__(x, mask=mask).astype(x.dtype)
+        assert self.scale is not None and self.bias is not None and mask is None
+        exact = x.astype(jnp.float32)
+        centred = exact - exact.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return scale_and_shift(centred * jax.lax.rsqrt(variance + self.epsilon), self.scale[...], self.bias[...]).astype(x.dtype)
 
 
 def layer_norm(d: int, *, rngs: nnx.Rngs) -> LayerNorm:
@@ -109,11 +132,17 @@ class DropoutNoise:
         self._keys, self._calls = keys, 0
 
     def keep(self, shape: tuple[int, ...], rate: float) -> Bool[Array, "b *n"]:
-        """Fresh mask of `shape` (b, ...), False with probability `rate` (to 1/65536: 16 random bits cost half of 32)."""
+        """Fresh mask of `shape` (b, ...), False with probability `rate` (to 1/65536)."""
         self._calls += 1
-        threshold = jnp.uint16(round(rate * 65536))
-        mask = jax.vmap(lambda key: jax.random.bits(jax.random.fold_in(key, self._calls), shape[1:], jnp.uint16) >= threshold)(self._keys)
-        return checkpoint_name(mask, KEPT)
+        size = math.prod(shape[1:])
+
+        def keep_image(key: Key[Array, ""]) -> Bool[Array, "..."]:
+            # Four masks' entries a hash. jax.random.bits spends a hash on each entry: twelve times slower on the CPU, and felt in a whole step.
+            words = threefry_2x32(jax.random.key_data(jax.random.fold_in(key, self._calls)), jnp.arange(-(-size // 2), dtype=jnp.uint32))
+            bits = jnp.concatenate([words & 0xFFFF, words >> 16])
+            return (bits[:size] >= round(rate * 65536)).reshape(shape[1:])
+
+        return checkpoint_name(jax.vmap(keep_image)(self._keys), KEPT)
 
 
 def dropout(x: Float[Array, "b *n"], rate: float, noise: DropoutNoise | None) -> Float[Array, "b *n"]:
@@ -181,8 +210,7 @@ class GroupNorm(nnx.Module):
         mean = self._over_groups(x.astype(jnp.float32).mean((1, 2)))
         centred = x - mean
         variance = self._over_groups(jnp.square(centred).mean((1, 2)))
-        scale = jax.lax.rsqrt(variance + NORM_EPSILON) * self.scale[...].reshape(1, 1, 1, -1)
-        return (centred * scale + self.bias[...].reshape(1, 1, 1, -1)).astype(x.dtype)
+        return scale_and_shift(centred * jax.lax.rsqrt(variance + NORM_EPSILON), self.scale[...], self.bias[...]).astype(x.dtype)
 
     def _over_groups(self, channels: Float[Array, "b d"]) -> Float[Array, "b 1 1 d"]:
         b, d = channels.shape
