@@ -13,7 +13,7 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -24,12 +24,12 @@ from dsct_jax.settings import read_config
 from dsct_jax.step import assign_shards
 
 PARTS = ("backbone", "encoder", "decoder", "heads", "matching", "losses", "optimizer")  # jax.named_scope in model/dsct.py and step.py
-KINDS = (  # the first that is found in an operation's path; in a backbone, a convolution of 1x1 is an einsum
+KINDS = (  # the first that is found; in a backbone, a convolution of 1x1 is an einsum
     ("deformable attention", r"deformable_attention"),
-    ("convolutions", r"conv_general_dilated|bhwc,cd->bhwd"),
+    ("convolutions", r"conv_general_dilated|convolution|bhwc,cd->bhwd"),
     ("matrix products", r"dot_general"),
     ("sums and maxima", r"reduce"),
-    ("moved, not computed", r"transpose\)?$|copy|reshape$|concatenate$|slice|broadcast|gather|split$|pad$"),
+    ("moved, not computed", r"transpose\)?$|transpose$|copy|reshape$|concatenate$|slice|broadcast|gather|split$|pad$"),
 )
 
 
@@ -52,10 +52,34 @@ def events(directory: Path) -> Iterator[tuple[str, str, float]]:
             yield from ((module, operation, time_ / 1e6) for module, operation, time_ in own)
 
 
-def paths_of(text: str) -> dict[str, str]:
-    """Operation of a compiled program -> where in the model it comes from."""
-    found = re.finditer(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name="([^"]*)"', text, re.MULTILINE)
-    return {match[1]: match[2] for match in found}
+def places_of(text: str) -> dict[str, tuple[str, str]]:
+    """Operation of a compiled program -> where in the model it comes from (a path), and what it is (its own path, or else operations inside it).
+
+    An operation that the compiler made up, such as a copy, has the place of the nearest operand that has one, or else of the nearest user.
+    """
+    instructions = {m[1]: m[2] for m in re.finditer(r"^ +(?:ROOT )?%?([\w.\-]+) = (.*)$", text, re.MULTILINE)}
+    bodies = {m[1]: m[2] for m in re.finditer(r"^%([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)}
+    own = {name: m[1] for name, line in instructions.items() if " parameter(" not in line and (m := re.search(r'op_name="([^"]*)"', line))}
+    operands = {name: [x for x in re.findall(r"%([\w.\-]+)", line.split("calls=")[0]) if x in instructions] for name, line in instructions.items()}
+    users = collections.defaultdict(list)
+    for name, used in operands.items():
+        for other in used:
+            users[other].append(name)
+
+    def nearest(name: str, neighbours: Mapping[str, list[str]], steps: int = 4) -> str:
+        around = [name]
+        for _ in range(steps):
+            around = [other for near in around for other in neighbours.get(near, ())]
+            if found := next((own[near] for near in around if part_of(own.get(near, "")) != "other"), ""):
+                return found
+        return ""
+
+    places = {}
+    for name, line in instructions.items():
+        body = bodies.get(called[1], "") if (called := re.search(r"calls=%([\w.\-]+)", line)) else line
+        what = own.get(name) or " ".join(re.findall(r"([\w\-]+)\(", body))
+        places[name] = own.get(name) or nearest(name, operands) or nearest(name, users), what
+    return places
 
 
 def part_of(path: str) -> str:
@@ -70,9 +94,9 @@ def direction_of(path: str) -> str:
     return "backward" if "transpose(" in path else "forward"
 
 
-def kind_of(path: str, operation: str) -> str:
-    """Which of KINDS, by the path, or by the operation's name where the compiler made it up."""
-    return next((kind for kind, pattern in KINDS if re.search(pattern, path or operation)), "element by element")
+def kind_of(what: str) -> str:
+    """Which of KINDS an operation is, by its path or by what is inside."""
+    return next((kind for kind, pattern in KINDS if re.search(pattern, what)), "element by element")
 
 
 def main() -> None:
@@ -94,7 +118,7 @@ def main() -> None:
     first = step.first_half.lower(state, batch, None).compile()
     forward = first(state, batch, None)
     second = step.second_half.lower(state, forward, batch, assign_shards(forward.cost, forward.valid)).compile()
-    paths = {"predict": paths_of(first.as_text()), "finish": paths_of(second.as_text())}
+    places = {"predict": places_of(first.as_text()), "finish": places_of(second.as_text())}
     passed = []
     with tempfile.TemporaryDirectory() as directory:
         for number in range(2 + args.steps):
@@ -111,9 +135,9 @@ def main() -> None:
     by_part: collections.Counter[tuple[str, str]] = collections.Counter()
     by_kind: collections.Counter[tuple[str, str]] = collections.Counter()
     for module, operation, milliseconds in found:
-        path = paths["finish" if "finish" in module else "predict"].get(operation, "")
+        path, what = places["finish" if "finish" in module else "predict"].get(operation, ("", operation))
         by_part[part_of(path), direction_of(path)] += milliseconds / args.steps
-        by_kind[kind_of(path, operation), direction_of(path)] += milliseconds / args.steps
+        by_kind[kind_of(what), direction_of(path)] += milliseconds / args.steps
     device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}"
     about = f"{args.size}, batch {args.batch}, {args.dtype}, remat {config['model']['remat']} ({device})"
     lines = [f"Training step of {args.config}, {about}: {1e3 * min(passed[2:]):.0f} to {1e3 * max(passed[2:]):.0f} ms. Milliseconds of work:"]

@@ -24,6 +24,7 @@ def get_config():
         num_encoder_layers=1,
         num_decoder_layers=3,
         dropout=0.0,
+        remat="none",  # a tenth faster, and memory is not scarce
         num_subject_queries=6,
         num_context_queries=24,
         num_spatial_neighbors=8,

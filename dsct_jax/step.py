@@ -289,9 +289,9 @@ class TrainStep:
         with jax.named_scope("optimizer"):
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        moved = (params, opt_state, average(state.ema, params, state.step, decay=self.config.ema_decay) if state.ema else {})
-        if self.config.skip_nonfinite:
-            moved = jax.tree.map(lambda new, old: jnp.where(unsound, old, new), moved, (state.params, state.opt_state, state.ema))
+            moved = (params, opt_state, average(state.ema, params, state.step, decay=self.config.ema_decay) if state.ema else {})
+            if self.config.skip_nonfinite:
+                moved = jax.tree.map(lambda new, old: jnp.where(unsound, old, new), moved, (state.params, state.opt_state, state.ema))
         params, opt_state, ema = moved
         new = TrainState(
             step=state.step + 1,
