@@ -75,6 +75,8 @@ def _run(program: Jaxpr, constants: Any, inputs: Any) -> list[Any]:
         inner: Any = parameters.get("call_jaxpr", parameters.get("jaxpr"))
         if name in ("jit", "pjit", "custom_jvp_call", "custom_vjp_call"):
             results = _run(inner.jaxpr, inner.consts, arguments)
+        elif name == "remat2":
+            results = _run(inner, (), arguments)
         elif name == "reduce_window_max":
             results = [_max_pool(arguments[0], parameters["window_dimensions"], parameters["window_strides"], parameters["padding"])]
         elif name == "stop_gradient" or (name == "tile" and set(parameters["reps"]) == {1}):
