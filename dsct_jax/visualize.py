@@ -169,8 +169,7 @@ def draw(arguments: argparse.Namespace) -> Image.Image | Figure:
         raise UserError(f"{videos[0]}: is a video; figures are drawn of images, and python -m dsct_jax.predict draws videos")
     if len(files) > _MAX_IMAGES and arguments.figure != "embeddings":
         raise UserError(f"{len(files)} images do not fit on one picture that can be read; give at most {_MAX_IMAGES}")
-    config = read_config(Path(arguments.config)) if arguments.config else None
-    model = load(arguments.checkpoint, config)
+    model = _load(arguments.checkpoint, arguments.config)
     truth = None if arguments.truth is None else read_truth(arguments.truth, model.class_names)
     selection = Selection(threshold=arguments.threshold, min_certainty=arguments.min_certainty, nms=arguments.nms)
     if arguments.figure == "predictions":
@@ -181,13 +180,18 @@ def draw(arguments: argparse.Namespace) -> Image.Image | Figure:
         names = arguments.names.split(",") if arguments.names else [str(arguments.checkpoint), str(arguments.beside)]
         if len(names) != 2:
             raise UserError(f"--names={arguments.names}: must be two names with a comma between them")
-        return beside_sheet([model, load(arguments.beside)], names, files, truth=truth, selection=selection)
+        other = _load(arguments.beside, arguments.beside_config)
+        return beside_sheet([model, other], names, files, truth=truth, selection=selection)
     looks = make_looks(model, files, selection=selection)
     if arguments.figure == "activation":
         return activation_figure(looks, stage=arguments.stage)
     if arguments.figure == "embeddings":
         return embeddings(looks, files, truth=truth)
     return _draw_queries(arguments, looks, files)
+
+
+def _load(checkpoint: str, config: str | None) -> Model:
+    return load(checkpoint, read_config(Path(config)) if config else None)
 
 
 def _draw_queries(arguments: argparse.Namespace, looks: Sequence[Look], files: Sequence[Path]) -> Figure:
@@ -234,6 +238,7 @@ def make_parser() -> Parser:
     parser.add_argument("--config", help="configuration (.py or .json) that describes the weights; needed for .pth only")
     parser.add_argument("--truth", type=Path, help="COCO-style annotations of the images (predictions, beside, embeddings)")
     parser.add_argument("--beside", help="second checkpoint (beside)")
+    parser.add_argument("--beside-config", help="its configuration; needed for .pth only")
     parser.add_argument("--names", help="what the two checkpoints are called, such as 'early fusion,late fusion' (beside)")
     parser.add_argument("--stage", choices=["backbone", "encoder"], default="backbone", help="whose maps are drawn (activation)")
     parser.add_argument("--layer", type=int, default=0, help="decoder layer from 1; 0 = the last (sampling)")

@@ -215,6 +215,7 @@ def test_losses_are_those_of_the_log(tmp_path, capsys):
         (["predictions", "{image}", "--truth={text}"], "--truth={text}: not COCO-style annotations for 4 classes"),
         (["beside", "{image}"], "--beside is missing"),
         (["beside", "{image}", "--beside={checkpoint}", "--names=one"], "--names=one: must be two names"),
+        (["beside", "{image}", "--beside={checkpoint}", "--beside-config=configs/demo.py"], "{checkpoint}: weights of another model"),
         (["sampling", "{image}", "--layer=3"], "--layer=3: the decoder has layers 1 to 2"),
         (["sampling", "{image}", "--min-certainty=1"], "{image}: nobody was found in it"),
         (["context", "{image}", "--person=9", "--min-certainty=0"], "--person=9: "),
