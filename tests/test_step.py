@@ -253,10 +253,19 @@ def test_plan_of_a_step(name):
 
 def test_dropout_depends_on_the_image_not_on_its_place():
     keys = jax.random.split(jax.random.key(0), 4)
-    x = jnp.ones((4, 1000))
+    x = jnp.ones((4, 7, 143))  # an odd number of entries: two come out of one random number
     whole = dropout(x, 0.25, DropoutNoise(keys))
     parts = jnp.concatenate([dropout(x[:2], 0.25, DropoutNoise(keys[:2])), dropout(x[2:], 0.25, DropoutNoise(keys[2:]))])
     np.testing.assert_array_equal(whole, parts)
     assert abs(float((whole == 0).mean()) - 0.25) < 0.03
     np.testing.assert_allclose(whole[whole > 0], 1 / 0.75, rtol=1e-6)
     assert dropout(x, 0.25, None) is x
+
+
+def test_dropout_is_fair_and_fresh():
+    noise = DropoutNoise(jax.random.split(jax.random.key(1), 2))
+    first, second = (np.asarray(noise.keep((2, 200, 251), 0.1)) for _ in range(2))
+    masks = np.concatenate([first, second]).reshape(4, -1)  # two images, twice
+    halves = masks.reshape(8, -1)  # the upper and the lower bits of the random numbers
+    np.testing.assert_allclose(halves.mean(1), 0.9, atol=5 * np.sqrt(0.09 / halves.shape[1]))  # five standard deviations
+    assert abs(np.corrcoef(halves) - np.eye(8)).max() < 5 / np.sqrt(halves.shape[1])
