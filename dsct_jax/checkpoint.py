@@ -1,8 +1,9 @@
 """Checkpoints of a run (orbax): save, exact resume, and the weights alone.
 
 A checkpoint has two parts, so that prediction reads only what it needs: `model` (parameters and frozen statistics) and `training` (step,
-optimizer, moving average, count of skipped steps). The position in the data and all random numbers are functions of the seed and the step, which
-the metadata tell for people too, with the configuration, the class names, the versions and the best validation so far.
+optimizer, moving average, count of skipped steps). Both are packed (packing.py); `layout` tells what lies where. The position in the data and
+all random numbers are functions of the seed and the step, which the metadata tell for people too, with the configuration, the class names, the
+versions and the best validation so far.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dsct_jax.errors import UserError
+from dsct_jax.packing import Layout, pack, part_of, shapes_of, unpack
 from dsct_jax.settings import differences
 from dsct_jax.state import Flat
 from dsct_jax.step import TrainState
@@ -28,6 +30,8 @@ DIRECTORY = "checkpoints"
 DAMAGED = "damaged_checkpoints"  # where the run puts what it could not read
 TRAINING_FIELDS = ("step", "opt_state", "ema", "skipped", "skipped_total")  # of a TrainState
 FREE_FIELDS = ("model.compute_dtype", "model.remat")  # how the same model is computed
+PARTS = ("model", "training")
+CHUNK_BYTES = 2**25  # of a long array, written and read side by side
 MODEL_FIELDS = ("class_names", "multi_label", "model")  # of a configuration: what the weights mean
 # What orbax and tensorstore raise for files that were cut, emptied or removed, and for a disk that is full.
 _FILE_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
@@ -77,7 +81,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._policy, cleanup_tmp_directories=metadata is not None, create=metadata is not None
         )
-        handlers = {"model": ocp.StandardCheckpointHandler(), "training": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
+        arrays = {part: ocp.StandardCheckpointHandler() for part in PARTS}
+        handlers = arrays | {"layout": ocp.JsonCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
         try:
             self._manager = ocp.CheckpointManager((workdir / DIRECTORY).absolute(), options=options, item_handlers=handlers)
         except OSError as error:
@@ -105,16 +110,17 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest_step():
             return
-        model, training = _parts(state)
+        packed, layouts = zip(*map(pack, _parts(state)), strict=True)
+        chunked = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+        arrays = {
+            part: ocp.args.StandardSave(values, save_args=dict.fromkeys(values, chunked)) for part, values in zip(PARTS, packed, strict=True)
+        }
+        layout = dict(zip(PARTS, layouts, strict=True))
         self._policy.best = (progress or {}).get("best_step")
         metadata = self._metadata | {"progress": dict(progress or {})}
         with self._failure_reported():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    model=ocp.args.StandardSave(model), training=ocp.args.StandardSave(training), metadata=ocp.args.JsonSave(metadata)
-                ),
-            )
+            args = ocp.args.Composite(**arrays, layout=ocp.args.JsonSave(layout), metadata=ocp.args.JsonSave(metadata))
+            self._manager.save(step, args=args)
 
     def check(self) -> None:
         """Raises UserError when a checkpoint that is written in the background has failed."""
@@ -156,17 +162,19 @@ class Checkpoints:
         """A checkpoint (None: the newest) in the place, shapes and shardings of `state`; raises UserError when of another model or damaged."""
         step = self.latest_step() if step is None else step
         path = Path(self._manager.directory) / str(step)
-        templates = [
-            {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in part.items()} for part in _parts(state)
-        ]
         with _damage_reported(path):
             require_same_model(_read_metadata(path)["config"], self._metadata["config"], str(path))
-            saved = self._manager.item_metadata(step)
-            for template, part in zip(templates, ("model", "training"), strict=True):
-                require_same_shapes(template, dict(saved[part]), str(path))
-            args = ocp.args.Composite(model=ocp.args.StandardRestore(templates[0]), training=ocp.args.StandardRestore(templates[1]))
+            saved, layout = self._manager.item_metadata(step), _read_layout(path)
+            templates = {}
+            for part, values in zip(PARTS, _parts(state), strict=True):
+                packed = dict(saved[part])
+                require_same_shapes(values, shapes_of(packed, layout[part]), str(path))
+                templates[part] = {name: _template(found, values.get(name)) for name, found in packed.items()}
+            args = ocp.args.Composite(**{part: ocp.args.StandardRestore(template) for part, template in templates.items()})
             restored = self._manager.restore(step, args=args)
-        model, training = restored["model"], restored["training"]
+            model, training = (
+                _placed(unpack(restored[part], layout[part]), like=values) for part, values in zip(PARTS, _parts(state), strict=True)
+            )
 
         def fill(tree: Any, source: dict[str, Any], prefix: str) -> Any:
             leaves = [source[name] for name in _names({prefix: tree})]
@@ -197,6 +205,24 @@ class Checkpoints:
         except _FILE_ERRORS as error:
             where, before = self._workdir / DIRECTORY, "those before are whole"
             raise UserError(f"{where}: a checkpoint could not be written ({_reason(error)}); {before}: make room, then run again") from error
+
+
+def _template(saved: Any, wanted: jax.Array | None) -> Any:
+    """What orbax shall restore an array as: in the place of `wanted`; without one, a numpy array on every process."""
+    if wanted is None:
+        return np.broadcast_to(np.zeros((), saved.dtype), saved.shape)  # takes no memory
+    return jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=wanted.sharding)
+
+
+def _placed(values: Mapping[str, Any], *, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Arrays of the host in the type and place of those of the same name; arrays on devices as they are."""
+
+    def place(value: Any, wanted: jax.Array) -> jax.Array:
+        if isinstance(value, jax.Array):
+            return value
+        return jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda index: value[index].astype(wanted.dtype, copy=False))
+
+    return {name: place(values[name], wanted) for name, wanted in like.items()}
 
 
 def require_same_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
@@ -260,28 +286,30 @@ def _weights_of(workdir: Path, step: int, *, ema: bool) -> tuple[Flat, Flat, dic
     reader = ocp.PyTreeCheckpointer()
     with _damage_reported(path):
         metadata = _read_metadata(path)
+        layout = _read_layout(path)
         leaves = reader.metadata(path / "model").item_metadata.tree
         restored = reader.restore(path / "model", restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in leaves})
+        values = unpack(restored, layout["model"])
     parts: dict[str, Flat] = {"params": {}, "frozen": {}}
-    for name, leaf in restored.items():
+    for name, leaf in values.items():
         part, rest = name.split(".", 1)
         parts[part][rest.replace(".", "/")] = leaf
     if ema:
         with _damage_reported(path):
-            parts["params"] |= _moving_average(path / "training")
+            parts["params"] |= _moving_average(path / "training", layout["training"])
     return parts["params"], parts["frozen"], metadata
 
 
-def _moving_average(training: Path) -> Flat:
+def _moving_average(training: Path, layout: Layout) -> Flat:
     """The moving average of the trained parameters in a checkpoint's part `training`, as numpy; {} where the run kept none."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        names = [name for name in reader.metadata(training).item_metadata.tree if name.startswith("ema.")]
+        names = [name for name in reader.metadata(training).item_metadata.tree if part_of(name) == "ema"]
         if not names:
             return {}
         wanted = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
         args = ocp.args.PyTreeRestore(item=dict.fromkeys(names, 0), restore_args=wanted, partial_restore=True)
-        restored = reader.restore(training, args=args)
-    return {name.removeprefix("ema.").replace(".", "/"): leaf for name, leaf in restored.items()}
+        values = unpack(reader.restore(training, args=args), layout)
+    return {name.removeprefix("ema.").replace(".", "/"): leaf for name, leaf in values.items()}
 
 
 def _require_run(workdir: Path) -> None:
@@ -316,6 +344,12 @@ def locate(path: Path) -> tuple[Path, int | None]:
 
 def _read_metadata(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "metadata" / "metadata").read_text())
+
+
+def _read_layout(checkpoint: Path) -> dict[str, Layout]:
+    """Of each part; empty for checkpoints from before arrays were packed."""
+    folder = checkpoint / "layout"
+    return json.loads((folder / "metadata").read_text()) if folder.is_dir() else {part: {} for part in PARTS}
 
 
 def _reason(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Checkpoints: exact there and back, on any number of devices, and what remains readable when files are unfinished, half removed or damaged."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import numpy as np
 import optax
 import pytest
 
+from dsct_jax import checkpoint
 from dsct_jax.checkpoint import Checkpoints, best_step, load_weights, locate
 from dsct_jax.errors import UserError
-from dsct_jax.sharding import make_mesh, replicate
+from dsct_jax.sharding import FSDP, make_mesh, replicate, state_sharding
 from dsct_jax.step import TrainState
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +80,33 @@ def test_from_eight_devices_to_one_to_two(tmp_path):
         assert equal(state, dataclasses.replace(state_at(1), step=jnp.int32(max(number, 1))))
         checkpoints.save(dataclasses.replace(state, step=state.step + 1) if number else state)
         checkpoints.close()
+
+
+def test_arrays_that_are_spread_over_devices_stay_so_and_others_are_few(tmp_path):
+    mesh = make_mesh(jax.devices()[:8])
+    spread = jax.device_put(state_at(1, devices=8), state_sharding(state_at(1), mesh, rules=FSDP))
+    assert not spread.params["a.b/bias"].is_fully_replicated
+    for number, like in enumerate((spread, state_at(0), spread, state_at(0, devices=2))):  # whole -> whole is tested above
+        checkpoints = Checkpoints(tmp_path, metadata=METADATA)
+        state = checkpoints.restore(like) if number else spread
+        assert equal(state, dataclasses.replace(state_at(1), step=jnp.int32(max(number, 1))))
+        assert all(leaf.sharding == other.sharding for leaf, other in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True))
+        checkpoints.save(dataclasses.replace(state, step=jnp.int32(number + 1)))
+        checkpoints.close()
+    arrays = [json.loads((tmp_path / f"checkpoints/{step}/training/_METADATA").read_text())["tree_metadata"] for step in (3, 4)]
+    expected = {"packed.step.int32", "packed.skipped.int32", "packed.skipped_total.int32", "packed.opt_state.float32", "packed.opt_state.int32"}
+    assert {name.strip("(',)") for name in arrays[1]} == expected
+    assert len(arrays[0]) == len(expected) + 2  # both moments of the spread array
+
+
+def test_checkpoints_from_before_arrays_were_packed(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "pack", lambda values: (values, {}))
+    checkpoints = Checkpoints(tmp_path, metadata=METADATA)
+    checkpoints.save(state_at(1))
+    checkpoints.close()
+    shutil.rmtree(tmp_path / "checkpoints" / "1" / "layout")
+    assert equal(restored(tmp_path, state_at(0)), state_at(1))
+    assert load_weights(tmp_path)[0]["fixed/scale"][0] == 1
 
 
 def test_the_weights_alone(saved):
@@ -150,7 +179,9 @@ def unfinished_reads(monkeypatch):
 
 
 @pytest.mark.usefixtures("unfinished_reads")
-@pytest.mark.parametrize("place", ["model/ocdbt.process_0/d/*", "model/d/*", "model/_METADATA", "model/manifest.ocdbt", "metadata/metadata"])
+@pytest.mark.parametrize(
+    "place", ["model/ocdbt.process_0/d/*", "model/d/*", "model/_METADATA", "model/manifest.ocdbt", "metadata/metadata", "layout/metadata"]
+)
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(workdir, place, caplog):
     for path in damaged(workdir / "checkpoints" / "2", place):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
