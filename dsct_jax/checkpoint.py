@@ -112,9 +112,7 @@ class Checkpoints:
             return
         packed, layouts = zip(*map(pack, _parts(state)), strict=True)
         chunked = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
-        arrays = {
-            part: ocp.args.StandardSave(values, save_args=dict.fromkeys(values, chunked)) for part, values in zip(PARTS, packed, strict=True)
-        }
+        arrays = {part: ocp.args.StandardSave(values, save_args=dict.fromkeys(values, chunked)) for part, values in zip(PARTS, packed, strict=True)}
         layout = dict(zip(PARTS, layouts, strict=True))
         self._policy.best = (progress or {}).get("best_step")
         metadata = self._metadata | {"progress": dict(progress or {})}
@@ -172,9 +170,7 @@ class Checkpoints:
                 templates[part] = {name: _template(found, values.get(name)) for name, found in packed.items()}
             args = ocp.args.Composite(**{part: ocp.args.StandardRestore(template) for part, template in templates.items()})
             restored = self._manager.restore(step, args=args)
-            model, training = (
-                _placed(unpack(restored[part], layout[part]), like=values) for part, values in zip(PARTS, _parts(state), strict=True)
-            )
+            model, training = (_placed(unpack(restored[part], layout[part]), like=values) for part, values in zip(PARTS, _parts(state), strict=True))
 
         def fill(tree: Any, source: dict[str, Any], prefix: str) -> Any:
             leaves = [source[name] for name in _names({prefix: tree})]
