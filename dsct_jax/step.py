@@ -64,7 +64,7 @@ class StepConfig:
 
 def initial_state(
     params: Flat, frozen: Flat, config: OptimizerConfig, *, total_steps: int, mesh: Mesh, step_config: StepConfig | None = None
-) -> tuple[optax.GradientTransformation, TrainState]:
+) -> tuple[optax.GradientTransformationExtraArgs, TrainState]:
     """The optimizer, and the state before step 0 on its devices: which parameters are trained follows from the optimizer's rules."""
     step_config = step_config or StepConfig()
     rates = multipliers(params, config.rules)
@@ -137,7 +137,7 @@ class TrainStep:
     def __init__(
         self,
         functions: ModelFunctions,
-        optimizer: optax.GradientTransformation,
+        optimizer: optax.GradientTransformationExtraArgs,
         *,
         loss: LossConfig,
         matcher: MatcherConfig,
@@ -287,12 +287,11 @@ class TrainStep:
         unsound = terms.pop("nonfinite") > 0
         unsound |= ~(jnp.isfinite(terms["total"]) & jnp.isfinite(norms["grad_norm"]))
         with jax.named_scope("optimizer"):
-            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+            skip = unsound & self.config.skip_nonfinite
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params, skip=skip)
             params = optax.apply_updates(state.params, updates)
-            moved = (params, opt_state, average(state.ema, params, state.step, decay=self.config.ema_decay) if state.ema else {})
-            if self.config.skip_nonfinite:
-                moved = jax.tree.map(lambda new, old: jnp.where(unsound, old, new), moved, (state.params, state.opt_state, state.ema))
-        params, opt_state, ema = moved
+            average = moving_average(state.ema, params, state.step, decay=self.config.ema_decay) if state.ema else {}
+            ema = jax.tree.map(lambda old, new: jnp.where(skip, old, new), state.ema, average)
         new = TrainState(
             step=state.step + 1,
             params=params,
@@ -310,7 +309,7 @@ class TrainStep:
 
 def make_train_step(
     functions: ModelFunctions,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     *,
     loss: LossConfig,
     matcher: MatcherConfig,
@@ -355,7 +354,7 @@ def gradient_norms(grads: Flat) -> dict[str, jax.Array]:
     return {"grad_norm": jnp.sqrt(sum(squares.values(), start=jnp.zeros(())))} | groups
 
 
-def average(ema: Flat, params: Flat, step: jax.Array, *, decay: float) -> Flat:
+def moving_average(ema: Flat, params: Flat, step: jax.Array, *, decay: float) -> Flat:
     """Moving average after one more step; early ones move it faster, by a decay of (1 + step) / (10 + step), as in TensorFlow."""
     keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, params)
