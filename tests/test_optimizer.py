@@ -1,5 +1,7 @@
 """The optimizer against PyTorch's AdamW written out in NumPy, the schedules, and the rules over parameter paths."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +72,41 @@ def test_steps_equal_torch_adamw_across_the_drop_with_and_without_clipping():
             np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=2e-6)
     assert {True, False} == set(clipped)
     np.testing.assert_array_equal(params["backbone"]["stem"]["kernel"], start["backbone"]["stem"]["kernel"])
+
+
+def test_without_rules_it_is_adamw_of_optax_and_a_skipped_step_moves_nothing():
+    config = OptimizerConfig(learning_rate=0.05, weight_decay=0.3, clip_norm=float("inf"), warmup_steps=3)
+    ours, params = make_optimizer(config, draw(0), 10), draw(0)
+    theirs = optax.adamw(make_schedule(config, 10), weight_decay=0.3)
+    expected, state, their_state = params, ours.init(params), theirs.init(params)
+    for index in range(8):
+        skip = index in (0, 3, 4)
+        gradients = draw(100 + index)
+        if skip:
+            before = state
+            updates, state = ours.update(jax.tree.map(lambda g: g * jnp.nan, gradients), state, params, skip=jnp.bool_(True))
+            assert all(np.array_equal(*leaves) for leaves in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True))
+            assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+        else:
+            updates, state = ours.update(gradients, state, params, skip=jnp.bool_(False))
+            their_updates, their_state = theirs.update(gradients, their_state, expected)
+            expected = optax.apply_updates(expected, their_updates)
+        params = optax.apply_updates(params, updates)
+        for got, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_a_step_that_may_be_skipped_copies_nothing():
+    params = {"a": jnp.ones((64, 64)), "b": jnp.ones(300)}
+    optimizer = make_optimizer(OptimizerConfig(), params, 10)
+
+    def step(params, state, gradients, skip):
+        updates, state = optimizer.update(gradients, state, params, skip=skip)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, optimizer.init(params), params, jnp.bool_(False)).compile().as_text()
+    assert "input_output_alias" in compiled
+    assert not re.findall(r"f32\[\d+.*\]\S* copy\(.*", compiled)
 
 
 def test_clipping_has_the_epsilon_of_torch():

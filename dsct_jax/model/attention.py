@@ -9,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.model.layers import KEPT, exact_linear, linear
+from dsct_jax.model.layers import KEPT, exact_linear, linear, product
 from pallas_kernels.deformable_attention import deformable_attention_from_offsets
 
 SpatialShapes = tuple[tuple[int, int], ...]
@@ -87,8 +87,8 @@ class SelfAttention(nnx.Module):
         b, q, d = tokens.shape
         assert self.in_proj.bias is not None
         kernel, bias = self.in_proj.kernel[...].astype(tokens.dtype), self.in_proj.bias[...].astype(tokens.dtype).reshape(1, 1, -1)
-        query_key = (tokens + positions) @ kernel[:, : 2 * d] + bias[..., : 2 * d]
-        value = tokens @ kernel[:, 2 * d :] + bias[..., 2 * d :]
+        query_key = product(tokens + positions, kernel[:, : 2 * d], tokens.dtype) + bias[..., : 2 * d]
+        value = product(tokens, kernel[:, 2 * d :], tokens.dtype) + bias[..., 2 * d :]
         query, key, value = (x.reshape(b, q, self.num_heads, -1) for x in (*jnp.split(query_key, 2, -1), value))
         scores = jnp.einsum("bqnd,bknd->bnqk", query / math.sqrt(d // self.num_heads), key, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores)

@@ -6,6 +6,7 @@ what is asked for with `exact_linear`, is float32 whatever the input.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ NORM_EPSILON = 1e-5  # PyTorch's; Flax's 1e-6 moves the logits by 4e-5
 
 REMAT = ("none", "light", "layers", "all")
 KEPT = "kept"  # name of what `rematerialized` layers never compute twice: dear to compute, small to keep
+PRODUCT = "product"  # name of the result of a dense layer or a 1x1 convolution
 
 Initializer = Callable[..., jax.Array]
 
@@ -57,12 +59,40 @@ def torch_uniform(fan_in: int) -> Initializer:
     return initializer(lambda g, shape: g.uniform(-bound, bound, shape))
 
 
+def product(x: Float[Array, "*n a"], kernel: Float[Array | np.ndarray, "*one a b"], dtype: Any) -> Float[Array, "*n b"]:
+    """x @ kernel, returned in `dtype`, as one product of two matrices whatever the leading axes (those of the kernel are ones), there and back.
+
+    With several leading axes XLA's CPU backend transposes what comes back, element by element: up to half of a layer's backward pass. The gradients
+    are the usual ones; written out, they keep `x` and `kernel` as they came, which for a value that several layers read is once.
+    """
+    return checkpoint_name(_product(x, kernel, dtype), PRODUCT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Any, kernel: Any, dtype: Any) -> jax.Array:
+    return jnp.matmul(_rows(x), _rows(kernel), preferred_element_type=dtype).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _rows(x: Any) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _product_backward(dtype: Any, kept: tuple[Any, Any], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = kept
+    g_x = jnp.matmul(_rows(g), _rows(kernel).T, preferred_element_type=dtype)
+    g_kernel = jnp.matmul(_rows(x).T, _rows(g), preferred_element_type=dtype)
+    return g_x.astype(x.dtype).reshape(x.shape), g_kernel.astype(kernel.dtype).reshape(kernel.shape)
+
+
+_product.defvjp(lambda x, kernel, dtype: (_product(x, kernel, dtype), (x, kernel)), _product_backward)
+
+
 class Linear(nnx.Linear):
     """A dense layer in the type of its input."""
 
     def __call__(self, inputs: Float[Array, "*n a"], out_sharding: Any = None) -> Float[Array, "*n b"]:
         assert self.bias is not None and out_sharding is None
-        y = inputs @ self.kernel[...].astype(inputs.dtype)
+        y = product(inputs, self.kernel[...].astype(inputs.dtype), inputs.dtype)
         return y + self.bias[...].astype(inputs.dtype).reshape(*(1,) * (y.ndim - 1), -1)
 
 
@@ -74,7 +104,7 @@ def linear(d_in: int, d_out: int, *, rngs: nnx.Rngs, kernel_init=xavier_uniform,
 def exact_linear(layer: Linear, x: Float[Array, "*n a"]) -> Float[Array, "*n b"]:
     """The layer's float32 result for an input of any type: products of what the type holds, summed and returned in float32."""
     assert layer.bias is not None
-    y = jnp.matmul(x, layer.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
+    y = product(x, layer.kernel[...].astype(x.dtype), jnp.float32)
     return y + layer.bias[...].reshape(*(1,) * (y.ndim - 1), -1)
 
 
@@ -119,9 +149,10 @@ def rematerialized(layer: Callable[..., Any], rule: str) -> Callable[..., Any]:
     """
     if rule == "none":
         return layer
-    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    policies = jax.checkpoint_policies
+    policy = policies.save_only_these_names(KEPT)
     if rule == "light":
-        policy = jax.checkpoint_policies.save_from_both_policies(policy, jax.checkpoint_policies.dots_saveable)
+        policy = policies.save_from_both_policies(policies.save_only_these_names(KEPT, PRODUCT), policies.dots_saveable)
     return jax.checkpoint(layer, policy=policy)
 
 
@@ -139,8 +170,9 @@ class DropoutNoise:
         def keep_image(key: Key[Array, ""]) -> Bool[Array, "..."]:
             # Four masks' entries a hash. jax.random.bits spends a hash on each entry: twelve times slower on the CPU, and felt in a whole step.
             words = threefry_2x32(jax.random.key_data(jax.random.fold_in(key, self._calls)), jnp.arange(-(-size // 2), dtype=jnp.uint32))
-            bits = jnp.concatenate([words & 0xFFFF, words >> 16])
-            return (bits[:size] >= round(rate * 65536)).reshape(shape[1:])
+            first = round(rate * 65536)  # of the values that are kept
+            kept = jnp.concatenate([(words & 0xFFFF) >= first, (words >> 16) >= first])  # compared before: a byte an entry to put together
+            return kept[:size].reshape(shape[1:])
 
         return checkpoint_name(jax.vmap(keep_image)(self._keys), KEPT)
 
@@ -166,7 +198,7 @@ class Conv(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         kernel = self.kernel[...].astype(x.dtype)
         if self.size == 1:
-            x = jnp.einsum("bhwc,cd->bhwd", x[:, :: self.stride, :: self.stride], kernel[0, 0])
+            x = product(x[:, :: self.stride, :: self.stride], kernel, x.dtype)
         else:
             pad = self.size // 2
             x = jax.lax.conv_general_dilated(
