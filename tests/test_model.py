@@ -14,7 +14,7 @@ from dsct_jax.errors import UserError
 from dsct_jax.model.attention import DeformableAttention, initial_offsets
 from dsct_jax.model.decoder import DecoderLayer, FusionConfig, masked_softmax, nearest, subject_context_fusion
 from dsct_jax.model.dsct import DSCTConfig
-from dsct_jax.model.layers import DropoutNoise
+from dsct_jax.model.layers import DropoutNoise, product, scale_and_shift
 from dsct_jax.optimizer import multipliers
 from dsct_jax.state import ModelFunctions, flatten, unflatten
 from dsct_jax.torch_weights import RELEASED, from_torch, to_torch
@@ -349,3 +349,32 @@ def test_rematerialization_keeps_less(remat, small, golden):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull_back))
 
     assert kept_bytes(remat) < 0.8 * kept_bytes("none")  # that the values stay the same is shown by the released trajectory, computed with "light"
+
+
+def differentiated(layer, *arguments):
+    """The layer's result for these arguments, and the gradients of the sum of its sines."""
+    loss = lambda *arguments: jnp.sin(layer(*arguments).astype(jnp.float32)).sum()
+    return layer(*arguments), *jax.grad(loss, argnums=tuple(range(len(arguments))))(*arguments)
+
+
+def draw(*shape):
+    return jax.random.normal(jax.random.key(sum(shape)), shape)
+
+
+@pytest.mark.parametrize(("given", "returned"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("ones", [(), (1, 1)])
+def test_a_product_of_rows_is_the_product(given, returned, ones):
+    x, kernel = draw(2, 3, 4, 6).astype(given), draw(*ones, 6, 5).astype(given)
+    ours = differentiated(lambda x, kernel: product(x, kernel, returned), x, kernel)
+    expected = differentiated(lambda x, kernel: jnp.matmul(x, kernel.reshape(6, 5), preferred_element_type=returned), x, kernel)
+    for got, wanted in zip(ours, expected, strict=True):
+        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+        tolerance = 1e-5 if given == "float32" else 1e-2
+        np.testing.assert_allclose(got.astype(np.float32), wanted.astype(np.float32), rtol=tolerance, atol=tolerance)
+
+
+def test_scale_and_shift_has_the_obvious_gradients():
+    x, scale, bias = draw(2, 3, 4), draw(4), draw(4) + 1
+    ours = differentiated(scale_and_shift, x, scale, bias)
+    for got, wanted in zip(ours, differentiated(lambda x, scale, bias: x * scale + bias, x, scale, bias), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
