@@ -351,30 +351,35 @@ def test_rematerialization_keeps_less(remat, small, golden):
     assert kept_bytes(remat) < 0.8 * kept_bytes("none")  # that the values stay the same is shown by the released trajectory, computed with "light"
 
 
-def differentiated(layer, *arguments):
-    """The layer's result for these arguments, and the gradients of the sum of its sines."""
-    loss = lambda *arguments: jnp.sin(layer(*arguments).astype(jnp.float32)).sum()
-    return layer(*arguments), *jax.grad(loss, argnums=tuple(range(len(arguments))))(*arguments)
-
-
 def draw(*shape):
     return jax.random.normal(jax.random.key(sum(shape)), shape)
+
+
+def differentiated(layer, *arguments):
+    """The layer's result, a gradient of it, and what the layer makes of that gradient, all as they are and as float64."""
+    result, pull_back = jax.vjp(layer, *arguments)
+    gradient = draw(*result.shape).astype(result.dtype)
+    values = [result, gradient, *pull_back(gradient)]
+    return values, [np.asarray(value, np.float64) for value in values]
 
 
 @pytest.mark.parametrize(("given", "returned"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("ones", [(), (1, 1)])
 def test_a_product_of_rows_is_the_product(given, returned, ones):
     x, kernel = draw(2, 3, 4, 6).astype(given), draw(*ones, 6, 5).astype(given)
-    ours = differentiated(lambda x, kernel: product(x, kernel, returned), x, kernel)
-    expected = differentiated(lambda x, kernel: jnp.matmul(x, kernel.reshape(6, 5), preferred_element_type=returned), x, kernel)
-    for got, wanted in zip(ours, expected, strict=True):
-        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
-        tolerance = 1e-5 if given == "float32" else 1e-2
-        np.testing.assert_allclose(got.astype(np.float32), wanted.astype(np.float32), rtol=tolerance, atol=tolerance)
+    (result, _, to_x, to_kernel), exact = differentiated(lambda x, kernel: product(x, kernel, returned), x, kernel)
+    assert (result.dtype, to_x.dtype, to_kernel.dtype) == (returned, given, given)
+    rows, matrix, gradient = np.float64(x).reshape(-1, 6), np.float64(kernel).reshape(6, 5), exact[1].reshape(-1, 5)
+    expected = {"result": rows @ matrix, "x": gradient @ matrix.T, "kernel": rows.T @ gradient}
+    shapes, bits = (result.shape, x.shape, kernel.shape), {"float32": 20, "bfloat16": 8}  # that must be right, of the largest
+    for (name, wanted), got, shape, kind in zip(expected.items(), (exact[0], *exact[2:]), shapes, (returned, given, given), strict=True):
+        assert got.shape == shape
+        np.testing.assert_allclose(got, wanted.reshape(shape), rtol=0, atol=2.0 ** -bits[kind] * np.abs(wanted).max(), err_msg=name)
 
 
 def test_scale_and_shift_has_the_obvious_gradients():
     x, scale, bias = draw(2, 3, 4), draw(4), draw(4) + 1
-    ours = differentiated(scale_and_shift, x, scale, bias)
-    for got, wanted in zip(ours, differentiated(lambda x, scale, bias: x * scale + bias, x, scale, bias), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    _, ours = differentiated(scale_and_shift, x, scale, bias)
+    _, expected = differentiated(lambda x, scale, bias: x * scale + bias, x, scale, bias)
+    for got, wanted in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
