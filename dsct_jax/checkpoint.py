@@ -54,9 +54,10 @@ def _by_name(tree: Any) -> dict[str, Any]:
     return dict(zip(_names(tree), jax.tree.leaves(tree), strict=True))
 
 
-def _parts(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+def _parts(state: TrainState) -> dict[str, dict[str, Any]]:
+    """The arrays of each of PARTS, by name."""
     model = {"params": state.params | state.fixed, "frozen": state.frozen}
-    return _by_name(model), _by_name({name: getattr(state, name) for name in TRAINING_FIELDS})
+    return {"model": _by_name(model), "training": _by_name({name: getattr(state, name) for name in TRAINING_FIELDS})}
 
 
 class _NewestAndBest:
@@ -110,10 +111,10 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest_step():
             return
-        packed, layouts = zip(*map(pack, _parts(state)), strict=True)
-        chunked = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
-        arrays = {part: ocp.args.StandardSave(values, save_args=dict.fromkeys(values, chunked)) for part, values in zip(PARTS, packed, strict=True)}
-        layout = dict(zip(PARTS, layouts, strict=True))
+        chunked, arrays, layout = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), {}, {}
+        for part, values in _parts(state).items():
+            packed, layout[part] = pack(values)
+            arrays[part] = ocp.args.StandardSave(packed, save_args=dict.fromkeys(packed, chunked))
         self._policy.best = (progress or {}).get("best_step")
         metadata = self._metadata | {"progress": dict(progress or {})}
         with self._failure_reported():
@@ -163,14 +164,14 @@ class Checkpoints:
         with _damage_reported(path):
             require_same_model(_read_metadata(path)["config"], self._metadata["config"], str(path))
             saved, layout = self._manager.item_metadata(step), _read_layout(path)
-            templates = {}
-            for part, values in zip(PARTS, _parts(state), strict=True):
+            parts, templates = _parts(state), {}
+            for part, values in parts.items():
                 packed = dict(saved[part])
                 require_same_shapes(values, shapes_of(packed, layout[part]), str(path))
                 templates[part] = {name: _template(found, values.get(name)) for name, found in packed.items()}
             args = ocp.args.Composite(**{part: ocp.args.StandardRestore(template) for part, template in templates.items()})
             restored = self._manager.restore(step, args=args)
-            model, training = (_placed(unpack(restored[part], layout[part]), like=values) for part, values in zip(PARTS, _parts(state), strict=True))
+            model, training = (_placed(unpack(restored[part], layout[part]), like=parts[part]) for part in PARTS)
 
         def fill(tree: Any, source: dict[str, Any], prefix: str) -> Any:
             leaves = [source[name] for name in _names({prefix: tree})]

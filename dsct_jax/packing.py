@@ -45,6 +45,6 @@ def unpack(packed: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 
 
 def shapes_of(packed: Mapping[str, Any], layout: Layout) -> dict[str, tuple[int, ...]]:
-    """The shape of everything in `packed`, which needs to have nothing but names and shapes."""
-    inside = {name: tuple(shape) for vector in packed.keys() & layout.keys() for name, shape in layout[vector].items()}
+    """The shape of everything in `packed`, which needs to have nothing but names and shapes. Raises LookupError for a vector without a layout."""
+    inside = {name: tuple(shape) for vector in packed if vector.startswith(PREFIX) for name, shape in layout[vector].items()}
     return inside | {name: tuple(value.shape) for name, value in packed.items() if not name.startswith(PREFIX)}
