@@ -21,9 +21,9 @@ demo: .venv/.with-base
 	@$(BIN)/python train.py --config=configs/demo.py --workdir=$(DEMO)
 	@$(BIN)/python train.py --config=configs/demo.py --workdir=$(DEMO) --mode=eval --split=val
 	@$(BIN)/python train.py --config=configs/demo.py --workdir=$(DEMO) --mode=eval --split=test
-	@$(BIN)/python -m dsct_jax.report $(DEMO)
+	@$(BIN)/python -m dsct_jax report $(DEMO)
 	@echo 'Look at $(DEMO)/predictions_test.png, $(DEMO)/curves.png and $(DEMO)/metrics.md.'
-	@echo 'Next, your own photographs:  $(BIN)/python -m dsct_jax.predict PHOTO... --checkpoint=$(DEMO) --output=predictions'
+	@echo 'Next, your own photographs:  $(BIN)/python -m dsct_jax predict PHOTO... --checkpoint=$(DEMO) --output=predictions'
 	@echo 'and your own data: README.md, "Your own data".'
 
 test: .venv/.with-test

@@ -24,38 +24,44 @@ from data.command import override
 from data.config import SPLITS, DataConfig
 from data.pipeline import Dataset, make_dataset
 from dsct_jax.batch import Batch, Predictions
-from dsct_jax.calibration import FILE as CALIBRATION_FILE
-from dsct_jax.calibration import calibration_of_run
-from dsct_jax.checkpoint import Checkpoints, best_step, load_weights, newest_step, require_same_model, require_same_shapes
-from dsct_jax.collect import Shown, collect_results, draw_shown
-from dsct_jax.command import Parser, run_command
-from dsct_jax.compilation import FILE as COMPILATIONS_FILE
-from dsct_jax.compilation import CompilationLog, keep_programs_in
-from dsct_jax.distributed import AUTO, join_processes
-from dsct_jax.drawing import contact_sheet
+from dsct_jax.cli import Parser, run_command
+from dsct_jax.config import entry, from_section, read_config
 from dsct_jax.errors import UserError
-from dsct_jax.evaluate import RESAMPLES, evaluate, fit_calibration, write_evaluation
-from dsct_jax.evaluation_table import format_table
-from dsct_jax.guard import Best, NonFiniteGuard
-from dsct_jax.load import model_config
-from dsct_jax.logbook import Logbook, versions, write_settings
-from dsct_jax.loop import Loop, Preempted, Schedule, TrainConfig, stopped_early, tell_changes
-from dsct_jax.losses import LossConfig
-from dsct_jax.matcher import MatcherConfig
-from dsct_jax.meter import Meter
+from dsct_jax.evaluation.calibration import FILE as CALIBRATION_FILE
+from dsct_jax.evaluation.calibration import calibration_of_run
+from dsct_jax.evaluation.collect import collect_results
+from dsct_jax.evaluation.evaluate import RESAMPLES, evaluate, fit_calibration, write_evaluation
+from dsct_jax.evaluation.report import format_table
+from dsct_jax.evaluation.results import About, Shown, SplitResults
+from dsct_jax.inference.load import model_config
+from dsct_jax.model.build import Flat, ModelFunctions
 from dsct_jax.model.dsct import DSCTConfig
-from dsct_jax.optimizer import OptimizerConfig
-from dsct_jax.plan import format_plan, make_plan
-from dsct_jax.prefetch import Prefetch
-from dsct_jax.pretrained import initialise
-from dsct_jax.profiling import Profiler, parse_window
-from dsct_jax.results import About, SplitResults
-from dsct_jax.settings import entry, from_section, read_config
-from dsct_jax.sharding import make_mesh, replicate, shard_batch
-from dsct_jax.startup import Preemption, start_process
-from dsct_jax.state import Flat, ModelFunctions
-from dsct_jax.step import TrainState, TrainStep, initial_state, make_eval_step, make_train_step
-from dsct_jax.subjects import has_subject_logit
+from dsct_jax.parallel import Prefetch, make_mesh, replicate, shard_batch
+from dsct_jax.postprocess import has_subject_logit
+from dsct_jax.runtime import AUTO, CompilationLog, Preemption, join_processes, keep_programs_in, start_process
+from dsct_jax.runtime import FILE as COMPILATIONS_FILE
+from dsct_jax.training.checkpoint import Checkpoints, best_step, load_weights, newest_step, require_same_model, require_same_shapes
+from dsct_jax.training.logbook import Logbook, versions, write_settings
+from dsct_jax.training.loop import (
+    Best,
+    Loop,
+    Meter,
+    NonFiniteGuard,
+    Preempted,
+    Profiler,
+    Schedule,
+    TrainConfig,
+    parse_window,
+    stopped_early,
+    tell_changes,
+)
+from dsct_jax.training.losses import LossConfig
+from dsct_jax.training.matching import MatcherConfig
+from dsct_jax.training.memory_plan import format_plan, make_plan
+from dsct_jax.training.optimizer import OptimizerConfig
+from dsct_jax.training.step import TrainState, TrainStep, initial_state, make_eval_step, make_train_step
+from dsct_jax.visualization.drawing import contact_sheet, draw_shown
+from dsct_jax.weights.pretrained import initialise
 
 SHOWN_METRICS = ("mAP", "accuracy", "macro_f1", "mean_iou")  # in the line of a validation
 DRAWN_IMAGES = 24  # on the contact sheet of an evaluation
@@ -252,7 +258,7 @@ def print_plan(config: Mapping[str, Any]) -> None:
 def evaluate_checkpoint(config: Mapping[str, Any], workdir: Path, split: str, *, step: int | None = None) -> dict[str, Any]:
     """Evaluates a checkpoint (None: the newest) on a split under every protocol of docs/evaluation.md.
 
-    Prints the table; writes metrics_<split>.json, .md and .png, predictions_<split>.npz (what `python -m dsct_jax.evaluate` reads) and
+    Prints the table; writes metrics_<split>.json, .md and .png, predictions_<split>.npz (what `python -m dsct_jax evaluate` reads) and
     predictions_<split>.png into `workdir`, and, on the validation split, thresholds.json, which prediction and the other splits' evaluation use.
     """
     run, mesh = RunConfig.from_mapping(config), make_mesh()

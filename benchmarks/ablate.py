@@ -23,9 +23,9 @@ from benchmarks.cues import accuracy_by_cue
 from benchmarks.paper_tables import TABLES, Row, Table, paper_table
 from data.command import override
 from data.config import SPLITS
-from dsct_jax.command import Parser, run_command
+from dsct_jax.cli import Parser, run_command
+from dsct_jax.config import differences, plain, read_config
 from dsct_jax.errors import UserError
-from dsct_jax.settings import differences, plain, read_config
 from train import RunConfig
 
 ROOT = Path(__file__).parent.parent

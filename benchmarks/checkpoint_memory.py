@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import tensorstore
 
-from dsct_jax.checkpoint import Checkpoints
-from dsct_jax.load import model_config
-from dsct_jax.meter import memory
-from dsct_jax.optimizer import OptimizerConfig
-from dsct_jax.settings import from_section, read_config
-from dsct_jax.sharding import make_mesh
-from dsct_jax.state import ModelFunctions
-from dsct_jax.step import initial_state
+from dsct_jax.config import from_section, read_config
+from dsct_jax.inference.load import model_config
+from dsct_jax.model.build import ModelFunctions
+from dsct_jax.parallel import make_mesh
+from dsct_jax.training.checkpoint import Checkpoints
+from dsct_jax.training.loop import memory
+from dsct_jax.training.optimizer import OptimizerConfig
+from dsct_jax.training.step import initial_state
 
 
 def resident_mib() -> float:

@@ -1,4 +1,4 @@
-"""Accuracy on the built-in scenes by what decided a person's emotion: the face, something near, something far (data/scenes.py).
+"""Accuracy on the built-in scenes by what decided a person's emotion: the face, something near, something far (data/readers/scenes.py).
 
     python -m benchmarks.cues runs/demo [--split=test]
 
@@ -15,12 +15,13 @@ from jaxtyping import Bool
 
 from data.command import data_config
 from data.config import SPLITS, DataConfig
-from data.scenes import CUE_SHARES, CUES
-from data.sources import read_split
-from dsct_jax.command import Parser, run_command
+from data.readers.registry import read_split
+from data.readers.scenes import CUE_SHARES, CUES
+from dsct_jax.cli import Parser, run_command
 from dsct_jax.errors import UserError
-from dsct_jax.results import read_results
-from dsct_jax.selection import class_probabilities, select_all
+from dsct_jax.evaluation.results import read_results
+from dsct_jax.evaluation.selection import select_all
+from dsct_jax.postprocess import class_probabilities
 
 
 def accuracy_by_cue(workdir: Path, split: str) -> dict[str, float]:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dsct_jax.command import Parser, run_command
-from dsct_jax.inside import Look, look
-from dsct_jax.load import load
-from dsct_jax.predict import read_photograph
-from dsct_jax.startup import start_process
+from dsct_jax.cli import Parser, run_command
+from dsct_jax.commands.predict import read_photograph
+from dsct_jax.inference.introspection import Look, look
+from dsct_jax.inference.load import load
+from dsct_jax.runtime import start_process
 
 
 def weight_measures(looks: Sequence[Look], layer: int) -> Iterator[tuple[float, float, float]]:

@@ -5,7 +5,7 @@
 The weights stay as trained; only what the fusion of every layer adds to a subject query changes. "context of another image" keeps the kind and
 size of what is added and takes away what it knows of the image: a model that stays as good there reads nothing from it. Below the table, how like
 what is added is to the query it is added to (cosine; the layer normalisation that follows removes what has the query's own direction). The built-in
-scenes only, accuracy by what decided a person's emotion (data/scenes.py).
+scenes only, accuracy by what decided a person's emotion (data/readers/scenes.py).
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ from data.config import SPLITS
 from data.pipeline import Dataset, make_dataset
 from dsct_jax.batch import Batch, Predictions
 from dsct_jax.boxes import cxcywh_to_xyxy
-from dsct_jax.command import Parser, run_command
+from dsct_jax.cli import Parser, run_command
 from dsct_jax.errors import UserError
-from dsct_jax.load import Model, load
+from dsct_jax.evaluation.selection import select_queries
+from dsct_jax.inference.load import Model, load
 from dsct_jax.model import decoder
-from dsct_jax.selection import select_queries
-from dsct_jax.startup import start_process
-from dsct_jax.step import model_input
+from dsct_jax.runtime import start_process
+from dsct_jax.training.step import model_input
 
 _fusion = decoder.subject_context_fusion
 _BATCH_SIZE = 40
@@ -75,7 +75,7 @@ def knocked_out_accuracies(model: Model, data: Dataset, fusion: Callable) -> dic
     for batch, i, predictions, queries in _answers(model, data, fusion):
         decided = predictions.logits[-1, i, queries, :-1].argmax(-1)
         right += (decided == batch.targets.labels[i][batch.targets.valid[i]].argmax(-1)).tolist()
-        cues += data.records[batch.image_ids[i]].cues
+        cues += data.readers.records[batch.image_ids[i]].cues
     return {"all": float(np.mean(right))} | accuracies(np.array(right), cues)
 
 

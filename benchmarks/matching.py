@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dsct_jax.matcher import assign_on_device, assign_on_host
+from dsct_jax.training.matching import assign_on_device, assign_on_host
 
 CASES = [  # batch, layers, queries, padded people
     (1, 6, 4, 16), (4, 6, 4, 16), (32, 6, 4, 16), (4, 6, 9, 16), (32, 6, 9, 16), (128, 6, 9, 16), (32, 1, 9, 16), (32, 6, 9, 4), (4, 6, 100, 20),

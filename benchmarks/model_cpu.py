@@ -35,14 +35,14 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
 
     from configs.emotic_r50 import get_config
     from dsct_jax.batch import Batch, Targets
-    from dsct_jax.load import model_config
-    from dsct_jax.losses import LossConfig
-    from dsct_jax.matcher import MatcherConfig
-    from dsct_jax.optimizer import OptimizerConfig
-    from dsct_jax.settings import from_section, plain
-    from dsct_jax.sharding import make_mesh, shard_batch
-    from dsct_jax.state import ModelFunctions
-    from dsct_jax.step import initial_state, make_eval_step, make_train_step, model_input
+    from dsct_jax.config import from_section, plain
+    from dsct_jax.inference.load import model_config
+    from dsct_jax.model.build import ModelFunctions
+    from dsct_jax.parallel import make_mesh, shard_batch
+    from dsct_jax.training.losses import LossConfig
+    from dsct_jax.training.matching import MatcherConfig
+    from dsct_jax.training.optimizer import OptimizerConfig
+    from dsct_jax.training.step import initial_state, make_eval_step, make_train_step, model_input
 
     config, mesh = plain(get_config()), make_mesh()
     config["model"]["remat"] = "none"

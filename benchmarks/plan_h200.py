@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan_h200 --size 800x1066 --batch 4 --dtype bfloat16 --remat light
 
-Nothing is executed. Needs what `pallas_kernels.compile_check` needs; takes about ten minutes on two cores.
+Nothing is executed. Needs what `benchmarks.compile_h200` needs; takes about ten minutes on two cores.
 """
 
 import argparse
@@ -16,17 +16,17 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from dsct_jax.load import model_config
-from dsct_jax.losses import LossConfig
-from dsct_jax.matcher import IMPLEMENTATIONS, MatcherConfig
+from benchmarks.compile_h200 import H200
+from dsct_jax.config import from_section, read_config
+from dsct_jax.inference.load import model_config
+from dsct_jax.model.build import ModelFunctions
 from dsct_jax.model.layers import REMAT
-from dsct_jax.optimizer import OptimizerConfig
-from dsct_jax.plan import format_plan, make_plan
-from dsct_jax.settings import from_section, read_config
-from dsct_jax.sharding import make_mesh
-from dsct_jax.state import ModelFunctions
-from dsct_jax.step import initial_state, make_train_step
-from pallas_kernels.compile_check import H200
+from dsct_jax.parallel import make_mesh
+from dsct_jax.training.losses import LossConfig
+from dsct_jax.training.matching import IMPLEMENTATIONS, MatcherConfig
+from dsct_jax.training.memory_plan import format_plan, make_plan
+from dsct_jax.training.optimizer import OptimizerConfig
+from dsct_jax.training.step import initial_state, make_train_step
 
 
 def main() -> None:

@@ -20,13 +20,13 @@ import numpy as np
 
 from data.command import override
 from data.pipeline import make_dataset
-from dsct_jax.command import Parser, run_command, writing
+from dsct_jax.cli import Parser, run_command, writing
+from dsct_jax.config import read_config
 from dsct_jax.errors import UserError
-from dsct_jax.settings import read_config
-from dsct_jax.sharding import make_mesh, shard_batch
-from dsct_jax.startup import start_process
-from dsct_jax.state import ModelFunctions
-from dsct_jax.step import initial_state, make_train_step
+from dsct_jax.model.build import ModelFunctions
+from dsct_jax.parallel import make_mesh, shard_batch
+from dsct_jax.runtime import start_process
+from dsct_jax.training.step import initial_state, make_train_step
 from train import RunConfig
 
 WINDOW = 10  # steps that a loss is the mean of

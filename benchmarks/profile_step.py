@@ -19,9 +19,9 @@ from pathlib import Path
 import jax
 
 from benchmarks.training_step import build
+from dsct_jax.config import read_config
 from dsct_jax.model.layers import REMAT
-from dsct_jax.settings import read_config
-from dsct_jax.step import assign_shards
+from dsct_jax.training.step import assign_shards
 
 PARTS = ("backbone", "encoder", "decoder", "heads", "matching", "losses", "optimizer")  # jax.named_scope in model/dsct.py and step.py
 KINDS = (  # the first that is found; in a backbone, a convolution of 1x1 is an einsum

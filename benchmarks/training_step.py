@@ -25,15 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsct_jax.batch import Batch, Targets
-from dsct_jax.load import model_config
-from dsct_jax.losses import LossConfig
-from dsct_jax.matcher import IMPLEMENTATIONS, MatcherConfig, assign_on_device
+from dsct_jax.config import from_section, read_config
+from dsct_jax.inference.load import model_config
+from dsct_jax.model.build import Flat, ModelFunctions
 from dsct_jax.model.layers import REMAT, DropoutNoise
-from dsct_jax.optimizer import OptimizerConfig
-from dsct_jax.settings import from_section, read_config
-from dsct_jax.sharding import make_mesh, shard_batch
-from dsct_jax.state import Flat, ModelFunctions
-from dsct_jax.step import TrainState, TrainStep, assign_shards, initial_state, make_train_step, model_input
+from dsct_jax.parallel import make_mesh, shard_batch
+from dsct_jax.training.losses import LossConfig
+from dsct_jax.training.matching import IMPLEMENTATIONS, MatcherConfig, assign_on_device
+from dsct_jax.training.optimizer import OptimizerConfig
+from dsct_jax.training.step import TrainState, TrainStep, assign_shards, initial_state, make_train_step, model_input
 
 PARTS = ("backbone", "encoder", "decoder", "matcher", "optimizer")
 

@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
     )
 
     data = config.data = ConfigDict()
-    data.source = "coco"  # coco | caer_s | ncaer_s | emotic | scenes | prepared (data_dir: the --output of data.prepare)
+    data.source = "coco"  # coco | caer_s | ncaer_s | emotic | scenes | prepared (data_dir: the --output of data.tools.prepare)
     data.protocol = "auto"  # the task named with every result; auto: as the files tell, or a name of data.config.PROTOCOLS (docs/datasets.md)
     data.data_dir = ""  # root of the images; for scenes unused
     data.train = "train.json"  # of each split FILE, ROOT:FILE or several with commas, below data_dir (scenes: number of images; ncaer_s: folder)

@@ -12,7 +12,7 @@ from jaxtyping import Float32, Int
 from PIL import Image, ImageEnhance
 
 from data.config import DataConfig
-from data.records import has_area
+from data.readers.records import has_area
 from dsct_jax.preprocess import Size, resize, resized_size
 
 NUM_DRAWS = 12  # uniform numbers an image and epoch

@@ -1,23 +1,25 @@
 """What the commands that run from a checkout share: a configuration named on the command line, and changed there.
 
-    python -m data.check --config=configs/demo.py --config.data.train=100
+    python -m data check --config=configs/demo.py --config.data.train=100
 
 The one module of `data` that knows ml_collections: train.py and the commands of `data` read their command lines the same way, here. Everything else
 takes a DataConfig.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
 
 from data.config import DataConfig
-from dsct_jax.command import Parser
+from dsct_jax.cli import Parser
+from dsct_jax.config import entry, from_section, plain, read_config, unknown_field
 from dsct_jax.errors import UserError
-from dsct_jax.settings import entry, from_section, plain, read_config, unknown_field
 
 
 def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -66,3 +68,13 @@ def parse(parser: Parser, argv: Sequence[str] | None = None) -> tuple[DataConfig
     """(data configuration, the command's own flags) of a command line whose parser is a `config_parser`. Raises UserError."""
     arguments, overrides = parser.parse_known_args(argv)
     return data_config(arguments.config, overrides), arguments
+
+
+T = TypeVar("T")
+
+
+def progress(things: Iterable[T], *, total: int, what: str, unit: str = "image") -> Iterable[T]:
+    """The same things, with a bar on a terminal and now and then a line of it elsewhere (stderr)."""
+    terminal = sys.stderr.isatty()
+    often = {"mininterval": 0.2, "dynamic_ncols": True} if terminal else {"mininterval": 10, "delay": 10}
+    return tqdm(things, total=total, desc=what, unit=unit, leave=False, **often)

@@ -17,10 +17,10 @@ from absl import flags
 from PIL import Image
 
 from data.augment import apply
+from data.batch_plan import FILLER, BatchPlan
 from data.config import DataConfig
-from data.plan import FILLER, BatchPlan
-from data.records import ReadReport, Record
-from data.sources import read_split
+from data.readers.records import ReadReport, Record
+from data.readers.registry import read_split
 from dsct_jax.batch import Batch, Targets
 from dsct_jax.boxes import xyxy_to_cxcywh
 from dsct_jax.errors import UserError

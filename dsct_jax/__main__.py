@@ -1,0 +1,26 @@
+"""The commands of the library: `python -m dsct_jax COMMAND ...`, installed as `dsct COMMAND ...`."""
+
+import sys
+
+from dsct_jax.cli import run_subcommand
+from dsct_jax.runtime import start_process
+
+COMMANDS = {
+    "predict": "people and their emotions in images, folders, videos or a camera",
+    "evaluate": "every metric of a predictions_<split>.npz, without a model",
+    "report": "curves and tables of a run",
+    "visualize": "the paper's figures, drawn from a checkpoint",
+    "export": "a trained model as StableHLO, safetensors, .pth or ONNX",
+    "convert": "third-party weights as a .safetensors file of this project",
+    "model_card": "what others should know about a trained model, as Markdown",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit status."""
+    start_process()
+    return run_subcommand("dsct_jax.commands", COMMANDS, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

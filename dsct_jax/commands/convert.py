@@ -1,0 +1,66 @@
+"""Turns weights of others into a model of ours: one .safetensors file with its configuration, and an account of every tensor.
+
+    python -m dsct_jax convert --input=FILE --output=DIR --config=configs/emotic_r50_released.py
+
+FILE is a released DSCT (.pth), a Deformable DETR (.pth of the original code, .safetensors of Hugging Face), a torchvision ResNet (.pth or
+.safetensors), or a run directory or .safetensors file of ours, which needs no --config. What a file does not have starts as in a fresh training
+with the configuration's seed. `--config.init_from=FILE` of train.py does the same at the start of a run.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsct_jax.cli import Parser, run_command, writing
+from dsct_jax.config import entry, read_config
+from dsct_jax.errors import UserError
+from dsct_jax.inference.load import Model, model_config, read_own
+from dsct_jax.model.build import ModelFunctions
+from dsct_jax.weights.pretrained import initialise, is_own
+
+MODEL_FILE = "model.safetensors"
+REPORT_FILE = "report.txt"
+
+
+def convert(source: Path, output: Path, config: Mapping[str, Any] | None = None, *, strict: bool = True) -> list[str]:
+    """Writes `output`/model.safetensors, which `dsct_jax.load` and `pretrained.initialise` read, and `output`/report.txt; returns the report.
+
+    Raises:
+        UserError: see `pretrained.initialise`; or no `config` for a file of others.
+    """
+    if config is None:
+        if not is_own(source):
+            raise UserError(f"{source}: does not say which model it is for; give --config, such as configs/emotic_r50_released.py")
+        config = read_own(source)[2]
+    functions = ModelFunctions(model_config(config))
+    fresh = functions.init(entry(config, "seed", int))
+    params, frozen, report = initialise(source, functions, *fresh, config, strict=strict)
+    output.mkdir(parents=True, exist_ok=True)
+    Model(functions, params, frozen, config).save(output / MODEL_FILE)
+    (output / REPORT_FILE).write_text("\n".join(report) + "\n")
+    return report
+
+
+def make_parser() -> Parser:
+    """The command's flags."""
+    parser = Parser(prog="python -m dsct_jax convert", description=__doc__)
+    parser.add_argument("--input", type=Path, required=True, help="the weights of others, or a model of ours")
+    parser.add_argument("--output", type=Path, required=True, help=f"directory for {MODEL_FILE} and {REPORT_FILE}")
+    parser.add_argument("--config", type=Path, help="configuration (.py or .json) of the model to make; a model of ours brings its own")
+    parser.add_argument("--lenient", action="store_true", help="leave out and report what does not fit, instead of stopping")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The command with its arguments parsed. Raises UserError for what cannot be used."""
+    config = None if arguments.config is None else read_config(arguments.config)
+    with writing(arguments.output):
+        report = convert(arguments.input, arguments.output, config, strict=not arguments.lenient)
+    print("\n".join(report))
+    print(f"written: {arguments.output / MODEL_FILE}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; a user's mistake is one line on stderr and exit status 2."""
+    return run_command(lambda: run(make_parser().parse_args(argv)))

@@ -1,0 +1,79 @@
+"""What a model says of a whole split, every image once, from batches that are spread over devices and processes."""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dsct_jax.batch import Batch, Predictions
+from dsct_jax.errors import UserError
+from dsct_jax.evaluation.results import About, ImageResult, Shown, SplitResults, pack
+from dsct_jax.parallel import Prefetch, shard_batch
+
+
+def collect_results(
+    predict: Callable[[Batch], Predictions],
+    batches: Iterable[Batch],
+    about: About,
+    *,
+    num_images: int,
+    source: str,
+    mesh: Mesh,
+    keep: int = 0,
+) -> tuple[SplitResults, list[Shown]]:
+    """(what `predict` says of every image, on every process; the first `keep` images of this process with it, for `draw_shown`).
+
+    Args:
+        predict: an eval step, on a batch of the mesh.
+        batches: this process's share.
+        num_images: of all processes; each has to come exactly once.
+        source: what an error calls the data.
+
+    Raises:
+        UserError: none of the images could be read.
+    """
+    results: list[ImageResult] = []
+    shown: list[Shown] = []
+    seen = 0
+    with Prefetch(batches, lambda batch: (batch, shard_batch(batch, mesh))) as pairs:
+        for batch, sharded in pairs:
+            predictions, whole = on_host(predict(sharded)), on_host(dataclasses.replace(sharded, images=None))
+            logits, boxes = predictions.logits[-1], predictions.boxes[-1]
+            results += image_results(whole, logits, boxes)
+            seen += int((whole.image_ids >= 0).sum())  # images that were skipped as damaged keep their number
+            if keep > 0:
+                first, number = jax.process_index() * len(batch.real), min(keep, len(batch.real))
+                here = slice(first, first + number)
+                shown.append((jax.tree.map(operator.itemgetter(slice(number)), batch), logits[here], boxes[here]))
+                keep -= number
+    if seen != num_images:
+        raise RuntimeError(f"evaluated {seen} of {num_images} images")
+    if not results:
+        raise UserError(f"{source}: none of its {num_images} images could be read")
+    return pack(results, about), shown
+
+
+def on_host(tree: Any) -> Any:
+    """Global arrays -> whole numpy arrays, on every process."""
+    return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def image_results(batch: Batch, logits: np.ndarray, boxes: np.ndarray) -> Iterator[ImageResult]:
+    """The real images of a batch with their predictions and people, as the evaluation takes them."""
+    for i in np.flatnonzero(batch.real):
+        valid = batch.targets.valid[i]
+        height, width = (int(side) for side in batch.original_sizes[i])
+        cx, cy, w, h = (batch.targets.boxes[i][valid] * np.array([width, height, width, height], np.float32)).T
+        yield ImageResult(
+            image_id=int(batch.image_ids[i]),
+            logits=logits[i],
+            boxes=boxes[i],
+            size=(height, width),
+            gt_boxes=np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], -1),
+            gt_labels=batch.targets.labels[i][valid],
+        )

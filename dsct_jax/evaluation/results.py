@@ -1,0 +1,147 @@
+"""What a model said about a split beside the people annotated in it, as arrays, and the compact file that keeps them (predictions_<split>.npz)."""
+
+import dataclasses
+import json
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Num, Shaped
+
+from dsct_jax.batch import Batch
+from dsct_jax.boxes import cxcywh_to_xyxy
+from dsct_jax.errors import UserError
+
+_FORMAT = 1  # of the file; a number that grows when an older reader would misunderstand
+_ARRAYS = ("image_ids", "sizes", "logits", "boxes", "people_per_image", "gt_boxes", "gt_labels")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageResult:
+    """What the last decoder layer says about one image, and the people annotated in it."""
+
+    image_id: int
+    logits: Float[np.ndarray, "q c"]  # c = k + 1; the last one is ignored
+    boxes: Float[np.ndarray, "q 4"]  # (cx, cy, w, h) in [0, 1] of the image
+    size: tuple[int, int]  # (height, width) of the photograph in pixels
+    gt_boxes: Num[np.ndarray, "t 4"]  # (x1, y1, x2, y2) in pixels
+    gt_labels: Shaped[np.ndarray, "t k"]  # multi-hot or one-hot; a row of zeros = the person carries no label
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What the arrays of a split mean."""
+
+    class_names: tuple[str, ...]
+    multi_label: bool
+    subject_logit: bool  # the last logit was trained to mean "this is a person" (subjects.has_subject_logit)
+    protocol: str = "custom"  # which data and which boxes: results of different protocols cannot be compared
+    split: str = ""
+    checkpoint: str = ""  # where the weights came from, for people
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitResults:
+    """The results of n images with m people, p of the queries' answers and people in the order of the images."""
+
+    about: About
+    image_ids: Int[np.ndarray, "n"]
+    sizes: Int[np.ndarray, "n 2"]  # (height, width) in pixels
+    logits: Float[np.ndarray, "n q c"]  # c = k + 1
+    boxes: Float[np.ndarray, "n q 4"]  # (cx, cy, w, h) in [0, 1] of the image
+    people_per_image: Int[np.ndarray, "n"]
+    gt_boxes: Float[np.ndarray, "m 4"]  # (x1, y1, x2, y2) in pixels
+    gt_labels: Bool[np.ndarray, "m k"]
+
+    def __post_init__(self) -> None:
+        k = len(self.about.class_names)
+        if self.logits.shape[-1] != k + 1 or self.gt_labels.shape[-1] != k:
+            raise UserError(
+                f"image {self.image_ids[0]}: {self.logits.shape[-1]} logits and labels of {self.gt_labels.shape[-1]} classes do not fit the "
+                f"{k} class names: expected {k + 1} and {k}"
+            )
+        if self.people_per_image.sum() != len(self.gt_boxes) or len(self.gt_boxes) != len(self.gt_labels):
+            raise UserError(f"{self.people_per_image.sum()} people are announced, {len(self.gt_boxes)} have a box, {len(self.gt_labels)} a label row")
+        finite = np.isfinite(self.logits).all((1, 2)) & np.isfinite(self.boxes).all((1, 2))
+        if not finite.all():
+            raise FloatingPointError(f"image {self.image_ids[np.argmin(finite)]}: the predicted logits or boxes are not finite")
+
+    @property
+    def image_of_person(self) -> Int[np.ndarray, "m"]:
+        """Position of each person's image."""
+        return np.repeat(np.arange(len(self.image_ids)), self.people_per_image)
+
+    @property
+    def pixel_boxes(self) -> Float[np.ndarray, "n q 4"]:
+        """The predicted boxes as (x1, y1, x2, y2) in pixels."""
+        scale = self.sizes[:, None, [1, 0, 1, 0]].astype(self.boxes.dtype)
+        return cxcywh_to_xyxy(self.boxes) * scale
+
+    def save(self, path: Path) -> None:
+        """Writes one compressed .npz without pickled objects (about 0.5 kB an image with 4 queries and 26 classes)."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        about = json.dumps({"format": _FORMAT, **dataclasses.asdict(self.about)})
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, about=np.array(about), **arrays)
+        temporary.replace(path)
+
+
+def pack(results: Sequence[ImageResult], about: About) -> SplitResults:
+    """Image after image -> arrays.
+
+    Raises:
+        UserError: there is no image, an image is in it twice, or logits and labels do not fit the class names.
+        ValueError: the images have no query, or not the same number of queries.
+        FloatingPointError: logits or boxes of an image are not finite.
+    """
+    if not results:
+        raise UserError("nothing to evaluate: there is no image; check the annotation file of the split")
+    k = len(about.class_names)
+    for result in results:
+        if result.logits.shape[-1] != k + 1 or result.gt_labels.shape[-1] != k:
+            raise UserError(
+                f"image {result.image_id}: {result.logits.shape[-1]} logits and labels of {result.gt_labels.shape[-1]} classes do not fit the "
+                f"{k} class names: expected {k + 1} and {k}"
+            )
+    twice = Counter(result.image_id for result in results).most_common(1)[0]
+    if twice[1] > 1:
+        raise UserError(f"image {twice[0]} is among the results {twice[1]} times; every image must be counted once")
+    queries = {len(result.boxes) for result in results}
+    if queries == {0} or len(queries) > 1:
+        raise ValueError(f"every image needs the same number of predicted boxes, at least one; there are {sorted(queries)}")
+    return SplitResults(
+        about=about,
+        image_ids=np.array([result.image_id for result in results], np.int64),
+        sizes=np.array([result.size for result in results], np.int64),
+        logits=np.stack([result.logits for result in results]),
+        boxes=np.stack([result.boxes for result in results]),
+        people_per_image=np.array([len(result.gt_boxes) for result in results], np.int64),
+        gt_boxes=np.concatenate([result.gt_boxes for result in results]).astype(np.float32),
+        gt_labels=np.concatenate([result.gt_labels for result in results]) > 0.5,
+    )
+
+
+def read_results(path: Path) -> SplitResults:
+    """Reads what `SplitResults.save` wrote.
+
+    Raises:
+        UserError: the file is missing, damaged, or of another kind.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; train.py --mode=eval writes predictions_<split>.npz into the --workdir")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            about: dict[str, Any] = json.loads(str(file["about"]))
+            arrays = {name: file[name] for name in _ARRAYS}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a file of predictions, or damaged ({error}); run train.py --mode=eval again") from None
+    if about.pop("format") != _FORMAT:
+        raise UserError(f"{path}: written by another version of this program; run train.py --mode=eval again")
+    return SplitResults(about=About(**{**about, "class_names": tuple(about["class_names"])}), **arrays)
+
+
+Shown = tuple[Batch, np.ndarray, np.ndarray]  # images on the host, and the last layer's logits [b q k+1] and boxes [b q 4] of each

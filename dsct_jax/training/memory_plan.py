@@ -1,0 +1,176 @@
+"""What a training run will take, before it starts: parameters by module, and for each bucket memory, compile time and arithmetic of a step.
+
+Every program is compiled, none is run: memory is what the compiler assigned, for one device of the mesh.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from dsct_jax.batch import Batch, Targets
+from dsct_jax.parallel import BATCH, LAYERED
+from dsct_jax.training.step import TrainState, TrainStep
+
+_MIB, _GIGA = 2**20, 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class ModulePlan:
+    """Numbers of parameters of one part of the network."""
+
+    name: str
+    trained: int
+    fixed: int  # frozen by the optimizer's rules; statistics of frozen norms are not counted
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramPlan:
+    """One compiled program of a step; bytes on one device."""
+
+    name: str
+    compile_seconds: float  # tracing included; short where the compilation cache has it
+    flops: float  # of one device as XLA counts them: the body of a loop (sampled attention) once, kernels not at all
+    argument_bytes: int  # of what it reads: a first half has no use for the optimizer's state
+    output_bytes: int
+    aliased_bytes: int  # outputs that take the place of arguments
+    temporary_bytes: int
+
+    @property
+    def live_bytes(self) -> int:
+        """Everything that exists while it runs."""
+        return self.argument_bytes + self.output_bytes - self.aliased_bytes + self.temporary_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketPlan:
+    """A step with images of one padded size."""
+
+    image_shape: tuple[int, ...]  # b h w 3, global
+    programs: tuple[ProgramPlan, ...]
+    peak_bytes: int  # on one device: the largest program with what waits beside it
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """See the module's docstring."""
+
+    modules: tuple[ModulePlan, ...]
+    state_bytes: int  # on one device: parameters, average, optimizer
+    buckets: tuple[BucketPlan, ...]
+
+
+def make_plan(step: TrainStep, state: TrainState, buckets: Sequence[tuple[int, int]], *, batch_size: int, max_targets: int, num_classes: int) -> Plan:
+    """Compiles the programs of `step` for every bucket.
+
+    Args:
+        state: as from `initial_state`, or ShapeDtypeStructs with shardings; only shapes and shardings are looked at.
+        buckets: (height, width) of the padded images.
+        batch_size: global, as the configuration's.
+
+    Raises:
+        UserError: the batch cannot be split over the devices of the mesh and the parts that are accumulated.
+    """
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    # What exists beside a program although it is none of its arguments: what only the update reads, and gradients that are being added up.
+    unread = _bytes_on_a_device((state.opt_state, state.ema))
+    sums = 4 * sum(x.size for x in state.params.values()) if step.config.accumulate > 1 else 0
+    idle = {"first_half": unread + sums, "add_gradients": unread, "add_gradients_on_device": unread}
+    plans = []
+    for height, width in buckets:
+        batch = _abstract_batch(batch_size, height, width, max_targets, num_classes, step.mesh)
+        programs = tuple(_programs(step, state, batch))
+        peak = max(program.live_bytes + idle.get(program.name, 0) for program in programs)
+        plans.append(BucketPlan(batch.images.shape, programs, peak))
+    return Plan(_modules(state), _bytes_on_a_device(state), tuple(plans))
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan as text: two tables and a line between them."""
+    lines = [f"{'module':<24}{'trained':>14}{'frozen':>14}"]
+    total = ModulePlan("all", sum(m.trained for m in plan.modules), sum(m.fixed for m in plan.modules))
+    lines += [f"{module.name:<24}{module.trained:>14,}{module.fixed:>14,}" for module in (*plan.modules, total)]
+    lines += ["", f"state on each device: {plan.state_bytes / _MIB:,.0f} MiB (parameters, average, optimizer)", ""]
+    lines.append(f"{'images':<20}{'program':<26}{'compile s':>10}{'GFLOP':>10}{'given MiB':>11}{'made MiB':>10}{'temp MiB':>10}{'all MiB':>10}")
+    for bucket in plan.buckets:
+        shape = "x".join(str(size) for size in bucket.image_shape[:3])
+        for program in bucket.programs:
+            sizes = program.argument_bytes, program.output_bytes - program.aliased_bytes, program.temporary_bytes, program.live_bytes
+            given, made, temporary, live = (size / _MIB for size in sizes)
+            numbers = f"{program.compile_seconds:>10.1f}{program.flops / _GIGA:>10.1f}{given:>11,.0f}{made:>10,.0f}{temporary:>10,.0f}{live:>10,.0f}"
+            lines.append(f"{shape:<20}{program.name:<26}{numbers}")
+        lines.append(f"{shape:<20}{'peak of a step':<26}{bucket.peak_bytes / _MIB:>71,.0f}")
+    return "\n".join(lines)
+
+
+def _modules(state: TrainState) -> tuple[ModulePlan, ...]:
+    counts: dict[str, list[int]] = {}
+    for column, values in enumerate((state.params, state.fixed)):
+        for path, value in values.items():
+            parts = path.split("/")
+            name = "/".join(parts[:2]) if parts[0] == "backbone" else parts[0]
+            counts.setdefault(name, [0, 0])[column] += value.size
+    return tuple(ModulePlan(name, *numbers) for name, numbers in sorted(counts.items()))
+
+
+def _bytes_on_a_device(tree: Any) -> int:
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _abstract_batch(b: int, height: int, width: int, t: int, k: int, mesh: Mesh) -> Batch:
+    def struct(dtype, *shape):
+        return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=NamedSharding(mesh, BATCH))
+
+    targets = Targets(struct(np.float32, t, 4), struct(np.float32, t, k), struct(np.bool_, t))
+    sizes = struct(np.int32, 2)
+    return Batch(struct(np.uint8, height, width, 3), sizes, targets, struct(np.int32), sizes, struct(np.bool_))
+
+
+def _programs(step: TrainStep, state: TrainState, batch: Batch):
+    """The programs in the order in which a step first runs them."""
+    part = None if step.config.accumulate == 1 else jax.ShapeDtypeStruct((), np.int32)
+    if step.matcher.implementation == "device" and part is None:
+        yield _compile("whole_on_device", step.whole_on_device, state, batch)[0]
+        return
+    grads = None if part is None else _struct(step.zeros.lower(state.params).compile(), step.zeros, state.params)
+    if step.matcher.implementation == "device":
+        program, (grads, sums) = _compile("add_gradients_on_device", step.add_gradients_on_device, grads, state, batch, part)
+        yield program
+    else:
+        program, forward = _compile("first_half", step.first_half, state, batch, part)
+        yield program
+        assignment = jax.ShapeDtypeStruct(forward.cost.shape[:3], np.int32, sharding=NamedSharding(step.mesh, LAYERED))
+        if part is None:
+            yield _compile("second_half", step.second_half, state, forward, batch, assignment)[0]
+            return
+        program, (grads, sums) = _compile("add_gradients", step.add_gradients, grads, state, forward, batch, part, assignment)
+        yield program
+    yield _compile("update", step.update, state, grads, [sums] * step.config.accumulate, batch.targets.valid)[0]
+
+
+def _compile(name: str, function: Any, *arguments: Any) -> tuple[ProgramPlan, Any]:
+    start = time.perf_counter()
+    compiled = function.lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    program = ProgramPlan(
+        name=name,
+        compile_seconds=seconds,
+        flops=float((cost or {}).get("flops", 0.0)),
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+    )
+    return program, _struct(compiled, function, *arguments)
+
+
+def _struct(compiled: Any, function: Any, *arguments: Any) -> Any:
+    """What a compiled function returns, as ShapeDtypeStructs with the shardings that the compiler chose."""
+    shapes, structure = jax.tree.flatten(jax.eval_shape(function, *arguments))
+    shardings = jax.tree.leaves(compiled.output_shardings)
+    return jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(shapes, shardings, strict=True)])

@@ -1,0 +1,360 @@
+"""Tensor files without PyTorch: .pth and .safetensors are read and written here, third-party files without running what is in them.
+
+A `.pth` file is a pickle that describes tensors, and raw bytes a storage: in a zip archive (PyTorch >= 1.6), or one after the other in a plain
+file (before; torchvision's and Deformable DETR's oldest weights). The unpickler here knows tensors and plain containers only: any other name in
+the pickle is refused, or kept as an inert `Opaque` where released files carry it.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import pickle
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from dsct_jax.errors import UserError
+
+_Content = tuple[dict[str, np.ndarray], dict[str, str]]  # tensors and texts by name
+PTH_SUFFIXES = (".pth", ".pt", ".bin")
+
+STORAGE_TYPES: dict[str, Any] = {
+    "FloatStorage": np.float32,
+    "DoubleStorage": np.float64,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+_SAFETENSORS_TYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32, "I16": np.int16,
+    "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+_PLAIN_FILE_START = b"".join(pickle.dumps(number, protocol=2) for number in (0x1950A86A20F9469CFC6C, 1001))  # magic number and protocol
+
+# What a pickle or an archive that was damaged or forged can raise.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+
+
+class Opaque:
+    """Stands for an object that carries no weights, such as the training script's arguments; it keeps nothing and does nothing."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class _Rebuild:
+    """A function that a pickle may call and may not change: functions and partials can be given another body by a crafted file."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, _: Any) -> None:
+        raise pickle.UnpicklingError("it tries to change a function")
+
+
+class _Entries(OrderedDict):
+    """A dictionary in which no name may come twice: of two tensors of one name, which one counts?"""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if key in self:
+            raise pickle.UnpicklingError(f"it holds {key!r} twice")
+        super().__setitem__(key, value)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Storage:
+    """Numbers that a pickle refers to, not read yet."""
+
+    kind: str
+    key: str
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _View:
+    """A tensor: a strided part of a storage."""
+
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def cut(self, numbers: np.ndarray) -> np.ndarray:
+        """The tensor, from the numbers of its storage."""
+        count = math.prod(self.size)
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True)) if count else self.offset
+        if min(self.offset, *self.size, *self.stride, 0) < 0 or count > numbers.size or (count and last >= numbers.size):
+            raise pickle.UnpicklingError("a tensor reaches outside its storage")
+        strides = tuple(s * numbers.itemsize for s in self.stride)
+        return np.lib.stride_tricks.as_strided(numbers[self.offset :], self.size, strides).copy()
+
+
+def _view(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> _View:
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError("a tensor without a storage")
+    return _View(storage, offset, tuple(size), tuple(stride))
+
+
+_ALLOWED = {
+    ("collections", "OrderedDict"): _Entries,
+    ("torch._utils", "_rebuild_tensor_v2"): _Rebuild(_view),
+    ("torch._utils", "_rebuild_tensor"): _Rebuild(_view),  # before PyTorch 0.4
+    ("torch._utils", "_rebuild_parameter"): _Rebuild(lambda data, *_: data),
+    ("torch.nn.parameter", "Parameter"): _Rebuild(lambda data, *_: data),
+    ("argparse", "Namespace"): Opaque,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BufferedReader | io.BytesIO):
+        super().__init__(file)
+        self.storages: dict[str, _Storage] = {}  # every one that the pickle refers to, by key
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        if module == "torch" and name in STORAGE_TYPES:
+            return name
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no file of weights needs")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, storage_type, key, _, count, *view = pid
+        if kind != "storage" or storage_type not in STORAGE_TYPES or any(part is not None for part in view):
+            raise pickle.UnpicklingError(f"unknown reference {kind!r}")
+        self.storages[str(key)] = _Storage(str(storage_type), str(key), int(count))
+        return self.storages[str(key)]
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Tensors by name of a `.pth` (also `.pt`, `.bin`) or `.safetensors` file; raises UserError when it cannot be read or is neither."""
+    if path.suffix in PTH_SUFFIXES:
+        return read_pth(path)[0]
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    raise UserError(f"{path}: neither a .safetensors file nor a .pth, .pt or .bin of PyTorch")
+
+
+def read_pth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(tensors by name, texts by name) of a `.pth` file.
+
+    The tensors are those of the entry 'model' or 'state_dict' where there is one, otherwise of the whole file; the texts stand beside that entry.
+
+    Raises UserError when the file is no such file or holds anything that is not a tensor or a plain container.
+    """
+    try:
+        with path.open("rb") as file:
+            tensors, texts = _from_archive(path, file) if zipfile.is_zipfile(file) else _from_plain_file(path, file)
+    except (zipfile.BadZipFile, StopIteration):
+        raise UserError(f"{path}: not a .pth file, or cut short; copy it again, or save it again with torch.save") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UserError:
+        raise
+    except _UNREADABLE as error:
+        raise UserError(f"{path}: refused, {' '.join(str(error).split()) or type(error).__name__}") from None
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors by name")
+    return tensors, texts
+
+
+def _from_archive(path: Path, file: io.BufferedReader) -> _Content:
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        if len(set(names)) < len(names):
+            raise pickle.UnpicklingError(f"it holds {next(name for name in names if names.count(name) > 1)!r} twice")
+        description = next(name for name in names if name.endswith("data.pkl"))
+        root = description.removesuffix("data.pkl")
+        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+            raise UserError(f"{path}: written on a big-endian machine; save it again on another one")
+        views, texts = _named_views(_Unpickler(io.BytesIO(archive.read(description))).load())
+        tensors = {
+            name: view.cut(np.frombuffer(archive.read(f"{root}data/{view.storage.key}"), STORAGE_TYPES[view.storage.kind], view.storage.count))
+            for name, view in views.items()
+        }
+        return tensors, texts
+
+
+def _from_plain_file(path: Path, file: io.BufferedReader) -> _Content:
+    """Five pickles (a magic number, a protocol, the machine, the content, the storages' keys), then a count and the numbers of each storage."""
+    file.seek(0)
+    if file.read(len(_PLAIN_FILE_START)) != _PLAIN_FILE_START:
+        raise zipfile.BadZipFile
+    machine = _Unpickler(file).load()
+    if not machine["little_endian"]:
+        raise UserError(f"{path}: written on a big-endian machine; save it again on another one")
+    unpickler = _Unpickler(file)
+    views, texts = _named_views(unpickler.load())
+    storages: dict[str, np.ndarray] = {}
+    for key in _Unpickler(file).load():
+        kind = np.dtype(STORAGE_TYPES[unpickler.storages[key].kind])
+        (count,) = struct.unpack("<q", file.read(8))
+        if not 0 <= count * kind.itemsize <= path.stat().st_size:
+            raise EOFError("cut short")
+        storages[key] = np.frombuffer(file.read(count * kind.itemsize), kind, count)
+    return {name: view.cut(storages[view.storage.key]) for name, view in views.items()}, texts
+
+
+def _named_views(content: Any) -> tuple[dict[str, _View], dict[str, str]]:
+    """Tensors of the entry that holds the model, and the texts beside it."""
+    if not isinstance(content, dict):
+        return {}, {}
+    texts = {str(name): text for name, text in content.items() if isinstance(text, str)}
+    model = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)), content)
+    return {str(name): view for name, view in model.items() if isinstance(view, _View)}, texts
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(tensors by name, metadata) of a `.safetensors` file; raises UserError when it is damaged, cut short, or names a tensor twice."""
+    try:
+        content = path.read_bytes()
+        entries = safetensors.deserialize(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (safetensors.SafetensorError, ValueError) as error:
+        doubled = _doubled_name(content)
+        raise UserError(
+            f"{path}: holds {doubled!r} twice"
+            if doubled
+            else f"{path}: cannot be read as .safetensors ({error}); the file may be cut short, copy it again"
+        ) from None
+    tensors = {}
+    for name, entry in entries:
+        if entry["dtype"] not in _SAFETENSORS_TYPES:
+            raise UserError(f"{path}: {name} has numbers of type {entry['dtype']}, which are no weights")
+        tensors[name] = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors, header.get("__metadata__") or {}
+
+
+def _doubled_name(content: bytes) -> str | None:
+    """The name that comes twice in the header of a `.safetensors` file, which its library reports as a wrong offset."""
+    doubled: list[str] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        doubled.extend(name for name in names if names.count(name) > 1)
+        return dict(pairs)
+
+    try:
+        json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")], object_pairs_hook=collect)
+    except ValueError:
+        return None
+    return doubled[0] if doubled else None
+
+
+_DATE = (1980, 1, 1, 0, 0, 0)  # of every entry of an archive; the first that the format knows
+_SAFETENSORS_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.int32): "I32", np.dtype(np.int64): "I64"}
+_STORAGE_TYPES = {np.dtype(np.float32): "FloatStorage", np.dtype(np.float16): "HalfStorage", np.dtype(np.int64): "LongStorage"}
+_ALIGNMENT = 8  # bytes; of the header's end, as safetensors wants it
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Arrays by name and texts by name, both sorted: the library itself leaves the order of the texts to chance."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    start = 0
+    ordered = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
+    for name, array in ordered.items():
+        header[name] = {"dtype": _SAFETENSORS_NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [start, start + array.nbytes]}
+        start += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for array in ordered.values():
+            file.write(array.tobytes())
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """What `numpy.savez` writes, sorted by name; read it with `numpy.load`."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in sorted(arrays):
+            with archive.open(zipfile.ZipInfo(f"{name}.npy", _DATE), "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(arrays[name], order="C"), allow_pickle=False)
+
+
+def write_pth(path: Path, tensors: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> None:
+    """A `.pth` that `torch.load(path, weights_only=True)` reads: {"model": tensors by name, and each of `notes` under its name}.
+
+    Tensors that are one array are one storage, as PyTorch keeps them.
+    """
+    storages: dict[int, tuple[str, np.ndarray]] = {}
+    entries = []
+    for name, tensor in tensors.items():
+        key, _ = storages.setdefault(id(tensor), (str(len(storages)), tensor))
+        entries.append((name, _pickled_tensor(tensor, key)))
+    content = [("model", _pickled_dict(entries)), *((name, _pickled_text(text)) for name, text in notes.items())]
+    files = {"data.pkl": b"\x80\x02" + _pickled_dict(content) + b".", "byteorder": b"little"}
+    files |= {f"data/{key}": np.asarray(tensor, order="C").tobytes() for key, tensor in storages.values()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in (files | {"version": b"3\n"}).items():
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}", _DATE), data)
+
+
+# The opcodes of pickle protocol 2 that a file of tensors needs. Written out because Python's pickler writes a function's name only after importing
+# it, and `torch._utils` may not be there.
+
+
+def _pickled_text(text: str) -> bytes:
+    data = text.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def _pickled_int(number: int) -> bytes:
+    data = number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def _pickled_tuple(parts: Iterable[bytes]) -> bytes:
+    return b"(" + b"".join(parts) + b"t"
+
+
+def _pickled_name(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def _pickled_dict(entries: Iterable[tuple[str, bytes]]) -> bytes:
+    return b"}(" + b"".join(_pickled_text(name) + value for name, value in entries) + b"u"
+
+
+def _pickled_tensor(tensor: np.ndarray, key: str) -> bytes:
+    """_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, backward_hooks)."""
+    kind = _pickled_name("torch", _STORAGE_TYPES[tensor.dtype])
+    storage = _pickled_tuple([_pickled_text("storage"), kind, _pickled_text(key), _pickled_text("cpu"), _pickled_int(tensor.size)]) + b"Q"
+    strides = [int(np.prod(tensor.shape[i + 1 :])) for i in range(tensor.ndim)]
+    size, stride = (_pickled_tuple(map(_pickled_int, numbers)) for numbers in (tensor.shape, strides))
+    hooks = _pickled_name("collections", "OrderedDict") + b")R"
+    return _pickled_name("torch._utils", "_rebuild_tensor_v2") + _pickled_tuple([storage, _pickled_int(0), size, stride, b"\x89", hooks]) + b"R"

@@ -1,0 +1,126 @@
+"""Temperature, thresholds, errors of calibration, and thresholds.json."""
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from sklearn.metrics import f1_score
+
+from dsct_jax.errors import UserError
+from dsct_jax.evaluation.calibration import (
+    Calibration,
+    calibration_errors,
+    calibration_of_run,
+    fit_min_certainty,
+    fit_temperature,
+    fit_thresholds,
+    negative_log_likelihood,
+    parse_calibration,
+    read_calibration,
+)
+
+NAMES = ("calm", "glad")
+FITTED = Calibration(NAMES, 1.25, (0.1 + 0.2, 0.75), "val", 12, "step 6", 0.1 + 0.1)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), st.integers(1, 20))
+def test_no_threshold_has_a_better_f1(data, n):
+    probabilities = data.draw(hnp.arrays(np.float64, (n, 1), elements=st.sampled_from([0.0, 0.2, 0.2 + 1e-9, 0.7, 1.0])))
+    labels = data.draw(hnp.arrays(bool, (n, 1)))
+    (threshold,) = fit_thresholds(probabilities, labels)
+    assert 0 <= threshold <= 1
+    if not labels.any():
+        assert threshold == 0.5
+        return
+
+    def f1(cut):
+        return f1_score(labels[:, 0], probabilities[:, 0] > cut, zero_division=0)
+
+    # Eq. 4 says "more than": nobody's probability 0 can be reached by any threshold.
+    assert f1(threshold) >= max(f1(cut) for cut in [0.0, *np.unique(probabilities)]) - 1e-12
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), st.integers(1, 12), st.integers(0, 5))
+def test_no_certainty_finds_people_better(data, n, missed):
+    certainties = data.draw(hnp.arrays(np.float64, n, elements=st.sampled_from([0.0, 0.05, 0.2, 0.7, 1.0])))
+    finds = data.draw(hnp.arrays(bool, n))
+    people = int(finds.sum()) + missed
+    cut = fit_min_certainty(certainties, finds, people=people)
+    if not finds.any():
+        assert cut is None
+        return
+
+    def f1(chosen):
+        return 2 * (finds & chosen).sum() / (chosen.sum() + people)
+
+    assert f1(certainties >= cut) >= max(f1(certainties > level) for level in [0.0, *np.unique(certainties)]) - 1e-12
+
+
+def test_a_file_of_an_older_version_has_no_certainty():
+    text = FITTED.to_json().replace(', "min_certainty": 0.2', "")
+    assert parse_calibration(text, class_names=NAMES, where="here") == dataclasses.replace(FITTED, min_certainty=None)
+
+
+@pytest.mark.parametrize("multi_label", [True, False])
+def test_the_temperature_that_made_the_labels_is_found(multi_label):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (20_000, 4))
+    if multi_label:
+        labels = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
+    else:
+        exponentials = np.exp(logits)
+        drawn = (rng.random((len(logits), 1)) > (exponentials / exponentials.sum(-1, keepdims=True)).cumsum(-1)).sum(-1)
+        labels = np.eye(4, dtype=bool)[np.minimum(drawn, 3)]
+    assert fit_temperature(3 * logits, labels, multi_label=multi_label) == pytest.approx(3, rel=0.05)
+    assert negative_log_likelihood(logits, labels, multi_label=multi_label) < negative_log_likelihood(3 * logits, labels, multi_label=multi_label)
+
+
+def test_errors_by_hand():
+    probabilities, labels = np.array([[0.9], [0.9], [0.2], [0.2]]), np.array([[True], [False], [False], [False]])
+    errors = calibration_errors(probabilities, labels, multi_label=True)
+    assert errors["ece"] == pytest.approx((2 * 0.4 + 2 * 0.2) / 4)
+    assert errors["brier"] == pytest.approx((0.01 + 0.81 + 0.04 + 0.04) / 4)
+    assert [(entry["count"], entry["true"]) for entry in errors["bins"]] == [(2, 0.0), (2, 0.5)]
+    certain = calibration_errors(np.array([[1.0, 0.0]]), np.array([[True, False]]), multi_label=False)
+    assert (certain["ece"], certain["brier"], certain["bins"][0]["high"]) == (0.0, 0.0, 1.0)
+
+
+def test_the_file_keeps_every_digit_and_is_whole_or_not_there(tmp_path):
+    FITTED.save(tmp_path / "thresholds.json")
+    assert read_calibration(tmp_path / "thresholds.json", class_names=NAMES) == FITTED
+    assert parse_calibration(FITTED.to_json(), class_names=NAMES, where="here") == FITTED
+    assert [path.name for path in tmp_path.iterdir()] == ["thresholds.json"]
+
+
+def test_a_run_without_a_fit_and_a_fit_of_other_weights(tmp_path, caplog):
+    assert calibration_of_run(tmp_path, class_names=NAMES, step=6) is None
+    FITTED.save(tmp_path / "thresholds.json")
+    assert calibration_of_run(tmp_path, class_names=NAMES, step=6) == FITTED
+    with caplog.at_level(logging.WARNING):
+        assert calibration_of_run(tmp_path, class_names=NAMES, step=8) is None
+    assert "fitted for step 6, not for step 8" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not what a calibration writes"),
+        ("{}", "not what a calibration writes"),
+        (FITTED.to_json().replace("glad", "sad"), "fitted for the classes calm, sad, not for calm, glad"),
+        (FITTED.to_json().replace("1.25", "0.0"), "temperature=0.0 must be more than 0"),
+        (FITTED.to_json().replace("0.75", "7.5"), r"thresholds must be 2 numbers in \[0, 1\]"),
+        (FITTED.to_json().replace(": 0.2}", ": 1.2}"), r"min_certainty=1.2 must lie in \[0, 1\]"),
+        (FITTED.to_json().replace(", 0.75", ""), r"thresholds must be 2 numbers in \[0, 1\]"),
+    ],
+)
+def test_a_damaged_file_is_one_line(text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        parse_calibration(text, class_names=NAMES, where="here")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("here: ")
