@@ -25,20 +25,20 @@ from data.config import SPLITS, DataConfig
 from data.pipeline import Dataset, make_dataset
 from dsct_jax.batch import Batch, Predictions
 from dsct_jax.cli import Parser, run_command
-from dsct_jax.config import entry, from_section, read_config
+from dsct_jax.config import dataclass_from_dict, read_config, require
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import FILE as CALIBRATION_FILE
 from dsct_jax.evaluation.calibration import calibration_of_run
 from dsct_jax.evaluation.collect import collect_results
 from dsct_jax.evaluation.evaluate import RESAMPLES, evaluate, fit_calibration, write_evaluation
 from dsct_jax.evaluation.report import format_table
-from dsct_jax.evaluation.results import About, Shown, SplitResults
+from dsct_jax.evaluation.results import ResultsInfo, Shown, SplitResults
 from dsct_jax.inference.load import model_config
-from dsct_jax.model.build import Flat, ModelFunctions
+from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.parallel import Prefetch, make_mesh, replicate, shard_batch
 from dsct_jax.postprocess import has_subject_logit
-from dsct_jax.runtime import AUTO, CompilationLog, Preemption, join_processes, keep_programs_in, start_process
+from dsct_jax.runtime import AUTO, CompilationLog, Preemption, init_distributed, set_compilation_cache, start_process
 from dsct_jax.runtime import FILE as COMPILATIONS_FILE
 from dsct_jax.training.checkpoint import Checkpoints, best_step, load_weights, newest_step, require_same_model, require_same_shapes
 from dsct_jax.training.logbook import Logbook, versions, write_settings
@@ -51,9 +51,9 @@ from dsct_jax.training.loop import (
     Profiler,
     Schedule,
     TrainConfig,
+    log_config_changes,
     parse_window,
     stopped_early,
-    tell_changes,
 )
 from dsct_jax.training.losses import LossConfig
 from dsct_jax.training.matching import MatcherConfig
@@ -61,7 +61,7 @@ from dsct_jax.training.memory_plan import format_plan, make_plan
 from dsct_jax.training.optimizer import OptimizerConfig
 from dsct_jax.training.step import TrainState, TrainStep, initial_state, make_eval_step, make_train_step
 from dsct_jax.visualization.drawing import contact_sheet, draw_shown
-from dsct_jax.weights.pretrained import initialise
+from dsct_jax.weights.pretrained import load_pretrained
 
 SHOWN_METRICS = ("mAP", "accuracy", "macro_f1", "mean_iou")  # in the line of a validation
 DRAWN_IMAGES = 24  # on the contact sheet of an evaluation
@@ -93,11 +93,11 @@ class RunConfig:
     def from_mapping(cls, config: Mapping[str, Any]) -> "RunConfig":
         """Raises UserError at the first field that is unknown, missing, or cannot be used."""
         sections = {"matcher": MatcherConfig, "loss": LossConfig, "optimizer": OptimizerConfig, "train": TrainConfig}
-        parts: dict[str, Any] = {name: from_section(kind, name, entry(config, name, Mapping)) for name, kind in sections.items()}
+        parts: dict[str, Any] = {name: dataclass_from_dict(kind, name, require(config, name, Mapping)) for name, kind in sections.items()}
         parts["model"] = model_config(config)
-        classes = {"class_names": entry(config, "class_names", tuple), "multi_label": entry(config, "multi_label", bool)}
-        parts["data"] = from_section(DataConfig, "data", entry(config, "data", Mapping), **classes)
-        return from_section(cls, "", {key: value for key, value in config.items() if key not in parts}, **parts)
+        classes = {"class_names": require(config, "class_names", tuple), "multi_label": require(config, "multi_label", bool)}
+        parts["data"] = dataclass_from_dict(DataConfig, "data", require(config, "data", Mapping), **classes)
+        return dataclass_from_dict(cls, "", {key: value for key, value in config.items() if key not in parts}, **parts)
 
 
 def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -111,12 +111,12 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
     """
     run, mesh = RunConfig.from_mapping(config), make_mesh()
     run.train.require_divisible(mesh.size)
-    train_data = open_data(run, "train", training=True)
-    val_data = open_data(run, "val", training=False)
+    train_data = build_dataset(run, "train", training=True)
+    val_data = build_dataset(run, "val", training=False)
     schedule = Schedule.of(run.train, train_data.steps_per_epoch)
-    functions = ModelFunctions(run.model)
-    params, frozen = starting_values(functions, run, config, workdir)
-    keep_programs_in(workdir / "compiled")
+    functions = Network(run.model)
+    params, frozen = initial_params(functions, run, config, workdir)
+    set_compilation_cache(workdir / "compiled")
     optimizer, state = initial_state(params, frozen, run.optimizer, total_steps=schedule.total, mesh=mesh, step_config=run.train.step_config)
     metadata = {"config": config, "class_names": run.class_names, "seed": run.seed, "steps_per_epoch": schedule.epoch, "versions": versions()}
 
@@ -124,24 +124,24 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, keep=run.train.keep_checkpoints, metadata=metadata)))
         state, stored = checkpoints.restore_newest(state) or (state, {})
         best, meter, progress = Best(run.best_metric), Meter(), stored.get("progress", {})
-        best.take_up(progress)
-        meter.put_back(progress.get("pending", []))
+        best.load_state(progress)
+        meter.load_state(progress.get("pending", []))
         start_step, first = int(state.step), jax.process_index() == 0
         changed = write_settings(config, workdir) if first else []
         logbook = Logbook(workdir, start_step=start_step, total_steps=schedule.total, wandb=run.train.wandb, config=config)
         stack.enter_context(contextlib.closing(logbook))
         trained = sum(value.size for value in state.params.values())
         what = f"{run.name}: {train_data.num_images} images, {trained:,} trained parameters, {mesh.size} device(s)"
-        logbook.tell(f"{what}, steps {start_step} to {schedule.total}")
+        logbook.log(f"{what}, steps {start_step} to {schedule.total}")
         if jax.process_count() > 1:
-            logbook.tell(f"process 0 of {jax.process_count()}, the only one that writes")
+            logbook.log(f"process 0 of {jax.process_count()}, the only one that writes")
         if start_step > 0:
-            tell_changes(logbook, changed, stored, schedule.epoch)
+            log_config_changes(logbook, changed, stored, schedule.epoch)
         validation = partial(validate, run=run, data=val_data, eval_step=make_eval_step(functions, mesh=mesh), mesh=mesh, logbook=logbook, best=best)
         if progress.get("validation_owed"):
             validation(start_step, state)
         if start_step >= schedule.total:
-            logbook.tell(f"nothing left to train: {workdir} stands at step {start_step}; raise config.train.epochs to go on, or use --mode=eval")
+            logbook.log(f"nothing left to train: {workdir} stands at step {start_step}; raise config.train.epochs to go on, or use --mode=eval")
             return {}
         if stopped_early(best, run.train, logbook):
             return {}
@@ -156,9 +156,9 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
             checkpoints=checkpoints,
             logbook=logbook,
             compilations=compilations,
-            guard=NonFiniteGuard(workdir, limit=run.train.max_skipped, in_a_row=int(state.skipped), tell=logbook.tell),
+            guard=NonFiniteGuard(workdir, limit=run.train.max_skipped, in_a_row=int(state.skipped), log=logbook.log),
             preemption=stack.enter_context(Preemption()),
-            profiler=stack.enter_context(Profiler(profile, workdir / "profile", tell=logbook.tell)),
+            profiler=stack.enter_context(Profiler(profile, workdir / "profile", log=logbook.log)),
             meter=meter,
             best=best,
             validate=validation,
@@ -167,13 +167,13 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
         batches = Prefetch(train_data.iterator(start_step, schedule.total - start_step), lambda batch: shard_batch(batch, mesh))
         stack.enter_context(batches)
         metrics = loop.run(train_step(functions, optimizer, run, mesh), state, batches)
-        tell_skipped(train_data, val_data, tell=logbook.tell)
+        report_skipped(train_data, val_data, log=logbook.log)
         if best.value is not None:
-            logbook.tell(f"best validation: {best.metric} {best.value:.3f} at step {best.step}, kept in {workdir / 'checkpoints' / str(best.step)}")
+            logbook.log(f"best validation: {best.metric} {best.value:.3f} at step {best.step}, kept in {workdir / 'checkpoints' / str(best.step)}")
     return metrics
 
 
-def open_data(run: RunConfig, split: str, *, training: bool) -> Dataset:
+def build_dataset(run: RunConfig, split: str, *, training: bool) -> Dataset:
     """The data of one split for this process; says what was read and what had to be left out."""
     batch_size = run.train.batch_size if training else run.train.eval_batch_size
     hosts = {"host_index": jax.process_index(), "host_count": jax.process_count()}
@@ -185,12 +185,12 @@ def open_data(run: RunConfig, split: str, *, training: bool) -> Dataset:
     return data
 
 
-def starting_values(functions: ModelFunctions, run: RunConfig, config: Mapping[str, Any], workdir: Path) -> tuple[Flat, Flat]:
+def initial_params(functions: Network, run: RunConfig, config: Mapping[str, Any], workdir: Path) -> tuple[FlatParams, FlatParams]:
     """Random values, and those of config.init_from in their place; what was taken is printed and kept in init_from.txt."""
     params, frozen = functions.init(run.seed)
     if not run.init_from or newest_step(workdir) is not None:  # a run that continues has its own
         return params, frozen
-    params, frozen, lines = initialise(run.init_from, functions, params, frozen, config)
+    params, frozen, lines = load_pretrained(run.init_from, functions, params, frozen, config)
     if jax.process_index() == 0:
         print("\n".join(lines), flush=True)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def starting_values(functions: ModelFunctions, run: RunConfig, config: Mapping[s
     return params, frozen
 
 
-def train_step(functions: ModelFunctions, optimizer: optax.GradientTransformation, run: RunConfig, mesh: Mesh) -> TrainStep:
+def train_step(functions: Network, optimizer: optax.GradientTransformation, run: RunConfig, mesh: Mesh) -> TrainStep:
     """The step of a run."""
     return make_train_step(
         functions,
@@ -223,7 +223,7 @@ def validate(
     logbook.write(step, {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)})
     if shown:
         logbook.image(step, "val/predictions", contact_sheet(draw_shown(shown, results.about, fit_calibration(results)), 3))
-    logbook.tell("validation: " + "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics))
+    logbook.log("validation: " + "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics))
     return metrics, best.add(step, metrics)
 
 
@@ -232,23 +232,23 @@ def collect(
 ) -> tuple[SplitResults, list[Shown]]:
     """(what `predict` says of every image of `data`, the first `keep` images with it); `checkpoint` is kept with the results, for people."""
     subject_logit = has_subject_logit(multi_label=run.multi_label, class_loss=run.loss.class_loss)
-    about = About(run.class_names, run.multi_label, subject_logit, data.report.protocol, split, checkpoint)
+    about = ResultsInfo(run.class_names, run.multi_label, subject_logit, data.report.protocol, split, checkpoint)
     return collect_results(predict, data.iterator(), about, num_images=data.num_images, source=data.report.source, mesh=mesh, keep=keep)
 
 
-def tell_skipped(*datasets: Dataset, tell) -> None:
+def report_skipped(*datasets: Dataset, log) -> None:
     """At the end of a run: how many images could not be read (only with config.data.skip_corrupt)."""
     damaged = {name for data in datasets for name in data.skipped}
     unreadable = sum(data.report.unreadable for data in datasets)
     if damaged or unreadable:
-        tell(f"left out: {unreadable} image(s) that could not be opened and {len(damaged)} with damaged pixels")
+        log(f"left out: {unreadable} image(s) that could not be opened and {len(damaged)} with damaged pixels")
 
 
 def print_plan(config: Mapping[str, Any]) -> None:
     """What a training run would take: parameters, memory, compile time and arithmetic. Compiles every program; reads no data."""
     run, mesh = RunConfig.from_mapping(config), make_mesh()
     run.train.require_divisible(mesh.size)
-    functions = ModelFunctions(run.model)
+    functions = Network(run.model)
     optimizer, state = initial_state(*functions.init(run.seed), run.optimizer, total_steps=1, mesh=mesh, step_config=run.train.step_config)
     sizes = {"batch_size": run.train.batch_size, "max_targets": run.data.max_targets, "num_classes": len(run.class_names)}
     print(f"{run.name}: {mesh.size} {jax.devices()[0].device_kind} device(s); compiling {len(run.data.buckets)} size(s) of images ...", flush=True)
@@ -265,17 +265,17 @@ def evaluate_checkpoint(config: Mapping[str, Any], workdir: Path, split: str, *,
     run.train.require_divisible(mesh.size)
     params, frozen, metadata = load_weights(workdir, step)
     require_same_model(metadata["config"], config, str(workdir))
-    functions = ModelFunctions(run.model)
+    functions = Network(run.model)
     require_same_shapes(functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(workdir))
     step = newest_step(workdir) if step is None else step
     calibration = calibration_of_run(workdir, class_names=run.class_names, step=step) if split != "val" else None
-    data = open_data(run, split, training=False)
+    data = build_dataset(run, split, training=False)
     predict = partial(make_eval_step(functions, mesh=mesh), *replicate((params, frozen), mesh))
     results, shown = collect(predict, data, split, run=run, mesh=mesh, keep=DRAWN_IMAGES, checkpoint=f"step {step}")
     metrics = evaluate(results, calibration=calibration, resamples=RESAMPLES, seed=run.seed)
     if jax.process_index() == 0:
         print(format_table(metrics))
-        tell_skipped(data, tell=print)
+        report_skipped(data, log=print)
         predictions, sheet = workdir / f"predictions_{split}.npz", workdir / f"predictions_{split}.png"
         results.save(predictions)
         fitted = fit_calibration(results) if split == "val" else None
@@ -306,7 +306,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def chosen_step(text: str, workdir: Path) -> int | None:
+def resolve_step(text: str, workdir: Path) -> int | None:
     """--checkpoint as the step of a checkpoint, None = the newest. Raises UserError."""
     if text in ("newest", "best"):
         return None if text == "newest" else best_step(workdir)
@@ -325,14 +325,14 @@ def run_mode(argv: list[str] | None) -> None:
     if workdir and workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; name a directory")
     config = override(read_config(arguments.config), overrides)
-    join_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    init_distributed(arguments.coordinator, arguments.num_processes, arguments.process_id)
     try:
         if arguments.mode == "train":
             train(config, workdir, profile=window)
         elif arguments.mode == "plan":
             print_plan(config)
         else:
-            evaluate_checkpoint(config, workdir, arguments.split, step=chosen_step(arguments.checkpoint, workdir))
+            evaluate_checkpoint(config, workdir, arguments.split, step=resolve_step(arguments.checkpoint, workdir))
     except Preempted as request:
         print(request, flush=True)
     except OSError as error:

@@ -24,7 +24,7 @@ from benchmarks.paper_tables import TABLES, Row, Table, paper_table
 from data.command import override
 from data.config import SPLITS
 from dsct_jax.cli import Parser, run_command
-from dsct_jax.config import differences, plain, read_config
+from dsct_jax.config import differences, read_config, to_builtins
 from dsct_jax.errors import UserError
 from train import RunConfig
 
@@ -48,7 +48,7 @@ class Run:
         settings = self.workdir / "config.json"
         if not settings.is_file():
             return False
-        if changed := [text for text in differences(plain(json.loads(settings.read_text())), self.config) if not text.startswith("name:")]:
+        if changed := [text for text in differences(to_builtins(json.loads(settings.read_text())), self.config) if not text.startswith("name:")]:
             raise UserError(f"{self.workdir}: holds a run with other settings (config.{changed[0]}); remove it, or choose another --output")
         return (self.workdir / f"metrics_{split}.json").is_file() and (self.workdir / f"predictions_{split}.npz").is_file()
 

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import tensorstore
 
-from dsct_jax.config import from_section, read_config
+from dsct_jax.config import dataclass_from_dict, read_config
 from dsct_jax.inference.load import model_config
-from dsct_jax.model.build import ModelFunctions
+from dsct_jax.model.build import Network
 from dsct_jax.parallel import make_mesh
 from dsct_jax.training.checkpoint import Checkpoints
 from dsct_jax.training.loop import memory
@@ -53,8 +53,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     config = read_config(args.config)
-    optimizer_config = from_section(OptimizerConfig, "optimizer", config["optimizer"])
-    functions = ModelFunctions(model_config(config))
+    optimizer_config = dataclass_from_dict(OptimizerConfig, "optimizer", config["optimizer"])
+    functions = Network(model_config(config))
     _, state = initial_state(*functions.init(0), optimizer_config, total_steps=1, mesh=make_mesh(jax.devices()[:1]))
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder), metadata={"config": config})

@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from dsct_jax.cli import Parser, run_command
-from dsct_jax.commands.predict import read_photograph
-from dsct_jax.inference.introspection import Look, look
+from dsct_jax.commands.predict import read_image
+from dsct_jax.inference.introspection import Introspection, introspect
 from dsct_jax.inference.load import load
 from dsct_jax.runtime import start_process
 
 
-def weight_measures(looks: Sequence[Look], layer: int) -> Iterator[tuple[float, float, float]]:
+def weight_measures(introspections: Sequence[Introspection], layer: int) -> Iterator[tuple[float, float, float]]:
     """(largest weight, share of the semantic selection alone, mean distance) of each person found; none for a layer that does not fuse."""
-    for one in looks:
+    for one in introspections:
         seen = one.layers[layer]
         size = np.array([one.image.width, one.image.height])
         for query in one.queries:
@@ -39,10 +39,10 @@ def run(argv: Sequence[str] | None) -> None:
     parser.add_argument("--checkpoint", required=True, help="run directory or .safetensors file")
     arguments = parser.parse_args(argv)
     model = load(arguments.checkpoint)
-    looks = [look(model, read_photograph(file)) for file in arguments.images]
+    introspections = [introspect(model, read_image(file)) for file in arguments.images]
     print(f"{'layer':<8}{'people':>8}{'largest':>10}{'semantic':>10}{'distance':>10}")
-    for layer in range(len(looks[0].layers)):
-        measures = np.array(list(weight_measures(looks, layer))).reshape(-1, 3)
+    for layer in range(len(introspections[0].layers)):
+        measures = np.array(list(weight_measures(introspections, layer))).reshape(-1, 3)
         means = measures.mean(0) if len(measures) else np.full(3, np.nan)
         print(f"{layer + 1:<8}{len(measures):>8}" + "".join(f"{mean:>10.3f}" for mean in means))
 

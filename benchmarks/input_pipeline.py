@@ -2,7 +2,7 @@
 
     python -m benchmarks.input_pipeline --torch --output=benchmarks/input_pipeline
 
-DETR's recipe (the defaults of configs/base.py) on JPEG photographs made for the purpose, 640x480 and 1066x800, batches of 4. The contestants take
+DETR's recipe (the defaults of configs/base.py) on JPEG images made for the purpose, 640x480 and 1066x800, batches of 4. The contestants take
 turns, round after round, because a machine is never quiet; the table gives the median over the rounds and the range. torch's side is what DETR's
 repository does with PIL and tensors: float32, normalised and padded to the largest of the batch on the CPU, where ours hands over uint8.
 """
@@ -42,7 +42,7 @@ Row = dict[str, Any]
 
 
 def write_photographs(folder: Path, size: tuple[int, int], count: int) -> DataConfig:
-    """`count` JPEG files with the detail of photographs (about 1.5 bits a pixel) and two people each, as COCO-style data."""
+    """`count` JPEG files with the detail of images (about 1.5 bits a pixel) and two people each, as COCO-style data."""
     folder.mkdir(parents=True)
     height, width = size
     images, people = [], []
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = Parser(prog="python -m benchmarks.input_pipeline", description=__doc__)
     parser.add_argument("--torch", action="store_true", help="measure torch's DataLoader as well (needs the torch extra)")
-    parser.add_argument("--images", type=int, default=64, help="photographs of each size (default 64)")
+    parser.add_argument("--images", type=int, default=64, help="images of each size (default 64)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement (default 4)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])

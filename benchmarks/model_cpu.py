@@ -35,18 +35,18 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
 
     from configs.emotic_r50 import get_config
     from dsct_jax.batch import Batch, Targets
-    from dsct_jax.config import from_section, plain
+    from dsct_jax.config import dataclass_from_dict
     from dsct_jax.inference.load import model_config
-    from dsct_jax.model.build import ModelFunctions
+    from dsct_jax.model.build import Network
     from dsct_jax.parallel import make_mesh, shard_batch
     from dsct_jax.training.losses import LossConfig
     from dsct_jax.training.matching import MatcherConfig
     from dsct_jax.training.optimizer import OptimizerConfig
     from dsct_jax.training.step import initial_state, make_eval_step, make_train_step, model_input
 
-    config, mesh = plain(get_config()), make_mesh()
+    config, mesh = to_builtins(get_config()), make_mesh()
     config["model"]["remat"] = "none"
-    functions = ModelFunctions(model_config(config))
+    functions = Network(model_config(config))
     params, frozen = functions.init(0)
     rng = np.random.default_rng(0)
     sizes = np.array([[HEIGHT, WIDTH]], np.int32)
@@ -60,7 +60,7 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
     if mode == "forward":
         step = make_eval_step(functions, mesh=mesh)
         return timed(lambda: jax.block_until_ready(step(params, frozen, batch)), runs)
-    optimizer_config = from_section(OptimizerConfig, "optimizer", config["optimizer"])
+    optimizer_config = dataclass_from_dict(OptimizerConfig, "optimizer", config["optimizer"])
     optimizer, state = initial_state(params, frozen, optimizer_config, total_steps=1000, mesh=mesh)
     step = make_train_step(functions, optimizer, loss=LossConfig(), matcher=MatcherConfig(), multi_label=True, mesh=mesh, seed=0)
 

@@ -17,9 +17,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from benchmarks.compile_h200 import H200
-from dsct_jax.config import from_section, read_config
+from dsct_jax.config import dataclass_from_dict, read_config
 from dsct_jax.inference.load import model_config
-from dsct_jax.model.build import ModelFunctions
+from dsct_jax.model.build import Network
 from dsct_jax.model.layers import REMAT
 from dsct_jax.parallel import make_mesh
 from dsct_jax.training.losses import LossConfig
@@ -44,14 +44,14 @@ def main() -> None:
     here = make_mesh(jax.devices()[:1])
     topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H200, topology="1x1x1")
     mesh = Mesh(np.array(topology.devices).reshape(here.devices.shape), here.axis_names)
-    functions = ModelFunctions(model_config(config))
-    optimizer_config = from_section(OptimizerConfig, "optimizer", config["optimizer"])
+    functions = Network(model_config(config))
+    optimizer_config = dataclass_from_dict(OptimizerConfig, "optimizer", config["optimizer"])
     optimizer, state = initial_state(*functions.init(0), optimizer_config, total_steps=1, mesh=here)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), state)
     step = make_train_step(
         functions,
         optimizer,
-        loss=from_section(LossConfig, "loss", config["loss"]),
+        loss=dataclass_from_dict(LossConfig, "loss", config["loss"]),
         matcher=MatcherConfig(implementation=args.matcher),
         multi_label=config["multi_label"],
         mesh=mesh,

@@ -23,7 +23,7 @@ from data.pipeline import make_dataset
 from dsct_jax.cli import Parser, run_command, writing
 from dsct_jax.config import read_config
 from dsct_jax.errors import UserError
-from dsct_jax.model.build import ModelFunctions
+from dsct_jax.model.build import Network
 from dsct_jax.parallel import make_mesh, shard_batch
 from dsct_jax.runtime import start_process
 from dsct_jax.training.step import initial_state, make_train_step
@@ -36,7 +36,7 @@ VARIANTS = {"float32, next number": ("float32", True), "bfloat16": ("bfloat16", 
 def trainer(config: Mapping[str, Any], dtype: str, steps: int) -> Callable[..., np.ndarray]:
     """What trains on one device in `dtype`: (seed, nudged=) -> the total loss of every step, nudged: from parameters one number further on."""
     run = RunConfig.from_mapping({**config, "model": {**config["model"], "compute_dtype": dtype}})
-    functions, mesh = ModelFunctions(run.model), make_mesh(jax.devices()[:1])
+    functions, mesh = Network(run.model), make_mesh(jax.devices()[:1])
     made: dict[str, Any] = {}
 
     def train(seed: int, *, nudged: bool = False) -> np.ndarray:

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsct_jax.batch import Batch, Targets
-from dsct_jax.config import from_section, read_config
+from dsct_jax.config import dataclass_from_dict, read_config
 from dsct_jax.inference.load import model_config
-from dsct_jax.model.build import Flat, ModelFunctions
+from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.layers import REMAT, DropoutNoise
 from dsct_jax.parallel import make_mesh, shard_batch
 from dsct_jax.training.losses import LossConfig
@@ -62,11 +62,11 @@ def seconds(run: Callable[[], Any], runs: int) -> float:
 
 def build(config: dict[str, Any], *, devices: int, size: tuple[int, int], batch_size: int, matcher: str) -> tuple[TrainStep, TrainState, Batch]:
     """(step, state, batch) of a configuration, spread over so many devices."""
-    functions, mesh = ModelFunctions(model_config(config)), make_mesh(jax.devices()[:devices])
-    optimizer_config = from_section(OptimizerConfig, "optimizer", config["optimizer"])
+    functions, mesh = Network(model_config(config)), make_mesh(jax.devices()[:devices])
+    optimizer_config = dataclass_from_dict(OptimizerConfig, "optimizer", config["optimizer"])
     optimizer, state = initial_state(*functions.init(0), optimizer_config, total_steps=1000, mesh=mesh)
     options: dict[str, Any] = {
-        "loss": from_section(LossConfig, "loss", config["loss"]),
+        "loss": dataclass_from_dict(LossConfig, "loss", config["loss"]),
         "multi_label": config["multi_label"],
         "mesh": mesh,
         "seed": 0,
@@ -98,14 +98,14 @@ def measure_parts(state: TrainState, step: TrainStep, batch: Batch, runs: int) -
     """Seconds of each part but the decoder, alone; the encoder is what it adds to the backbone."""
     functions, optimizer, remat = step.functions, step.optimizer, step.functions.config.remat
 
-    def model_of(params: Flat, batch: Batch):
+    def model_of(params: FlatParams, batch: Batch):
         return functions.bind(params | state.fixed, state.frozen), *model_input(batch)
 
-    def backbone(params: Flat, batch: Batch):
+    def backbone(params: FlatParams, batch: Batch):
         model, images, _ = model_of(params, batch)
         return sum(level.astype(jnp.float32).sum() for level in model.features(images, remat=remat))
 
-    def encoder(params: Flat, batch: Batch):
+    def encoder(params: FlatParams, batch: Batch):
         model, images, mask = model_of(params, batch)
         noise = DropoutNoise(jax.random.split(jax.random.key(0), mask.shape[0]))
         return model.encode(model.features(images, remat=remat), mask, noise=noise, remat=remat)[0].astype(jnp.float32).sum()

@@ -1,4 +1,4 @@
-"""On from faces_single, on a CPU: small photographs with one to four faces each, COCO style json, CAER-S classes.
+"""On from faces_single, on a CPU: small images with one to four faces each, COCO style json, CAER-S classes.
 
     python train.py --config=configs/faces_multi.py --workdir=runs/faces_multi --config.data.data_dir=DIR --config.init_from=runs/faces_single
 

@@ -1,4 +1,4 @@
-"""From scratch on a CPU: a few thousand small photographs with one face each, CAER-S layout and classes.
+"""From scratch on a CPU: a few thousand small images with one face each, CAER-S layout and classes.
 
     python train.py --config=configs/faces_single.py --workdir=runs/faces_single --config.data.data_dir=DIR
 

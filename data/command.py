@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data.config import DataConfig
 from dsct_jax.cli import Parser
-from dsct_jax.config import entry, from_section, plain, read_config, unknown_field
+from dsct_jax.config import dataclass_from_dict, read_config, require, to_builtins, unknown_field
 from dsct_jax.errors import UserError
 
 
@@ -43,7 +43,7 @@ def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
         values(arguments)
     except flags.Error as error:
         raise UserError(" ".join(str(error).removeprefix("flag ").split())) from error
-    return plain(locked)
+    return to_builtins(locked)
 
 
 def data_config(path: Path, overrides: Sequence[str] = ()) -> DataConfig:
@@ -53,8 +53,8 @@ def data_config(path: Path, overrides: Sequence[str] = ()) -> DataConfig:
         UserError: the file or an argument cannot be used; the line names it.
     """
     config = override(read_config(path), overrides)
-    classes = {"class_names": entry(config, "class_names", tuple), "multi_label": entry(config, "multi_label", bool)}
-    return from_section(DataConfig, "data", entry(config, "data", Mapping), **classes)
+    classes = {"class_names": require(config, "class_names", tuple), "multi_label": require(config, "multi_label", bool)}
+    return dataclass_from_dict(DataConfig, "data", require(config, "data", Mapping), **classes)
 
 
 def config_parser(prog: str, description: str | None) -> Parser:

@@ -214,10 +214,10 @@ def _load_in_processes(load: Callable[[int], dict[str, Any]], start: int, stop: 
         flags.FLAGS.mark_as_parsed()  # Grain hands the flags to its workers and stops where nobody has parsed any
     dataset = grain.MapDataset.range(start, stop).map(load).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    with _signals_held_back():
-        elements = iter(dataset.mp_prefetch(options, worker_init_fn=_belong_to_the_run))
+    with _block_signals():
+        elements = iter(dataset.mp_prefetch(options, worker_init_fn=_ignore_signals))
     try:
-        with _signals_held_back():
+        with _block_signals():
             element = next(elements, None)
         while element is not None:
             # Copies: what arrives are views of shared memory that the sender owns only until its process is stopped.
@@ -228,7 +228,7 @@ def _load_in_processes(load: Callable[[int], dict[str, Any]], start: int, stop: 
 
 
 @contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
+def _block_signals() -> Iterator[None]:
     """Workers that are started inside inherit it: SIGTERM and Ctrl-C, which reach a whole group, do not end them before they can ignore them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
@@ -237,16 +237,16 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _belong_to_the_run(worker: int, workers: int) -> None:
+def _ignore_signals(worker: int, workers: int) -> None:
     """Called in each worker process: what a signal means is the run's business, which stops its workers; and a worker whose run was killed ends."""
     del worker, workers
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     run = multiprocessing.parent_process()
     if run is not None:
-        threading.Thread(target=_end_with, args=(run.sentinel,), name="end with the run", daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=(run.sentinel,), name="end with the run", daemon=True).start()
 
 
-def _end_with(sentinel: int) -> None:
+def _exit_with_parent(sentinel: int) -> None:
     connection.wait([sentinel])
     os._exit(1)

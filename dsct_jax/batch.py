@@ -32,7 +32,7 @@ class Batch:
     sizes: Any  # int32 [b 2], (height, width) of each image inside the padded canvas
     targets: Targets
     image_ids: Any  # int32 [b], index of the record in its data set
-    original_sizes: Any  # int32 [b 2], (height, width) of the photograph on disk
+    original_sizes: Any  # int32 [b 2], (height, width) of the image on disk
     real: Any  # bool [b], False = filler that completes the last evaluation batch; never counted
 
 

@@ -16,14 +16,14 @@ from dsct_jax.errors import UserError
 T = TypeVar("T")
 
 
-def plain(value: Any) -> Any:
+def to_builtins(value: Any) -> Any:
     """A mapping of any kind, tuples and lists -> dict and tuple all the way down, as dataclasses and JSON want them."""
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
-        return {key: plain(entry) for key, entry in value.items()}
+        return {key: to_builtins(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return tuple(plain(entry) for entry in value)
+        return tuple(to_builtins(entry) for entry in value)
     return value
 
 
@@ -38,7 +38,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.suffix not in (".py", ".json"):
         raise UserError(f"--config={path}: neither a .py nor a .json file")
     try:
-        config = plain(json.loads(path.read_text()) if path.suffix == ".json" else runpy.run_path(str(path))["get_config"]())
+        config = to_builtins(json.loads(path.read_text()) if path.suffix == ".json" else runpy.run_path(str(path))["get_config"]())
     except (ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, SyntaxError, TypeError, ValueError) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
@@ -49,7 +49,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def entry(config: Mapping[str, Any], name: str, kind: type) -> Any:
+def require(config: Mapping[str, Any], name: str, kind: type) -> Any:
     """The section or field `name` of a configuration's top level; raises UserError where it is missing or no `kind`."""
     found = config.get(name)
     if not isinstance(found, kind):
@@ -57,7 +57,7 @@ def entry(config: Mapping[str, Any], name: str, kind: type) -> Any:
     return found
 
 
-def from_section(cls: type[T], name: str, values: Mapping[str, Any], **extra: Any) -> T:
+def dataclass_from_dict(cls: type[T], name: str, values: Mapping[str, Any], **extra: Any) -> T:
     """`cls(**values, **extra)`, `cls` being a dataclass and `name` the section ("" = the top level).
 
     Raises:
@@ -70,7 +70,7 @@ def from_section(cls: type[T], name: str, values: Mapping[str, Any], **extra: An
     for key in values:
         if key not in own:
             raise unknown_field(prefix, key, own)
-    given = {key: plain(value) for key, value in values.items()}
+    given = {key: to_builtins(value) for key, value in values.items()}
     for key, field in fields.items():
         if key not in given and key not in extra and field.default is field.default_factory is dataclasses.MISSING:
             raise UserError(f"{prefix}{key}: missing; start from configs/base.py")
@@ -93,7 +93,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any], *, prefix: 
     """`field: old -> new` for every field that both configurations have with different values."""
     found: list[str] = []
     for key in before.keys() & after.keys():
-        old, new, name = plain(before[key]), plain(after[key]), f"{prefix}{key}"
+        old, new, name = to_builtins(before[key]), to_builtins(after[key]), f"{prefix}{key}"
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, prefix=f"{name}.")
         elif old != new:

@@ -13,7 +13,7 @@ from dsct_jax.preprocess import Size
 PREDICTION_NMS = 0.5  # in prediction: of two boxes that overlap more (IoU), the less certain one goes
 
 
-DEFAULT_MIN_CERTAINTY = 0.3  # in prediction, where none was fitted on validation
+DEFAULT_MIN_CONFIDENCE = 0.3  # in prediction, where none was fitted on validation
 
 
 def sigmoid(logits: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
@@ -35,7 +35,7 @@ def paper_scores(logits: Float[np.ndarray, "*n c"]) -> Float[np.ndarray, "*n"]:
     return logits[..., :-1].astype(np.float64).mean(-1)
 
 
-def certainty(logits: Float[np.ndarray, "*n c"], *, subject_logit: bool) -> Float[np.ndarray, "*n"]:
+def confidence(logits: Float[np.ndarray, "*n c"], *, subject_logit: bool) -> Float[np.ndarray, "*n"]:
     """How sure each query is to answer for a person, 0..1.
 
     The probability of the last logit, "a subject", where training gave it that meaning; otherwise (multi-class focal loss) the largest sigmoid
@@ -59,10 +59,10 @@ class Subject:
     """One person."""
 
     box: tuple[float, float, float, float]  # (x1, y1, x2, y2) in pixels of the image as it was given, inside it
-    scores: Mapping[str, float]  # probability of every class
+    probabilities: Mapping[str, float]  # probability of every class
     labels: tuple[str, ...]  # the emotions: classes above the threshold, most probable first (multi-label); exactly one (multi-class)
-    score: float  # the paper's: the mean of the class logits, any number
-    certainty: float = 1.0  # how sure the model is that this is a person of its own, 0..1; what `Selection.min_certainty` cuts at
+    paper_score: float  # the paper's: the mean of the class logits, any number
+    confidence: float = 1.0  # how sure the model is that this is a person of its own, 0..1; what `Selection.min_confidence` cuts at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Selection:
     # Multi-label: a class above this probability is a label (Eq. 4's t); None = the model's thresholds, fitted on validation, or 0.5 without a fit.
     # Without meaning for multi-class (Eq. 5).
     threshold: float | None = None
-    min_certainty: float | None = None  # queries below are nobody; None = as fitted on validation, or 0.3 without a fit
+    min_confidence: float | None = None  # queries below are nobody; None = as fitted on validation, or 0.3 without a fit
     nms: float = PREDICTION_NMS  # of two boxes that overlap more than this (IoU), the less certain one goes; 1 = keep all
 
     def __post_init__(self) -> None:
@@ -80,9 +80,9 @@ class Selection:
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"{field}={value} must lie in [0, 1]")
 
-    def certainty_cut(self, fitted: float | None) -> float:
-        """The certainty from which a query is a person: as named, else as `fitted`, else the default."""
-        return next(value for value in (self.min_certainty, fitted, DEFAULT_MIN_CERTAINTY) if value is not None)
+    def resolve_min_confidence(self, fitted: float | None) -> float:
+        """The confidence from which a query is a person: as named, else as `fitted`, else the default."""
+        return next(value for value in (self.min_confidence, fitted, DEFAULT_MIN_CONFIDENCE) if value is not None)
 
 
 def has_subject_logit(*, multi_label: bool, class_loss: str) -> bool:
@@ -100,25 +100,25 @@ def select_subjects(
     subject_logit: bool,
     selection: Selection,
     thresholds: Sequence[float] | None = None,
-    min_certainty: float | None = None,
+    min_confidence: float | None = None,
 ) -> list[Subject]:
     """The people of one image, surest first, from the queries of the last decoder layer.
 
-    A query is a person when its certainty (`selection.certainty`) says so. The paper's score, the mean of the class logits, is reported with each
+    A query is a person when its confidence (`selection.confidence`) says so. The paper's score, the mean of the class logits, is reported with each
     person, but cannot say whether there is one: it grows with the number of emotions and has no scale to cut at.
 
     Args:
-        thresholds, min_certainty: as fitted on validation, for when `selection` names none; one threshold a class.
+        thresholds, min_confidence: as fitted on validation, for when `selection` names none; one threshold a class.
         logits: c = k + 1.
         boxes: (cx, cy, w, h) in [0, 1] of the image without padding.
         size: (height, width) of the image that the boxes are wanted for.
     """
     probabilities = class_probabilities(logits, multi_label=multi_label)
-    certainties, scores = certainty(logits, subject_logit=subject_logit), paper_scores(logits)
+    confidences, scores = confidence(logits, subject_logit=subject_logit), paper_scores(logits)
     height, width = size
     pixels = np.clip(cxcywh_to_xyxy(boxes) * np.array([width, height] * 2), 0, [width, height] * 2)
-    candidates = np.flatnonzero((certainties >= selection.certainty_cut(min_certainty)) & (pixels[:, 2:] > pixels[:, :2]).all(-1))
-    kept = candidates[non_max_suppression(pixels[candidates], certainties[candidates], threshold=selection.nms)]
+    candidates = np.flatnonzero((confidences >= selection.resolve_min_confidence(min_confidence)) & (pixels[:, 2:] > pixels[:, :2]).all(-1))
+    kept = candidates[non_max_suppression(pixels[candidates], confidences[candidates], threshold=selection.nms)]
     cuts = thresholds if selection.threshold is None else [selection.threshold] * len(class_names)
     decided = decide(probabilities, multi_label=multi_label, thresholds=cuts)
     subjects = []
@@ -127,10 +127,10 @@ def select_subjects(
         subjects.append(
             Subject(
                 box=tuple(pixels[query].tolist()),
-                scores=dict(zip(class_names, probabilities[query].tolist(), strict=True)),
+                probabilities=dict(zip(class_names, probabilities[query].tolist(), strict=True)),
                 labels=tuple(class_names[i] for i in order if decided[query, i]),
-                score=float(scores[query]),
-                certainty=float(certainties[query]),
+                paper_score=float(scores[query]),
+                confidence=float(confidences[query]),
             )
         )
     return subjects

@@ -24,7 +24,7 @@ Size = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What evaluation and prediction do to a photograph: its size, and the (height, width) canvases it may be padded to."""
+    """What evaluation and prediction do to a image: its size, and the (height, width) canvases it may be padded to."""
 
     short_side: int
     max_long_side: int

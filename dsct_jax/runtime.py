@@ -45,7 +45,7 @@ def start_process() -> None:
     sys.modules["__main__"].__dict__.pop("__file__", None)  # or every data worker would run the command's file, and load all that it imports
     # One directory a machine: programs for a CPU use its instructions, and home directories are shared.
     caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    keep_programs_in(caches / "dsct_jax" / (platform.node() or "local"))
+    set_compilation_cache(caches / "dsct_jax" / (platform.node() or "local"))
 
 
 class Preemption:
@@ -86,7 +86,7 @@ class Preemption:
 AUTO = "auto"
 
 
-def cluster_of(environment: Mapping[str, str]) -> str | None:
+def detect_launcher(environment: Mapping[str, str]) -> str | None:
     """What started this process as one of several, as far as environment variables tell: all of them are set by the launcher, not by the user.
 
     Slurm's srun, Open MPI's mpirun, TPU pods (several workers or slices) and indexed jobs of Kubernetes; None for a process of its own.
@@ -107,11 +107,11 @@ def cluster_of(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def join_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+def init_distributed(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Makes this process one of a run's several, if it is; on its own it does nothing.
 
     Args:
-        coordinator: HOST:PORT that process 0 listens on, the same for all; AUTO: as jax finds out by itself; None: by itself where `cluster_of`
+        coordinator: HOST:PORT that process 0 listens on, the same for all; AUTO: as jax finds out by itself; None: by itself where `detect_launcher`
             sees a launcher.
         num_processes: how many there are.
         process_id: which of them this is, from 0.
@@ -122,7 +122,7 @@ def join_processes(coordinator: str | None, num_processes: int | None, process_i
     if coordinator is None or coordinator == AUTO:
         if not num_processes is process_id is None:
             raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT, where process 0 listens")
-        launcher = cluster_of(os.environ)
+        launcher = detect_launcher(os.environ)
         if coordinator is None and launcher is None:
             return
         where, address = launcher or "this machine", None
@@ -146,7 +146,7 @@ FILE = "compilations.jsonl"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-def keep_programs_in(directory: Path) -> None:
+def set_compilation_cache(directory: Path) -> None:
     """Compiled programs are kept in `directory`, unless JAX_COMPILATION_CACHE_DIR names a place; without either every start compiles."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         with contextlib.suppress(OSError):  # no such place to write
@@ -191,7 +191,7 @@ class CompilationLog:
             self._bucket = ""
             self._first.setdefault(bucket, time.monotonic() - start)
 
-    def take_first(self, bucket: str) -> float | None:
+    def pop_first_seconds(self, bucket: str) -> float | None:
         """Seconds of the first time in `during` for this bucket, most of them compilation, at the first call; None at every later one."""
         if bucket in self._told:
             return None
@@ -199,8 +199,8 @@ class CompilationLog:
         return self._first[bucket]
 
     @property
-    def num_taken(self) -> int:
-        """How many buckets `take_first` has told."""
+    def num_reported(self) -> int:
+        """How many buckets `pop_first_seconds` has told."""
         return len(self._told)
 
     def close(self) -> None:

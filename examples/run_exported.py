@@ -16,13 +16,13 @@ def main(directory: str, *files: str) -> None:
     folder = pathlib.Path(directory)
     about = json.loads((folder / "model.json").read_text())
     weights, prepared = dict(np.load(folder / about["weights"])), about["preprocessing"]
-    photographs = [np.load(file) for file in files]
-    fits = [size for size in prepared["sizes"] if all(p.shape[0] <= size[0] and p.shape[1] <= size[1] for p in photographs)]
+    images = [np.load(file) for file in files]
+    fits = [size for size in prepared["sizes"] if all(p.shape[0] <= size[0] and p.shape[1] <= size[1] for p in images)]
     height, width = fits[0]
     images, mask = np.zeros((len(files), height, width, 3), np.float32), np.ones((len(files), height, width), bool)
-    for i, photograph in enumerate(photographs):
-        h, w, _ = photograph.shape
-        images[i, :h, :w], mask[i, :h, :w] = (photograph / 255 - prepared["mean"]) / prepared["std"], False
+    for i, image in enumerate(images):
+        h, w, _ = image.shape
+        images[i, :h, :w], mask[i, :h, :w] = (image / 255 - prepared["mean"]) / prepared["std"], False
     exported = jax.export.deserialize(bytearray((folder / about["artifacts"][f"{height}x{width}"]).read_bytes()))
     answer = jax.jit(exported.call)(weights, images, mask)
     logits, boxes = np.asarray(answer["logits"]), np.asarray(answer["boxes"])

@@ -39,7 +39,7 @@ def chosen_implementation(value: Any, offsets: Any, implementation: str | None =
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)} or None, got {implementation!r}")
     if implementation in ("reference", "xla"):
         return implementation
-    reason = pallas_gpu.why_not(value, offsets, platform=_platform())
+    reason = pallas_gpu.unsupported_reason(value, offsets, platform=_platform())
     if implementation == "pallas_gpu" and reason:
         raise ValueError(f"implementation pallas_gpu cannot be used: {reason}")
     return "xla" if reason else "pallas_gpu"

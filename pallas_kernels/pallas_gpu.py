@@ -38,7 +38,7 @@ class _Static:
     partitioned: bool = True  # False: without the partitioning rules, which can only be lowered where there are devices
 
 
-def why_not(value: Any, offsets: Any, *, platform: str) -> str | None:
+def unsupported_reason(value: Any, offsets: Any, *, platform: str) -> str | None:
     """The reason why these kernels cannot run here, or None if they can."""
     if platform != "gpu":
         return f"it needs a GPU, and jax runs on {platform}"

@@ -28,8 +28,8 @@ def deformable_attention(
     for level, (height, width) in enumerate(spatial_shapes):
         level_value = jax.lax.slice_in_dim(value, start, start + height * width, axis=1).astype(dtype)
         start += height * width
-        x = rounded(sampling_locations[:, :, :, level, :, 0].astype(dtype) * width) - 0.5  # pixel centres lie at integers
-        y = rounded(sampling_locations[:, :, :, level, :, 1].astype(dtype) * height) - 0.5
+        x = no_fma(sampling_locations[:, :, :, level, :, 0].astype(dtype) * width) - 0.5  # pixel centres lie at integers
+        y = no_fma(sampling_locations[:, :, :, level, :, 1].astype(dtype) * height) - 0.5
         weights = attention_weights[:, :, :, level].astype(dtype)
         inside = (x > -1) & (x < width) & (y > -1) & (y < height)  # False for what is not finite, too
         x, y = jnp.where(inside, x, 0), jnp.where(inside, y, 0)
@@ -55,7 +55,7 @@ def deformable_attention_from_offsets(
     b, q, n, l, p = logits.shape
     dtype = jnp.promote_types(value.dtype, jnp.float32)
     sizes = level_sizes(spatial_shapes, dtype).reshape(1, 1, 1, l, 1, 2)
-    locations = reference_points.astype(dtype)[:, :, None, :, None] + rounded(offsets.astype(dtype) / sizes)
+    locations = reference_points.astype(dtype)[:, :, None, :, None] + no_fma(offsets.astype(dtype) / sizes)
     weights = jax.nn.softmax(logits.astype(dtype).reshape(b, q, n, l * p), axis=-1).reshape(b, q, n, l, p)
     return deformable_attention(value, spatial_shapes, locations, weights)
 
@@ -65,7 +65,7 @@ def level_sizes(spatial_shapes: SpatialShapes, dtype) -> Float[Array, "l 2"]:
     return jnp.stack([jnp.stack([jnp.asarray(width, dtype), jnp.asarray(height, dtype)]) for height, width in spatial_shapes])
 
 
-def rounded(product: jax.Array) -> jax.Array:
+def no_fma(product: jax.Array) -> jax.Array:
     """The product as it is. Compilers may round a multiplication and the addition that follows once or twice, and differently where they compute
     the same pixel twice: a weight could then belong to another pixel than its token. A clip in between, which clips nothing, keeps them apart."""
     limit = jnp.finfo(product.dtype).max

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 from jaxtyping import Array, Float
 
-from pallas_kernels.reference import SpatialShapes, level_sizes, rounded
+from pallas_kernels.reference import SpatialShapes, level_sizes, no_fma
 
 CPU_BLOCK = 512  # (query, head) pairs a block of the CPU's backward pass; with 64 corners its rows fill 4 MiB
 CPU_LANES = 4  # partial sums a dot product; XLA's CPU backend vectorises these over the rows, a full reduction in a fusion not at all
@@ -34,7 +34,7 @@ def deformable_attention(
     b, q, _, l = attention_weights.shape[:4]
     dtype = jnp.promote_types(value.dtype, jnp.float32)
     origin = jnp.full((b, q, l, 2), -0.5, dtype)
-    offsets = rounded(sampling_locations.astype(dtype) * level_sizes(spatial_shapes, dtype)[:, None, :])
+    offsets = no_fma(sampling_locations.astype(dtype) * level_sizes(spatial_shapes, dtype)[:, None, :])
     return _sample(spatial_shapes, value, origin, offsets, attention_weights.astype(dtype))
 
 
@@ -47,7 +47,7 @@ def deformable_attention_from_offsets(
 ) -> Float[Array, "b q n*d"]:
     """See `pallas_kernels.deformable_attention`."""
     dtype = jnp.promote_types(value.dtype, jnp.float32)
-    origin = rounded(reference_points.astype(dtype) * level_sizes(spatial_shapes, dtype)) - 0.5
+    origin = no_fma(reference_points.astype(dtype) * level_sizes(spatial_shapes, dtype)) - 0.5
     weights = jax.nn.softmax(logits.astype(dtype).reshape(*logits.shape[:3], -1), axis=-1).reshape(logits.shape)
     return _sample(spatial_shapes, value, origin, offsets.astype(dtype), weights)
 

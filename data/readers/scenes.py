@@ -1,6 +1,6 @@
 """Built-in scenes: people drawn in code whose emotion must be read from the face, from something near, or from something far.
 
-A scene is a pure function of (seed, index) and needs no file, so it serves the demo, the tests and measurements of what a model looks at. One to
+A scene is a pure function of (seed, index) and needs no file, so it serves the demo, the tests and measurements of what a model introspections at. One to
 four people stand in a setting; a network has to find their heads (the boxes) and say what they feel. The emotion follows from the picture alone:
 
     1. a face with an expression: the emotion is the expression's, whatever else there is;

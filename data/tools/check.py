@@ -19,7 +19,7 @@ from data.command import config_parser, parse
 from data.config import PROTOCOLS, SPLITS, DataConfig
 from data.readers.records import ReadReport, Record
 from data.readers.registry import read_split
-from data.tools.duplicates import NEAR, Fingerprint, exact_groups, fingerprints, members, near_groups
+from data.tools.duplicates import NEAR, Fingerprint, duplicate_groups, exact_groups, fingerprints, near_groups
 from dsct_jax.cli import run_command
 from dsct_jax.errors import UserError
 
@@ -40,14 +40,14 @@ EXACT = ("emotic_head_dsct",)
 class Finding:
     """One thing that was not as it should be."""
 
-    matters: bool  # makes the status 1
+    is_error: bool  # makes the status 1
     text: str
     examples: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         shown = "".join(f"\n    {example}" for example in self.examples[:_SHOWN])
         more = f"\n    ... and {len(self.examples) - _SHOWN} more (--report=FILE lists all)" if len(self.examples) > _SHOWN else ""
-        return f"{'!' if self.matters else '-'} {self.text}{shown}{more}"
+        return f"{'!' if self.is_error else '-'} {self.text}{shown}{more}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def find_problems(checks: dict[str, SplitCheck], class_names: Sequence[str], *, 
             findings.append(Finding(False, f"{split}: nobody has the label {', '.join(empty)}"))
     findings += _count_problems(checks)
     findings += _duplicate_problems(checks, near=near)
-    return sorted(findings, key=lambda finding: not finding.matters)
+    return sorted(findings, key=lambda finding: not finding.is_error)
 
 
 def _notes(report: ReadReport) -> list[str]:
@@ -121,8 +121,8 @@ def _duplicate_problems(checks: dict[str, SplitCheck], *, near: int) -> list[Fin
     exact = exact_groups(prints)
     findings = []
     for what, groups in (
-        ("the same image", members(exact)),
-        (f"images that look alike (of 256 bits at most {near} differ)", members(near_groups(prints, near=near))),
+        ("the same image", duplicate_groups(exact)),
+        (f"images that look alike (of 256 bits at most {near} differ)", duplicate_groups(near_groups(prints, near=near))),
     ):
         alike = what != "the same image"
         across: dict[tuple[str, ...], list[str]] = {}
@@ -200,7 +200,7 @@ def run(config: DataConfig, arguments: argparse.Namespace) -> int:
     if arguments.report:
         arguments.report.write_text(json.dumps(as_json(checks, findings, config), indent=1) + "\n")
         print(f"everything: {arguments.report}")
-    serious = sum(finding.matters for finding in findings)
+    serious = sum(finding.is_error for finding in findings)
     print(f"{serious} finding(s) that matter, {len(findings) - serious} to know of")
     return 1 if serious else 0
 

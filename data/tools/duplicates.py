@@ -15,7 +15,7 @@ from data.command import progress
 from data.readers.records import Record
 from dsct_jax.errors import UserError
 
-NEAR = 24  # of 256 bits: what saving again, resizing and slight colour changes move; unrelated photographs differ in about 128
+NEAR = 24  # of 256 bits: what saving again, resizing and slight colour changes move; unrelated images differ in about 128
 _SIDE, _LOWEST = 64, 16  # the image is reduced to 64x64 grey; of its cosine transform the 16x16 lowest frequencies are kept
 _COSINES = np.cos(np.pi / _SIDE * (np.arange(_SIDE) + 0.5) * np.arange(_LOWEST)[:, None]).astype(np.float32)
 _BLOCK = 256  # rows compared at once
@@ -83,7 +83,7 @@ def near_groups(prints: Sequence[Fingerprint], *, near: int = NEAR) -> Int[np.nd
     return connected_components(graph, directed=False)[1] if count else np.zeros(0, int)
 
 
-def members(groups: Int[np.ndarray, " n"]) -> list[list[int]]:
+def duplicate_groups(groups: Int[np.ndarray, " n"]) -> list[list[int]]:
     """The places of each group that has more than one member."""
     places: dict[int, list[int]] = {}
     for place, group in enumerate(groups.tolist()):

@@ -2,7 +2,7 @@
 
     python -m data samples --config=configs/demo.py --split=test -n 12 --output=samples
 
-Writes OUTPUT/<split>_00000.png ... and OUTPUT/truth.json (`--truth` of dsct_jax.commands.visualize). The built-in scenes have no files otherwise.
+Writes OUTPUT/<split>_00000.png ... and OUTPUT/truth.json (`--ground-truth` of dsct_jax.commands.visualize). The built-in scenes have no files otherwise.
 """
 
 import json

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dsct_jax.cli import Parser, run_command, writing
-from dsct_jax.config import entry, read_config
+from dsct_jax.config import read_config, require
 from dsct_jax.errors import UserError
-from dsct_jax.inference.load import Model, model_config, read_own
-from dsct_jax.model.build import ModelFunctions
-from dsct_jax.weights.pretrained import initialise, is_own
+from dsct_jax.inference.load import Model, model_config, read_native
+from dsct_jax.model.build import Network
+from dsct_jax.weights.pretrained import is_native, load_pretrained
 
 MODEL_FILE = "model.safetensors"
 REPORT_FILE = "report.txt"
@@ -30,12 +30,12 @@ def convert(source: Path, output: Path, config: Mapping[str, Any] | None = None,
         UserError: see `pretrained.initialise`; or no `config` for a file of others.
     """
     if config is None:
-        if not is_own(source):
+        if not is_native(source):
             raise UserError(f"{source}: does not say which model it is for; give --config, such as configs/emotic_r50_released.py")
-        config = read_own(source)[2]
-    functions = ModelFunctions(model_config(config))
-    fresh = functions.init(entry(config, "seed", int))
-    params, frozen, report = initialise(source, functions, *fresh, config, strict=strict)
+        config = read_native(source)[2]
+    functions = Network(model_config(config))
+    fresh = functions.init(require(config, "seed", int))
+    params, frozen, report = load_pretrained(source, functions, *fresh, config, strict=strict)
     output.mkdir(parents=True, exist_ok=True)
     Model(functions, params, frozen, config).save(output / MODEL_FILE)
     (output / REPORT_FILE).write_text("\n".join(report) + "\n")

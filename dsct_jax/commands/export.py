@@ -31,12 +31,12 @@ import numpy as np
 
 from dsct_jax.cli import Parser, run_command, writing
 from dsct_jax.commands import onnx_export
-from dsct_jax.config import entry, read_config
+from dsct_jax.config import read_config, require
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model, load
 from dsct_jax.postprocess import has_subject_logit
 from dsct_jax.preprocess import MEAN, STD, Size
-from dsct_jax.weights.rules import DSCT, has_place, to_torch
+from dsct_jax.weights.rules import DSCT, has_rule, to_torch
 from dsct_jax.weights.tensor_files import write_npz, write_pth
 
 FORMATS = ("stablehlo", "safetensors", "torch", "onnx")
@@ -91,7 +91,7 @@ def export(model: Model, output: Path, *, format: str, sizes: Sequence[Size] = (
 
 def description(model: Model, sizes: Sequence[Size]) -> dict[str, Any]:
     """What one must know to use the artifact, as JSON values: classes, thresholds, preprocessing, and how the outputs are to be read."""
-    loss = entry(model.config, "loss", Mapping)
+    loss = require(model.config, "loss", Mapping)
     return {
         "class_names": list(model.class_names),
         "multi_label": model.multi_label,
@@ -186,7 +186,7 @@ def require_released_form(model: Model) -> None:
         raise UserError(f"--format=torch: the authors' code knows config.model.norm=frozen_batch only, this model has {config.norm}")
     if config.box_refinement:
         raise UserError("--format=torch: the authors' code has no box refinement (config.model.box_refinement)")
-    if nameless := [path for path in model.params if not has_place(path, DSCT)]:
+    if nameless := [path for path in model.params if not has_rule(path, DSCT)]:
         raise UserError(f"--format=torch: the authors' code has no {nameless[0]} (config.model.reweighting={config.reweighting})")
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from dsct_jax.cli import Parser, run_command, writing
-from dsct_jax.config import entry, plain, read_config
+from dsct_jax.config import read_config, require, to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import model_config
-from dsct_jax.model.build import ModelFunctions
+from dsct_jax.model.build import Network
 
 # metric -> its name in the card; fractions, shown in percent
 _METRICS = {
@@ -35,9 +35,9 @@ _METRICS = {
 _CHANCE = {"mAP": "chance_mAP", "accuracy": "majority_accuracy"}
 
 _DATA = {
-    "scenes": "The scenes drawn by this project (data/readers/scenes.py): figures, no photographs, no people. No licence is needed.",
+    "scenes": "The scenes drawn by this project (data/readers/scenes.py): figures, no images, no people. No licence is needed.",
     "coco": "Annotations in COCO style, brought by whoever trained this model. (?) Name the data set, how it was collected, and its licence.",
-    "emotic": "EMOTIC. Given out by its authors for non-commercial research; the photographs come from MSCOCO, ADE20K and others, with their terms.",
+    "emotic": "EMOTIC. Given out by its authors for non-commercial research; the images come from MSCOCO, ADE20K and others, with their terms.",
     "caer_s": "CAER-S: frames of television series. Given out by its authors for non-commercial research.",
     "ncaer_s": "NCAER-S, made from the clips of CAER. CAER is given out by its authors for non-commercial research.",
 }
@@ -47,7 +47,7 @@ _LIMITS = """\
   about them. The model repeats those guesses; it does not read minds.
 - Expressions differ between cultures, ages and persons, and the data show some of them far more often than others. (?) State for whom it was tested;
   the numbers above are averages over the test split and say nothing of groups that it hardly contains.
-- The model looks at the surroundings as well as at the person. It can be right or wrong for reasons that have nothing to do with the person.
+- The model introspections at the surroundings as well as at the person. It can be right or wrong for reasons that have nothing to do with the person.
 - A score is no certainty. Use the calibration error above, and the thresholds of the run, before a score decides anything.
 - Numbers of another protocol cannot be compared with these (docs/datasets.md, docs/evaluation.md).
 - **Not for** decisions about people: hiring, schooling, insurance, policing, border control, health, or watching people who have not agreed. In some
@@ -90,26 +90,26 @@ def _existing(path: Path, remedy: str) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(plain(json.loads(path.read_text())))
+        return dict(to_builtins(json.loads(path.read_text())))
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def _model_lines(config: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
-    functions = ModelFunctions(model_config(config))
+    functions = Network(model_config(config))
     model = functions.config
     parameters = sum(int(np.prod(shape)) for shape in functions.param_shapes.values())
-    kind = "any number of emotions a person (multi-label)" if entry(config, "multi_label", bool) else "one emotion a person"
+    kind = "any number of emotions a person (multi-label)" if require(config, "multi_label", bool) else "one emotion a person"
     versions, train = environment.get("versions", {}), config.get("train", {})
     length = f"{train['steps']} steps" if train.get("steps") else f"{train.get('epochs', '(?)')} epochs"
     lines = [
-        "Decoupled Subject-Context Transformer (ACM MM 2024), in JAX: from a photograph to its people's boxes and apparent emotions, in one stage.",
+        "Decoupled Subject-Context Transformer (ACM MM 2024), in JAX: from a image to its people's boxes and apparent emotions, in one stage.",
         "",
         f"- Backbone {model.backbone} ({model.norm}), {model.num_encoder_layers} encoder and {model.num_decoder_layers} decoder layers of size "
         f"{model.hidden_dim}, {model.num_subject_queries} subject and {model.num_context_queries} context queries; fusion: {model.fusion}, "
         f"{model.num_spatial_neighbors} nearest and {model.num_semantic_neighbors} {model.semantic_selection} in relevance.",
         f"- {parameters:,} parameters.",
-        f"- {kind}: {', '.join(entry(config, 'class_names', tuple))}.",
+        f"- {kind}: {', '.join(require(config, 'class_names', tuple))}.",
         f"- Started from: {config.get('init_from') or 'random values'}.",
         f"- Trained for {length}, batch {train.get('batch_size', '(?)')}, seed {config.get('seed', '(?)')}.",
     ]
@@ -121,7 +121,7 @@ def _model_lines(config: Mapping[str, Any], environment: Mapping[str, Any]) -> l
 
 
 def _data_lines(config: Mapping[str, Any], metrics: Mapping[str, Any], split: str) -> list[str]:
-    data = entry(config, "data", Mapping)
+    data = require(config, "data", Mapping)
     source = str(data.get("source"))
     protocol = metrics.get("protocol") or data.get("protocol") or "custom"
     return [
@@ -154,7 +154,7 @@ def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _threshold_lines(config: Mapping[str, Any], thresholds: Mapping[str, Any] | None) -> list[str]:
-    names = entry(config, "class_names", tuple)
+    names = require(config, "class_names", tuple)
     if thresholds is None:
         rule = "a class counts above 0.5" if config.get("multi_label") else "the most probable class counts"
         return [f"Nothing was fitted on validation: {rule}."]

@@ -1,4 +1,4 @@
-"""Finds the people in photographs and videos, and their emotions; draws them and writes predictions.json and predictions.csv.
+"""Finds the people in images and videos, and their emotions; draws them and writes predictions.json and predictions.csv.
 
     python -m dsct_jax predict photo.jpg folder/ 'more/*.png' film.mp4 --checkpoint=runs/demo --output=predictions
     python -m dsct_jax predict --camera=0 --seconds=30 --checkpoint=runs/demo --output=predictions
@@ -34,7 +34,7 @@ from dsct_jax.inference.predict import BATCH_SIZE, Detector, predict_each
 from dsct_jax.inference.video import Video, opencv, video_writer
 from dsct_jax.postprocess import Selection, Subject
 from dsct_jax.preprocess import decode_image
-from dsct_jax.visualization.drawing import contact_sheet, draw_subjects, from_left
+from dsct_jax.visualization.drawing import contact_sheet, draw_subjects, sort_left_to_right
 
 SHEET_IMAGES = 24  # at most that many go on the contact sheet
 _SECONDS_BETWEEN_LINES = 5.0
@@ -46,7 +46,7 @@ class TimedDetector:
     def __init__(self, model: Detector):
         self._model = model
         self.class_names, self.multi_label, self.preprocessing = model.class_names, model.multi_label, model.preprocessing
-        self.thresholds, self.min_certainty, self.config = model.thresholds, model.min_certainty, model.config
+        self.thresholds, self.min_confidence, self.config = model.thresholds, model.min_confidence, model.config
         self._seconds: dict[tuple[int, ...], list[float]] = {}
 
     def __call__(self, images: Any, padding_mask: Any) -> Predictions:
@@ -70,7 +70,7 @@ class TimedDetector:
         return f"latency of the model: {median:.1f} ms a batch of {batch} (median; 95 % below {high:.1f} ms), {speed}; {compiled}"
 
 
-def read_photograph(path: Path) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
     """The RGB image in a file, upright: its EXIF orientation is applied, as every viewer does. Raises UserError for a file that is no image."""
     return ImageOps.exif_transpose(decode_image(path))
 
@@ -87,10 +87,10 @@ def predict_files(
     unreadable: dict[Path, str] = {}
     read: list[Path] = []
 
-    def photographs() -> Iterator[Image.Image]:
+    def images() -> Iterator[Image.Image]:
         for file in files:
             try:
-                image = read_photograph(file)
+                image = read_image(file)
             except UserError as error:
                 if not skip_unreadable:
                     raise
@@ -101,7 +101,7 @@ def predict_files(
 
     names = drawing_names(files, ".png")
     progress = Progress(len(files), "image")
-    for index, image, subjects in predict_each(model, photographs(), selection=selection, batch_size=batch_size):
+    for index, image, subjects in predict_each(model, images(), selection=selection, batch_size=batch_size):
         file = read[index]
         target = output / "drawn" / names[file]
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,10 +135,10 @@ def predict_video(
     progress = Progress(total, "frame")
     try:
         with video_writer(target, video.rate / every) as writer:
-            pictures = _while_time_lasts(itertools.islice(video, 0, None, every), video, every, seconds)
+            pictures = _limit_duration(itertools.islice(video, 0, None, every), video, every, seconds)
             for index, image, subjects in predict_each(model, pictures, selection=selection, batch_size=batch_size):
                 size = image.size
-                writer.add(draw_subjects(image, from_left(subjects)))
+                writer.add(draw_subjects(image, sort_left_to_right(subjects)))
                 frames.append({"frame": index * every, "seconds": round(index * every / video.rate, 3), "subjects": describe(subjects)})
                 progress.advance(len(frames))
     except KeyboardInterrupt:
@@ -148,7 +148,7 @@ def predict_video(
     return {"file": video.name, "width": size[0], "height": size[1], "frames_per_second": video.rate, "every": every, "frames": frames}
 
 
-def _while_time_lasts(pictures: Iterable[Image.Image], video: Video, every: int, seconds: float | None) -> Iterator[Image.Image]:
+def _limit_duration(pictures: Iterable[Image.Image], video: Video, every: int, seconds: float | None) -> Iterator[Image.Image]:
     """A file's first `seconds` by its frame rate; a camera's by the clock."""
     start = time.monotonic()
     for index, picture in enumerate(pictures):
@@ -185,9 +185,9 @@ class Progress:
 def run(arguments: argparse.Namespace) -> None:
     """The command with its arguments parsed. Raises UserError for what cannot be used."""
     output = Path(arguments.output)
-    selection = Selection(threshold=arguments.threshold, min_certainty=arguments.min_certainty, nms=arguments.nms)
+    selection = Selection(threshold=arguments.threshold, min_confidence=arguments.min_confidence, nms=arguments.nms)
     _check(arguments, output)
-    files, videos = find_inputs(arguments.paths, leave_out=output)
+    files, videos = find_inputs(arguments.paths, exclude=output)
     sources: list[Path | int] = [*videos, *([] if arguments.camera is None else [arguments.camera])]
     if sources:
         opencv()
@@ -198,7 +198,7 @@ def run(arguments: argparse.Namespace) -> None:
     start = time.monotonic()
     options: dict[str, Any] = {"selection": selection, "batch_size": arguments.batch_size}
     entries, unreadable = predict_files(model, files, output, skip_unreadable=arguments.skip_unreadable, **options)
-    watched = _watch(model, sources, videos, output, arguments, options, unreadable)
+    watched = _predict_videos(model, sources, videos, output, arguments, options, unreadable)
     seconds = time.monotonic() - start
     for reason in unreadable.values():
         print(f"left out: {reason}")
@@ -208,7 +208,7 @@ def run(arguments: argparse.Namespace) -> None:
         "checkpoint": str(arguments.checkpoint),
         "class_names": list(model.class_names),
         "multi_label": model.multi_label,
-        "selection": dataclasses.asdict(selection) | {"min_certainty": selection.certainty_cut(model.min_certainty)},
+        "selection": dataclasses.asdict(selection) | {"min_confidence": selection.resolve_min_confidence(model.min_confidence)},
         "thresholds": model.thresholds if selection.threshold is None else [selection.threshold] * len(model.class_names),
         "images": list(entries.values()),
         "videos": watched,
@@ -223,14 +223,14 @@ def run(arguments: argparse.Namespace) -> None:
     counted = f"{len(entries)} images" + (f", {pictures - len(entries)} frames of {len(watched)} videos" if watched else "")
     print(f"{counted}, {len(rows)} people in {seconds:.1f} s ({pictures / seconds:.1f} images/s, with reading, drawing and compilation)")
     if not rows:
-        print(_nobody(selection.certainty_cut(model.min_certainty), fitted=model.min_certainty is not None))
+        print(_no_people_hint(selection.resolve_min_confidence(model.min_confidence), fitted=model.min_confidence is not None))
     print(model.report())
     print(f"drawings: {output / 'drawn'}   numbers: {output / 'predictions.json'}, {output / 'predictions.csv'}")
 
 
-def _nobody(cut: float, *, fitted: bool) -> str:
+def _no_people_hint(cut: float, *, fitted: bool) -> str:
     remedy = "" if fitted else "; train.py --mode=eval --split=val fits it to the weights"
-    return f"nobody was found: no query was as sure as {cut:.3g}. A lower --min-certainty shows what there was{remedy}"
+    return f"nobody was found: no query was as sure as {cut:.3g}. A lower --min-confidence shows what there was{remedy}"
 
 
 def _check(arguments: argparse.Namespace, output: Path) -> None:
@@ -244,7 +244,7 @@ def _check(arguments: argparse.Namespace, output: Path) -> None:
         raise UserError(f"--seconds={arguments.seconds} must be more than 0")
 
 
-def _watch(
+def _predict_videos(
     model: Detector,
     sources: Sequence[Path | int],
     videos: Sequence[Path],
@@ -299,9 +299,9 @@ def make_parser() -> Parser:
         "--threshold", type=float, help="multi-label: probability that makes a class a label; default: as fitted on validation, or 0.5"
     )
     parser.add_argument(
-        "--min-certainty",
+        "--min-confidence",
         type=float,
-        help="certainty below which a query is nobody; default: as fitted on validation, or 0.3",
+        help="confidence below which a query is nobody; default: as fitted on validation, or 0.3",
     )
     parser.add_argument("--nms", type=float, default=Selection.nms, help="overlap (IoU) above which two boxes are the same person; 1 = keep all")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="images a call of the model (default: %(default)s)")
@@ -320,8 +320,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of images, looked for in folders
 
 
-def find_inputs(paths: Sequence[str], *, leave_out: Path) -> tuple[list[Path], list[Path]]:
-    """(images, videos) meant by files, folders (searched to the bottom) and glob patterns, each once, in a fixed order; none below `leave_out`.
+def find_inputs(paths: Sequence[str], *, exclude: Path) -> tuple[list[Path], list[Path]]:
+    """(images, videos) meant by files, folders (searched to the bottom) and glob patterns, each once, in a fixed order; none below `exclude`.
 
     A file is a video by its suffix (`video.SUFFIXES`), and an image by any other.
 
@@ -334,7 +334,7 @@ def find_inputs(paths: Sequence[str], *, leave_out: Path) -> tuple[list[Path], l
         if path.is_dir():
             known = (*SUFFIXES, *video.SUFFIXES)
             files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in known and file.is_file()]
-            files = [file for file in files if leave_out.resolve() not in file.resolve().parents]
+            files = [file for file in files if exclude.resolve() not in file.resolve().parents]
             if not files:
                 raise UserError(f"{path}: the folder holds no image or video ({', '.join(known)})")
         elif path.exists():
@@ -372,9 +372,9 @@ def write_csv(path: Path, class_names: Sequence[str], rows: Iterable[tuple[str, 
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["file", "frame", "x1", "y1", "x2", "y2", "score", "certainty", "labels", *class_names])
+        writer.writerow(["file", "frame", "x1", "y1", "x2", "y2", "score", "confidence", "labels", *class_names])
         for name, frame, subject in rows:
-            numbers = [f"{number:.6g}" for number in (*subject["box"], subject["score"], subject["certainty"])]
+            numbers = [f"{number:.6g}" for number in (*subject["box"], subject["score"], subject["confidence"])]
             probabilities = [f"{subject['scores'][class_name]:.6g}" for class_name in class_names]
             writer.writerow([name, "" if frame is None else frame, *numbers, "; ".join(subject["labels"]), *probabilities])
     temporary.replace(path)

@@ -1,5 +1,5 @@
 """Whether probabilities mean what they say, and what is fitted on validation to make them: one temperature, a threshold for each class, and the
-certainty from which a query is a person.
+confidence from which a query is a person.
 
 thresholds.json beside a run's checkpoints keeps the fit; prediction and evaluation read it.
 """
@@ -34,7 +34,7 @@ class Calibration:
     split: str  # what it was fitted on
     people: int  # how many labelled people that were
     checkpoint: str = ""  # which weights gave the probabilities; other weights of the same run need another fit
-    min_certainty: float | None = None  # a query below is nobody; None: not fitted, as in files of older versions
+    min_confidence: float | None = None  # a query below is nobody; None: not fitted, as in files of older versions
 
     def save(self, path: Path) -> None:
         """Writes readable JSON, whole or not at all."""
@@ -64,7 +64,7 @@ def parse_calibration(text: str, *, class_names: tuple[str, ...], where: str) ->
             split=str(stored["split"]),
             people=int(stored["people"]),
             checkpoint=str(stored.get("checkpoint", "")),
-            min_certainty=None if stored.get("min_certainty") is None else float(stored["min_certainty"]),
+            min_confidence=None if stored.get("min_confidence") is None else float(stored["min_confidence"]),
         )
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{where}: not what a calibration writes ({type(error).__name__}: {error}); {remedy}") from None
@@ -75,8 +75,8 @@ def parse_calibration(text: str, *, class_names: tuple[str, ...], where: str) ->
     values = calibration.thresholds
     if values is not None and (len(values) != len(class_names) or not all(0 <= value <= 1 for value in values)):
         raise UserError(f"{where}: thresholds must be {len(class_names)} numbers in [0, 1]; {remedy}")
-    if calibration.min_certainty is not None and not 0 <= calibration.min_certainty <= 1:
-        raise UserError(f"{where}: min_certainty={calibration.min_certainty} must lie in [0, 1]; {remedy}")
+    if calibration.min_confidence is not None and not 0 <= calibration.min_confidence <= 1:
+        raise UserError(f"{where}: min_confidence={calibration.min_confidence} must lie in [0, 1]; {remedy}")
     return calibration
 
 
@@ -131,17 +131,17 @@ def fit_thresholds(probabilities: Float[np.ndarray, "n k"], labels: Bool[np.ndar
     return np.where(positives > 0, _best_cuts(probabilities, labels, positives), DEFAULT_THRESHOLD)
 
 
-def fit_min_certainty(certainties: Float[np.ndarray, "n"], finds: Bool[np.ndarray, "n"], *, people: int) -> float | None:
-    """The certainty from which a query is a person: the cut with the best F1 of finding people, None where no query finds anybody.
+def fit_min_confidence(confidences: Float[np.ndarray, "n"], finds: Bool[np.ndarray, "n"], *, people: int) -> float | None:
+    """The confidence from which a query is a person: the cut with the best F1 of finding people, None where no query finds anybody.
 
     Args:
-        certainties: of the queries that could answer, in any order.
+        confidences: of the queries that could answer, in any order.
         finds: whether each finds a person whom no surer one found.
         people: how many there were to find.
     """
     if not finds.any():
         return None
-    return float(_best_cuts(certainties[:, None], finds[:, None], np.array([people]))[0])
+    return float(_best_cuts(confidences[:, None], finds[:, None], np.array([people]))[0])
 
 
 def _best_cuts(scores: Float[np.ndarray, "n k"], right: Bool[np.ndarray, "n k"], positives: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k"]:

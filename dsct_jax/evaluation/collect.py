@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 
 from dsct_jax.batch import Batch, Predictions
 from dsct_jax.errors import UserError
-from dsct_jax.evaluation.results import About, ImageResult, Shown, SplitResults, pack
+from dsct_jax.evaluation.results import ImageResult, ResultsInfo, Shown, SplitResults, stack_results
 from dsct_jax.parallel import Prefetch, shard_batch
 
 
 def collect_results(
     predict: Callable[[Batch], Predictions],
     batches: Iterable[Batch],
-    about: About,
+    about: ResultsInfo,
     *,
     num_images: int,
     source: str,
@@ -55,7 +55,7 @@ def collect_results(
         raise RuntimeError(f"evaluated {seen} of {num_images} images")
     if not results:
         raise UserError(f"{source}: none of its {num_images} images could be read")
-    return pack(results, about), shown
+    return stack_results(results, about), shown
 
 
 def on_host(tree: Any) -> Any:

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from dsct_jax.boxes import elementwise_iou, non_max_suppression
 from dsct_jax.errors import UserError
-from dsct_jax.evaluation.calibration import Calibration, calibration_errors, fit_min_certainty, fit_temperature, fit_thresholds
+from dsct_jax.evaluation.calibration import Calibration, calibration_errors, fit_min_confidence, fit_temperature, fit_thresholds
 from dsct_jax.evaluation.measures import (
     DEFINITIONS,
     IOU_THRESHOLDS,
@@ -30,7 +30,6 @@ from dsct_jax.evaluation.measures import (
     count,
     image_weights,
     interval,
-    match,
     mean_over_present,
     precision_at_recall,
     resampled_average_precision,
@@ -38,7 +37,7 @@ from dsct_jax.evaluation.measures import (
 from dsct_jax.evaluation.report import draw_evaluation, format_table
 from dsct_jax.evaluation.results import SplitResults
 from dsct_jax.evaluation.selection import select_all
-from dsct_jax.postprocess import DEFAULT_THRESHOLD, PREDICTION_NMS, certainty, class_probabilities, decide
+from dsct_jax.postprocess import DEFAULT_THRESHOLD, PREDICTION_NMS, class_probabilities, confidence, decide
 
 BUCKETS = ("1", "2", "3", "4", ">=5")  # people annotated in the image: Tables 4 and 12
 RESAMPLES = 400  # a few seconds for 10,000 images
@@ -87,7 +86,7 @@ def evaluate(
         `macro_recall`, `macro_f1` (multi-label also `macro_precision`), over the classes that have people, of the decisions of Eq. 5, or Eq. 4
         with the threshold 0.5; with the ending `_fitted` of Eq. 4 with the thresholds of `calibration`.
         Only multi-class: `majority_accuracy`, of always naming the most frequent class; `confusion_matrix`, rows = label, columns = prediction.
-        `box_AP`, `box_AP50`, `box_AP75`: COCO's, every query a detection scored by `selection.certainty`.
+        `box_AP`, `box_AP50`, `box_AP75`: COCO's, every query a detection scored by `selection.confidence`.
         `detected`: {IoU 0.50 to 0.95: share of labelled people whose selected box reaches it, and the metrics of these}; of which
         `mAP_detected50` and `mAP_detected75` are the `mAP_present` at 0.50 and 0.75, where anybody is found.
         `calibration`: ECE, Brier score and bins, of the probabilities as they are and, with `calibration`, at its temperature.
@@ -135,7 +134,7 @@ def evaluate(
 
 
 def fit_calibration(results: SplitResults) -> Calibration:
-    """What fits this split best: the temperature, the threshold of each class (multi-label), and the certainty from which a query is a person.
+    """What fits this split best: the temperature, the threshold of each class (multi-label), and the confidence from which a query is a person.
 
     Meant for validation, never for a test split.
 
@@ -155,20 +154,20 @@ def fit_calibration(results: SplitResults) -> Calibration:
         split=about.split,
         people=len(people.labels),
         checkpoint=about.checkpoint,
-        min_certainty=_fit_min_certainty(results),
+        min_confidence=_fit_min_confidence(results),
     )
 
 
-def _fit_min_certainty(results: SplitResults) -> float | None:
+def _fit_min_confidence(results: SplitResults) -> float | None:
     """As prediction chooses: after its suppression; a query finds a person at an overlap of 0.5."""
-    boxes, certainties = results.pixel_boxes, certainty(results.logits, subject_logit=results.about.subject_logit)
+    boxes, confidences = results.pixel_boxes, confidence(results.logits, subject_logit=results.about.subject_logit)
     people = np.split(results.gt_boxes, results.people_per_image.cumsum()[:-1])
     stated, finds = [], []
-    for image_boxes, image_certainties, annotated in zip(boxes, certainties, people, strict=True):
+    for image_boxes, image_certainties, annotated in zip(boxes, confidences, people, strict=True):
         kept = non_max_suppression(image_boxes, image_certainties, threshold=PREDICTION_NMS)  # surest first
         stated.append(image_certainties[kept])
-        finds.append(match(image_boxes[None, kept], annotated, np.array([len(annotated)]))[0, :, 0])
-    return fit_min_certainty(np.concatenate(stated), np.concatenate(finds), people=len(results.gt_boxes))
+        finds.append(match_detections(image_boxes[None, kept], annotated, np.array([len(annotated)]))[0, :, 0])
+    return fit_min_confidence(np.concatenate(stated), np.concatenate(finds), people=len(results.gt_boxes))
 
 
 def _gather(results: SplitResults, queries: Int[np.ndarray, "m"]) -> _People:
@@ -217,7 +216,7 @@ def _decisions(people: _People, *, multi_label: bool, thresholds: Sequence[float
 
 
 def _boxes(results: SplitResults) -> dict[str, float]:
-    scores = certainty(results.logits, subject_logit=results.about.subject_logit)
+    scores = confidence(results.logits, subject_logit=results.about.subject_logit)
     precisions = box_average_precision(results.pixel_boxes, scores, results.gt_boxes, results.people_per_image)
     return {"box_AP": float(precisions.mean()), "box_AP50": float(precisions[0]), "box_AP75": float(precisions[5])}
 

@@ -17,23 +17,23 @@ class Counts:
     """People of each class: those that carry it, those it was decided for, and those where both agree; [*r k], whole numbers or weights."""
 
     support: Num[np.ndarray, "*r k"]
-    decided: Num[np.ndarray, "*r k"]
-    right: Num[np.ndarray, "*r k"]
+    predicted: Num[np.ndarray, "*r k"]
+    true_positives: Num[np.ndarray, "*r k"]
 
     @property
     def recall(self) -> Float[np.ndarray, "*r k"]:
         """Share of a class's people that it was decided for; 0 for a class without people."""
-        return self.right / np.maximum(self.support, 1)
+        return self.true_positives / np.maximum(self.support, 1)
 
     @property
     def precision(self) -> Float[np.ndarray, "*r k"]:
         """Share of a class's decisions that are right; 0 for a class that was never decided."""
-        return self.right / np.maximum(self.decided, 1)
+        return self.true_positives / np.maximum(self.predicted, 1)
 
     @property
     def f1(self) -> Float[np.ndarray, "*r k"]:
         """Harmonic mean of precision and recall."""
-        return 2 * self.right / np.maximum(self.support + self.decided, 1)
+        return 2 * self.true_positives / np.maximum(self.support + self.predicted, 1)
 
     def macro(self, values: Float[np.ndarray, "*r k"]) -> Float[np.ndarray, "*r"]:
         """Mean of `values` over the classes that have people."""
@@ -194,7 +194,7 @@ def box_average_precision(
     starts = np.concatenate([[0], people_per_image.cumsum()])
     matched = np.concatenate(
         [
-            match(boxes[i : i + _IMAGES_AT_ONCE], gt_boxes[starts[i] : starts[min(i + _IMAGES_AT_ONCE, len(boxes))]], counts)
+            match_detections(boxes[i : i + _IMAGES_AT_ONCE], gt_boxes[starts[i] : starts[min(i + _IMAGES_AT_ONCE, len(boxes))]], counts)
             for i in range(0, len(boxes), _IMAGES_AT_ONCE)
             for counts in [people_per_image[i : i + _IMAGES_AT_ONCE]]
         ]
@@ -203,7 +203,7 @@ def box_average_precision(
     return np.array([_interpolated_area(hits, num_people=len(gt_boxes)) for hits in matched.reshape(-1, len(IOU_THRESHOLDS))[falling].T])
 
 
-def match(
+def match_detections(
     boxes: Float[np.ndarray, "n q 4"], gt_boxes: Float[np.ndarray, "m 4"], people_per_image: Int[np.ndarray, "n"]
 ) -> Bool[np.ndarray, "n q 10"]:
     """Whether each box finds a person at each of `IOU_THRESHOLDS`, boxes of an image in falling order of their scores.

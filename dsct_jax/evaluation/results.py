@@ -26,13 +26,13 @@ class ImageResult:
     image_id: int
     logits: Float[np.ndarray, "q c"]  # c = k + 1; the last one is ignored
     boxes: Float[np.ndarray, "q 4"]  # (cx, cy, w, h) in [0, 1] of the image
-    size: tuple[int, int]  # (height, width) of the photograph in pixels
+    size: tuple[int, int]  # (height, width) of the image in pixels
     gt_boxes: Num[np.ndarray, "t 4"]  # (x1, y1, x2, y2) in pixels
     gt_labels: Shaped[np.ndarray, "t k"]  # multi-hot or one-hot; a row of zeros = the person carries no label
 
 
 @dataclasses.dataclass(frozen=True)
-class About:
+class ResultsInfo:
     """What the arrays of a split mean."""
 
     class_names: tuple[str, ...]
@@ -47,7 +47,7 @@ class About:
 class SplitResults:
     """The results of n images with m people, p of the queries' answers and people in the order of the images."""
 
-    about: About
+    about: ResultsInfo
     image_ids: Int[np.ndarray, "n"]
     sizes: Int[np.ndarray, "n 2"]  # (height, width) in pixels
     logits: Float[np.ndarray, "n q c"]  # c = k + 1
@@ -90,7 +90,7 @@ class SplitResults:
         temporary.replace(path)
 
 
-def pack(results: Sequence[ImageResult], about: About) -> SplitResults:
+def stack_results(results: Sequence[ImageResult], about: ResultsInfo) -> SplitResults:
     """Image after image -> arrays.
 
     Raises:
@@ -141,7 +141,7 @@ def read_results(path: Path) -> SplitResults:
         raise UserError(f"{path}: not a file of predictions, or damaged ({error}); run train.py --mode=eval again") from None
     if about.pop("format") != _FORMAT:
         raise UserError(f"{path}: written by another version of this program; run train.py --mode=eval again")
-    return SplitResults(about=About(**{**about, "class_names": tuple(about["class_names"])}), **arrays)
+    return SplitResults(about=ResultsInfo(**{**about, "class_names": tuple(about["class_names"])}), **arrays)
 
 
 Shown = tuple[Batch, np.ndarray, np.ndarray]  # images on the host, and the last layer's logits [b q k+1] and boxes [b q 4] of each

@@ -1,4 +1,4 @@
-"""What the network looked at in one photograph, in pixels of that photograph: the numbers behind the figures."""
+"""What the network looked at in one image, in pixels of that image: the numbers behind the figures."""
 
 import dataclasses
 from typing import Any
@@ -31,8 +31,8 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
-    """One photograph, the people found in it, surest first, and what each layer looked at for them."""
+class Introspection:
+    """One image, the people found in it, surest first, and what each layer looked at for them."""
 
     image: Image.Image
     subjects: tuple[Subject, ...]
@@ -44,7 +44,7 @@ class Look:
     encoder: tuple[Float[np.ndarray, "_ _"], ...]  # the same maps after the encoder
 
 
-def look(model: Model, image: Image.Image, *, selection: Selection | None = None) -> Look:
+def introspect(model: Model, image: Image.Image, *, selection: Selection | None = None) -> Introspection:
     """Runs the model on one RGB image and translates its details from the padded canvas into pixels of the image."""
     pixels, (height, width) = prepare_image(image, model.preprocessing)
     canvas = pixels.shape[:2]
@@ -54,7 +54,7 @@ def look(model: Model, image: Image.Image, *, selection: Selection | None = None
     subject_logit = has_subject_logit(multi_label=model.multi_label, class_loss=model.config["loss"]["class_loss"])
     names: dict[str, Any] = {"class_names": model.class_names, "multi_label": model.multi_label, "subject_logit": subject_logit}
     size = image.height, image.width
-    fitted: dict[str, Any] = {"thresholds": model.thresholds, "min_certainty": model.min_certainty}
+    fitted: dict[str, Any] = {"thresholds": model.thresholds, "min_confidence": model.min_confidence}
     subjects = select_subjects(logits[-1], boxes[-1], size, selection=selection or Selection(), **fitted, **names)
     found = np.array([subject.box for subject in subjects]).reshape(-1, 1, 4)
     scale = np.array([image.width, image.height], np.float32)
@@ -72,7 +72,7 @@ def look(model: Model, image: Image.Image, *, selection: Selection | None = None
     sizes = [x.shape[1:3] for x in details["features"]]
     ends = np.cumsum([h * w for h, w in sizes])[:-1]
     encoded = [tokens.reshape(*shape, -1) for tokens, shape in zip(np.split(details["memory"][0], ends), sizes, strict=True)]
-    return Look(
+    return Introspection(
         image=image,
         subjects=tuple(subjects),
         queries=queries,
@@ -85,7 +85,7 @@ def look(model: Model, image: Image.Image, *, selection: Selection | None = None
 
 
 def _layer(seen: dict[str, np.ndarray], subject_points: np.ndarray, *, num_context: int, scale: np.ndarray) -> Layer:
-    """`scale` [l 2]: pixels of the photograph in the padded width and height of each level."""
+    """`scale` [l 2]: pixels of the image in the padded width and height of each level."""
     locations, weights = seen["sampling_locations"][0], seen["attention_weights"][0]  # q n l p 2, q n l p
     samples = (locations * scale[None, None, :, None]).reshape(len(locations), -1, 2)
     weights = weights.reshape(len(weights), -1) / weights.shape[1]

@@ -12,13 +12,13 @@ from jaxtyping import Bool, Float
 
 from dsct_jax.batch import Predictions
 from dsct_jax.boxes import AnyArray
-from dsct_jax.config import entry, from_section, plain
+from dsct_jax.config import dataclass_from_dict, require, to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import Calibration, calibration_of_run, parse_calibration
-from dsct_jax.model.build import Flat, ModelFunctions
+from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.preprocess import Preprocessing
-from dsct_jax.training.checkpoint import load_weights, locate, newest_step, require_same_shapes
+from dsct_jax.training.checkpoint import load_weights, newest_step, parse_run_path, require_same_shapes
 from dsct_jax.weights.rules import from_torch
 from dsct_jax.weights.tensor_files import PTH_SUFFIXES, read_pth, read_safetensors, write_safetensors
 
@@ -26,14 +26,16 @@ from dsct_jax.weights.tensor_files import PTH_SUFFIXES, read_pth, read_safetenso
 class Model:
     """A network with its weights, in evaluation mode, and what is needed to use it: class names, label kind and preprocessing."""
 
-    def __init__(self, functions: ModelFunctions, params: Flat, frozen: Flat, config: Mapping[str, Any], *, calibration: Calibration | None = None):
-        self.functions, self.config = functions, plain(config)
+    def __init__(
+        self, functions: Network, params: FlatParams, frozen: FlatParams, config: Mapping[str, Any], *, calibration: Calibration | None = None
+    ):
+        self.functions, self.config = functions, to_builtins(config)
         self.calibration = calibration
         self.thresholds = None if calibration is None else calibration.thresholds  # Eq. 4's t of each class, fitted on validation
-        self.min_certainty = None if calibration is None else calibration.min_certainty  # from which a query is a person, fitted too
+        self.min_confidence = None if calibration is None else calibration.min_confidence  # from which a query is a person, fitted too
         self.params, self.frozen = jax.tree.map(jnp.asarray, (params, frozen))
-        self.class_names: tuple[str, ...] = entry(self.config, "class_names", tuple)
-        self.multi_label: bool = entry(self.config, "multi_label", bool)
+        self.class_names: tuple[str, ...] = require(self.config, "class_names", tuple)
+        self.multi_label: bool = require(self.config, "multi_label", bool)
         self.preprocessing = preprocessing_of(self.config)
 
         def forward(params, frozen, images, mask, details):
@@ -60,8 +62,8 @@ class Model:
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
-    """What the configuration does to a photograph before the network sees it."""
-    data, fields = entry(config, "data", Mapping), ("eval_short_side", "max_long_side", "buckets")
+    """What the configuration does to a image before the network sees it."""
+    data, fields = require(config, "data", Mapping), ("eval_short_side", "max_long_side", "buckets")
     if missing := [field for field in fields if field not in data]:
         raise UserError(f"config.data.{missing[0]}: missing; start from configs/base.py")
     short_side, max_long_side, buckets = (data[field] for field in fields)
@@ -70,7 +72,7 @@ def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
 
 def model_config(config: Mapping[str, Any]) -> DSCTConfig:
     """The `model` section and the number of classes as the network's configuration."""
-    return from_section(DSCTConfig, "model", entry(config, "model", Mapping), num_classes=len(entry(config, "class_names", tuple)))
+    return dataclass_from_dict(DSCTConfig, "model", require(config, "model", Mapping), num_classes=len(require(config, "class_names", tuple)))
 
 
 def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
@@ -80,21 +82,21 @@ def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
     replaces the stored one and must describe the same weights. Raises UserError when the file or directory is missing, unreadable, or of another
     model.
     """
-    path, config = Path(path), None if config is None else plain(config)
+    path, config = Path(path), None if config is None else to_builtins(config)
     if path.suffix in PTH_SUFFIXES and path.is_file():
         tensors, texts = read_pth(path)
         if config is None and "config" in texts:  # written by `dsct_jax.commands.export`
             config = _parsed_config(texts["config"], path)
         if config is None:
             raise UserError(f"{path}: a .pth file does not say which variant it is; give a configuration, such as configs/emotic_r50_released.py")
-        functions = ModelFunctions(model_config(config))
+        functions = Network(model_config(config))
         flat = from_torch(tensors, functions.param_shapes | functions.frozen_shapes)
         params, frozen = ({name: flat[name] for name in shapes} for shapes in (functions.param_shapes, functions.frozen_shapes))
-        return Model(functions, params, frozen, config, calibration=_parsed_calibration(texts, entry(config, "class_names", tuple), path))
-    params, frozen, stored = read_own(path)
+        return Model(functions, params, frozen, config, calibration=_parsed_calibration(texts, require(config, "class_names", tuple), path))
+    params, frozen, stored = read_native(path)
     chosen = stored if config is None else config
-    class_names = entry(chosen, "class_names", tuple)
-    functions = ModelFunctions(model_config(chosen))
+    class_names = require(chosen, "class_names", tuple)
+    functions = Network(model_config(chosen))
     require_same_shapes(functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(path))
     return Model(functions, params, frozen, chosen, calibration=_read_calibration(path, class_names))
 
@@ -102,7 +104,7 @@ def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
 def _read_calibration(path: Path, class_names: tuple[str, ...]) -> Calibration | None:
     """What was fitted on validation for these weights: beside a run's checkpoints, or inside a .safetensors file."""
     if path.is_dir():
-        workdir, step = locate(path)
+        workdir, step = parse_run_path(path)
         return calibration_of_run(workdir, class_names=class_names, step=newest_step(workdir) if step is None else step)
     return _parsed_calibration(read_safetensors(path)[1], class_names, path)
 
@@ -111,13 +113,13 @@ def _parsed_calibration(texts: Mapping[str, str], class_names: tuple[str, ...], 
     return parse_calibration(texts["calibration"], class_names=class_names, where=str(path)) if "calibration" in texts else None
 
 
-def read_own(path: Path) -> tuple[Flat, Flat, dict[str, Any]]:
+def read_native(path: Path) -> tuple[FlatParams, FlatParams, dict[str, Any]]:
     """(parameters, frozen statistics, configuration) of a run directory, one of its checkpoints, or a .safetensors file of `Model.save`."""
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
     if path.is_dir():
-        params, frozen, metadata = load_weights(*locate(path))
-        return params, frozen, plain(metadata["config"])
+        params, frozen, metadata = load_weights(*parse_run_path(path))
+        return params, frozen, to_builtins(metadata["config"])
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: neither a run directory nor a .safetensors or .pth file")
     arrays, strings = read_safetensors(path)
@@ -129,6 +131,6 @@ def read_own(path: Path) -> tuple[Flat, Flat, dict[str, Any]]:
 
 def _parsed_config(text: str, path: Path) -> dict[str, Any]:
     try:
-        return dict(plain(json.loads(text)))
+        return dict(to_builtins(json.loads(text)))
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: the configuration in it is damaged ({error}); copy the file again") from None

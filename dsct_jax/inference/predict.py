@@ -1,4 +1,4 @@
-"""From photographs to the people in them: boxes and emotions (paper Section 3.1, "During inference")."""
+"""From images to the people in them: boxes and emotions (paper Section 3.1, "During inference")."""
 
 import dataclasses
 from collections import defaultdict
@@ -38,7 +38,7 @@ class Detector(Protocol):
         """Of the classes, fitted on validation."""
 
     @property
-    def min_certainty(self) -> float | None:
+    def min_confidence(self) -> float | None:
         """From which a query is a person, fitted on validation."""
 
     def __call__(self, images: Any, padding_mask: Any) -> Predictions:
@@ -51,7 +51,7 @@ def predict(
     images: Sequence[Photograph],
     *,
     threshold: float | None = Selection.threshold,
-    min_certainty: float | None = Selection.min_certainty,
+    min_confidence: float | None = Selection.min_confidence,
     nms: float = Selection.nms,
     batch_size: int = BATCH_SIZE,
 ) -> list[list[Subject]]:
@@ -60,13 +60,13 @@ def predict(
     Args:
         model: what `dsct_jax.load` returns.
         images: PIL images of any mode, or uint8 arrays [h w 3] (RGB) or [h w] (grey).
-        threshold, min_certainty, nms: see `Selection`.
+        threshold, min_confidence, nms: see `Selection`.
         batch_size: images a call of the model. One program is compiled for each canvas of `model.preprocessing.buckets` that occurs.
 
     Raises:
         UserError: an array of another shape or type, or a number out of its range.
     """
-    selection = Selection(threshold=threshold, min_certainty=min_certainty, nms=nms)
+    selection = Selection(threshold=threshold, min_confidence=min_confidence, nms=nms)
     found: list[list[Subject]] = [[] for _ in images]
     for index, _, subjects in predict_each(model, images, selection=selection, batch_size=min(batch_size, max(1, len(images)))):
         found[index] = subjects
@@ -83,8 +83,8 @@ def predict_each(
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
     waiting: dict[Size, list[_Prepared]] = defaultdict(list)
-    for index, photograph in enumerate(images):
-        image = as_rgb(photograph)
+    for index, image in enumerate(images):
+        image = as_rgb(image)
         pixels, size = prepare_image(image, model.preprocessing)
         canvas = pixels.shape[0], pixels.shape[1]
         waiting[canvas].append(_Prepared(index, image, pixels, size))
@@ -123,7 +123,7 @@ def _predict_batch(
                 subject_logit=subject_logit,
                 selection=selection,
                 thresholds=model.thresholds,
-                min_certainty=model.min_certainty,
+                min_confidence=model.min_confidence,
             ),
         )
 
@@ -134,19 +134,19 @@ def _to_model_input(pixels: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax
     return normalize(pixels, mask), mask
 
 
-def as_rgb(photograph: Photograph) -> Image.Image:
+def as_rgb(image: Photograph) -> Image.Image:
     """A PIL image of any mode or a uint8 array [h w 3] or [h w] as an RGB image.
 
     Raises:
         UserError: an array of another shape or type.
     """
-    if isinstance(photograph, np.ndarray):
-        if photograph.dtype != np.uint8 or photograph.ndim not in (2, 3) or photograph.shape[2:] not in ((), (3,)):
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
             raise UserError(
-                f"an image array must be uint8 [h w 3] (RGB) or [h w] (grey), not {photograph.dtype} {list(photograph.shape)}; "
+                f"an image array must be uint8 [h w 3] (RGB) or [h w] (grey), not {image.dtype} {list(image.shape)}; "
                 "values in [0, 1] need (255 * image).round().astype('uint8')"
             )
-        if 0 in photograph.shape:
-            raise UserError(f"an image array has no pixels: {list(photograph.shape)}")
-        photograph = Image.fromarray(photograph)
-    return photograph.convert("RGB")
+        if 0 in image.shape:
+            raise UserError(f"an image array has no pixels: {list(image.shape)}")
+        image = Image.fromarray(image)
+    return image.convert("RGB")

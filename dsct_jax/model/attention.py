@@ -9,14 +9,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.model.layers import KEPT, exact_linear, linear, product
+from dsct_jax.model.layers import SAVED, linear, linear_in_float32, matmul_2d
 from pallas_kernels.deformable_attention import deformable_attention_from_offsets
 
 SpatialShapes = tuple[tuple[int, int], ...]
 
 
 def initial_offsets(num_heads: int, num_levels: int, num_points: int) -> np.ndarray:
-    """Initial sampling offsets [n l p 2], pixels: head i looks in direction i, point j at distance j + 1 (Deformable DETR)."""
+    """Initial sampling offsets [n l p 2], pixels: head i introspections in direction i, point j at distance j + 1 (Deformable DETR)."""
     angles = np.arange(num_heads, dtype=np.float32) * np.float32(2 * math.pi / num_heads)
     grid = np.stack([np.cos(angles), np.sin(angles)], -1)
     grid = grid / np.abs(grid).max(-1, keepdims=True)
@@ -58,15 +58,15 @@ class DeformableAttention(nnx.Module):
         n, l, p = self.shape
         value = jnp.where(memory_padding[..., None], 0, self.value_proj(memory)).reshape(b, -1, n, d // n)
         # Locations and softmax are float32 whatever the type of the rest: half a bfloat16 step is half a pixel at the far edge of a map.
-        offsets = exact_linear(self.sampling_offsets, queries).reshape(b, q, n, l, p, 2)
+        offsets = linear_in_float32(self.sampling_offsets, queries).reshape(b, q, n, l, p, 2)
         sizes = np.array([(w, h) for h, w in spatial_shapes], np.float32).reshape(1, 1, 1, l, 1, 2)
         if boxes is not None:
             half = boxes[:, :, None, :, None] * sizes / (2 * p)
             offsets *= jnp.where(half > 0, half, 1)
-        logits = exact_linear(self.attention_weights, queries).reshape(b, q, n, l, p)
+        logits = linear_in_float32(self.attention_weights, queries).reshape(b, q, n, l, p)
         with jax.named_scope("deformable_attention"):
             attended = deformable_attention_from_offsets(value, spatial_shapes, reference_points, offsets, logits, implementation=implementation)
-        attended = checkpoint_name(attended, KEPT)
+        attended = checkpoint_name(attended, SAVED)
         sampled = {  # dead code under jit unless the caller keeps it
             "sampling_locations": reference_points[:, :, None, :, None, :] + offsets / sizes,
             "attention_weights": jax.nn.softmax(logits.reshape(b, q, n, l * p)).reshape(logits.shape),
@@ -87,8 +87,8 @@ class SelfAttention(nnx.Module):
         b, q, d = tokens.shape
         assert self.in_proj.bias is not None
         kernel, bias = self.in_proj.kernel[...].astype(tokens.dtype), self.in_proj.bias[...].astype(tokens.dtype).reshape(1, 1, -1)
-        query_key = product(tokens + positions, kernel[:, : 2 * d], tokens.dtype) + bias[..., : 2 * d]
-        value = product(tokens, kernel[:, 2 * d :], tokens.dtype) + bias[..., 2 * d :]
+        query_key = matmul_2d(tokens + positions, kernel[:, : 2 * d], tokens.dtype) + bias[..., : 2 * d]
+        value = matmul_2d(tokens, kernel[:, 2 * d :], tokens.dtype) + bias[..., 2 * d :]
         query, key, value = (x.reshape(b, q, self.num_heads, -1) for x in (*jnp.split(query_key, 2, -1), value))
         scores = jnp.einsum("bqnd,bknd->bnqk", query / math.sqrt(d // self.num_heads), key, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores)

@@ -8,7 +8,7 @@ from flax import nnx
 from dsct_jax.model.dsct import DSCT, DSCTConfig
 from dsct_jax.model.layers import FrozenStatistic
 
-Flat = dict[str, Any]  # path -> array, on the device or the host
+FlatParams = dict[str, Any]  # path -> array, on the device or the host
 
 
 def flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -32,7 +32,7 @@ def unflatten(flat: dict[str, Any]) -> dict[Any, Any]:
     return tree
 
 
-class ModelFunctions:
+class Network:
     """A model's static half: what turns flat values into a callable network. Hashable by identity, so it may be closed over by jit."""
 
     def __init__(self, config: DSCTConfig):
@@ -44,13 +44,13 @@ class ModelFunctions:
         self.frozen_shapes = {k: tuple(v.shape) for k, v in flatten(nnx.to_pure_dict(frozen)).items()}
         self._abstract = (params, frozen)
 
-    def init(self, seed: int) -> tuple[Flat, Flat]:
+    def init(self, seed: int) -> tuple[FlatParams, FlatParams]:
         """Fresh values: (trainable parameters, frozen statistics)."""
 
         _, params, frozen = nnx.split(DSCT(self.config, rngs=nnx.Rngs(params=seed)), nnx.Param, FrozenStatistic)  # type: ignore[misc]
         return flatten(nnx.to_pure_dict(params)), flatten(nnx.to_pure_dict(frozen))
 
-    def bind(self, params: Flat, frozen: Flat) -> DSCT:
+    def bind(self, params: FlatParams, frozen: FlatParams) -> DSCT:
         """The network with these values."""
         states = []
         for abstract, flat in zip(self._abstract, (params, frozen), strict=True):

@@ -24,7 +24,7 @@ class FusionConfig:
     reweighting: str  # semantic | equal | spatial | attentive
 
 
-def nearest(scores: Float[Array, "*n m"], k: int) -> Bool[Array, "*n m"]:
+def smallest_k_mask(scores: Float[Array, "*n m"], k: int) -> Bool[Array, "*n m"]:
     """True at the `k` smallest scores of each row; ties go to the lower index. Built from comparisons, so it stays local to its shard."""
     if k == 0:
         return jnp.zeros(scores.shape, bool)
@@ -34,10 +34,10 @@ def nearest(scores: Float[Array, "*n m"], k: int) -> Bool[Array, "*n m"]:
     return (-scores > last_value) | ((-scores == last_value) & before)
 
 
-def masked_softmax(logits: Float[Array, "b q m"], multiplicity: Float[Array, "b q m"]) -> Float[Array, "b q m"]:
-    """Softmax in which entry m counts `multiplicity` times: 0 = left out, 2 = selected twice. A row of zeros gives zeros."""
-    peak = jax.lax.stop_gradient(jnp.max(jnp.where(multiplicity > 0, logits, -jnp.inf), -1, keepdims=True))
-    weights = multiplicity * jnp.exp(jnp.where(multiplicity > 0, logits - peak, 0))
+def weighted_softmax(logits: Float[Array, "b q m"], counts: Float[Array, "b q m"]) -> Float[Array, "b q m"]:
+    """Softmax in which entry m counts `counts` times: 0 = left out, 2 = selected twice. A row of zeros gives zeros."""
+    peak = jax.lax.stop_gradient(jnp.max(jnp.where(counts > 0, logits, -jnp.inf), -1, keepdims=True))
+    weights = counts * jnp.exp(jnp.where(counts > 0, logits - peak, 0))
     total = weights.sum(-1, keepdims=True)
     return weights / jnp.where(total > 0, total, 1)
 
@@ -62,14 +62,14 @@ def subject_context_fusion(
     distance = jnp.sqrt(jnp.square(subject_points[:, :, None] - context_points[:, None]).sum(-1))
     distance = jax.lax.stop_gradient(distance)
     sign = 1 if config.semantic_selection == "smallest" else -1
-    spatial = nearest(distance, config.num_spatial_neighbors).astype(jnp.float32)
-    semantic = nearest(jax.lax.stop_gradient(sign * relevance), config.num_semantic_neighbors).astype(jnp.float32)
+    spatial = smallest_k_mask(distance, config.num_spatial_neighbors).astype(jnp.float32)
+    semantic = smallest_k_mask(jax.lax.stop_gradient(sign * relevance), config.num_semantic_neighbors).astype(jnp.float32)
     choices: dict[str, Any] = {"semantic": relevance, "equal": jnp.zeros_like(relevance), "spatial": -distance, "attentive": attentive_logits}
     logits = choices[config.reweighting]
     if config.rule == "paper":
-        weights = masked_softmax(logits, spatial + semantic)
+        weights = weighted_softmax(logits, spatial + semantic)
     else:
-        weights = masked_softmax(logits, spatial) + masked_softmax(logits, semantic)
+        weights = weighted_softmax(logits, spatial) + weighted_softmax(logits, semantic)
     gathered = jnp.einsum("bqm,bmd->bqd", weights, context)
     if config.rule == "released":
         among_subjects = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", subject, subject))

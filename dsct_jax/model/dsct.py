@@ -1,4 +1,4 @@
-"""DSCT: one network from a photograph to the boxes and emotions of its people (paper Fig. 3)."""
+"""DSCT: one network from a image to the boxes and emotions of its people (paper Fig. 3)."""
 
 import dataclasses
 from functools import partial

@@ -1,7 +1,7 @@
 """The few layers that differ from Flax's defaults: PyTorch's epsilons, paddings and initial values, and convolutions that are fast on the CPU.
 
 Parameters are float32; every layer computes in the type of its input (`model.compute_dtype`) and returns that type. What a norm measures, and
-what is asked for with `exact_linear`, is float32 whatever the input.
+what is asked for with `linear_in_float32`, is float32 whatever the input.
 """
 
 import math
@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Key
 NORM_EPSILON = 1e-5  # PyTorch's; Flax's 1e-6 moves the logits by 4e-5
 
 REMAT = ("none", "light", "layers", "all")
-KEPT = "kept"  # name of what `rematerialized` layers never compute twice: dear to compute, small to keep
-PRODUCT = "product"  # name of the result of a dense layer or a 1x1 convolution
+SAVED = "kept"  # name of what `rematerialized` layers never compute twice: dear to compute, small to keep
+MATMUL = "product"  # name of the result of a dense layer or a 1x1 convolution
 
 Initializer = Callable[..., jax.Array]
 
@@ -59,17 +59,17 @@ def torch_uniform(fan_in: int) -> Initializer:
     return initializer(lambda g, shape: g.uniform(-bound, bound, shape))
 
 
-def product(x: Float[Array, "*n a"], kernel: Float[Array | np.ndarray, "*one a b"], dtype: Any) -> Float[Array, "*n b"]:
+def matmul_2d(x: Float[Array, "*n a"], kernel: Float[Array | np.ndarray, "*one a b"], dtype: Any) -> Float[Array, "*n b"]:
     """x @ kernel, returned in `dtype`, as one product of two matrices whatever the leading axes (those of the kernel are ones), there and back.
 
     With several leading axes XLA's CPU backend transposes what comes back, element by element: up to half of a layer's backward pass. The gradients
     are the usual ones; written out, they keep `x` and `kernel` as they came, which for a value that several layers read is once.
     """
-    return checkpoint_name(_product(x, kernel, dtype), PRODUCT)
+    return checkpoint_name(_matmul_2d(x, kernel, dtype), MATMUL)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: Any, kernel: Any, dtype: Any) -> jax.Array:
+def _matmul_2d(x: Any, kernel: Any, dtype: Any) -> jax.Array:
     return jnp.matmul(_rows(x), _rows(kernel), preferred_element_type=dtype).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -84,7 +84,7 @@ def _product_backward(dtype: Any, kept: tuple[Any, Any], g: jax.Array) -> tuple[
     return g_x.astype(x.dtype).reshape(x.shape), g_kernel.astype(kernel.dtype).reshape(kernel.shape)
 
 
-_product.defvjp(lambda x, kernel, dtype: (_product(x, kernel, dtype), (x, kernel)), _product_backward)
+_matmul_2d.defvjp(lambda x, kernel, dtype: (_matmul_2d(x, kernel, dtype), (x, kernel)), _product_backward)
 
 
 class Linear(nnx.Linear):
@@ -92,7 +92,7 @@ class Linear(nnx.Linear):
 
     def __call__(self, inputs: Float[Array, "*n a"], out_sharding: Any = None) -> Float[Array, "*n b"]:
         assert self.bias is not None and out_sharding is None
-        y = product(inputs, self.kernel[...].astype(inputs.dtype), inputs.dtype)
+        y = matmul_2d(inputs, self.kernel[...].astype(inputs.dtype), inputs.dtype)
         return y + self.bias[...].astype(inputs.dtype).reshape(*(1,) * (y.ndim - 1), -1)
 
 
@@ -101,10 +101,10 @@ def linear(d_in: int, d_out: int, *, rngs: nnx.Rngs, kernel_init=xavier_uniform,
     return Linear(d_in, d_out, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
 
 
-def exact_linear(layer: Linear, x: Float[Array, "*n a"]) -> Float[Array, "*n b"]:
+def linear_in_float32(layer: Linear, x: Float[Array, "*n a"]) -> Float[Array, "*n b"]:
     """The layer's float32 result for an input of any type: products of what the type holds, summed and returned in float32."""
     assert layer.bias is not None
-    y = product(x, layer.kernel[...].astype(x.dtype), jnp.float32)
+    y = matmul_2d(x, layer.kernel[...].astype(x.dtype), jnp.float32)
     return y + layer.bias[...].reshape(*(1,) * (y.ndim - 1), -1)
 
 
@@ -150,9 +150,9 @@ def rematerialized(layer: Callable[..., Any], rule: str) -> Callable[..., Any]:
     if rule == "none":
         return layer
     policies = jax.checkpoint_policies
-    policy = policies.save_only_these_names(KEPT)
+    policy = policies.save_only_these_names(SAVED)
     if rule == "light":
-        policy = policies.save_from_both_policies(policies.save_only_these_names(KEPT, PRODUCT), policies.dots_saveable)
+        policy = policies.save_from_both_policies(policies.save_only_these_names(SAVED, MATMUL), policies.dots_saveable)
     return jax.checkpoint(layer, policy=policy)
 
 
@@ -174,7 +174,7 @@ class DropoutNoise:
             kept = jnp.concatenate([(words & 0xFFFF) >= first, (words >> 16) >= first])  # compared before: a byte an entry to put together
             return kept[:size].reshape(shape[1:])
 
-        return checkpoint_name(jax.vmap(keep_image)(self._keys), KEPT)
+        return checkpoint_name(jax.vmap(keep_image)(self._keys), SAVED)
 
 
 def dropout(x: Float[Array, "b *n"], rate: float, noise: DropoutNoise | None) -> Float[Array, "b *n"]:
@@ -198,7 +198,7 @@ class Conv(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         kernel = self.kernel[...].astype(x.dtype)
         if self.size == 1:
-            x = product(x[:, :: self.stride, :: self.stride], kernel, x.dtype)
+            x = matmul_2d(x[:, :: self.stride, :: self.stride], kernel, x.dtype)
         else:
             pad = self.size // 2
             x = jax.lax.conv_general_dilated(

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from dsct_jax.config import differences
 from dsct_jax.errors import UserError
-from dsct_jax.model.build import Flat
+from dsct_jax.model.build import FlatParams
 from dsct_jax.training.packing import Layout, pack, part_of, shapes_of, unpack
 from dsct_jax.training.step import TrainState
 
@@ -138,14 +138,14 @@ class Checkpoints:
             except DamagedCheckpoint as error:
                 if step == steps[-1]:
                     raise
-                self._put_aside(step, error.reason)
+                self._quarantine(step, error.reason)
                 continue
             metadata = _read_metadata(Path(self._manager.directory) / str(step))
             self._policy.best = metadata.get("progress", {}).get("best_step")
             return restored, metadata
         return None
 
-    def _put_aside(self, step: int, reason: str) -> None:
+    def _quarantine(self, step: int, reason: str) -> None:
         if jax.process_index() == 0:
             _log.warning("checkpoint %d is damaged (%s): moved to %s; the one before is taken", step, reason, self._workdir / DAMAGED)
             place = self._workdir / DAMAGED / str(step)
@@ -171,7 +171,7 @@ class Checkpoints:
                 templates[part] = {name: _template(found, values.get(name)) for name, found in packed.items()}
             args = ocp.args.Composite(**{part: ocp.args.StandardRestore(template) for part, template in templates.items()})
             restored = self._manager.restore(step, args=args)
-            model, training = (_placed(unpack(restored[part], layout[part]), like=parts[part]) for part in PARTS)
+            model, training = (_device_put_like(unpack(restored[part], layout[part]), like=parts[part]) for part in PARTS)
 
         def fill(tree: Any, source: dict[str, Any], prefix: str) -> Any:
             leaves = [source[name] for name in _names({prefix: tree})]
@@ -211,7 +211,7 @@ def _template(saved: Any, wanted: jax.Array | None) -> Any:
     return jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=wanted.sharding)
 
 
-def _placed(values: Mapping[str, Any], *, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _device_put_like(values: Mapping[str, Any], *, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Arrays of the host in the type and place of those of the same name; arrays on devices as they are."""
 
     def place(value: Any, wanted: jax.Array) -> jax.Array:
@@ -250,7 +250,7 @@ def require_same_shapes(expected: Mapping[str, Any], given: Mapping[str, Any], w
         )
 
 
-def load_weights(workdir: Path, step: int | None = None, *, ema: bool = True) -> tuple[Flat, Flat, dict[str, Any]]:
+def load_weights(workdir: Path, step: int | None = None, *, ema: bool = True) -> tuple[FlatParams, FlatParams, dict[str, Any]]:
     """Weights of a checkpoint below `workdir` as numpy: (parameters, frozen statistics, metadata). Any number of devices.
 
     Args:
@@ -278,7 +278,7 @@ def load_weights(workdir: Path, step: int | None = None, *, ema: bool = True) ->
     return _weights_of(workdir, steps[-1], ema=ema)
 
 
-def _weights_of(workdir: Path, step: int, *, ema: bool) -> tuple[Flat, Flat, dict[str, Any]]:
+def _weights_of(workdir: Path, step: int, *, ema: bool) -> tuple[FlatParams, FlatParams, dict[str, Any]]:
     path = (workdir / DIRECTORY / str(step)).absolute()
     reader = ocp.PyTreeCheckpointer()
     with _damage_reported(path):
@@ -287,7 +287,7 @@ def _weights_of(workdir: Path, step: int, *, ema: bool) -> tuple[Flat, Flat, dic
         leaves = reader.metadata(path / "model").item_metadata.tree
         restored = reader.restore(path / "model", restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in leaves})
         values = unpack(restored, layout["model"])
-    parts: dict[str, Flat] = {"params": {}, "frozen": {}}
+    parts: dict[str, FlatParams] = {"params": {}, "frozen": {}}
     for name, leaf in values.items():
         part, rest = name.split(".", 1)
         parts[part][rest.replace(".", "/")] = leaf
@@ -297,7 +297,7 @@ def _weights_of(workdir: Path, step: int, *, ema: bool) -> tuple[Flat, Flat, dic
     return parts["params"], parts["frozen"], metadata
 
 
-def _moving_average(training: Path, layout: Layout) -> Flat:
+def _moving_average(training: Path, layout: Layout) -> FlatParams:
     """The moving average of the trained parameters in a checkpoint's part `training`, as numpy; {} where the run kept none."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         names = [name for name in reader.metadata(training).item_metadata.tree if part_of(name) == "ema"]
@@ -332,7 +332,7 @@ def best_step(workdir: Path) -> int:
     return found
 
 
-def locate(path: Path) -> tuple[Path, int | None]:
+def parse_run_path(path: Path) -> tuple[Path, int | None]:
     """(workdir, step) of RUN, RUN/checkpoints (both: None, the newest) or RUN/checkpoints/STEP."""
     if path.parent.name == DIRECTORY and path.name.isdecimal():
         return path.parent.parent, int(path.name)

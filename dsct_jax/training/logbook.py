@@ -112,13 +112,13 @@ class Logbook:
         self._events.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         image.save(self._workdir / f"{name.replace('/', '_')}.png")
 
-    def tell(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """One line for the user, above the progress bar where there is one."""
         if self._silent:
             return
         tqdm.write(text) if self._bar is not None else print(text, flush=True)
 
-    def leave_out(self, seconds: float) -> None:
+    def exclude_time(self, seconds: float) -> None:
         """Time that will not come again, such as a compilation, is not counted when the remaining time is estimated."""
         if not self._silent and self._first is not None:
             self._first = self._first[0], self._first[1] + seconds

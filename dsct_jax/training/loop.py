@@ -117,8 +117,8 @@ class NonFiniteGuard:
         tell: says one line for each skipped step.
     """
 
-    def __init__(self, workdir: Path, *, limit: int, in_a_row: int, tell: Callable[[str], None]):
-        self._workdir, self._limit, self._in_a_row, self._tell = workdir, limit, in_a_row, tell
+    def __init__(self, workdir: Path, *, limit: int, in_a_row: int, log: Callable[[str], None]):
+        self._workdir, self._limit, self._in_a_row, self._log = workdir, limit, in_a_row, tell
         self._last: tuple[int, Any, Any] | None = None
 
     def add(self, step: int, batch: Any, metrics: Mapping[str, jax.Array]) -> None:
@@ -142,7 +142,7 @@ class NonFiniteGuard:
                 f"step {step}: the loss or its gradient is not finite, {self._in_a_row} step(s) in a row ({limit}); lower "
                 f"config.optimizer.learning_rate, then run again from the last checkpoint. The last batch is in {path}"
             )
-        self._tell(f"step {step}: the loss or its gradient is not finite; skipped, {self._in_a_row} in a row ({limit})")
+        self._log(f"step {step}: the loss or its gradient is not finite; skipped, {self._in_a_row} in a row ({limit})")
 
 
 def save_batch(batch: Any, workdir: Path, step: int) -> Path:
@@ -158,13 +158,13 @@ def save_batch(batch: Any, workdir: Path, step: int) -> Path:
 class Best:
     """The best validation so far, by one metric; goes into every checkpoint, so that a continued run remembers.
 
-    `value` is None before the first validation; `waited` counts the validations since `step`.
+    `value` is None before the first validation; `since_best` counts the validations since `step`.
     """
 
     metric: str
     value: float | None = None
     step: int = 0
-    waited: int = 0
+    since_best: int = 0
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> bool:
         """Whether this validation is the best. One that is not a number is not. Raises UserError when the metric is none of the validation's."""
@@ -173,22 +173,22 @@ class Best:
             raise UserError(f"config.train.best_metric={self.metric!r} cannot be used: a validation gives {known}")
         value, sign = metrics[self.metric], -1 if self.metric.startswith(_LOWER_IS_BETTER) else 1
         better = not math.isnan(value) and (self.value is None or sign * value > sign * self.value)
-        self.value, self.step, self.waited = (value, step, 0) if better else (self.value, self.step, self.waited + 1)
+        self.value, self.step, self.since_best = (value, step, 0) if better else (self.value, self.step, self.since_best + 1)
         return better
 
-    def as_progress(self) -> dict[str, Any]:
-        """For a checkpoint's metadata; `take_up` reads it."""
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint's metadata; `load_state` reads it."""
         return {
             "best_metric": self.metric,
             "best_value": self.value,
             "best_step": self.step if self.value is not None else None,
-            "waited": self.waited,
+            "waited": self.since_best,
         }
 
-    def take_up(self, progress: Mapping[str, Any]) -> None:
+    def load_state(self, progress: Mapping[str, Any]) -> None:
         """Goes on from what a checkpoint tells; with another metric than it was written with, anew."""
         if progress.get("best_metric") == self.metric and progress.get("best_value") is not None:
-            self.value, self.step, self.waited = progress["best_value"], progress["best_step"], progress["waited"]
+            self.value, self.step, self.since_best = progress["best_value"], progress["best_step"], progress["waited"]
 
 
 PERCENTILES = (50, 90, 99)
@@ -202,20 +202,20 @@ class Meter:
         self._step_seconds: list[float] = []
         self._start = self._step_start = time.monotonic()
 
-    def add(self, metrics: dict[str, jax.Array], *, left_out: float = 0.0) -> None:
-        """One more step has been started; of its time `left_out` seconds were a compilation."""
+    def add(self, metrics: dict[str, jax.Array], *, excluded: float = 0.0) -> None:
+        """One more step has been started; of its time `excluded` seconds were a compilation."""
         now = time.monotonic()
         self._pending.append(metrics)
-        self._step_seconds.append(max(now - self._step_start - left_out, 0.0))
-        self._start += left_out
+        self._step_seconds.append(max(now - self._step_start - excluded, 0.0))
+        self._start += excluded
         self._step_start = now
 
-    def pending(self) -> list[dict[str, float]]:
+    def state(self) -> list[dict[str, float]]:
         """The metrics of the steps since the last line, as JSON can hold them without loss."""
         return [{name: float(value) for name, value in metrics.items()} for metrics in jax.device_get(self._pending)]
 
-    def put_back(self, pending: Sequence[Mapping[str, float]]) -> None:
-        """Takes up what `pending` gave, in another process."""
+    def load_state(self, pending: Sequence[Mapping[str, float]]) -> None:
+        """Takes up what `state` gave, in another process."""
         self._pending = [{name: np.float32(value) for name, value in metrics.items()} for metrics in pending]
 
     def resume(self) -> None:
@@ -224,7 +224,7 @@ class Meter:
         self._start += now - self._step_start
         self._step_start = now
 
-    def take(self, *, batch_size: int, waited: float) -> tuple[dict[str, float], dict[str, float]]:
+    def pop(self, *, batch_size: int, waited: float) -> tuple[dict[str, float], dict[str, float]]:
         """(means of the metrics, times) since the last line; `waited` are the seconds spent waiting for data."""
         means = mean_of(self._pending)
         now = time.monotonic()
@@ -271,9 +271,9 @@ def parse_window(text: str | None) -> tuple[int, int] | None:
 class Profiler:
     """Records the steps of `window` (first step, number of steps; None = nothing) below `directory`; use as a context manager."""
 
-    def __init__(self, window: tuple[int, int] | None, directory: Path, *, tell: Callable[[str], None]):
+    def __init__(self, window: tuple[int, int] | None, directory: Path, *, log: Callable[[str], None]):
         self._first, self._last = (window[0], sum(window) - 1) if window else (0, 0)
-        self._directory, self._tell, self._recording = directory, tell, False
+        self._directory, self._log, self._recording = directory, log, False
 
     def before(self, step: int) -> None:
         """To be called before each step."""
@@ -286,7 +286,7 @@ class Profiler:
         if self._recording and step == self._last:
             jax.block_until_ready(state)
             self._stop()
-            self._tell(f"profile of steps {self._first} to {step}: {self._directory}")
+            self._log(f"profile of steps {self._first} to {step}: {self._directory}")
 
     def _stop(self) -> None:
         jax.profiler.stop_trace()
@@ -341,7 +341,7 @@ class Loop:
         metrics: dict[str, Any] = {}
         self.meter.resume()
         for step, batch in enumerate(batches, int(state.step) + 1):
-            state = self._train_on(step, batch, step_function, state)
+            state = self._run_step(step, batch, step_function, state)
             stopping, evaluating = self.preemption.reached(step), self.schedule.evaluates(step)
             saving = self.schedule.saves(step) or stopping
             if saving or self.schedule.logs(step):
@@ -368,25 +368,25 @@ class Loop:
                 break
         return metrics
 
-    def _train_on(self, step: int, batch: Batch, step_function: StepFunction, state: TrainState) -> TrainState:
+    def _run_step(self, step: int, batch: Batch, step_function: StepFunction, state: TrainState) -> TrainState:
         """One step; the device may still be at work on it when this returns."""
         bucket = "x".join(map(str, batch.images.shape))
         self.profiler.before(step)
         with self.compilations.during(step, bucket):
             state, terms = step_function(state, batch)
-        seconds = self.compilations.take_first(bucket)
+        seconds = self.compilations.pop_first_seconds(bucket)
         if seconds is not None:
-            programs = f"program {self.compilations.num_taken} of at most {self.max_programs}"
-            self.logbook.tell(f"compiled for images {batch.images.shape} in {seconds:.1f} s ({programs})")
-            self.logbook.leave_out(seconds)
-        self.meter.add(terms, left_out=seconds or 0.0)
+            programs = f"program {self.compilations.num_reported} of at most {self.max_programs}"
+            self.logbook.log(f"compiled for images {batch.images.shape} in {seconds:.1f} s ({programs})")
+            self.logbook.exclude_time(seconds)
+        self.meter.add(terms, excluded=seconds or 0.0)
         self.guard.add(step, batch, terms)
         self.profiler.after(step, state)
         return state
 
     def _write_line(self, step: int, *, waited: float) -> None:
         """What was measured since the last line of the log."""
-        means, times = self.meter.take(batch_size=self.config.batch_size, waited=waited)
+        means, times = self.meter.pop(batch_size=self.config.batch_size, waited=waited)
         rates = learning_rates(self.optimizer, self.schedule.total, step - 1)
         parts = {"train": means | rates, "time": times, "memory": memory()}
         self.logbook.write(step, {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()})
@@ -396,25 +396,25 @@ class Loop:
     def _save(self, step: int, state: TrainState, *, validation_owed: bool) -> None:
         """Starts writing a checkpoint. What a line or a validation that is still to come would hold is kept for the run that continues."""
         where = {"step": step, "epoch": step // self.schedule.epoch, "batch_in_epoch": step % self.schedule.epoch}
-        owed = {"pending": self.meter.pending(), "validation_owed": validation_owed}
-        self.checkpoints.save(state, progress=where | owed | self.best.as_progress())
+        owed = {"pending": self.meter.state(), "validation_owed": validation_owed}
+        self.checkpoints.save(state, progress=where | owed | self.best.state_dict())
 
 
 def stopped_early(best: Best, config: TrainConfig, logbook: Logbook) -> bool:
     """Whether the validations no longer improve; says so."""
-    over = 0 < config.early_stopping <= best.waited
+    over = 0 < config.early_stopping <= best.since_best
     if over:
-        logbook.tell(
-            f"stopped early: {best.metric} has not improved in {best.waited} validations since step {best.step} "
+        logbook.log(
+            f"stopped early: {best.metric} has not improved in {best.since_best} validations since step {best.step} "
             f"(config.train.early_stopping={config.early_stopping})"
         )
     return over
 
 
-def tell_changes(logbook: Logbook, changed: list[str], stored: Mapping[str, Any], steps_now: int) -> None:
+def log_config_changes(logbook: Logbook, changed: list[str], stored: Mapping[str, Any], steps_now: int) -> None:
     """What is different from the start before: settings, and the length of an epoch as its checkpoint's metadata have it."""
     if changed:
-        logbook.tell(f"settings changed since the last start: config.{'; config.'.join(changed)}")
+        logbook.log(f"settings changed since the last start: config.{'; config.'.join(changed)}")
     steps_before = stored.get("steps_per_epoch", steps_now)
     if steps_before != steps_now:
-        logbook.tell(f"the training data or the batch size changed: {steps_before} -> {steps_now} steps an epoch")
+        logbook.log(f"the training data or the batch size changed: {steps_before} -> {steps_now} steps an epoch")

@@ -68,7 +68,7 @@ class LossSums:
     terms: dict[str, Any]  # float32 []: `total` and the loss terms, already divided by the number of boxes of the whole batch
     ratios: dict[str, tuple[Any, Any]]  # float32 [] each: numerator and denominator of what is measured beside the loss
 
-    def finished(self) -> dict[str, Float[Array, ""]]:
+    def compute(self) -> dict[str, Float[Array, ""]]:
         """Everything under its name; `class_error`, in percent, is what lacks to the ratio of those called rightly (100 where nobody is labelled)."""
         measured = {name: numerator / jnp.maximum(denominator, 1) for name, (numerator, denominator) in self.ratios.items()}
         if "class_accuracy" in measured:
@@ -88,7 +88,7 @@ def detection_losses(
 ) -> dict[str, Float[Array, ""]]:
     """`loss_sums` of a whole batch, finished."""
     sums = loss_sums(logits, boxes, targets, assignment, num_boxes=num_boxes, config=config, multi_label=multi_label)
-    return sums.finished()
+    return sums.compute()
 
 
 def loss_sums(
@@ -145,7 +145,7 @@ def loss_sums(
     if multi_label:
         ratios["class_error"] = (jnp.zeros(()), images)
     else:
-        ratios["class_accuracy"] = _called_rightly(class_logits, matched.labels[-1], matched.exists[-1])
+        ratios["class_accuracy"] = _count_correct(class_logits, matched.labels[-1], matched.exists[-1])
     ratios["matched_iou"] = (iou_sums[-1], matched.exists[-1].sum().astype(jnp.float32))
     return LossSums(losses, ratios)
 
@@ -238,7 +238,7 @@ def _cardinality_errors(logits: Float[Array, "layers b q c"], valid: Bool[Array,
     return jnp.abs(predicted - valid.sum(-1)[None]).astype(jnp.float32).sum(-1)
 
 
-def _called_rightly(
+def _count_correct(
     logits: Float[Array, "b q c"], labels: Float[Array, "b q k"], exists: Bool[Array, "b q"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """How many labelled people their query calls rightly, of how many."""

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsct_jax.batch import Batch, Predictions, padding_mask
 from dsct_jax.errors import UserError
-from dsct_jax.model.build import Flat, ModelFunctions
+from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.layers import DropoutNoise
 from dsct_jax.parallel import AXES, BATCH, LAYERED, ShardRules, spec_of, state_sharding
 from dsct_jax.preprocess import normalize
@@ -36,11 +36,11 @@ class TrainState:
     """Everything a step changes. Random numbers and the position in the data are functions of the seed and `step`."""
 
     step: Any  # int32 []
-    params: Flat  # trained parameters, float32
-    fixed: Flat  # parameters that the optimizer's rules freeze
-    frozen: Flat  # statistics of frozen norms
+    params: FlatParams  # trained parameters, float32
+    fixed: FlatParams  # parameters that the optimizer's rules freeze
+    frozen: FlatParams  # statistics of frozen norms
     opt_state: Any
-    ema: Flat = dataclasses.field(default_factory=dict)  # moving average of `params`, float32; {} = off
+    ema: FlatParams = dataclasses.field(default_factory=dict)  # moving average of `params`, float32; {} = off
     skipped: Any = _ZERO  # int32 [], steps skipped in a row because something was not finite
     skipped_total: Any = _ZERO  # int32 [], the same since the start of the run
 
@@ -63,7 +63,7 @@ class StepConfig:
 
 
 def initial_state(
-    params: Flat, frozen: Flat, config: OptimizerConfig, *, total_steps: int, mesh: Mesh, step_config: StepConfig | None = None
+    params: FlatParams, frozen: FlatParams, config: OptimizerConfig, *, total_steps: int, mesh: Mesh, step_config: StepConfig | None = None
 ) -> tuple[optax.GradientTransformationExtraArgs, TrainState]:
     """The optimizer, and the state before step 0 on its devices: which parameters are trained follows from the optimizer's rules."""
     step_config = step_config or StepConfig()
@@ -104,14 +104,14 @@ class _PullBack:
     structure: Any = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def pack(cls, pull_back: Any, parameters: Flat) -> "_PullBack":
+    def pack(cls, pull_back: Any, parameters: FlatParams) -> "_PullBack":
         leaves, structure = jax.tree.flatten(pull_back)
         paths = {id(value): path for path, value in parameters.items()}
         unique = list({id(leaf): leaf for leaf in leaves if id(leaf) not in paths}.values())
         numbers = {id(leaf): number for number, leaf in enumerate(unique)}
         return cls([leaf[None] for leaf in unique], tuple(paths.get(id(leaf), numbers.get(id(leaf), "")) for leaf in leaves), structure)
 
-    def unpack(self, parameters: Flat) -> Any:
+    def unpack(self, parameters: FlatParams) -> Any:
         leaves = [parameters[place] if isinstance(place, str) else self.kept[place][0] for place in self.places]
         return jax.tree.unflatten(self.structure, leaves)
 
@@ -136,7 +136,7 @@ class TrainStep:
 
     def __init__(
         self,
-        functions: ModelFunctions,
+        functions: Network,
         optimizer: optax.GradientTransformationExtraArgs,
         *,
         loss: LossConfig,
@@ -194,7 +194,7 @@ class TrainStep:
                 f"use a multiple of {self.config.accumulate * self.mesh.size}"
             )
 
-        def predict(params: Flat, fixed: Flat, frozen: Flat, batch: Batch, step: jax.Array, part: jax.Array | None) -> _Forward:
+        def predict(params: FlatParams, fixed: FlatParams, frozen: FlatParams, batch: Batch, step: jax.Array, part: jax.Array | None) -> _Forward:
             # Dropout is a function of the step and of the image's number in the global batch, however that is spread and cut.
             numbers = jax.lax.axis_index(AXES) * b + jnp.arange(b)
             step_key = jax.random.fold_in(jax.random.key(self.seed), step)
@@ -221,10 +221,10 @@ class TrainStep:
 
     def _gradients(
         self, state: TrainState, forward: _Forward, batch: Batch, part: Any, assignment: jax.Array, num_boxes: jax.Array
-    ) -> tuple[Flat, LossSums]:
+    ) -> tuple[FlatParams, LossSums]:
         """Gradients and loss sums of each device's images, not summed over devices: a leading axis of one a device."""
 
-        def gradients(parameters: Flat, forward: _Forward, batch: Batch, part, assignment, num_boxes):
+        def gradients(parameters: FlatParams, forward: _Forward, batch: Batch, part, assignment, num_boxes):
             pull_back = forward.pull_back.unpack(parameters)
             batch = self._cut(batch, part)
 
@@ -253,27 +253,27 @@ class TrainStep:
         grads, sums = self._gradients(state, forward, batch, None, assignment, num_boxes)
         return self._update(state, grads, [sums], num_boxes)
 
-    def _finish_parts(self, state: TrainState, grads: Flat, parts: list[LossSums], valid: jax.Array):
+    def _finish_parts(self, state: TrainState, grads: FlatParams, parts: list[LossSums], valid: jax.Array):
         return self._update(state, grads, parts, count_boxes(valid))
 
     def _whole_on_device(self, state: TrainState, batch: Batch):
         forward = self._predict(state, batch, None)
         return self._finish_whole(state, forward, batch, self._assign(forward))
 
-    def _add_gradients(self, total: Flat, state: TrainState, forward: _Forward, batch: Batch, part: jax.Array, assignment: jax.Array):
+    def _add_gradients(self, total: FlatParams, state: TrainState, forward: _Forward, batch: Batch, part: jax.Array, assignment: jax.Array):
         grads, sums = self._gradients(state, forward, batch, part, assignment, count_boxes(batch.targets.valid))
         return jax.tree.map(jnp.add, total, grads), sums
 
-    def _add_gradients_on_device(self, total: Flat, state: TrainState, batch: Batch, part: jax.Array):
+    def _add_gradients_on_device(self, total: FlatParams, state: TrainState, batch: Batch, part: jax.Array):
         forward = self._predict(state, batch, part)
         return self._add_gradients(total, state, forward, batch, part, self._assign(forward))
 
-    def _sum_over_devices(self, grads: Flat, parts: list[LossSums]) -> tuple[Flat, LossSums]:
+    def _sum_over_devices(self, grads: FlatParams, parts: list[LossSums]) -> tuple[FlatParams, LossSums]:
         """A gradient ends up split as its parameter is; the sums end up everywhere."""
         rules, min_size = self.config.shard_rules, self.config.shard_min_size
         specs = {path: spec_of(f"params/{path}", x.shape[1:], self.mesh, rules, min_size=min_size) for path, x in grads.items()}
 
-        def add(grads: Flat, parts: list[LossSums]):
+        def add(grads: FlatParams, parts: list[LossSums]):
             whole = {path: grads[path][0] for path, spec in specs.items() if not any(spec)}
             sums = jax.tree.map(lambda *x: sum(y[0] for y in x), *parts)
             whole, sums = jax.lax.psum((whole, sums), AXES)
@@ -281,9 +281,9 @@ class TrainStep:
 
         return self._shard(add, in_specs=(BATCH, BATCH), out_specs=(specs, P()))(grads, parts)
 
-    def _update(self, state: TrainState, grads: Flat, parts: list[LossSums], num_boxes: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def _update(self, state: TrainState, grads: FlatParams, parts: list[LossSums], num_boxes: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, sums = self._sum_over_devices(grads, parts)
-        terms, norms = sums.finished(), gradient_norms(grads)
+        terms, norms = sums.compute(), gradient_norms(grads)
         unsound = terms.pop("nonfinite") > 0
         unsound |= ~(jnp.isfinite(terms["total"]) & jnp.isfinite(norms["grad_norm"]))
         with jax.named_scope("optimizer"):
@@ -308,7 +308,7 @@ class TrainStep:
 
 
 def make_train_step(
-    functions: ModelFunctions,
+    functions: Network,
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     loss: LossConfig,
@@ -344,7 +344,7 @@ def _scatter(x: jax.Array, spec: P) -> jax.Array:
     return jax.lax.psum(x, tuple(other for other in AXES if other != axis))
 
 
-def gradient_norms(grads: Flat) -> dict[str, jax.Array]:
+def gradient_norms(grads: FlatParams) -> dict[str, jax.Array]:
     """L2 norm of all gradients, `grad_norm`, and of each part of the network, `grad_norm/PART` (the first component of the paths)."""
     squares: dict[str, Any] = {}
     for path, value in grads.items():
@@ -354,16 +354,16 @@ def gradient_norms(grads: Flat) -> dict[str, jax.Array]:
     return {"grad_norm": jnp.sqrt(sum(squares.values(), start=jnp.zeros(())))} | groups
 
 
-def moving_average(ema: Flat, params: Flat, step: jax.Array, *, decay: float) -> Flat:
+def moving_average(ema: FlatParams, params: FlatParams, step: jax.Array, *, decay: float) -> FlatParams:
     """Moving average after one more step; early ones move it faster, by a decay of (1 + step) / (10 + step), as in TensorFlow."""
     keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, params)
 
 
-def make_eval_step(functions: ModelFunctions, *, mesh: Mesh) -> Callable[[Flat, Flat, Batch], Predictions]:
+def make_eval_step(functions: Network, *, mesh: Mesh) -> Callable[[FlatParams, FlatParams, Batch], Predictions]:
     """Returns step(params, frozen, batch) -> predictions of the last layer, logits [1 b q k+1] and boxes [1 b q 4]."""
 
-    def predict(params: Flat, frozen: Flat, batch: Batch):
+    def predict(params: FlatParams, frozen: FlatParams, batch: Batch):
         out = functions.bind(params, frozen)(*model_input(batch))
         return Predictions(out.logits[-1:], out.boxes[-1:])
 

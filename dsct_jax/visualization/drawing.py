@@ -1,4 +1,4 @@
-"""Drawings for people to look at: boxes and emotions on a photograph, and many pictures on one sheet.
+"""Drawings for people to look at: boxes and emotions on a image, and many pictures on one sheet.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; sizes are such that a picture can still be read at half its size.
 """
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dsct_jax.batch import Batch
 from dsct_jax.boxes import cxcywh_to_xyxy
 from dsct_jax.evaluation.calibration import Calibration
-from dsct_jax.evaluation.results import About, Shown
+from dsct_jax.evaluation.results import ResultsInfo, Shown
 from dsct_jax.postprocess import Selection, Subject, select_subjects
 
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")  # Okabe-Ito without black
@@ -34,9 +34,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 def label_lines(subject: Subject) -> list[str]:
     """What is written at a person: the emotions with their probabilities; in brackets the likeliest one when none passed the threshold."""
     if not subject.labels:
-        likeliest = max(subject.scores, key=lambda name: subject.scores[name], default=None)
-        return [] if likeliest is None else [f"({likeliest} {subject.scores[likeliest]:.2f})"]
-    lines = [f"{name} {subject.scores[name]:.2f}" if name in subject.scores else name for name in subject.labels[:_MAX_LABELS]]
+        likeliest = max(subject.probabilities, key=lambda name: subject.probabilities[name], default=None)
+        return [] if likeliest is None else [f"({likeliest} {subject.probabilities[likeliest]:.2f})"]
+    lines = [f"{name} {subject.probabilities[name]:.2f}" if name in subject.probabilities else name for name in subject.labels[:_MAX_LABELS]]
     return lines + [f"+ {len(subject.labels) - _MAX_LABELS} more"] * (len(subject.labels) > _MAX_LABELS)
 
 
@@ -66,7 +66,7 @@ def draw_subjects(image: Image.Image, subjects: Sequence[Subject], *, ground_tru
     return canvas
 
 
-def from_left(people: Sequence[Subject]) -> list[Subject]:
+def sort_left_to_right(people: Sequence[Subject]) -> list[Subject]:
     """So that a person keeps their colour from one drawing of an image, or frame of a film, to the next."""
     return sorted(people, key=lambda person: person.box[0])
 
@@ -193,7 +193,7 @@ def draw_batch(
             subject_logit=subject_logit,
             selection=Selection(),
             thresholds=None if calibration is None else calibration.thresholds,
-            min_certainty=None if calibration is None else calibration.min_certainty,
+            min_confidence=None if calibration is None else calibration.min_confidence,
         )
         valid = np.asarray(batch.targets.valid[i])
         people = cxcywh_to_xyxy(np.asarray(batch.targets.boxes[i])[valid]) * np.array([width, height] * 2)
@@ -201,9 +201,9 @@ def draw_batch(
         truth = [
             Subject(
                 box=tuple(box.tolist()),
-                scores={},
+                probabilities={},
                 labels=tuple(name for name, present in zip(class_names, row, strict=True) if present),
-                score=1.0,
+                paper_score=1.0,
             )
             for box, row in zip(people, labels, strict=True)
         ]
@@ -212,7 +212,7 @@ def draw_batch(
     return pictures
 
 
-def draw_shown(shown: Sequence[Shown], about: About, calibration: Calibration | None) -> list[Image.Image]:
+def draw_shown(shown: Sequence[Shown], about: ResultsInfo, calibration: Calibration | None) -> list[Image.Image]:
     """Drawings of images that `collect_results` kept, with the people that `calibration` finds (None: at the defaults)."""
     names: dict[str, Any] = {name: getattr(about, name) for name in ("class_names", "multi_label", "subject_logit")}
     return [picture for batch, logits, boxes in shown for picture in draw_batch(batch, logits, boxes, calibration=calibration, **names)]

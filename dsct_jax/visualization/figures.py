@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from dsct_jax.inference.introspection import Layer, Look, principal_components
+from dsct_jax.inference.introspection import Introspection, Layer, principal_components
 from dsct_jax.visualization.drawing import PALETTE
 
 SPATIAL, SEMANTIC = "#0072B2", "#E69F00"
@@ -60,12 +60,12 @@ def _legend(figure: Figure, entries: Mapping[str, tuple[str, str]]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=min(2, len(handles)), fontsize=_FONT, frameon=False)
 
 
-def activation_figure(looks: Sequence[Look], *, stage: str) -> Figure:
+def activation_figure(introspections: Sequence[Introspection], *, stage: str) -> Figure:
     """Fig. 7: each image, and how strongly each level answers to it; `stage` backbone or encoder. Each map has its own scale, dark = least."""
-    maps = [getattr(one, stage) for one in looks]
-    figure, panels = _panels([one.image for one in looks], 1 + len(maps[0]), width=3.6)
+    maps = [getattr(one, stage) for one in introspections]
+    figure, panels = _panels([one.image for one in introspections], 1 + len(maps[0]), width=3.6)
     figure.suptitle(f"Activation after the {stage}", fontsize=_FONT + 2)
-    for position, (row, one, levels) in enumerate(zip(panels, looks, maps, strict=True)):
+    for position, (row, one, levels) in enumerate(zip(panels, introspections, maps, strict=True)):
         _show(row[0], one.image, "" if position else "image")
         for number, (axes, level) in enumerate(zip(row[1:], levels, strict=True), 3):
             title = f"{'C' if stage == 'backbone' else 'level '}{number}, {level.shape[0]}x{level.shape[1]}"
@@ -78,15 +78,15 @@ def activation_figure(looks: Sequence[Look], *, stage: str) -> Figure:
     return figure
 
 
-def sampling_figure(looks: Sequence[Look], *, layer: int) -> Figure:
+def sampling_figure(introspections: Sequence[Introspection], *, layer: int) -> Figure:
     """Fig. 8 and 9: where each subject query samples, and where it does together with the context queries fused into it.
 
     A dot's area is its attention weight (times the weight of its context query), the strongest in a panel being equally large everywhere.
     """
-    figure, panels = _panels([one.image for one in looks], 3)
-    figure.suptitle(f"Sampling points, decoder layer {layer % len(looks[0].layers) + 1}", fontsize=_FONT + 2)
+    figure, panels = _panels([one.image for one in introspections], 3)
+    figure.suptitle(f"Sampling points, decoder layer {layer % len(introspections[0].layers) + 1}", fontsize=_FONT + 2)
     headings = ("people found", "subject queries alone", "with their context queries")
-    for position, (row, one) in enumerate(zip(panels, looks, strict=True)):
+    for position, (row, one) in enumerate(zip(panels, introspections, strict=True)):
         titles = ("", "", "") if position else headings
         for axes, title, faded in zip(row, titles, (0.0, 0.35, 0.35), strict=True):
             _show(axes, one.image, title, faded=faded)
@@ -119,7 +119,7 @@ def _dots(axes: Axes, points: np.ndarray, weights: np.ndarray, color: str) -> No
     axes.scatter(points[kept, 0], points[kept, 1], s=areas, color=color, edgecolors="black", linewidths=0.6, alpha=0.8, zorder=3)
 
 
-def context_figure(one: Look, *, person: int) -> Figure:
+def context_figure(one: Introspection, *, person: int) -> Figure:
     """Fig. 4 and 10: for one person, the context queries that each layer selects by distance and by relevance, and the weight each is given."""
     figure, panels = _panels([one.image] * 2, len(one.layers), width=4.2)
     subject, query = one.subjects[person], int(one.queries[person])
@@ -153,9 +153,9 @@ def context_figure(one: Look, *, person: int) -> Figure:
     return figure
 
 
-def embedding_figure(looks: Sequence[Look], labels: Sequence[str], *, source: str) -> Figure:
-    """Principal components of the subjects' embeddings, one point a person; `labels` one for each subject of all looks in order, NOBODY in grey."""
-    embeddings = np.concatenate([one.embeddings for one in looks])
+def embedding_figure(introspections: Sequence[Introspection], labels: Sequence[str], *, source: str) -> Figure:
+    """Principal components of the subjects' embeddings, one point a person; `labels` one for each subject of all introspections in order, NOBODY in grey."""
+    embeddings = np.concatenate([one.embeddings for one in introspections])
     scores, shares = principal_components(embeddings)
     figure = Figure(figsize=(11.5, 7.5), dpi=100, layout="constrained")
     axes = figure.subplots()

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from dsct_jax.config import differences, plain
+from dsct_jax.config import differences, to_builtins
 from dsct_jax.errors import UserError
-from dsct_jax.inference.load import read_own
-from dsct_jax.model.build import Flat, ModelFunctions
+from dsct_jax.inference.load import read_native
+from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.training.checkpoint import DIRECTORY
 from dsct_jax.weights.rules import DSCT, TORCHVISION, TensorLayout, Translation, detect_layout, require_fit, translate
 from dsct_jax.weights.tensor_files import read_safetensors, read_tensors
@@ -25,9 +25,9 @@ _CLASS_HEAD = re.compile(r"class_head/.*")
 _RELEASED_CLASS_BIAS = "class_embed_dsct.0.bias"
 
 
-def initialise(
-    path: Path | str, functions: ModelFunctions, params: Flat, frozen: Flat, config: Mapping[str, Any], *, strict: bool = True
-) -> tuple[Flat, Flat, list[str]]:
+def load_pretrained(
+    path: Path | str, functions: Network, params: FlatParams, frozen: FlatParams, config: Mapping[str, Any], *, strict: bool = True
+) -> tuple[FlatParams, FlatParams, list[str]]:
     """(parameters, frozen statistics, report) for the start of a training: `params` and `frozen`, with what the file has in their place.
 
     What the file is, is told by the names in it: a torchvision ResNet, a Deformable DETR (original or Hugging Face names), a released DSCT, or
@@ -45,10 +45,10 @@ def initialise(
     """
     path = Path(path)
     shapes = functions.param_shapes | functions.frozen_shapes
-    if is_own(path):
-        found, lines = _from_own(path, shapes, plain(config))
+    if is_native(path):
+        found, lines = _from_own(path, shapes, to_builtins(config))
     else:
-        tensors = _without_wrapper(read_tensors(path))
+        tensors = _strip_ddp_prefix(read_tensors(path))
         layout = detect_layout(tensors)
         if layout is None:
             known = "a torchvision ResNet, a Deformable DETR or a DSCT"
@@ -62,7 +62,7 @@ def initialise(
     return tuple({name: found.arrays.get(name, value) for name, value in flat.items()} for flat in (params, frozen)) + (report,)  # type: ignore[return-value]
 
 
-def is_own(path: Path) -> bool:
+def is_native(path: Path) -> bool:
     """Whether `path` is a run directory of ours or a .safetensors file of `Model.save`."""
     if path.is_dir():
         return path.name == DIRECTORY or (path / DIRECTORY).is_dir()
@@ -88,7 +88,7 @@ def _summary(names: Iterable[str]) -> str:
     return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in counts.items()) or "none"
 
 
-def _without_wrapper(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _strip_ddp_prefix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Names without the `module.` that PyTorch's DistributedDataParallel puts before all of them."""
     if all(name.startswith("module.") for name in tensors):
         return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
@@ -111,7 +111,7 @@ def _from_others(
 
 
 def _from_own(path: Path, shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any]) -> tuple[Translation, list[str]]:
-    params, frozen, stored = read_own(path)
+    params, frozen, stored = read_native(path)
     arrays: dict[str, np.ndarray] = {name: np.asarray(value) for name, value in {**params, **frozen}.items()}
     same_classes = stored.get("class_names") == config.get("class_names") and stored.get("multi_label") == config.get("multi_label")
     left_out = [] if same_classes else [name for name in arrays if _CLASS_HEAD.fullmatch(name)]
@@ -140,7 +140,7 @@ def _require_fit(path: Path, problems: tuple[str, ...]) -> None:
         raise UserError(f"{path}: {error}") from None
 
 
-def _require_same_norm(path: Path, functions: ModelFunctions, layout: TensorLayout) -> None:
+def _require_same_norm(path: Path, functions: Network, layout: TensorLayout) -> None:
     """The commonest misfit in words: these files hold a backbone with BatchNorm."""
     if functions.config.norm != "frozen_batch" and layout in (TORCHVISION, DSCT):
         raise UserError(f"{path}: its backbone has BatchNorm; set config.model.norm=frozen_batch instead of {functions.config.norm}")

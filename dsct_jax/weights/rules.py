@@ -19,7 +19,7 @@ from dsct_jax.errors import UserError
 _TO_OURS = {"same": lambda x: x, "linear": lambda x: x.T, "conv": lambda x: x.transpose(2, 3, 1, 0)}
 _TO_TORCH = {"same": lambda x: x, "linear": lambda x: x.T, "conv": lambda x: x.transpose(3, 2, 0, 1)}
 _RANKS = {"linear": 2, "conv": 4}
-_THIRDS = 3
+_QKV = 3
 
 Rule = tuple[str, str, str]
 NAMED_PROBLEMS = 12  # of more, an error only tells the number
@@ -189,7 +189,7 @@ class Translation:
     arrays: dict[str, np.ndarray]  # ours, float32
     taken: tuple[str, ...]  # names in the file
     left_out: tuple[str, ...]  # names in the file that have no place in our model
-    without_rule: tuple[str, ...]  # our paths that this kind of file does not have
+    unmatched: tuple[str, ...]  # our paths that this kind of file does not have
     problems: tuple[str, ...]  # one text for each tensor that is unknown, missing, doubled or of another shape
 
 
@@ -206,7 +206,7 @@ def from_torch(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, 
     doubled or of another shape; nothing is returned then.
     """
     found = translate(state, shapes, layout=layout)
-    require_fit([*found.problems, *(f"{path} is missing" for path in found.without_rule)])
+    require_fit([*found.problems, *(f"{path} is missing" for path in found.unmatched)])
     return found.arrays
 
 
@@ -236,17 +236,17 @@ def translate(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, .
     arrays: dict[str, np.ndarray] = {}
     for path, shape in shapes.items():
         thirds = pieces.get(path, {})
-        expected = {third for _, _, third in _theirs(path, layout)}
+        expected = {third for _, _, third in _torch_names(path, layout)}
         if expected and (lacking := expected - thirds.keys()):
             told = any(text.endswith(f" at {path}") for text in problems)  # of another shape, which is said already
             part = "" if len(expected) == 1 else f" (its {', '.join(('query', 'key', 'value')[i] for i in sorted(lacking))} part)"
             problems += [] if told else [f"{path} is missing{part}"]
         elif expected:
-            array = thirds[0][1] if len(thirds) == 1 else np.concatenate([thirds[i][1] for i in range(_THIRDS)], -1)
+            array = thirds[0][1] if len(thirds) == 1 else np.concatenate([thirds[i][1] for i in range(_QKV)], -1)
             arrays[path] = np.ascontiguousarray(array, np.float32).reshape(shape)
     taken = tuple(name for path in arrays for name, _ in pieces[path].values())
-    without_rule = tuple(path for path in shapes if not has_place(path, layout))
-    return Translation(arrays, taken, tuple(left_out), without_rule, tuple(problems))
+    unmatched = tuple(path for path in shapes if not has_rule(path, layout))
+    return Translation(arrays, taken, tuple(left_out), unmatched, tuple(problems))
 
 
 def _place(
@@ -266,7 +266,7 @@ def _place(
     if third in pieces.get(path, {}):
         return f"{name} supplies {path} a second time (after {pieces[path][third][0]})"
     shape = tuple(shapes[path])
-    wanted = (*shape[:-1], shape[-1] // _THIRDS) if len(_theirs(path, layout)) > 1 else shape
+    wanted = (*shape[:-1], shape[-1] // _QKV) if len(_torch_names(path, layout)) > 1 else shape
     array = _TO_OURS[how](tensor) if tensor.ndim == _RANKS.get(how, tensor.ndim) else tensor
     if array.shape != wanted:
         return f"{name} has shape {array.shape} where the model has {wanted} at {path}"
@@ -277,24 +277,24 @@ def _place(
 def to_torch(parameters: Mapping[str, AnyArray], *, num_decoder_layers: int, layout: TensorLayout = DSCT) -> dict[str, np.ndarray]:
     """Our arrays by path -> PyTorch tensors by name, shared heads repeated for every decoder layer.
 
-    Raises UserError naming the paths that this kind of file has no name for; `has_place` tells them beforehand.
+    Raises UserError naming the paths that this kind of file has no name for; `has_rule` tells them beforehand.
     """
     state: dict[str, np.ndarray] = {}
-    if nameless := [path for path in parameters if not has_place(path, layout)]:
+    if nameless := [path for path in parameters if not has_rule(path, layout)]:
         raise UserError(f"weights: {layout.title} has no name for {', '.join(nameless[:NAMED_PROBLEMS])}")
     for path, array in parameters.items():
-        found = _theirs(path, layout)
+        found = _torch_names(path, layout)
         for name, how, third in found:
-            piece = np.asarray(array) if len(found) == 1 else np.split(np.asarray(array), _THIRDS, axis=-1)[third]
+            piece = np.asarray(array) if len(found) == 1 else np.split(np.asarray(array), _QKV, axis=-1)[third]
             tensor = np.array(_TO_TORCH[how](piece), order="C")
             copies = [re.sub(r"\.0\.", f".{i}.", name, count=1) for i in range(1, num_decoder_layers)]
             state |= {name: tensor, **{copy: tensor for copy in copies if re.fullmatch(layout.repeated, copy)}}
     return state
 
 
-def has_place(path: str, layout: TensorLayout) -> bool:
+def has_rule(path: str, layout: TensorLayout) -> bool:
     """Whether this kind of file has tensors for our `path`."""
-    return bool(_theirs(path, layout))
+    return bool(_torch_names(path, layout))
 
 
 def _canonical(name: str, layout: TensorLayout) -> str:
@@ -324,6 +324,6 @@ def _matches(name: str, rules: Iterable[Rule]) -> list[tuple[str, str, int]]:
     return found
 
 
-def _theirs(path: str, layout: TensorLayout) -> list[tuple[str, str, int]]:
+def _torch_names(path: str, layout: TensorLayout) -> list[tuple[str, str, int]]:
     """(name, layout, third) of the tensors that make up our `path`."""
     return _matches(path, [(ours, theirs, how) for theirs, ours, how in layout.rules])

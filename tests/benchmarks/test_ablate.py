@@ -14,9 +14,9 @@ from benchmarks.paper_tables import TABLES, UNCHANGED, paper_table
 from configs import caer_s_r50, debug, demo, emotic_r50
 from data.pipeline import make_dataset
 from dsct_jax.cli import run_command
-from dsct_jax.config import plain
+from dsct_jax.config import to_builtins
 from dsct_jax.errors import UserError
-from dsct_jax.evaluation.results import About, ImageResult, pack
+from dsct_jax.evaluation.results import ImageResult, ResultsInfo, stack_results
 from train import RunConfig
 
 # Stands in for train.py: notes how it was called and writes the files of a run, the accuracy being 0.5 + seed / 10 and 0.25 more without context.
@@ -59,16 +59,16 @@ def command(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("configuration", [demo, emotic_r50, caer_s_r50])
 def test_every_row_is_a_configuration_that_the_model_accepts(name, configuration):
-    config = plain(configuration.get_config())
+    config = to_builtins(configuration.get_config())
     table = paper_table(name, config)
     assert len({row.key for row in table.rows}) == len(table.rows)
     for run in ablate.make_runs(table, config, seeds=(0,), output=Path("out")):
         RunConfig.from_mapping(run.config)
-        assert plain(configuration.get_config()) == config  # the rows change copies
+        assert to_builtins(configuration.get_config()) == config  # the rows change copies
 
 
 def test_the_rows_of_the_papers_size_are_the_papers():
-    config = plain(emotic_r50.get_config())
+    config = to_builtins(emotic_r50.get_config())
     components = paper_table("6", config).rows
     changes = [(row.changes.get("model.num_spatial_neighbors"), row.changes.get("model.num_semantic_neighbors")) for row in components]
     assert changes == [(None, None), (300, 0), (100, 0), (0, 50), (100, 50)]
@@ -83,7 +83,7 @@ def test_the_rows_of_the_papers_size_are_the_papers():
 
 
 def test_a_shallow_decoder_has_fewer_places_to_fuse():
-    rows = paper_table("8", plain(demo.get_config())).rows
+    rows = paper_table("8", to_builtins(demo.get_config())).rows
     assert [(row.name, row.changes["model.fusion_layers"], row.paper["EMOTIC"]) for row in rows] == [
         ("1st to 3rd layer", (), 37.01),
         ("2nd to 3rd layer", (1, 2), 36.82),
@@ -170,7 +170,7 @@ def test_a_directory_of_another_budget_is_refused(command, capsys):
 
 def test_cues_are_told_apart(tmp_path):
     """A model that is right for faces alone: 100 % of the expressions and of no other cue, people answered by their own box."""
-    config = plain(debug.get_config()) | {"multi_label": False}
+    config = to_builtins(debug.get_config()) | {"multi_label": False}
     config["data"]["test"] = "30"
     (tmp_path / "config.json").write_text(json.dumps(config))
     run = RunConfig.from_mapping(config)
@@ -185,11 +185,11 @@ def test_cues_are_told_apart(tmp_path):
         filled = np.zeros((4, logits.shape[-1]), np.float32), np.full((4, 4), 0.001, np.float32)
         filled[0][: len(boxes)], filled[1][: len(boxes)] = logits, boxes
         results.append(ImageResult(record.image_id, *filled, (record.height, record.width), record.boxes, record.labels))
-    pack(results, About(run.class_names, False, True)).save(tmp_path / "predictions_test.npz")
+    stack_results(results, ResultsInfo(run.class_names, False, True)).save(tmp_path / "predictions_test.npz")
     assert accuracy_by_cue(tmp_path, "test") == {"expression": 1.0, "near": 0.0, "far": 0.0}
 
 
 def test_cues_of_other_data_are_unknown(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(plain(emotic_r50.get_config())))
+    (tmp_path / "config.json").write_text(json.dumps(to_builtins(emotic_r50.get_config())))
     with pytest.raises(UserError, match=r"cues are known for config.data.source='scenes'"):
         accuracy_by_cue(tmp_path, "test")

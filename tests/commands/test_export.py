@@ -15,7 +15,7 @@ from dsct_jax.commands.export import export, main, parse_sizes
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import Calibration
 from dsct_jax.inference.load import Model, model_config
-from dsct_jax.model.build import ModelFunctions
+from dsct_jax.model.build import Network
 from dsct_jax.parallel import make_mesh
 from dsct_jax.training.checkpoint import Checkpoints, load_weights
 from dsct_jax.training.step import TrainState
@@ -127,8 +127,8 @@ def test_the_same_bytes_whatever_the_process(stablehlo, model, tmp_path):
 
 def test_the_example_runs_alone(stablehlo, model, tmp_path):
     height, width = SIZE
-    photograph = np.random.default_rng(0).integers(0, 256, (height, 80, 3), np.uint8)
-    np.save(tmp_path / "photo.npy", photograph)
+    image = np.random.default_rng(0).integers(0, 256, (height, 80, 3), np.uint8)
+    np.save(tmp_path / "photo.npy", image)
     (tmp_path / "sitecustomize.py").write_text(ALONE.split("import jax")[0])  # blocks Flax and this package
     environment = {**ONE_DEVICE, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(ROOT / "examples" / "run_exported.py"), str(stablehlo[0]), "photo.npy"]
@@ -137,7 +137,7 @@ def test_the_example_runs_alone(stablehlo, model, tmp_path):
 
     mask = np.zeros((2, height, width), bool)  # a batch of two, as compiled before
     mask[:, :, 80:] = True
-    canvas = np.pad(photograph, ((0, 0), (0, width - 80), (0, 0)))
+    canvas = np.pad(image, ((0, 0), (0, width - 80), (0, 0)))
     images = normalize(jax.numpy.asarray(np.stack([canvas] * 2)), jax.numpy.asarray(mask))
     out = model(images, mask)
     query = np.asarray(out.logits[-1, 0, :, -1]).argmax()
@@ -201,7 +201,7 @@ def test_what_the_authors_code_has_not_is_refused(tmp_path):
         ({"box_refinement": True}, "refinement"),
     ):
         config = small_config(**change)
-        functions = ModelFunctions(model_config(config))
+        functions = Network(model_config(config))
         other = Model(functions, *functions.init(0), config)
         with pytest.raises(UserError, match=says):
             export(other, tmp_path, format="torch")
@@ -210,7 +210,7 @@ def test_what_the_authors_code_has_not_is_refused(tmp_path):
 
 def test_the_paper_variant_is_written_with_a_note(model, tmp_path):
     config = small_config(fusion="paper", semantic_selection="smallest")
-    other = Model(ModelFunctions(model_config(config)), model.params, model.frozen, config)
+    other = Model(Network(model_config(config)), model.params, model.frozen, config)
     assert "the authors' code loads it, but computes fusion=released" in export(other, tmp_path, format="torch")[0]
 
 

@@ -1,4 +1,4 @@
-"""Prediction: geometry from photograph to canvas and back, selection of people and labels, and the command with its errors."""
+"""Prediction: geometry from image to canvas and back, selection of people and labels, and the command with its errors."""
 
 import csv
 import importlib
@@ -37,7 +37,7 @@ class RedFinder:
     class_names = CLASSES
     multi_label = True
     thresholds = None
-    min_certainty = None
+    min_confidence = None
     preprocessing = Preprocessing(short_side=64, max_long_side=96, buckets=((64, 96), (96, 64), (72, 72)))
     config: ClassVar = {"loss": {"class_loss": "focal"}}
 
@@ -64,7 +64,7 @@ class RedFinder:
         return Predictions(jnp.asarray(logits, jnp.float32)[None], jnp.asarray(boxes, jnp.float32)[None])
 
 
-def photograph(width, height, box):
+def image(width, height, box):
     image = Image.new("RGB", (width, height), GREEN)
     image.paste(RED, box)
     return image
@@ -81,17 +81,17 @@ PHOTOGRAPHS = [  # size and where the red person is
 
 
 def test_boxes_come_back_in_pixels_of_the_photograph_and_in_order():
-    images = [photograph(*size, box) for size, box in PHOTOGRAPHS]
+    images = [image(*size, box) for size, box in PHOTOGRAPHS]
     found = dsct_jax.predict(RedFinder(), images)
     assert [len(subjects) for subjects in found] == [1] * len(images)  # neither the duplicate nor the query that found nobody
     for (size, box), subjects in zip(PHOTOGRAPHS, found, strict=True):
-        pixel = max(size) / 64  # one pixel of the canvas, in pixels of the photograph
+        pixel = max(size) / 64  # one pixel of the canvas, in pixels of the image
         np.testing.assert_allclose(subjects[0].box, box, atol=1.6 * pixel)
         assert pairwise_iou(np.array([subjects[0].box]), np.array([box], float))[0, 0] > 0.85
 
 
 def test_any_number_of_images_runs_in_one_shape_a_canvas_and_batches_change_nothing():
-    images = [photograph(*size, box) for size, box in PHOTOGRAPHS] * 2
+    images = [image(*size, box) for size, box in PHOTOGRAPHS] * 2
     one_by_one, together = RedFinder(), RedFinder()
     singly = dsct_jax.predict(one_by_one, images, batch_size=1)
     assert dsct_jax.predict(together, images, batch_size=4) == singly
@@ -106,7 +106,7 @@ def test_images_are_taken_as_they_are_needed():
     def stream():
         for i in range(100):
             taken.append(i)
-            yield photograph(90, 60, (10, 10, 40, 50))
+            yield image(90, 60, (10, 10, 40, 50))
 
     results = predict_each(RedFinder(), stream(), selection=Selection(), batch_size=3)
     assert next(results)[0] == 0
@@ -115,7 +115,7 @@ def test_images_are_taken_as_they_are_needed():
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "array"])
 def test_images_of_every_kind(mode):
-    image = photograph(80, 60, (10, 10, 50, 40))
+    image = image(80, 60, (10, 10, 50, 40))
     given = np.asarray(image) if mode == "array" else image.convert(mode)
     if mode == "L":  # no red is left to find, but the image must be taken
         with pytest.raises(IndexError):
@@ -132,10 +132,10 @@ def test_other_arrays_are_refused(array):
         dsct_jax.predict(RedFinder(), [array])
 
 
-@pytest.mark.parametrize("option", [{"threshold": 1.5}, {"min_certainty": -0.1}, {"nms": 2.0}, {"batch_size": 0}])
+@pytest.mark.parametrize("option", [{"threshold": 1.5}, {"min_confidence": -0.1}, {"nms": 2.0}, {"batch_size": 0}])
 def test_numbers_out_of_range_are_refused(option):
     with pytest.raises(UserError, match=next(iter(option))):
-        dsct_jax.predict(RedFinder(), [photograph(80, 60, (10, 10, 50, 40))], **option)
+        dsct_jax.predict(RedFinder(), [image(80, 60, (10, 10, 50, 40))], **option)
 
 
 def test_no_images_no_people():
@@ -167,26 +167,26 @@ def select(selection=None, *, multi_label=True, subject_logit=True):
 def test_multi_label_takes_the_classes_above_the_threshold():
     first, second = select(Selection(threshold=0.55))
     # The second query overlaps the first by 0.96 and is surer of being a person; the fourth is hardly one.
-    np.testing.assert_allclose([first.certainty, second.certainty], sigmoid([2.0, 0.5]), rtol=1e-6)
+    np.testing.assert_allclose([first.confidence, second.confidence], sigmoid([2.0, 0.5]), rtol=1e-6)
     assert first.labels == ()
     assert second.labels == ()
-    np.testing.assert_allclose(list(first.scores.values()), [0.5, 0.5, 0.5])
+    np.testing.assert_allclose(list(first.probabilities.values()), [0.5, 0.5, 0.5])
     both = select(Selection(threshold=0.55, nms=1.0))
     assert [subject.labels for subject in both] == [(), ("glad", "angry"), ()]  # most probable first; sigmoid(0.2) = 0.5498 stays below
     assert select(Selection(threshold=0.54, nms=1.0))[1].labels == ("glad", "angry", "calm")
 
 
 def test_multi_class_takes_the_likeliest_class():
-    subjects = select(Selection(nms=1.0, min_certainty=0.0), multi_label=False)
-    assert [subject.labels for subject in subjects] == [("calm",), ("glad",), ("calm",), ("calm",)]  # by certainty: queries 1, 0, 2, 3
+    subjects = select(Selection(nms=1.0, min_confidence=0.0), multi_label=False)
+    assert [subject.labels for subject in subjects] == [("calm",), ("glad",), ("calm",), ("calm",)]  # by confidence: queries 1, 0, 2, 3
     for subject in subjects:
-        assert sum(subject.scores.values()) == pytest.approx(1)
-    np.testing.assert_allclose(subjects[1].scores["glad"], np.exp(3.0) / np.exp([0.2, 3.0, 1.0]).sum(), rtol=1e-6)
+        assert sum(subject.probabilities.values()) == pytest.approx(1)
+    np.testing.assert_allclose(subjects[1].probabilities["glad"], np.exp(3.0) / np.exp([0.2, 3.0, 1.0]).sum(), rtol=1e-6)
 
 
 def test_without_a_trained_subject_logit_the_likeliest_class_counts():
-    subjects = select(Selection(min_certainty=0.3), multi_label=False, subject_logit=False)
-    np.testing.assert_allclose([subject.certainty for subject in subjects], sigmoid([4.0, 3.0]), rtol=1e-6)  # query 2 has sigmoid(-1) = 0.27
+    subjects = select(Selection(min_confidence=0.3), multi_label=False, subject_logit=False)
+    np.testing.assert_allclose([subject.confidence for subject in subjects], sigmoid([4.0, 3.0]), rtol=1e-6)  # query 2 has sigmoid(-1) = 0.27
     assert not has_subject_logit(multi_label=False, class_loss="focal")
     assert has_subject_logit(multi_label=False, class_loss="softmax")
     assert has_subject_logit(multi_label=True, class_loss="focal")
@@ -227,7 +227,7 @@ def folder(tmp_path):
     for name, (size, box) in zip(["a.png", "sub/b.jpg", "sub/b.png"], PHOTOGRAPHS, strict=False):
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        photograph(*size, box).save(path)
+        image(*size, box).save(path)
     (tmp_path / "images" / "notes.txt").write_text("not an image")
     return tmp_path / "images"
 
@@ -262,7 +262,7 @@ def test_command_takes_files_and_patterns_once(command, folder, tmp_path, capsys
 def test_a_photograph_taken_sideways_is_put_upright(command, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees clockwise to show it
-    photograph(200, 150, (40, 30, 120, 130)).save(tmp_path / "sideways.jpg", exif=exif, quality=95)
+    image(200, 150, (40, 30, 120, 130)).save(tmp_path / "sideways.jpg", exif=exif, quality=95)
     assert command([str(tmp_path / "sideways.jpg"), "--checkpoint=run", f"--output={tmp_path / 'out'}"]) == 0
     (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
     assert (entry["width"], entry["height"]) == (150, 200)
@@ -319,7 +319,7 @@ def test_the_table_has_a_line_a_person(command, folder, tmp_path):
         (subject,) = entry["subjects"]
         np.testing.assert_allclose([float(line[name]) for name in ("x1", "y1", "x2", "y2")], subject["box"], rtol=1e-5)
         np.testing.assert_allclose([float(line[name]) for name in CLASSES], list(subject["scores"].values()), rtol=1e-5)
-        np.testing.assert_allclose(float(line["certainty"]), subject["certainty"], rtol=1e-5)
+        np.testing.assert_allclose(float(line["confidence"]), subject["confidence"], rtol=1e-5)
         assert (line["labels"], line["frame"]) == ("; ".join(subject["labels"]), "")
 
 
@@ -327,7 +327,7 @@ def test_the_latency_leaves_the_first_call_of_a_shape_out(command, folder, tmp_p
     assert command([str(folder), "--checkpoint=run", f"--output={tmp_path / 'out'}"]) == 0
     assert "latency: every call was the first of its shape; 2 shape(s)" in capsys.readouterr().out
     timed = TimedDetector(RedFinder())
-    image = photograph(80, 60, (10, 10, 50, 40))
+    image = image(80, 60, (10, 10, 50, 40))
     assert dsct_jax.predict(timed, [image] * 5, batch_size=2) == dsct_jax.predict(RedFinder(), [image] * 5, batch_size=2)
     report = timed.report()
     assert re.search(r"latency of the model: \d+\.\d ms a batch of 2 \(median; 95 % below \d+\.\d ms\), \d+\.\d images/s; 1 shape", report), report
@@ -337,7 +337,7 @@ def test_the_latency_leaves_the_first_call_of_a_shape_out(command, folder, tmp_p
 
 
 def test_fitted_thresholds_decide_unless_the_user_names_one():
-    model, image = RedFinder(), photograph(80, 60, (10, 10, 50, 40))
+    model, image = RedFinder(), image(80, 60, (10, 10, 50, 40))
     model.thresholds = (0.1, 0.99, 0.99)
     ((fitted,),), ((named,),) = dsct_jax.predict(model, [image]), dsct_jax.predict(model, [image], threshold=0.85)
     assert fitted.labels == ("calm",)  # sigmoid(-1) = 0.27
@@ -345,18 +345,18 @@ def test_fitted_thresholds_decide_unless_the_user_names_one():
 
 
 def test_the_fitted_certainty_decides_unless_the_user_names_one():
-    model, image = RedFinder(), photograph(80, 60, (10, 10, 50, 40))
-    sure = dsct_jax.predict(model, [image], min_certainty=0.0)[0][0].certainty
-    model.min_certainty = sure + 0.01
+    model, image = RedFinder(), image(80, 60, (10, 10, 50, 40))
+    sure = dsct_jax.predict(model, [image], min_confidence=0.0)[0][0].confidence
+    model.min_confidence = sure + 0.01
     assert dsct_jax.predict(model, [image]) == [[]]
-    assert len(dsct_jax.predict(model, [image], min_certainty=sure)[0]) == 1
-    model.min_certainty = 0.0  # fitted, and not the same as none
-    assert len(dsct_jax.predict(model, [image])[0]) == len(dsct_jax.predict(model, [image], min_certainty=0.0)[0])
+    assert len(dsct_jax.predict(model, [image], min_confidence=sure)[0]) == 1
+    model.min_confidence = 0.0  # fitted, and not the same as none
+    assert len(dsct_jax.predict(model, [image])[0]) == len(dsct_jax.predict(model, [image], min_confidence=0.0)[0])
 
 
 def test_the_score_is_the_papers_mean_logit():
     first, second = select(Selection(threshold=0.55))
-    np.testing.assert_allclose([first.score, second.score], [0.0, -2.0], atol=1e-6)  # Section 3.1, "During inference"
+    np.testing.assert_allclose([first.paper_score, second.paper_score], [0.0, -2.0], atol=1e-6)  # Section 3.1, "During inference"
 
 
 # --- videos and cameras --------------------------------------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def write_video(path, frames, *, rate=10.0):
     cv2 = importlib.import_module("cv2")
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), rate, (160, 120))
     for i in range(frames):
-        writer.write(np.asarray(photograph(160, 120, (2 * i % 100, 20, 2 * i % 100 + 50, 100)))[..., ::-1].copy())
+        writer.write(np.asarray(image(160, 120, (2 * i % 100, 20, 2 * i % 100 + 50, 100)))[..., ::-1].copy())
     writer.release()
 
 
@@ -460,5 +460,5 @@ def test_configurations_are_read_from_python_and_json(tmp_path):
 
 def test_the_name_answers_to_a_call_even_after_the_command_was_imported():
     importlib.import_module("dsct_jax.predict")
-    assert dsct_jax.predict(RedFinder(), [photograph(80, 60, (10, 10, 50, 40))])[0][0].labels[0] == "angry"
+    assert dsct_jax.predict(RedFinder(), [image(80, 60, (10, 10, 50, 40))])[0][0].labels[0] == "angry"
     assert "dsct_jax.predict" in sys.modules

@@ -1,4 +1,4 @@
-"""What the figures are made of is where it is in the photograph, and the command draws every figure or says in one line why not."""
+"""What the figures are made of is where it is in the image, and the command draws every figure or says in one line why not."""
 
 import json
 
@@ -13,23 +13,23 @@ from configs import debug
 from data.tools.samples import run as write_samples
 from dsct_jax.cli import run_command
 from dsct_jax.commands import visualize
-from dsct_jax.commands.visualize import main, read_truth
-from dsct_jax.config import plain
+from dsct_jax.commands.visualize import main, read_ground_truth
+from dsct_jax.config import to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.inference import introspection as inside
-from dsct_jax.inference.introspection import look, principal_components
+from dsct_jax.inference.introspection import principal_components
 from dsct_jax.inference.load import Model, load, model_config
-from dsct_jax.model.build import ModelFunctions
+from dsct_jax.model.build import Network
 from dsct_jax.postprocess import Selection, Subject
 from dsct_jax.visualization.figures import NOBODY, activation_figure, contextual_samples, embedding_figure, loss_figure, sampling_figure
 
-EVERYBODY = Selection(min_certainty=0.0, nms=1.0)
+EVERYBODY = Selection(min_confidence=0.0, nms=1.0)
 
 
 def make_checkpoint(path, seed=0, **changes):
-    config = plain(debug.get_config())
+    config = to_builtins(debug.get_config())
     config["model"] |= changes
-    functions = ModelFunctions(model_config(config))
+    functions = Network(model_config(config))
     params, frozen = functions.init(seed)
     # The initial offsets and weights are the same for every query; noise makes the queries differ, so that a mix-up shows.
     rng = np.random.default_rng(seed)
@@ -56,7 +56,7 @@ def scene(checkpoint, samples):
     """(model, image, what it looked at) of one scene, everybody kept."""
     model = load(checkpoint)
     image = Image.open(samples / "test_00000.png")
-    return model, image, look(model, image, selection=EVERYBODY)
+    return model, image, introspect(model, image, selection=EVERYBODY)
 
 
 def test_a_look_agrees_with_prediction(scene):
@@ -86,7 +86,7 @@ def test_samples_surround_their_reference_point_in_pixels(checkpoint, samples):
         if name.endswith("sampling_offsets/bias"):
             model.params[name] = model.params[name] * 0 + np.tile(np.array([1.0, 0.0], np.float32), model.params[name].size // 2)
     image = Image.open(samples / "test_00000.png")
-    seen = look(model, image, selection=EVERYBODY)
+    seen = introspect(model, image, selection=EVERYBODY)
     layer = seen.layers[-1]
     pixels, size = inside.prepare_image(image, model.preprocessing)
     offsets = layer.subject_samples - layer.subject_points[:, None]
@@ -148,7 +148,7 @@ def test_principal_components_are_numpys():
 
 
 def test_samples_and_their_truth_belong_together(samples):
-    truth = read_truth(samples / "truth.json", debug.CLASS_NAMES)
+    truth = read_ground_truth(samples / "truth.json", debug.CLASS_NAMES)
     assert sorted(truth) == ["test_00000.png", "test_00001.png", "test_00002.png"]
     content = json.loads((samples / "truth.json").read_text())
     assert sum(map(len, truth.values())) == len(content["annotations"])
@@ -160,10 +160,10 @@ def test_samples_and_their_truth_belong_together(samples):
 
 
 def test_only_the_right_person_with_the_right_emotion_is_right():
-    truth = Subject(box=(0.0, 0.0, 10.0, 10.0), scores={}, labels=("Sad",), score=1.0)
-    near = Subject(box=(1.0, 0.0, 10.0, 10.0), scores={}, labels=("Sad",), score=0.9)
-    far = Subject(box=(6.0, 0.0, 16.0, 10.0), scores={}, labels=("Sad",), score=0.9)
-    wrong = Subject(box=(0.0, 0.0, 10.0, 10.0), scores={}, labels=("Fear",), score=0.9)
+    truth = Subject(box=(0.0, 0.0, 10.0, 10.0), probabilities={}, labels=("Sad",), paper_score=1.0)
+    near = Subject(box=(1.0, 0.0, 10.0, 10.0), probabilities={}, labels=("Sad",), paper_score=0.9)
+    far = Subject(box=(6.0, 0.0, 16.0, 10.0), probabilities={}, labels=("Sad",), paper_score=0.9)
+    wrong = Subject(box=(0.0, 0.0, 10.0, 10.0), probabilities={}, labels=("Fear",), paper_score=0.9)
     assert visualize._is_right(truth, [far, near])
     assert not visualize._is_right(truth, [far])
     assert not visualize._is_right(truth, [wrong, near])
@@ -173,11 +173,11 @@ def test_only_the_right_person_with_the_right_emotion_is_right():
 @pytest.mark.parametrize("figure", ["predictions", "activation", "sampling", "context", "embeddings", "beside"])
 def test_every_figure_is_drawn(figure, checkpoint, samples, tmp_path, capsys):
     paths = [str(samples / "test_00000.png")] if figure == "context" else [str(samples)]
-    extra = ["--min-certainty=0", "--nms=1"]
+    extra = ["--min-confidence=0", "--nms=1"]
     if figure in ("predictions", "embeddings", "beside"):
-        extra.append(f"--truth={samples / 'truth.json'}")
+        extra.append(f"--ground-truth={samples / 'truth.json'}")
     if figure == "beside":
-        extra += [f"--beside={checkpoint}", "--names=one,two"]
+        extra += [f"--compare-with={checkpoint}", "--names=one,two"]
     if figure == "activation":
         extra.append("--stage=encoder")
     output = tmp_path / "new folder/figure.png"
@@ -212,15 +212,15 @@ def test_losses_are_those_of_the_log(tmp_path, capsys):
         (["context", "{empty}"], "{empty}: the folder holds no image or video"),
         (["sampling", "{image}", "--checkpoint={nowhere}"], "{nowhere}: no such file or directory"),
         (["sampling", "{image}", "--config=configs/demo.py"], "{checkpoint}: "),
-        (["predictions", "{image}", "--truth={nowhere}"], "--truth={nowhere}: no such file"),
-        (["predictions", "{image}", "--truth={text}"], "--truth={text}: not COCO-style annotations for 4 classes"),
-        (["beside", "{image}"], "--beside is missing"),
-        (["beside", "{image}", "--beside={checkpoint}", "--names=one"], "--names=one: must be two names"),
-        (["beside", "{image}", "--beside={checkpoint}", "--beside-config=configs/demo.py"], "{checkpoint}: weights of another model"),
+        (["predictions", "{image}", "--ground-truth={nowhere}"], "--ground-truth={nowhere}: no such file"),
+        (["predictions", "{image}", "--ground-truth={text}"], "--ground-truth={text}: not COCO-style annotations for 4 classes"),
+        (["beside", "{image}"], "--compare-with is missing"),
+        (["beside", "{image}", "--compare-with={checkpoint}", "--names=one"], "--names=one: must be two names"),
+        (["beside", "{image}", "--compare-with={checkpoint}", "--compare-config=configs/demo.py"], "{checkpoint}: weights of another model"),
         (["sampling", "{image}", "--layer=3"], "--layer=3: the decoder has layers 1 to 2"),
-        (["sampling", "{image}", "--min-certainty=1"], "{image}: nobody was found in it"),
-        (["context", "{image}", "--person=9", "--min-certainty=0"], "--person=9: "),
-        (["embeddings", "{image}", "--min-certainty=1"], "embeddings: 0 people were found"),
+        (["sampling", "{image}", "--min-confidence=1"], "{image}: nobody was found in it"),
+        (["context", "{image}", "--person=9", "--min-confidence=0"], "--person=9: "),
+        (["embeddings", "{image}", "--min-confidence=1"], "embeddings: 0 people were found"),
         (["losses", "{nowhere}"], "{nowhere}/metrics.jsonl: no such file"),
         (["context", "{image}", "--output=figure.jpg"], "--output=figure.jpg: must be the name of a .png file"),
     ],
@@ -240,7 +240,7 @@ def test_a_mistake_is_one_line(arguments, message, checkpoint, samples, tmp_path
 
 def test_a_model_without_context_has_no_context_figure(tmp_path, samples, capsys):
     checkpoint = make_checkpoint(tmp_path / "plain.safetensors", num_context_queries=0)
-    arguments = [f"--checkpoint={checkpoint}", f"--output={tmp_path / 'x.png'}", "--min-certainty=0"]
+    arguments = [f"--checkpoint={checkpoint}", f"--output={tmp_path / 'x.png'}", "--min-confidence=0"]
     assert main(["context", str(samples / "test_00000.png"), *arguments]) == 2
     assert "has no context queries" in capsys.readouterr().err
     assert main(["sampling", str(samples / "test_00000.png"), *arguments]) == 0

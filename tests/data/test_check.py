@@ -8,14 +8,14 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from data.tools.check import main
-from data.tools.duplicates import NEAR, exact_groups, fingerprint, members, near_groups
+from data.tools.duplicates import NEAR, duplicate_groups, exact_groups, fingerprint, near_groups
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("Anger", "Disgust", "Fear", "Happy", "Neutral", "Sad", "Surprise")
 
 
-def photograph(seed: int, size: tuple[int, int] = (96, 72)) -> Image.Image:
-    """Smooth noise: a picture with structure at every scale, as photographs have."""
+def image(seed: int, size: tuple[int, int] = (96, 72)) -> Image.Image:
+    """Smooth noise: a picture with structure at every scale, as images have."""
     rng = np.random.default_rng(seed)
     picture = sum(
         np.asarray(Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC), float) / weight
@@ -38,7 +38,7 @@ def folder(tmp_path) -> Path:
         for label in CLASSES:
             for number in range(count):
                 seed += 1
-                save(tmp_path, f"{split}/{label}/{number:04}.png", photograph(seed))
+                save(tmp_path, f"{split}/{label}/{number:04}.png", image(seed))
                 lines.append(f"{split}/{label}/{number:04}.png,{label},10,10,50,60")
         (tmp_path / f"{split}.txt").write_text("\n".join(lines) + "\n")
     return tmp_path
@@ -101,7 +101,7 @@ def test_everything_that_can_be_wrong_is_told(folder, capsys):
 
 
 def test_counts_of_the_released_head_box_json_must_be_right(tmp_path, capsys):
-    save(tmp_path, "mscoco/images/a.jpg", photograph(1))
+    save(tmp_path, "mscoco/images/a.jpg", image(1))
     annotations = [{"id": 0, "image_id": 1, "category_id": 3, "bbox": [10, 10, 20, 20], "iscrowd": 0, "area": 400}]
     images = [{"id": 1, "file_name": "mscoco/images/a.jpg", "width": 72, "height": 96}]
     (tmp_path / "test.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": []}))
@@ -128,20 +128,20 @@ def test_what_cannot_be_used_at_all_is_one_line_and_status_2(folder, arguments, 
 
 
 def test_what_fingerprints_survive_and_tell_apart(tmp_path):
-    original = photograph(5, (320, 240))
+    original = image(5, (320, 240))
     original.save(tmp_path / "low.jpg", quality=40)
     versions = [original, Image.open(tmp_path / "low.jpg").convert("RGB"), original.resize((160, 120)), ImageEnhance.Contrast(original).enhance(0.8)]
-    others = [photograph(seed, (320, 240)) for seed in range(10, 40)]
+    others = [image(seed, (320, 240)) for seed in range(10, 40)]
     prints = [fingerprint(image) for image in versions + others]
-    assert members(near_groups(prints)) == [[0, 1, 2, 3]] and members(exact_groups(prints)) == []
+    assert duplicate_groups(near_groups(prints)) == [[0, 1, 2, 3]] and duplicate_groups(exact_groups(prints)) == []
     again = fingerprint(original.copy())
     assert again.exact == prints[0].exact and (again.bits == prints[0].bits).all()
-    assert len(members(near_groups(prints, near=127))) == 1 and len(near_groups([])) == 0
+    assert len(duplicate_groups(near_groups(prints, near=127))) == 1 and len(near_groups([])) == 0
 
 
 def test_chains_of_likeness_are_one_group():
-    prints = [fingerprint(photograph(1))] * 3
+    prints = [fingerprint(image(1))] * 3
     first, second, third = (np.zeros(4, np.uint64) for _ in range(3))
     second[0], third[0] = 0xFF, 0xFFFF  # 8 bits from one to the next
     prints = [type(prints[0])(b"", bits) for bits in (first, third, second)]
-    assert members(near_groups(prints, near=8)) == [[0, 1, 2]] and members(near_groups(prints, near=7)) == []
+    assert duplicate_groups(near_groups(prints, near=8)) == [[0, 1, 2]] and duplicate_groups(near_groups(prints, near=7)) == []

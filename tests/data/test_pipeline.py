@@ -66,7 +66,7 @@ def assert_same(one: Batch, other: Batch) -> None:
 
 
 @pytest.fixture
-def photographs(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     """Six one-colour images with one person each, as a COCO-style train.json."""
     images, annotations = [], []
     for number in range(6):
@@ -199,17 +199,17 @@ def test_an_abandoned_iterator_stops_its_threads():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_image_stops_the_run_with_one_line(photographs, workers):
-    dataset = train_set(make_config(source="coco", data_dir=str(photographs), train="train.json", num_workers=workers), batch_size=2)
-    (photographs / "3.png").write_bytes((photographs / "3.png").read_bytes()[:60])
+def test_a_damaged_image_stops_the_run_with_one_line(images, workers):
+    dataset = train_set(make_config(source="coco", data_dir=str(images), train="train.json", num_workers=workers), batch_size=2)
+    (images / "3.png").write_bytes((images / "3.png").read_bytes()[:60])
     with pytest.raises(UserError, match=r"3\.png: cannot be read as an image .*skip_corrupt=True") as error:
         list(dataset.iterator(0, 3))
     assert "\n" not in str(error.value)
 
 
-def test_a_damaged_image_can_be_left_out_and_counted(photographs):
-    dataset = train_set(make_config(source="coco", data_dir=str(photographs), train="train.json", skip_corrupt=True), batch_size=2)
-    (photographs / "3.png").write_bytes((photographs / "3.png").read_bytes()[:60])
+def test_a_damaged_image_can_be_left_out_and_counted(images):
+    dataset = train_set(make_config(source="coco", data_dir=str(images), train="train.json", skip_corrupt=True), batch_size=2)
+    (images / "3.png").write_bytes((images / "3.png").read_bytes()[:60])
     batches = list(dataset.iterator(0, 6))  # two epochs
     assert dataset.skipped == {"3.png": 2}
     left_out = [(batch, place) for batch in batches for place in range(2) if batch.image_ids[place] == 3]
@@ -219,15 +219,15 @@ def test_a_damaged_image_can_be_left_out_and_counted(photographs):
     assert sum(batch.real.sum() for batch in batches) == 10
 
 
-def test_an_image_that_changed_on_disk_is_refused(photographs):
-    dataset = train_set(make_config(source="coco", data_dir=str(photographs), train="train.json"), batch_size=2)
-    Image.new("RGB", (90, 40)).save(photographs / "3.png")
+def test_an_image_that_changed_on_disk_is_refused(images):
+    dataset = train_set(make_config(source="coco", data_dir=str(images), train="train.json"), batch_size=2)
+    Image.new("RGB", (90, 40)).save(images / "3.png")
     with pytest.raises(UserError, match=r"3\.png: its size changed from 60x40"):
         list(dataset.iterator(0, 3))
 
 
-def test_an_image_can_end_without_people(photographs):
-    config = make_config(source="coco", data_dir=str(photographs), train="train.json", crop_probability=1.0, crop_resize=(200,), crop_size=(20, 40))
+def test_an_image_can_end_without_people(images):
+    config = make_config(source="coco", data_dir=str(images), train="train.json", crop_probability=1.0, crop_resize=(200,), crop_size=(20, 40))
     batches = list(train_set(config, batch_size=6).iterator(0, 4))
     counts = np.concatenate([batch.targets.valid.sum(1) for batch in batches])
     assert 0 in counts and 1 in counts and all(batch.real.all() for batch in batches)

@@ -34,7 +34,7 @@ def make_config(root: Path, **changes: Any) -> DataConfig:
     return DataConfig(**(values | changes))
 
 
-def photograph(path: Path, seed: int, *, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> None:
+def image(path: Path, seed: int, *, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 5, size[0] // 5, 3), np.uint8)
     Image.fromarray(pixels).resize(size).convert(mode).save(path)
@@ -46,7 +46,7 @@ def coco(root: Path, **changes: Any) -> DataConfig:
     people = [(number, {"bbox": [2 * number, 3, 9.5, 12.25], "category_id": number % 7}) for number in (0, 0, 1, 3, 4, 5, 6)]
     for split in ("train", "val", "test"):
         for seed, (name, mode) in enumerate(kinds):
-            photograph(root / split / name, seed, mode=mode, size=(60, 40) if seed % 2 else (40, 60))
+            image(root / split / name, seed, mode=mode, size=(60, 40) if seed % 2 else (40, 60))
         document = {
             "images": [{"id": number, "file_name": f"{split}/{name}"} for number, (name, _) in enumerate(kinds)],
             "annotations": [{"id": number, "image_id": image, **person} for number, (image, person) in enumerate(people)],
@@ -67,7 +67,7 @@ def coco_lists(root: Path) -> DataConfig:
 
 def caer_s(root: Path) -> DataConfig:
     for seed, name in enumerate(("train/Sad/0001.png", "train/Happy/0002.png", "test/Fear/0001.png")):
-        photograph(root / name, seed)
+        image(root / name, seed)
     (root / "train.txt").write_text("train/Sad/0001.png,Sad,1,2,11,12\ntrain/Happy/0002.png,Happy,-3,2,11.5,12\n")
     (root / "test.txt").write_text("test/Fear/0001.png,Fear,1,2,11,12\n")
     return make_config(root, source="caer_s", train="train.txt", val="train.txt", test="test.txt")
@@ -76,7 +76,7 @@ def caer_s(root: Path) -> DataConfig:
 def ncaer_s(root: Path) -> DataConfig:
     for split in ("train", "val", "test"):
         for seed, name in enumerate(("Sad/a", "Anger/b")):
-            photograph(root / "images" / split / f"{name}.jpg", seed)
+            image(root / "images" / split / f"{name}.jpg", seed)
             crop = root / "crop" / split / f"{name}.txt"
             crop.parent.mkdir(parents=True, exist_ok=True)
             crop.write_text("1,2,11,12\n3,4,8,9\n")
@@ -85,7 +85,7 @@ def ncaer_s(root: Path) -> DataConfig:
 
 def emotic(root: Path) -> DataConfig:
     for name in ("a.jpg", "b.jpg"):
-        photograph(root / "mscoco/images" / name, len(name))
+        image(root / "mscoco/images" / name, len(name))
     lines = """0,mscoco/images,a.jpg,"[40, 30]","[-1, 2, 11, 12]","['Disconnection', 'Doubt/Confusion']","[5.0, 3.0, 9.0]",Male,Adult
 1,mscoco/images,b.jpg,"[30, 40]","[0, 0, 5, 5]",[],"[5, 3.0, 9.0]",Male,Adult"""
     (root / "all.csv").write_text(f"{CSV_HEAD}\n{lines}\n")

@@ -15,7 +15,7 @@ from dsct_jax.evaluation.calibration import (
     Calibration,
     calibration_errors,
     calibration_of_run,
-    fit_min_certainty,
+    fit_min_confidence,
     fit_temperature,
     fit_thresholds,
     negative_log_likelihood,
@@ -48,10 +48,10 @@ def test_no_threshold_has_a_better_f1(data, n):
 @settings(deadline=None, max_examples=100)
 @given(st.data(), st.integers(1, 12), st.integers(0, 5))
 def test_no_certainty_finds_people_better(data, n, missed):
-    certainties = data.draw(hnp.arrays(np.float64, n, elements=st.sampled_from([0.0, 0.05, 0.2, 0.7, 1.0])))
+    confidences = data.draw(hnp.arrays(np.float64, n, elements=st.sampled_from([0.0, 0.05, 0.2, 0.7, 1.0])))
     finds = data.draw(hnp.arrays(bool, n))
     people = int(finds.sum()) + missed
-    cut = fit_min_certainty(certainties, finds, people=people)
+    cut = fit_min_confidence(confidences, finds, people=people)
     if not finds.any():
         assert cut is None
         return
@@ -59,12 +59,12 @@ def test_no_certainty_finds_people_better(data, n, missed):
     def f1(chosen):
         return 2 * (finds & chosen).sum() / (chosen.sum() + people)
 
-    assert f1(certainties >= cut) >= max(f1(certainties > level) for level in [0.0, *np.unique(certainties)]) - 1e-12
+    assert f1(confidences >= cut) >= max(f1(confidences > level) for level in [0.0, *np.unique(confidences)]) - 1e-12
 
 
 def test_a_file_of_an_older_version_has_no_certainty():
-    text = FITTED.to_json().replace(', "min_certainty": 0.2', "")
-    assert parse_calibration(text, class_names=NAMES, where="here") == dataclasses.replace(FITTED, min_certainty=None)
+    text = FITTED.to_json().replace(', "min_confidence": 0.2', "")
+    assert parse_calibration(text, class_names=NAMES, where="here") == dataclasses.replace(FITTED, min_confidence=None)
 
 
 @pytest.mark.parametrize("multi_label", [True, False])
@@ -115,7 +115,7 @@ def test_a_run_without_a_fit_and_a_fit_of_other_weights(tmp_path, caplog):
         (FITTED.to_json().replace("glad", "sad"), "fitted for the classes calm, sad, not for calm, glad"),
         (FITTED.to_json().replace("1.25", "0.0"), "temperature=0.0 must be more than 0"),
         (FITTED.to_json().replace("0.75", "7.5"), r"thresholds must be 2 numbers in \[0, 1\]"),
-        (FITTED.to_json().replace(": 0.2}", ": 1.2}"), r"min_certainty=1.2 must lie in \[0, 1\]"),
+        (FITTED.to_json().replace(": 0.2}", ": 1.2}"), r"min_confidence=1.2 must lie in \[0, 1\]"),
         (FITTED.to_json().replace(", 0.75", ""), r"thresholds must be 2 numbers in \[0, 1\]"),
     ],
 )

@@ -19,9 +19,9 @@ from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import Calibration
 from dsct_jax.evaluation.evaluate import BUCKETS, evaluate, fit_calibration, write_evaluation
 from dsct_jax.evaluation.report import format_table
-from dsct_jax.evaluation.results import About, ImageResult, pack, read_results
+from dsct_jax.evaluation.results import ImageResult, ResultsInfo, read_results, stack_results
 from dsct_jax.evaluation.selection import select_all, select_queries
-from dsct_jax.postprocess import Selection, certainty, class_probabilities, paper_scores, select_subjects
+from dsct_jax.postprocess import Selection, class_probabilities, confidence, paper_scores, select_subjects
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden"
 GOLDEN = np.load(FOLDER / "eval_protocol.npz")
@@ -62,7 +62,7 @@ def multi_class_results():
 
 
 def evaluate_images(images, *, class_names, multi_label, **options):
-    return evaluate(pack(images, About(tuple(class_names), multi_label, multi_label, split="test")), **options)
+    return evaluate(stack_results(images, ResultsInfo(tuple(class_names), multi_label, multi_label, split="test")), **options)
 
 
 def pixel_boxes(result):
@@ -233,7 +233,7 @@ def test_the_table_shows_every_number():
 
 def test_ten_thousand_images_take_seconds():
     images = [dataclasses.replace(result, image_id=n) for n, result in enumerate(multi_label_results() * 9)]
-    results = pack(images, About(EMOTIC_CLASSES, True, True))
+    results = stack_results(images, ResultsInfo(EMOTIC_CLASSES, True, True))
     start = time.perf_counter()
     metrics = evaluate(results, resamples=100)
     assert metrics["num_images"] == 10800
@@ -244,10 +244,10 @@ def test_ten_thousand_images_take_seconds():
 
 
 def test_metrics_given_detection_are_those_of_the_people_found():
-    images, split = multi_label_results(), About(EMOTIC_CLASSES, True, True)
-    metrics = evaluate(pack(images, split))
+    images, split = multi_label_results(), ResultsInfo(EMOTIC_CLASSES, True, True)
+    metrics = evaluate(stack_results(images, split))
     detected = metrics["detected"]
-    results = pack(images, split)
+    results = stack_results(images, split)
     queries, image = select_all(results, nms_threshold=None)[0], results.image_of_person
     iou = np.array([exact_iou(a, b) for a, b in zip(results.pixel_boxes[image, queries].astype(float), results.gt_boxes.astype(float), strict=True)])
     probabilities = class_probabilities(results.logits[image, queries], multi_label=True)
@@ -270,7 +270,7 @@ def exact_iou(a, b):
 
 
 def test_multi_label_decisions_equal_scikit_learn_at_one_half_and_at_fitted_thresholds():
-    results = pack(multi_label_results(), About(EMOTIC_CLASSES, True, True))
+    results = stack_results(multi_label_results(), ResultsInfo(EMOTIC_CLASSES, True, True))
     thresholds = tuple(np.linspace(0.2, 0.6, 26).tolist())
     metrics = evaluate(results, calibration=Calibration(EMOTIC_CLASSES, 1.5, thresholds, "val", 10))
     queries = select_all(results, nms_threshold=None)[0]
@@ -285,7 +285,7 @@ def test_multi_label_decisions_equal_scikit_learn_at_one_half_and_at_fitted_thre
 
 
 def test_thresholds_fitted_on_the_split_itself_are_the_best_there():
-    results = pack(multi_label_results(), About(EMOTIC_CLASSES, True, True, split="val", checkpoint="step 3"))
+    results = stack_results(multi_label_results(), ResultsInfo(EMOTIC_CLASSES, True, True, split="val", checkpoint="step 3"))
     calibration = fit_calibration(results)
     assert (calibration.split, calibration.people, calibration.checkpoint) == ("val", 2251, "step 3")
     best = evaluate(results, calibration=calibration)["macro_f1_fitted"]
@@ -293,19 +293,19 @@ def test_thresholds_fitted_on_the_split_itself_are_the_best_there():
     for _ in range(5):
         moved = tuple(np.clip(np.array(calibration.thresholds) + rng.normal(0, 0.05, 26), 0, 1).tolist())
         assert evaluate(results, calibration=dataclasses.replace(calibration, thresholds=moved))["macro_f1_fitted"] < best
-    assert fit_calibration(pack(multi_class_results(), About(CAER_S_CLASSES, False, False))).thresholds is None
+    assert fit_calibration(stack_results(multi_class_results(), ResultsInfo(CAER_S_CLASSES, False, False))).thresholds is None
 
 
 def test_prediction_finds_people_best_at_the_fitted_certainty():
-    about = About(CAER_S_CLASSES, False, False)
+    about = ResultsInfo(CAER_S_CLASSES, False, False)
     images = multi_class_results()[:200]
-    fitted = fit_calibration(pack(images, about)).min_certainty
+    fitted = fit_calibration(stack_results(images, about)).min_confidence
 
     def f1(cut):
         found = decided = 0
         for one in images:
             names = {"class_names": CAER_S_CLASSES, "multi_label": False, "subject_logit": False}
-            subjects = select_subjects(one.logits, one.boxes, one.size, selection=Selection(min_certainty=cut), **names)
+            subjects = select_subjects(one.logits, one.boxes, one.size, selection=Selection(min_confidence=cut), **names)
             free = list(one.gt_boxes)
             for subject in subjects:  # surest first
                 overlaps = pairwise_iou(np.array([subject.box]), np.reshape(free, (-1, 4)))[0]
@@ -324,7 +324,7 @@ def test_prediction_finds_people_best_at_the_fitted_certainty():
 
 def test_intervals_hold_the_number_repeat_with_the_seed_and_shrink_with_the_images():
     images = multi_label_results()
-    few, many = (pack(images[:n], About(EMOTIC_CLASSES, True, True)) for n in (150, 1200))
+    few, many = (stack_results(images[:n], ResultsInfo(EMOTIC_CLASSES, True, True)) for n in (150, 1200))
     first, again, other = (evaluate(many, resamples=60, seed=seed)["intervals"] for seed in (1, 1, 2))
     assert first == again != other
     metrics = evaluate(many)
@@ -352,7 +352,7 @@ def test_an_interval_is_that_of_images_repeated_by_hand():
 
 @pytest.fixture
 def stored(tmp_path):
-    results = pack(multi_class_results()[:80], About(CAER_S_CLASSES, False, False, "caer_s", "test", "step 7"))
+    results = stack_results(multi_class_results()[:80], ResultsInfo(CAER_S_CLASSES, False, False, "caer_s", "test", "step 7"))
     results.save(tmp_path / "predictions_test.npz")
     return results, tmp_path / "predictions_test.npz"
 
@@ -382,7 +382,7 @@ def test_the_command_computes_the_same_from_the_file(stored, tmp_path, capsys):
 
 
 def test_the_command_uses_the_thresholds_beside_the_file(tmp_path, capsys):
-    results = pack(multi_label_results()[:100], About(EMOTIC_CLASSES, True, True, split="test"))
+    results = stack_results(multi_label_results()[:100], ResultsInfo(EMOTIC_CLASSES, True, True, split="test"))
     results.save(tmp_path / "predictions_test.npz")
     fit_calibration(results).save(tmp_path / "thresholds.json")
     assert main([str(tmp_path / "predictions_test.npz"), "--resamples=0", "--nms=0.5"]) == 0
@@ -421,5 +421,5 @@ def test_what_the_command_cannot_use_is_one_line(stored, monkeypatch, capsys, ar
 def test_the_scores_of_a_query():
     logits = np.array([[1.0, -2.0, 4.0, 0.5]], np.float32)
     np.testing.assert_allclose(paper_scores(logits), [1.0])  # Section 3.1: the mean of the class logits
-    np.testing.assert_allclose(certainty(logits, subject_logit=True), [1 / (1 + np.exp(-0.5))])
-    np.testing.assert_allclose(certainty(logits, subject_logit=False), [1 / (1 + np.exp(-4.0))])
+    np.testing.assert_allclose(confidence(logits, subject_logit=True), [1 / (1 + np.exp(-0.5))])
+    np.testing.assert_allclose(confidence(logits, subject_logit=False), [1 / (1 + np.exp(-4.0))])

@@ -15,11 +15,11 @@ import pytest
 import dsct_jax
 import train
 from dsct_jax.commands.evaluate import main as evaluate_main
-from dsct_jax.config import plain, read_config
+from dsct_jax.config import read_config, to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import Calibration, read_calibration
 from dsct_jax.evaluation.results import read_results
-from dsct_jax.model.build import ModelFunctions
+from dsct_jax.model.build import Network
 from dsct_jax.training.checkpoint import Checkpoints, best_step, load_weights
 from dsct_jax.training.step import initial_state
 
@@ -31,7 +31,7 @@ def small_config():
     config = read_config(ROOT / "configs" / "debug.py")
     config["multi_label"] = True
     config["data"] |= {"val": "4", "test": str(IMAGES)}
-    return plain(config)
+    return to_builtins(config)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def workdir(tmp_path_factory, one_device):
 
 def save(workdir, config, mesh):
     run = train.RunConfig.from_mapping(config)
-    _, state = initial_state(*ModelFunctions(run.model).init(run.seed), run.optimizer, total_steps=1, mesh=mesh)
+    _, state = initial_state(*Network(run.model).init(run.seed), run.optimizer, total_steps=1, mesh=mesh)
     checkpoints = Checkpoints(workdir, metadata={"config": config, "versions": {}})
     checkpoints.save(state)
     checkpoints.close()
@@ -96,15 +96,17 @@ def test_a_loaded_model_decides_with_the_fitted_thresholds(workdir, tmp_path):
     fitted = read_calibration(workdir / "thresholds.json", class_names=("Anger", "Fear", "Happy", "Sad"))
     assert (fitted.split, fitted.checkpoint) == ("val", "step 0")
     model = dsct_jax.load(workdir)
-    assert (model.thresholds, model.min_certainty) == (fitted.thresholds, fitted.min_certainty)
+    assert (model.thresholds, model.min_confidence) == (fitted.thresholds, fitted.min_confidence)
     model.save(tmp_path / "model.safetensors")
     again = dsct_jax.load(tmp_path / "model.safetensors")
-    assert (again.thresholds, again.min_certainty) == (fitted.thresholds, fitted.min_certainty)
+    assert (again.thresholds, again.min_confidence) == (fitted.thresholds, fitted.min_confidence)
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    ours = dsct_jax.predict(again, [image], min_certainty=0.0, nms=1.0)[0]
+    ours = dsct_jax.predict(again, [image], min_confidence=0.0, nms=1.0)[0]
     assert len(ours) == 4
     for subject in ours:
-        assert set(subject.labels) == {name for name, cut in zip(model.class_names, fitted.thresholds, strict=True) if subject.scores[name] > cut}
+        assert set(subject.labels) == {
+            name for name, cut in zip(model.class_names, fitted.thresholds, strict=True) if subject.probabilities[name] > cut
+        }
 
 
 def test_thresholds_of_other_weights_are_not_used(workdir, tmp_path, one_device, caplog):
@@ -127,9 +129,9 @@ number, port, workdir = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, number)
 import train
-from dsct_jax.config import plain
+from dsct_jax.config import to_builtins
 config = json.loads((workdir / "config.json").read_text())
-metrics = train.evaluate_checkpoint(plain(config), workdir, "test")
+metrics = train.evaluate_checkpoint(to_builtins(config), workdir, "test")
 (workdir / f"process{number}.json").write_text(json.dumps(metrics))
 """
 

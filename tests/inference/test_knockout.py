@@ -12,10 +12,10 @@ from data.command import data_config
 from data.pipeline import make_dataset
 from data.readers.scenes import CUES
 from dsct_jax.cli import run_command
-from dsct_jax.config import plain
+from dsct_jax.config import to_builtins
 from dsct_jax.inference.load import Model, model_config
 from dsct_jax.model import decoder
-from dsct_jax.model.build import ModelFunctions
+from dsct_jax.model.build import Network
 from dsct_jax.model.decoder import FusionConfig, subject_context_fusion
 
 BOTH = FusionConfig("paper", "smallest", num_spatial_neighbors=2, num_semantic_neighbors=3, reweighting="semantic")
@@ -55,10 +55,10 @@ def test_likeness_is_the_cosine_of_what_is_added(tokens):
 
 
 def test_the_models_own_fusion_gives_its_own_accuracy(tmp_path):
-    config = plain(debug.get_config()) | {"multi_label": False}
+    config = to_builtins(debug.get_config()) | {"multi_label": False}
     config["data"]["test"] = "12"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    functions = ModelFunctions(model_config(config))
+    functions = Network(model_config(config))
     model = Model(functions, *functions.init(0), config)
     data = make_dataset(data_config(tmp_path / "config.json"), "test", batch_size=6, seed=0, training=False)
     calls = []
@@ -79,7 +79,7 @@ def test_the_models_own_fusion_gives_its_own_accuracy(tmp_path):
 
 
 def test_other_data_are_refused(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(plain(emotic_r50.get_config())))
+    (tmp_path / "config.json").write_text(json.dumps(to_builtins(emotic_r50.get_config())))
     assert run_command(lambda: knockout.run([str(tmp_path)])) == 2
     assert "cues are known for config.data.source='scenes'" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ import pytest
 
 import dsct_jax
 from configs import base
-from dsct_jax.config import plain
+from dsct_jax.config import to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.parallel import make_mesh, replicate
 from dsct_jax.training.checkpoint import Checkpoints
@@ -28,7 +28,7 @@ def small_config(**model: Any) -> dict[str, Any]:
     config = base.get_config()
     config.model.update(json.loads((Path(__file__).parents[1] / "golden" / "model_small.json").read_text()))
     config.model.update(model)
-    return plain(config)
+    return to_builtins(config)
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from flax import nnx
 
 from dsct_jax.errors import UserError
 from dsct_jax.model.attention import DeformableAttention, initial_offsets
-from dsct_jax.model.build import ModelFunctions, flatten, unflatten
-from dsct_jax.model.decoder import DecoderLayer, FusionConfig, masked_softmax, nearest, subject_context_fusion
+from dsct_jax.model.build import Network, flatten, unflatten
+from dsct_jax.model.decoder import DecoderLayer, FusionConfig, smallest_k_mask, subject_context_fusion, weighted_softmax
 from dsct_jax.model.dsct import DSCTConfig
-from dsct_jax.model.layers import DropoutNoise, product, scale_and_shift
+from dsct_jax.model.layers import DropoutNoise, matmul_2d, scale_and_shift
 from dsct_jax.training.optimizer import multipliers
 from dsct_jax.weights.rules import RELEASED, from_torch, to_torch
 
@@ -28,7 +28,7 @@ def released_state(arrays) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def small(golden):
-    functions = ModelFunctions(SMALL)
+    functions = Network(SMALL)
     flat = from_torch(released_state(golden("model_small")), functions.param_shapes | functions.frozen_shapes)
     return functions, {k: flat[k] for k in functions.param_shapes}, {k: flat[k] for k in functions.frozen_shapes}
 
@@ -133,7 +133,7 @@ def test_wrong_weights_are_named(small, golden):
 
 
 def test_every_released_rule_is_used_by_the_full_model():
-    shapes = ModelFunctions(DSCTConfig(num_classes=26))
+    shapes = Network(DSCTConfig(num_classes=26))
     zeros = {k: np.zeros(v, np.float32) for k, v in (shapes.param_shapes | shapes.frozen_shapes).items()}
     state = to_torch(zeros, num_decoder_layers=6)
     assert len(state) == 562  # entries of the released state_dict
@@ -142,7 +142,7 @@ def test_every_released_rule_is_used_by_the_full_model():
 
 def test_initial_values_follow_deformable_detr(golden):
     arrays = golden("init")
-    functions = ModelFunctions(DSCTConfig(num_classes=26, backbone="tiny", num_encoder_layers=1, num_decoder_layers=1))
+    functions = Network(DSCTConfig(num_classes=26, backbone="tiny", num_encoder_layers=1, num_decoder_layers=1))
     params, _ = functions.init(0)
     state = to_torch({k: v for k, v in params.items() if not k.startswith("backbone")}, num_decoder_layers=1)
     names = list(arrays["names"])
@@ -180,21 +180,21 @@ def test_initial_values_follow_deformable_detr(golden):
 def test_parameter_counts_are_those_of_table_9(backbone, trainable):
     from configs.base import get_config
 
-    shapes = ModelFunctions(DSCTConfig(num_classes=26, backbone=backbone)).param_shapes
+    shapes = Network(DSCTConfig(num_classes=26, backbone=backbone)).param_shapes
     rates = multipliers({k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}, get_config().optimizer.rules)
     assert sum(int(np.prod(shapes[k])) for k, rate in rates.items() if rate > 0) == trainable
 
 
 def test_nearest_selects_the_smallest_and_breaks_ties_by_index():
     scores = jnp.array([[3.0, 1.0, 2.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
-    np.testing.assert_array_equal(nearest(scores, 2), [[0, 1, 0, 1, 0], [1, 1, 0, 0, 0]])
-    np.testing.assert_array_equal(nearest(scores, 4), [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
-    assert not nearest(scores, 0).any()
+    np.testing.assert_array_equal(smallest_k_mask(scores, 2), [[0, 1, 0, 1, 0], [1, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(smallest_k_mask(scores, 4), [[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    assert not smallest_k_mask(scores, 0).any()
 
 
 def test_masked_softmax_counts_entries_and_survives_empty_rows():
     logits = jnp.array([[[1.0, 2.0, 500.0], [1.0, 2.0, 3.0]]])
-    weights = masked_softmax(logits, jnp.array([[[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]]]))
+    weights = weighted_softmax(logits, jnp.array([[[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]]]))
     expected = np.array([np.e, 2 * np.e**2]) / (np.e + 2 * np.e**2)
     np.testing.assert_allclose(weights[0, 0], [*expected, 0], rtol=1e-6)
     np.testing.assert_array_equal(weights[0, 1], 0)
@@ -257,7 +257,7 @@ def test_fusion_variants_against_the_equations(rule, selection, reweighting, k_s
 )
 def test_variants_run_and_differ(change, small, golden):
     arrays = golden("model_small")
-    functions = ModelFunctions(dataclasses.replace(SMALL, **change))
+    functions = Network(dataclasses.replace(SMALL, **change))
     params, frozen = functions.init(1)
     run = jax.jit(lambda p, f, x, m: functions.bind(p, f)(x, m, return_details=True))
     out = run(params, frozen, jnp.asarray(arrays["batch"].transpose(0, 2, 3, 1)), jnp.asarray(arrays["mask"]))
@@ -284,7 +284,7 @@ def test_impossible_configurations_are_refused(change, message):
 
 def test_refinement_adds_up_over_the_layers_and_each_layer_learns_alone(small, golden):
     """Zhu et al. 2020, A.4: layer after layer moves the box of the one before, whose gradient is stopped. A constant head makes it countable."""
-    functions = ModelFunctions(dataclasses.replace(SMALL, box_refinement=True))
+    functions = Network(dataclasses.replace(SMALL, box_refinement=True))
     _, params, frozen = small
     images, mask = jnp.asarray(golden("model_small")["batch"].transpose(0, 2, 3, 1)), jnp.asarray(golden("model_small")["mask"])
     delta = jnp.array([0.1, -0.2, 0.3, 0.05])
@@ -319,7 +319,7 @@ def test_offsets_count_in_half_boxes():
 
 def test_bfloat16_keeps_places_weights_and_answers_in_float32(small, small_output, golden):
     arrays, (_, params, frozen) = golden("model_small"), small
-    functions = ModelFunctions(dataclasses.replace(SMALL, compute_dtype="bfloat16"))
+    functions = Network(dataclasses.replace(SMALL, compute_dtype="bfloat16"))
     images, mask = jnp.asarray(arrays["batch"].transpose(0, 2, 3, 1)), jnp.asarray(arrays["mask"])
     out = jax.jit(lambda p, f: functions.bind(p, f)(images, mask, return_details=True))(params, frozen)
     assert out.logits.dtype == out.boxes.dtype == jnp.float32
@@ -340,7 +340,7 @@ def test_rematerialization_keeps_less(remat, small, golden):
     keys = jax.random.split(jax.random.key(0), 2)
 
     def kept_bytes(rule):
-        functions = ModelFunctions(dataclasses.replace(SMALL, remat=rule))
+        functions = Network(dataclasses.replace(SMALL, remat=rule))
 
         def forward(params):
             return functions.bind(params, frozen)(images, mask, noise=DropoutNoise(keys)).logits
@@ -367,7 +367,7 @@ def differentiated(layer, *arguments):
 @pytest.mark.parametrize("ones", [(), (1, 1)])
 def test_a_product_of_rows_is_the_product(given, returned, ones):
     x, kernel = draw(2, 3, 4, 6).astype(given), draw(*ones, 6, 5).astype(given)
-    (result, _, to_x, to_kernel), exact = differentiated(lambda x, kernel: product(x, kernel, returned), x, kernel)
+    (result, _, to_x, to_kernel), exact = differentiated(lambda x, kernel: matmul_2d(x, kernel, returned), x, kernel)
     assert (result.dtype, to_x.dtype, to_kernel.dtype) == (returned, given, given)
     rows, matrix, gradient = np.float64(x).reshape(-1, 6), np.float64(kernel).reshape(6, 5), exact[1].reshape(-1, 5)
     expected = {"result": rows @ matrix, "x": gradient @ matrix.T, "kernel": rows.T @ gradient}

@@ -190,9 +190,9 @@ def test_choice():
     assert chosen_implementation(value, offsets, "reference") == "reference"
     with pytest.raises(ValueError, match="one of reference, xla, pallas_gpu"):
         chosen_implementation(value, offsets, "cuda")
-    assert "head" in pallas_gpu.why_not(jax.ShapeDtypeStruct((1, 4, 2, 256), jnp.float32), offsets, platform="gpu")
-    assert "float16" in pallas_gpu.why_not(jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.float16), offsets, platform="gpu")
-    assert pallas_gpu.why_not(value, offsets, platform="gpu") is None
+    assert "head" in pallas_gpu.unsupported_reason(jax.ShapeDtypeStruct((1, 4, 2, 256), jnp.float32), offsets, platform="gpu")
+    assert "float16" in pallas_gpu.unsupported_reason(jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.float16), offsets, platform="gpu")
+    assert pallas_gpu.unsupported_reason(value, offsets, platform="gpu") is None
     if platform != "gpu":
         with pytest.raises(ValueError, match="needs a GPU"):
             chosen_implementation(value, offsets, "pallas_gpu")

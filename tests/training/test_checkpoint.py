@@ -18,7 +18,7 @@ import pytest
 from dsct_jax.errors import UserError
 from dsct_jax.parallel import FSDP, make_mesh, replicate, state_sharding
 from dsct_jax.training import checkpoint
-from dsct_jax.training.checkpoint import Checkpoints, best_step, load_weights, locate
+from dsct_jax.training.checkpoint import Checkpoints, best_step, load_weights, parse_run_path
 from dsct_jax.training.step import TrainState
 
 ROOT = Path(__file__).parents[2]
@@ -120,8 +120,8 @@ def test_the_weights_alone(saved):
 
 def test_the_weights_of_a_chosen_step(saved):
     assert load_weights(saved, 1)[0]["fixed/scale"][0] == 1
-    assert load_weights(*locate(saved / "checkpoints" / "1"))[0]["fixed/scale"][0] == 1
-    assert [locate(path) for path in (saved, saved / "checkpoints")] == [(saved, None)] * 2
+    assert load_weights(*parse_run_path(saved / "checkpoints" / "1"))[0]["fixed/scale"][0] == 1
+    assert [parse_run_path(path) for path in (saved, saved / "checkpoints")] == [(saved, None)] * 2
     with pytest.raises(UserError, match=r"holds no checkpoint of step 7; there are 1, 2"):
         load_weights(saved, 7)
 

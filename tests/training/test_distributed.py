@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dsct_jax.errors import UserError
-from dsct_jax.runtime import cluster_of, join_processes
+from dsct_jax.runtime import detect_launcher, init_distributed
 from dsct_jax.training.checkpoint import load_weights
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +125,7 @@ def test_two_processes_go_on_where_one_stopped_and_evaluate_every_image_once(run
     ],
 )
 def test_launchers_are_recognised(environment, launcher):
-    assert cluster_of(environment) == launcher
+    assert detect_launcher(environment) == launcher
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def test_launchers_are_recognised(environment, launcher):
 )
 def test_flags_that_do_not_fit(flags, says):
     with pytest.raises(UserError, match=says) as error:
-        join_processes(*flags)
+        init_distributed(*flags)
     assert "\n" not in str(error.value)
 
 
 def test_a_process_of_its_own_joins_nobody(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
-    assert join_processes(None, None, None) is None
+    assert init_distributed(None, None, None) is None

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.precision import smoothed, trainer
 from configs import debug
-from dsct_jax.config import plain
+from dsct_jax.config import to_builtins
 
 STEPS = 100
 BAND = 0.02  # of the mean over ten steps; measured: 0.8 % at most (three seeds), 0.2 % where only the last bit of the start differs
@@ -20,7 +20,7 @@ def config() -> dict:
     config.optimizer.update(learning_rate=1e-3, clip_norm=5.0, warmup_steps=20, rules=((r".*", 1.0),))
     config.data.update(train="32", cache=True)
     config.train.batch_size = 4
-    return plain(config)
+    return to_builtins(config)
 
 
 @pytest.mark.slow  # its programs take most of the time

@@ -12,7 +12,7 @@ import pytest
 
 from configs.base import get_config
 from dsct_jax.batch import Batch, Targets
-from dsct_jax.model.build import ModelFunctions
+from dsct_jax.model.build import Network
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.model.layers import DropoutNoise, dropout
 from dsct_jax.parallel import FSDP, make_mesh, shard_batch
@@ -31,7 +31,7 @@ SMALL = DSCTConfig(num_classes=26, dropout=0.0, **json.loads((Path(__file__).par
 def trajectory(golden):
     """12 steps of the released recipe: (golden arrays, state after them, metrics of each)."""
     arrays, weights = golden("train_trajectory"), golden("model_small")
-    functions, mesh = ModelFunctions(SMALL), make_mesh(jax.devices()[:1])
+    functions, mesh = Network(SMALL), make_mesh(jax.devices()[:1])
     shapes = functions.param_shapes | functions.frozen_shapes
     flat = from_torch({k.removeprefix("state/"): v for k, v in weights.items() if k.startswith("state/")}, shapes)
     learning_rate, weight_decay, clip = (float(x) for x in arrays["lr_wd_clip"])
@@ -126,7 +126,7 @@ def ten_steps(name: str):
     options = dict(RUNS[name])
     mesh = make_mesh(jax.devices()[: options.pop("devices")])
     matcher = MatcherConfig(implementation=options.pop("implementation", "scipy"))
-    functions, step_config = ModelFunctions(TINY), StepConfig(ema_decay=DECAY, **options)
+    functions, step_config = Network(TINY), StepConfig(ema_decay=DECAY, **options)
     optimizer_config = OptimizerConfig(clip_norm=1.0, rules=RULES)
     optimizer, state = initial_state(*functions.init(3), optimizer_config, total_steps=1000, mesh=mesh, step_config=step_config)
     step = make_train_step(functions, optimizer, loss=LossConfig(), matcher=matcher, multi_label=False, mesh=mesh, seed=SEED, step_config=step_config)

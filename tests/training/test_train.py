@@ -24,9 +24,9 @@ from PIL import Image
 
 import train
 from dsct_jax.batch import Predictions
-from dsct_jax.config import plain, read_config
+from dsct_jax.config import read_config, to_builtins
 from dsct_jax.inference.load import model_config
-from dsct_jax.model.build import ModelFunctions
+from dsct_jax.model.build import Network
 from dsct_jax.training.checkpoint import load_weights
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ def test_a_run_leaves_everything_behind(unbroken):
     assert {path.name for path in workdir.iterdir()} == files
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4", "6"]
     assert [path for path in (workdir / "tensorboard").iterdir() if path.stat().st_size > 500]
-    assert plain(json.loads((workdir / "config.json").read_text())) == read_config(ROOT / "configs" / "debug.py")
+    assert to_builtins(json.loads((workdir / "config.json").read_text())) == read_config(ROOT / "configs" / "debug.py")
     environment = json.loads((workdir / "env.json").read_text())
     assert environment["versions"].keys() >= {"jax", "flax", "python"}
     assert environment["devices"] == {"platform": "cpu", "kind": "cpu", "count": 1}
@@ -84,7 +84,7 @@ def test_every_logged_number_is_finite(unbroken):
 def test_what_should_move_moved_and_what_is_frozen_stayed(unbroken):
     workdir, _ = unbroken
     after, frozen, _ = load_weights(workdir)
-    before, statistics = ModelFunctions(model_config(read_config(ROOT / "configs" / "debug.py"))).init(seed=0)
+    before, statistics = Network(model_config(read_config(ROOT / "configs" / "debug.py"))).init(seed=0)
     assert after.keys() == before.keys()
     assert frozen.keys() == statistics.keys() == set()  # group norm: no statistics
     moved = {name for name in after if not np.array_equal(after[name], before[name])}
@@ -176,7 +176,7 @@ def only_count(functions, optimizer, **_):
 
 @functools.cache
 def model_functions(config):
-    functions = ModelFunctions(config)
+    functions = Network(config)
     functions.init = functools.cache(functions.init)
     return functions
 
@@ -193,7 +193,7 @@ def counting(monkeypatch):
     monkeypatch.setattr(train, "make_mesh", lambda **_: mesh)
     monkeypatch.setattr(train, "make_train_step", only_count)
     monkeypatch.setattr(train, "make_eval_step", lambda functions, mesh: eval_step)
-    monkeypatch.setattr(train, "ModelFunctions", model_functions)
+    monkeypatch.setattr(train, "Network", model_functions)
     return train.main
 
 
@@ -482,8 +482,8 @@ def test_a_workdir_that_is_none(tmp_path, capsys):
     assert one_error(capsys, "--workdir", "file/run")
 
 
-def photographs(root: Path, *, category: object = 1, box: object = (10, 10, 20, 20), number: int = 8) -> list[str]:
-    """A COCO-style data set of small photographs with one person each, for every split; the arguments that name it."""
+def images(root: Path, *, category: object = 1, box: object = (10, 10, 20, 20), number: int = 8) -> list[str]:
+    """A COCO-style data set of small images with one person each, for every split; the arguments that name it."""
     root.mkdir()
     for index in range(number):
         pixels = np.random.default_rng(index).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -532,7 +532,7 @@ def no_picture(root: Path) -> None:
     ],
 )
 def test_data_that_cannot_be_used(data, spoil, says, tmp_path, capsys):
-    arguments = photographs(tmp_path / "data", **data)
+    arguments = images(tmp_path / "data", **data)
     if spoil is not None:
         spoil(tmp_path / "data")
     assert train.main([DEBUG, f"--workdir={tmp_path / 'run'}", *EIGHT, *arguments]) == 2
@@ -547,7 +547,7 @@ def test_a_missing_data_dir(tmp_path, capsys):
 
 
 def test_boxes_without_area_are_dropped_and_counted(counting, tmp_path, capsys):
-    arguments = photographs(tmp_path / "data")
+    arguments = images(tmp_path / "data")
     path = tmp_path / "data" / "train.json"
     document = json.loads(path.read_text())
     document["annotations"][2]["bbox"] = [70, 5, 9, 9]
@@ -558,7 +558,7 @@ def test_boxes_without_area_are_dropped_and_counted(counting, tmp_path, capsys):
 
 
 def test_a_damaged_image_stops_the_run_or_is_counted_at_the_end(counting, tmp_path, capsys):
-    arguments = [DEBUG, f"--workdir={tmp_path / 'run'}", *photographs(tmp_path / "data"), "--config.train.steps=3"]
+    arguments = [DEBUG, f"--workdir={tmp_path / 'run'}", *images(tmp_path / "data"), "--config.train.steps=3"]
     damage(tmp_path / "data" / "4.png")
     assert counting(arguments) == 2
     assert one_error(capsys, "4.png", "config.data.skip_corrupt=True")

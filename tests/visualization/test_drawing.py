@@ -16,7 +16,7 @@ GREY = (90, 90, 90)
 
 
 def subject(box, *labels, **scores):
-    return Subject(box=tuple(map(float, box)), scores=scores, labels=labels, score=0.9)
+    return Subject(box=tuple(map(float, box)), probabilities=scores, labels=labels, paper_score=0.9)
 
 
 def rgb(color):

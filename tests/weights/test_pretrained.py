@@ -11,10 +11,10 @@ from safetensors.numpy import save_file
 
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model, model_config
-from dsct_jax.model.build import ModelFunctions
+from dsct_jax.model.build import Network
 from dsct_jax.model.position import resize_mask
-from dsct_jax.weights.pretrained import initialise
-from dsct_jax.weights.rules import DEFORMABLE_DETR, DSCT, HUGGING_FACE, LAYOUTS, TORCHVISION, detect_layout, from_torch, has_place, to_torch
+from dsct_jax.weights.pretrained import load_pretrained
+from dsct_jax.weights.rules import DEFORMABLE_DETR, DSCT, HUGGING_FACE, LAYOUTS, TORCHVISION, detect_layout, from_torch, has_rule, to_torch
 from tests.inference.test_load import small_config
 from tests.weights.test_tensor_files import write_state
 
@@ -23,7 +23,7 @@ NOT_FROM_COCO = re.compile(r"subject_queries|(class|box)_head/.*")
 
 @pytest.fixture(scope="module")
 def functions():
-    return ModelFunctions(model_config(small_config()))
+    return Network(model_config(small_config()))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def assert_taken(result, ours, fresh, taken: re.Pattern[str]) -> None:
 
 
 def test_a_released_file(functions, fresh, state, ours, tmp_path):
-    *result, report = initialise(write_state(tmp_path / "x.pth", state), functions, *fresh, small_config())
+    *result, report = load_pretrained(write_state(tmp_path / "x.pth", state), functions, *fresh, small_config())
     assert_taken(result, ours, fresh, re.compile(".*"))
     assert "DSCT" in report[0]
     assert "  re-initialised: none" in report
@@ -71,13 +71,13 @@ def test_a_released_file(functions, fresh, state, ours, tmp_path):
 def test_a_deformable_detr_of_coco(functions, fresh, state, ours, tmp_path, layout):
     tensors = coco(state)
     if layout == "hugging_face":
-        paths = {name: value for name, value in ours.items() if has_place(name, HUGGING_FACE)}
+        paths = {name: value for name, value in ours.items() if has_rule(name, HUGGING_FACE)}
         heads = {name: value for name, value in tensors.items() if re.match("(class|bbox)_embed", name)}
         save_file(to_torch(paths, num_decoder_layers=2, layout=HUGGING_FACE) | heads, str(tmp_path / "x.safetensors"), metadata={"format": "pt"})
         path = tmp_path / "x.safetensors"
     else:
         path = write_state(tmp_path / "x.pth", tensors)
-    *result, report = initialise(path, functions, *fresh, small_config())
+    *result, report = load_pretrained(path, functions, *fresh, small_config())
     assert_taken(result, ours, fresh, re.compile(rf"(?!{NOT_FROM_COCO.pattern}).*"))
     assert "Deformable DETR" in report[0]
     assert report[2] == "  re-initialised: box_head/layer0 (2), box_head/layer1 (2), box_head/layer2 (2), class_head (2), subject_queries"
@@ -91,7 +91,7 @@ def test_a_torchvision_backbone(functions, fresh, state, ours, tmp_path, suffix)
     tensors |= {"fc.weight": np.zeros((10, 256), np.float32), "fc.bias": np.zeros(10, np.float32), "bn1.num_batches_tracked": np.array(5)}
     path = tmp_path / f"x.{suffix}"
     save_file(tensors, str(path)) if suffix == "safetensors" else write_state(path, tensors)
-    *result, report = initialise(path, functions, *fresh, small_config())
+    *result, report = load_pretrained(path, functions, *fresh, small_config())
     assert_taken(result, ours, fresh, re.compile("backbone/.*"))
     assert "torchvision" in report[0]
     assert "  left out: fc (2), bn1" in report or "  left out: bn1, fc (2)" in report
@@ -99,13 +99,13 @@ def test_a_torchvision_backbone(functions, fresh, state, ours, tmp_path, suffix)
 
 def test_names_of_distributed_training(functions, fresh, state, ours, tmp_path):
     path = write_state(tmp_path / "x.pth", {f"module.{name}": value for name, value in state.items()})
-    *result, _ = initialise(path, functions, *fresh, small_config())
+    *result, _ = load_pretrained(path, functions, *fresh, small_config())
     assert_taken(result, ours, fresh, re.compile(".*"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.title)
 def test_every_table_goes_there_and_back(functions, ours, layout):
-    known = {path: value for path, value in ours.items() if has_place(path, layout)}
+    known = {path: value for path, value in ours.items() if has_rule(path, layout)}
     there = to_torch(known, num_decoder_layers=2, layout=layout)
     assert detect_layout(there) is layout
     back = from_torch(there, {path: value.shape for path, value in known.items()}, layout=layout)
@@ -122,7 +122,7 @@ def test_every_table_goes_there_and_back(functions, ours, layout):
 def refused(path: Path, functions, fresh, config=None) -> str:
     before = [dict(part) for part in fresh]
     with pytest.raises(UserError) as error:
-        initialise(path, functions, *fresh, config or small_config())
+        load_pretrained(path, functions, *fresh, config or small_config())
     for part, copy in zip(fresh, before, strict=True):
         assert part.keys() == copy.keys()
         assert all(part[name] is copy[name] for name in part)
@@ -142,7 +142,7 @@ def test_every_tensor_that_does_not_fit_is_named(functions, fresh, state, tmp_pa
     assert "level_embed is missing" in line
     assert "'transformer.encoder.layers.0.surprise' is matched by 0 rules" in line
     assert "input_proj.0.0.bias has shape (65,) where the model has (64,)" in line
-    *result, report = initialise(tmp_path / "x.pth", functions, *fresh, small_config(), strict=False)
+    *result, report = load_pretrained(tmp_path / "x.pth", functions, *fresh, small_config(), strict=False)
     assert "surprise" in report[-1]
     assert "level_embed" in report[2]
     np.testing.assert_array_equal(result[0]["level_embed"], fresh[0]["level_embed"])
@@ -150,7 +150,7 @@ def test_every_tensor_that_does_not_fit_is_named(functions, fresh, state, tmp_pa
 
 
 def test_a_doubled_tensor_is_named(functions, fresh, ours, tmp_path):
-    known = {path: value for path, value in ours.items() if has_place(path, HUGGING_FACE)}
+    known = {path: value for path, value in ours.items() if has_rule(path, HUGGING_FACE)}
     tensors = to_torch(known, num_decoder_layers=2, layout=HUGGING_FACE)
     tensors["model.encoder.layers.0.mlp.fc1.bias"] = tensors["model.encoder.layers.0.fc1.bias"] + 1  # two spellings of one name
     save_file(tensors, str(tmp_path / "x.safetensors"))
@@ -167,7 +167,7 @@ def test_files_of_other_models(functions, fresh, state, tmp_path):
     assert "no such file" in refused(tmp_path / "nowhere.pth", functions, fresh).lower()
     (tmp_path / "x.txt").write_text("x")
     assert "neither a .safetensors file nor" in refused(tmp_path / "x.txt", functions, fresh)
-    group = ModelFunctions(model_config(small_config(norm="group")))
+    group = Network(model_config(small_config(norm="group")))
     assert "config.model.norm=frozen_batch" in refused(write_state(tmp_path / "y.pth", state), group, group.init(0), small_config(norm="group"))
 
 
@@ -175,30 +175,30 @@ def test_a_model_of_our_own(functions, fresh, ours, tmp_path):
     config = small_config()
     model = Model(functions, {k: ours[k] for k in functions.param_shapes}, {k: ours[k] for k in functions.frozen_shapes}, config)
     model.save(tmp_path / "x.safetensors")
-    *result, report = initialise(tmp_path / "x.safetensors", functions, *fresh, config)
+    *result, report = load_pretrained(tmp_path / "x.safetensors", functions, *fresh, config)
     assert_taken(result, ours, fresh, re.compile(".*"))
     assert "a model of ours" in report[0]
     other = config | {"class_names": ("Anger", "Fear"), "multi_label": False}
-    smaller = ModelFunctions(model_config(other))
+    smaller = Network(model_config(other))
     start = smaller.init(1)
-    *result, report = initialise(tmp_path / "x.safetensors", smaller, *start, other)
+    *result, report = load_pretrained(tmp_path / "x.safetensors", smaller, *start, other)
     assert_taken(result, ours, start, re.compile("(?!class_head).*"))
     assert "  re-initialised: class_head (2)" in report
     reordered = config | {"class_names": config["class_names"][::-1]}  # the same shapes, other meanings
-    *result, _ = initialise(tmp_path / "x.safetensors", functions, *fresh, reordered)
+    *result, _ = load_pretrained(tmp_path / "x.safetensors", functions, *fresh, reordered)
     assert_taken(result, ours, fresh, re.compile("(?!class_head).*"))
     wider = small_config(num_subject_queries=9)
-    line = refused(tmp_path / "x.safetensors", ModelFunctions(model_config(wider)), ModelFunctions(model_config(wider)).init(0), wider)
+    line = refused(tmp_path / "x.safetensors", Network(model_config(wider)), Network(model_config(wider)).init(0), wider)
     assert "subject_queries has shape (4, 128) where the model has (9, 128)" in line
-    *_, report = initialise(tmp_path / "x.safetensors", functions, *fresh, small_config(semantic_selection="smallest"))
+    *_, report = load_pretrained(tmp_path / "x.safetensors", functions, *fresh, small_config(semantic_selection="smallest"))
     assert "config.model.semantic_selection: 'largest' -> 'smallest'" in report[1]
 
 
 def test_released_weights_for_other_classes(functions, state, ours, tmp_path):
     config = small_config() | {"class_names": ("Anger", "Fear"), "multi_label": False}
-    smaller = ModelFunctions(model_config(config))
+    smaller = Network(model_config(config))
     start = smaller.init(1)
-    *result, report = initialise(write_state(tmp_path / "x.pth", state), smaller, *start, config)
+    *result, report = load_pretrained(write_state(tmp_path / "x.pth", state), smaller, *start, config)
     assert_taken(result, ours, start, re.compile("(?!class_head).*"))
     assert "  re-initialised: class_head (2)" in report
     assert "  left out: class_embed_dsct (2)" in report
@@ -235,7 +235,7 @@ def test_the_encoder_of_transformers(functions, fresh, tmp_path):
     pixels = torch.tensor(images.transpose(0, 3, 1, 2)).double()
     with torch.no_grad():  # in float64: in float32 theirs is 1.3e-4 away from it, ours 7e-6
         out = theirs.double().model(pixel_values=pixels, pixel_mask=torch.tensor(~mask).long())
-    params, frozen, report = initialise(tmp_path / "model.safetensors", functions, *fresh, small_config())
+    params, frozen, report = load_pretrained(tmp_path / "model.safetensors", functions, *fresh, small_config())
     assert "Hugging Face" in report[0]
     ours = jax.jit(lambda *inputs: functions.bind(params, frozen)(*inputs, return_details=True).details["memory"])
     memory = ours(jnp.asarray(images), jnp.asarray(mask))

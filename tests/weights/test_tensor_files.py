@@ -250,7 +250,7 @@ def test_a_file_of_before_the_archives(tmp_path):
     for cut in range(1, len(whole), 97):
         (tmp_path / "x.pth").write_bytes(whole[:cut])
         assert refused(tmp_path / "x.pth")
-    # Code in place of the content, after a start that looks right.
+    # Code in place of the content, after a start that introspections right.
     start = whole[: whole.index(b"optimizer") - 20]
     (tmp_path / "x.pth").write_bytes(start[: start.rindex(b".") + 1] + pickle.dumps(_Mkdir(tmp_path / "executed"), protocol=2))
     assert "mkdir" in refused(tmp_path / "x.pth")
