@@ -4,7 +4,8 @@
     python train.py --config=configs/demo.py --workdir=runs/demo --mode=eval [--split=test] [--checkpoint=best]
     python train.py --config=configs/demo.py --workdir=runs/demo --mode=plan
 
-The same command again continues from the newest checkpoint in the workdir. docs/training.md tells the rest.
+The same command again continues from the newest checkpoint in the workdir. docs/training.md tells
+the rest.
 """
 
 import contextlib
@@ -38,9 +39,23 @@ from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.parallel import Prefetch, make_mesh, replicate, shard_batch
 from dsct_jax.postprocess import has_subject_logit
-from dsct_jax.runtime import AUTO, CompilationLog, Preemption, init_distributed, set_compilation_cache, start_process
+from dsct_jax.runtime import (
+    AUTO,
+    CompilationLog,
+    Preemption,
+    init_distributed,
+    set_compilation_cache,
+    start_process,
+)
 from dsct_jax.runtime import FILE as COMPILATIONS_FILE
-from dsct_jax.training.checkpoint import Checkpoints, best_step, load_weights, newest_step, require_same_model, require_same_shapes
+from dsct_jax.training.checkpoint import (
+    Checkpoints,
+    best_step,
+    load_weights,
+    newest_step,
+    require_same_model,
+    require_same_shapes,
+)
 from dsct_jax.training.logbook import Logbook, versions, write_settings
 from dsct_jax.training.loop import (
     Best,
@@ -59,7 +74,13 @@ from dsct_jax.training.losses import LossConfig
 from dsct_jax.training.matching import MatcherConfig
 from dsct_jax.training.memory_plan import format_plan, make_plan
 from dsct_jax.training.optimizer import OptimizerConfig
-from dsct_jax.training.step import TrainState, TrainStep, initial_state, make_eval_step, make_train_step
+from dsct_jax.training.step import (
+    TrainState,
+    TrainStep,
+    initial_state,
+    make_eval_step,
+    make_train_step,
+)
 from dsct_jax.visualization.drawing import contact_sheet, draw_shown
 from dsct_jax.weights.pretrained import load_pretrained
 
@@ -92,16 +113,34 @@ class RunConfig:
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> "RunConfig":
         """Raises UserError at the first field that is unknown, missing, or cannot be used."""
-        sections = {"matcher": MatcherConfig, "loss": LossConfig, "optimizer": OptimizerConfig, "train": TrainConfig}
-        parts: dict[str, Any] = {name: dataclass_from_dict(kind, name, require(config, name, Mapping)) for name, kind in sections.items()}
+        sections = {
+            "matcher": MatcherConfig,
+            "loss": LossConfig,
+            "optimizer": OptimizerConfig,
+            "train": TrainConfig,
+        }
+        parts: dict[str, Any] = {
+            name: dataclass_from_dict(kind, name, require(config, name, Mapping))
+            for name, kind in sections.items()
+        }
         parts["model"] = model_config(config)
-        classes = {"class_names": require(config, "class_names", tuple), "multi_label": require(config, "multi_label", bool)}
-        parts["data"] = dataclass_from_dict(DataConfig, "data", require(config, "data", Mapping), **classes)
-        return dataclass_from_dict(cls, "", {key: value for key, value in config.items() if key not in parts}, **parts)
+        classes = {
+            "class_names": require(config, "class_names", tuple),
+            "multi_label": require(config, "multi_label", bool),
+        }
+        parts["data"] = dataclass_from_dict(
+            DataConfig, "data", require(config, "data", Mapping), **classes
+        )
+        return dataclass_from_dict(
+            cls, "", {key: value for key, value in config.items() if key not in parts}, **parts
+        )
 
 
-def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Trains to the end of the schedule, evaluating and saving on the way; returns the last validation metrics.
+def train(
+    config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Trains to the end of the schedule, evaluating and saving on the way; returns the last
+    validation metrics.
 
     Args:
         profile: (first step, number of steps) that jax's profiler records, below `workdir`/profile.
@@ -117,18 +156,41 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
     functions = Network(run.model)
     params, frozen = initial_params(functions, run, config, workdir)
     set_compilation_cache(workdir / "compiled")
-    optimizer, state = initial_state(params, frozen, run.optimizer, total_steps=schedule.total, mesh=mesh, step_config=run.train.step_config)
-    metadata = {"config": config, "class_names": run.class_names, "seed": run.seed, "steps_per_epoch": schedule.epoch, "versions": versions()}
+    optimizer, state = initial_state(
+        params,
+        frozen,
+        run.optimizer,
+        total_steps=schedule.total,
+        mesh=mesh,
+        step_config=run.train.step_config,
+    )
+    metadata = {
+        "config": config,
+        "class_names": run.class_names,
+        "seed": run.seed,
+        "steps_per_epoch": schedule.epoch,
+        "versions": versions(),
+    }
 
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, keep=run.train.keep_checkpoints, metadata=metadata)))
+        checkpoints = stack.enter_context(
+            contextlib.closing(
+                Checkpoints(workdir, keep=run.train.keep_checkpoints, metadata=metadata)
+            )
+        )
         state, stored = checkpoints.restore_newest(state) or (state, {})
         best, meter, progress = Best(run.best_metric), Meter(), stored.get("progress", {})
         best.load_state(progress)
         meter.load_state(progress.get("pending", []))
         start_step, first = int(state.step), jax.process_index() == 0
         changed = write_settings(config, workdir) if first else []
-        logbook = Logbook(workdir, start_step=start_step, total_steps=schedule.total, wandb=run.train.wandb, config=config)
+        logbook = Logbook(
+            workdir,
+            start_step=start_step,
+            total_steps=schedule.total,
+            wandb=run.train.wandb,
+            config=config,
+        )
         stack.enter_context(contextlib.closing(logbook))
         trained = sum(value.size for value in state.params.values())
         what = f"{run.name}: {train_data.num_images} images, {trained:,} trained parameters, {mesh.size} device(s)"
@@ -137,11 +199,22 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
             logbook.log(f"process 0 of {jax.process_count()}, the only one that writes")
         if start_step > 0:
             log_config_changes(logbook, changed, stored, schedule.epoch)
-        validation = partial(validate, run=run, data=val_data, eval_step=make_eval_step(functions, mesh=mesh), mesh=mesh, logbook=logbook, best=best)
+        validation = partial(
+            validate,
+            run=run,
+            data=val_data,
+            eval_step=make_eval_step(functions, mesh=mesh),
+            mesh=mesh,
+            logbook=logbook,
+            best=best,
+        )
         if progress.get("validation_owed"):
             validation(start_step, state)
         if start_step >= schedule.total:
-            logbook.log(f"nothing left to train: {workdir} stands at step {start_step}; raise config.train.epochs to go on, or use --mode=eval")
+            logbook.log(
+                f"nothing left to train: {workdir} stands at step {start_step}; raise "
+                "config.train.epochs to go on, or use --mode=eval"
+            )
             return {}
         if stopped_early(best, run.train, logbook):
             return {}
@@ -156,7 +229,9 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
             checkpoints=checkpoints,
             logbook=logbook,
             compilations=compilations,
-            guard=NonFiniteGuard(workdir, limit=run.train.max_skipped, in_a_row=int(state.skipped), log=logbook.log),
+            guard=NonFiniteGuard(
+                workdir, limit=run.train.max_skipped, in_a_row=int(state.skipped), log=logbook.log
+            ),
             preemption=stack.enter_context(Preemption()),
             profiler=stack.enter_context(Profiler(profile, workdir / "profile", log=logbook.log)),
             meter=meter,
@@ -164,12 +239,18 @@ def train(config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] 
             validate=validation,
             max_programs=len(run.data.buckets),
         )
-        batches = Prefetch(train_data.iterator(start_step, schedule.total - start_step), lambda batch: shard_batch(batch, mesh))
+        batches = Prefetch(
+            train_data.iterator(start_step, schedule.total - start_step),
+            lambda batch: shard_batch(batch, mesh),
+        )
         stack.enter_context(batches)
         metrics = loop.run(train_step(functions, optimizer, run, mesh), state, batches)
         report_skipped(train_data, val_data, log=logbook.log)
         if best.value is not None:
-            logbook.log(f"best validation: {best.metric} {best.value:.3f} at step {best.step}, kept in {workdir / 'checkpoints' / str(best.step)}")
+            logbook.log(
+                f"best validation: {best.metric} {best.value:.3f} at step {best.step}, kept in "
+                f"{workdir / 'checkpoints' / str(best.step)}"
+            )
     return metrics
 
 
@@ -177,16 +258,25 @@ def build_dataset(run: RunConfig, split: str, *, training: bool) -> Dataset:
     """The data of one split for this process; says what was read and what had to be left out."""
     batch_size = run.train.batch_size if training else run.train.eval_batch_size
     hosts = {"host_index": jax.process_index(), "host_count": jax.process_count()}
-    data = make_dataset(run.data, split, batch_size=batch_size, seed=run.seed, training=training, **hosts)
+    data = make_dataset(
+        run.data, split, batch_size=batch_size, seed=run.seed, training=training, **hosts
+    )
     if jax.process_index() == 0:
         print(f"{split}: {data.report}", flush=True)
     if data.report.people == 0:
-        raise UserError(f"{data.report.source}: shows no person; {split} data need at least one box inside an image")
+        raise UserError(
+            f"{data.report.source}: shows no person; {split} data need at least one box inside an "
+            "image"
+        )
     return data
 
 
-def initial_params(functions: Network, run: RunConfig, config: Mapping[str, Any], workdir: Path) -> tuple[FlatParams, FlatParams]:
-    """Random values, and those of config.init_from in their place; what was taken is printed and kept in init_from.txt."""
+def initial_params(
+    functions: Network, run: RunConfig, config: Mapping[str, Any], workdir: Path
+) -> tuple[FlatParams, FlatParams]:
+    """Random values, and those of config.init_from in their place; what was taken is printed and
+    kept in init_from.txt.
+    """
     params, frozen = functions.init(run.seed)
     if not run.init_from or newest_step(workdir) is not None:  # a run that continues has its own
         return params, frozen
@@ -198,7 +288,9 @@ def initial_params(functions: Network, run: RunConfig, config: Mapping[str, Any]
     return params, frozen
 
 
-def train_step(functions: Network, optimizer: optax.GradientTransformation, run: RunConfig, mesh: Mesh) -> TrainStep:
+def train_step(
+    functions: Network, optimizer: optax.GradientTransformation, run: RunConfig, mesh: Mesh
+) -> TrainStep:
     """The step of a run."""
     return make_train_step(
         functions,
@@ -213,27 +305,67 @@ def train_step(functions: Network, optimizer: optax.GradientTransformation, run:
 
 
 def validate(
-    step: int, state: TrainState, *, run: RunConfig, data: Dataset, eval_step, mesh: Mesh, logbook: Logbook, best: Best
+    step: int,
+    state: TrainState,
+    *,
+    run: RunConfig,
+    data: Dataset,
+    eval_step,
+    mesh: Mesh,
+    logbook: Logbook,
+    best: Best,
 ) -> tuple[dict[str, Any], bool]:
-    """Metrics of the weights as they are, averaged if the run keeps an average; and whether they are the best, which `best` then knows."""
+    """Metrics of the weights as they are, averaged if the run keeps an average; and whether they
+    are the best, which `best` then knows.
+    """
     weights = (state.ema or state.params) | state.fixed
     keep = DRAWN_IN_TRAINING if jax.process_index() == 0 else 0
-    results, shown = collect(partial(eval_step, weights, state.frozen), data, "val", run=run, mesh=mesh, keep=keep)
+    results, shown = collect(
+        partial(eval_step, weights, state.frozen), data, "val", run=run, mesh=mesh, keep=keep
+    )
     metrics = evaluate(results)
-    logbook.write(step, {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)})
+    logbook.write(
+        step, {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)}
+    )
     if shown:
-        logbook.image(step, "val/predictions", contact_sheet(draw_shown(shown, results.about, fit_calibration(results)), 3))
-    logbook.log("validation: " + "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics))
+        logbook.image(
+            step,
+            "val/predictions",
+            contact_sheet(draw_shown(shown, results.about, fit_calibration(results)), 3),
+        )
+    logbook.log(
+        "validation: "
+        + "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics)
+    )
     return metrics, best.add(step, metrics)
 
 
 def collect(
-    predict: Callable[[Batch], Predictions], data: Dataset, split: str, *, run: RunConfig, mesh: Mesh, keep: int, checkpoint: str = ""
+    predict: Callable[[Batch], Predictions],
+    data: Dataset,
+    split: str,
+    *,
+    run: RunConfig,
+    mesh: Mesh,
+    keep: int,
+    checkpoint: str = "",
 ) -> tuple[SplitResults, list[Shown]]:
-    """(what `predict` says of every image of `data`, the first `keep` images with it); `checkpoint` is kept with the results, for people."""
+    """(what `predict` says of every image of `data`, the first `keep` images with it); `checkpoint`
+    is kept with the results, for people.
+    """
     subject_logit = has_subject_logit(multi_label=run.multi_label, class_loss=run.loss.class_loss)
-    about = ResultsInfo(run.class_names, run.multi_label, subject_logit, data.report.protocol, split, checkpoint)
-    return collect_results(predict, data.iterator(), about, num_images=data.num_images, source=data.report.source, mesh=mesh, keep=keep)
+    about = ResultsInfo(
+        run.class_names, run.multi_label, subject_logit, data.report.protocol, split, checkpoint
+    )
+    return collect_results(
+        predict,
+        data.iterator(),
+        about,
+        num_images=data.num_images,
+        source=data.report.source,
+        mesh=mesh,
+        keep=keep,
+    )
 
 
 def report_skipped(*datasets: Dataset, log) -> None:
@@ -241,50 +373,94 @@ def report_skipped(*datasets: Dataset, log) -> None:
     damaged = {name for data in datasets for name in data.skipped}
     unreadable = sum(data.report.unreadable for data in datasets)
     if damaged or unreadable:
-        log(f"left out: {unreadable} image(s) that could not be opened and {len(damaged)} with damaged pixels")
+        log(
+            f"left out: {unreadable} image(s) that could not be opened and {len(damaged)} with "
+            "damaged pixels"
+        )
 
 
 def print_plan(config: Mapping[str, Any]) -> None:
-    """What a training run would take: parameters, memory, compile time and arithmetic. Compiles every program; reads no data."""
+    """What a training run would take: parameters, memory, compile time and arithmetic. Compiles
+    every program; reads no data.
+    """
     run, mesh = RunConfig.from_mapping(config), make_mesh()
     run.train.require_divisible(mesh.size)
     functions = Network(run.model)
-    optimizer, state = initial_state(*functions.init(run.seed), run.optimizer, total_steps=1, mesh=mesh, step_config=run.train.step_config)
-    sizes = {"batch_size": run.train.batch_size, "max_targets": run.data.max_targets, "num_classes": len(run.class_names)}
-    print(f"{run.name}: {mesh.size} {jax.devices()[0].device_kind} device(s); compiling {len(run.data.buckets)} size(s) of images ...", flush=True)
-    print(format_plan(make_plan(train_step(functions, optimizer, run, mesh), state, run.data.buckets, **sizes)))
+    optimizer, state = initial_state(
+        *functions.init(run.seed),
+        run.optimizer,
+        total_steps=1,
+        mesh=mesh,
+        step_config=run.train.step_config,
+    )
+    sizes = {
+        "batch_size": run.train.batch_size,
+        "max_targets": run.data.max_targets,
+        "num_classes": len(run.class_names),
+    }
+    print(
+        f"{run.name}: {mesh.size} {jax.devices()[0].device_kind} device(s); compiling "
+        f"{len(run.data.buckets)} size(s) of images ...",
+        flush=True,
+    )
+    print(
+        format_plan(
+            make_plan(train_step(functions, optimizer, run, mesh), state, run.data.buckets, **sizes)
+        )
+    )
 
 
-def evaluate_checkpoint(config: Mapping[str, Any], workdir: Path, split: str, *, step: int | None = None) -> dict[str, Any]:
-    """Evaluates a checkpoint (None: the newest) on a split under every protocol of docs/evaluation.md.
+def evaluate_checkpoint(
+    config: Mapping[str, Any], workdir: Path, split: str, *, step: int | None = None
+) -> dict[str, Any]:
+    """Evaluates a checkpoint (None: the newest) on a split under every protocol of
+    docs/evaluation.md.
 
-    Prints the table; writes metrics_<split>.json, .md and .png, predictions_<split>.npz (what `python -m dsct_jax evaluate` reads) and
-    predictions_<split>.png into `workdir`, and, on the validation split, thresholds.json, which prediction and the other splits' evaluation use.
+    Prints the table; writes metrics_<split>.json, .md and .png, predictions_<split>.npz (what
+    `python -m dsct_jax evaluate` reads) and predictions_<split>.png into `workdir`, and, on the
+    validation split, thresholds.json, which prediction and the other splits' evaluation use.
     """
     run, mesh = RunConfig.from_mapping(config), make_mesh()
     run.train.require_divisible(mesh.size)
     params, frozen, metadata = load_weights(workdir, step)
     require_same_model(metadata["config"], config, str(workdir))
     functions = Network(run.model)
-    require_same_shapes(functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(workdir))
+    require_same_shapes(
+        functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(workdir)
+    )
     step = newest_step(workdir) if step is None else step
-    calibration = calibration_of_run(workdir, class_names=run.class_names, step=step) if split != "val" else None
+    calibration = (
+        calibration_of_run(workdir, class_names=run.class_names, step=step)
+        if split != "val"
+        else None
+    )
     data = build_dataset(run, split, training=False)
     predict = partial(make_eval_step(functions, mesh=mesh), *replicate((params, frozen), mesh))
-    results, shown = collect(predict, data, split, run=run, mesh=mesh, keep=DRAWN_IMAGES, checkpoint=f"step {step}")
+    results, shown = collect(
+        predict, data, split, run=run, mesh=mesh, keep=DRAWN_IMAGES, checkpoint=f"step {step}"
+    )
     metrics = evaluate(results, calibration=calibration, resamples=RESAMPLES, seed=run.seed)
     if jax.process_index() == 0:
         print(format_table(metrics))
         report_skipped(data, log=print)
-        predictions, sheet = workdir / f"predictions_{split}.npz", workdir / f"predictions_{split}.png"
+        predictions, sheet = (
+            workdir / f"predictions_{split}.npz",
+            workdir / f"predictions_{split}.png",
+        )
         results.save(predictions)
         fitted = fit_calibration(results) if split == "val" else None
         contact_sheet(draw_shown(shown, results.about, fitted or calibration), 6).save(sheet)
         numbers = write_evaluation(metrics, workdir, suffix=f"_{split}")
-        print(f"numbers: {'   '.join(map(str, numbers))}   predictions: {predictions}   drawings (dashed: annotated): {sheet}")
+        print(
+            f"numbers: {'   '.join(map(str, numbers))}   predictions: {predictions}   drawings "
+            f"(dashed: annotated): {sheet}"
+        )
         if fitted is not None:
             fitted.save(workdir / CALIBRATION_FILE)
-            print(f"temperature and thresholds fitted for prediction and for the other splits: {workdir / CALIBRATION_FILE}")
+            print(
+                "temperature and thresholds fitted for prediction and for the other splits: "
+                f"{workdir / CALIBRATION_FILE}"
+            )
         elif calibration is None:
             print("no thresholds fitted on validation: --mode=eval --split=val makes them")
     return metrics
@@ -293,16 +469,38 @@ def evaluate_checkpoint(config: Mapping[str, Any], workdir: Path, split: str, *,
 def make_parser() -> Parser:
     """The command's own flags; what begins with --config. is left to `override`."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--config", type=Path, help="configuration file, such as configs/demo.py, or a run's config.json")
-    parser.add_argument("--workdir", type=Path, help="directory of the run: checkpoints, metrics, settings")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="configuration file, such as configs/demo.py, or a run's config.json",
+    )
+    parser.add_argument(
+        "--workdir", type=Path, help="directory of the run: checkpoints, metrics, settings"
+    )
     modes = "train, evaluating on the way; evaluate a checkpoint; or say what a run takes"
     parser.add_argument("--mode", choices=["train", "eval", "plan"], default="train", help=modes)
-    parser.add_argument("--split", choices=SPLITS, default="test", help="what --mode=eval evaluates")
-    parser.add_argument("--checkpoint", default="newest", help="which one --mode=eval evaluates: newest, best (by the validations), or a step")
-    parser.add_argument("--coordinator", help=f"several processes: HOST:PORT of process 0, the same for all; {AUTO}: as jax finds out by itself")
+    parser.add_argument(
+        "--split", choices=SPLITS, default="test", help="what --mode=eval evaluates"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="newest",
+        help="which one --mode=eval evaluates: newest, best (by the validations), or a step",
+    )
+    parser.add_argument(
+        "--coordinator",
+        help=f"several processes: HOST:PORT of process 0, the same for all; {AUTO}: as jax finds "
+        "out by itself",
+    )
     parser.add_argument("--num_processes", type=int, help="several processes: how many")
-    parser.add_argument("--process_id", type=int, help="several processes: which of them this is, from 0")
-    parser.add_argument("--profile", metavar="STEP:NUMBER", help="records so many steps with jax's profiler, from this one on, below the workdir")
+    parser.add_argument(
+        "--process_id", type=int, help="several processes: which of them this is, from 0"
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="STEP:NUMBER",
+        help="records so many steps with jax's profiler, from this one on, below the workdir",
+    )
     return parser
 
 
@@ -311,7 +509,9 @@ def resolve_step(text: str, workdir: Path) -> int | None:
     if text in ("newest", "best"):
         return None if text == "newest" else best_step(workdir)
     if not text.isdecimal():
-        raise UserError(f"--checkpoint={text} cannot be used: must be newest, best or the step of a checkpoint")
+        raise UserError(
+            f"--checkpoint={text} cannot be used: must be newest, best or the step of a checkpoint"
+        )
     return int(text)
 
 
@@ -320,7 +520,11 @@ def run_mode(argv: list[str] | None) -> None:
     arguments, overrides = make_parser().parse_known_args(argv)
     for name in ("config",) if arguments.mode == "plan" else ("config", "workdir"):
         if getattr(arguments, name) is None:
-            raise UserError(f"--{name} is missing" + (f", but there is {overrides[0]}" if overrides else "") + "; see train.py --help")
+            raise UserError(
+                f"--{name} is missing"
+                + (f", but there is {overrides[0]}" if overrides else "")
+                + "; see train.py --help"
+            )
     window, workdir = parse_window(arguments.profile), arguments.workdir
     if workdir and workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; name a directory")
@@ -332,18 +536,26 @@ def run_mode(argv: list[str] | None) -> None:
         elif arguments.mode == "plan":
             print_plan(config)
         else:
-            evaluate_checkpoint(config, workdir, arguments.split, step=resolve_step(arguments.checkpoint, workdir))
+            evaluate_checkpoint(
+                config, workdir, arguments.split, step=resolve_step(arguments.checkpoint, workdir)
+            )
     except Preempted as request:
         print(request, flush=True)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             raise
-        raise UserError(f"{error.filename or workdir}: {error.strerror}; make room, then the same command continues") from error
+        raise UserError(
+            f"{error.filename or workdir}: {error.strerror}; make room, then the same command "
+            "continues"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; a user's mistake is one line on stderr and exit status 2."""
-    return run_command(lambda: run_mode(argv), interrupted="interrupted; the same command continues from the last checkpoint")
+    return run_command(
+        lambda: run_mode(argv),
+        interrupted="interrupted; the same command continues from the last checkpoint",
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""The paper's ablations as one command: trains and evaluates every row of a table with several seeds, and prints it beside the paper's numbers.
+"""The paper's ablations as one command: trains and evaluates every row of a table with several
+seeds, and prints it beside the paper's numbers.
 
     python -m benchmarks.ablate --table=6 --config=configs/demo.py --seeds=0,1,2 --output=runs/ablations [--config.train.epochs=6 ...]
 
-Rows are runs of train.py in OUTPUT/<setting>/seed<n>: the same command again skips finished ones, continues an unfinished one from its checkpoint,
-and prints the table from what there is when told so with --report. Tables share the rows they have in common. --rows=baseline,both keeps the rows
-whose name holds one of these words, for a larger budget or another setting of a few rows. --launch='nice -n 5' (or srun ...) is put before each run.
+Rows are runs of train.py in OUTPUT/<setting>/seed<n>: the same command again skips finished ones,
+continues an unfinished one from its checkpoint, and prints the table from what there is when told
+so with --report. Tables share the rows they have in common. --rows=baseline,both keeps the rows
+whose name holds one of these words, for a larger budget or another setting of a few rows.
+--launch='nice -n 5' (or srun ...) is put before each run.
 """
 
 import dataclasses
@@ -44,18 +47,33 @@ class Run:
     workdir: Path
 
     def is_finished(self, split: str) -> bool:
-        """Whether it was evaluated; raises UserError where the directory holds a run with other settings."""
+        """Whether it was evaluated; raises UserError where the directory holds a run with other
+        settings.
+        """
         settings = self.workdir / "config.json"
         if not settings.is_file():
             return False
-        if changed := [text for text in differences(to_builtins(json.loads(settings.read_text())), self.config) if not text.startswith("name:")]:
-            raise UserError(f"{self.workdir}: holds a run with other settings (config.{changed[0]}); remove it, or choose another --output")
-        return (self.workdir / f"metrics_{split}.json").is_file() and (self.workdir / f"predictions_{split}.npz").is_file()
+        if changed := [
+            text
+            for text in differences(to_builtins(json.loads(settings.read_text())), self.config)
+            if not text.startswith("name:")
+        ]:
+            raise UserError(
+                f"{self.workdir}: holds a run with other settings (config.{changed[0]}); remove "
+                "it, or choose another --output"
+            )
+        return (self.workdir / f"metrics_{split}.json").is_file() and (
+            self.workdir / f"predictions_{split}.npz"
+        ).is_file()
 
 
 def row_config(config: Mapping[str, Any], row: Row, seed: int) -> dict[str, Any]:
-    """The complete configuration of a row. Raises UserError for a value that the model does not accept."""
-    changed = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    """The complete configuration of a row. Raises UserError for a value that the model does not
+    accept.
+    """
+    changed = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()
+    }
     changed["seed"] = seed
     for name, value in row.changes.items():
         section, field = name.split(".")
@@ -68,16 +86,31 @@ def row_config(config: Mapping[str, Any], row: Row, seed: int) -> dict[str, Any]
 
 
 def choose_rows(table: Table, words: str) -> Table:
-    """The table with the rows whose name holds one of the words ('baseline,both'); '' keeps all. Raises UserError for a word in no name."""
+    """The table with the rows whose name holds one of the words ('baseline,both'); '' keeps all.
+    Raises UserError for a word in no name.
+    """
     wanted = words.split(",") if words else [""]
     if unknown := [word for word in wanted if not any(word in row.name for row in table.rows)]:
-        raise UserError(f"--rows={words}: {unknown[0]!r} is in no name of this table's rows: {'; '.join(row.name for row in table.rows)}")
-    return dataclasses.replace(table, rows=tuple(row for row in table.rows if any(word in row.name for word in wanted)))
+        raise UserError(
+            f"--rows={words}: {unknown[0]!r} is in no name of this table's rows: "
+            f"{'; '.join(row.name for row in table.rows)}"
+        )
+    return dataclasses.replace(
+        table, rows=tuple(row for row in table.rows if any(word in row.name for word in wanted))
+    )
 
 
-def make_runs(table: Table, config: Mapping[str, Any], *, seeds: Sequence[int], output: Path) -> list[Run]:
-    """All runs of a table, seed after seed, so that a table is complete early; each is checked before the first starts."""
-    return [Run(row, seed, row_config(config, row, seed), output / row.key / f"seed{seed}") for seed in seeds for row in table.rows]
+def make_runs(
+    table: Table, config: Mapping[str, Any], *, seeds: Sequence[int], output: Path
+) -> list[Run]:
+    """All runs of a table, seed after seed, so that a table is complete early; each is checked
+    before the first starts.
+    """
+    return [
+        Run(row, seed, row_config(config, row, seed), output / row.key / f"seed{seed}")
+        for seed in seeds
+        for row in table.rows
+    ]
 
 
 def train_and_evaluate(run: Run, *, split: str, launch: Sequence[str]) -> None:
@@ -87,27 +120,55 @@ def train_and_evaluate(run: Run, *, split: str, launch: Sequence[str]) -> None:
         UserError: one of them failed; the line ends with its last one.
     """
     run.workdir.parent.mkdir(parents=True, exist_ok=True)
-    settings, log = run.workdir.parent / f"seed{run.seed}.json", run.workdir.parent / f"seed{run.seed}.log"
+    settings, log = (
+        run.workdir.parent / f"seed{run.seed}.json",
+        run.workdir.parent / f"seed{run.seed}.log",
+    )
     settings.write_text(json.dumps(run.config, indent=1) + "\n")
-    command = [*launch, sys.executable, str(ROOT / "train.py"), f"--config={settings}", f"--workdir={run.workdir}"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    command = [
+        *launch,
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--config={settings}",
+        f"--workdir={run.workdir}",
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    }
     with log.open("a") as file:
         for extra in ([], ["--mode=eval", f"--split={split}"]):
             try:
-                done = subprocess.run([*command, *extra], stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+                done = subprocess.run(
+                    [*command, *extra],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    check=False,
+                )
             except OSError as error:
-                raise UserError(f"--launch={shlex.join(launch)}: {error.strerror or error}") from None
+                raise UserError(
+                    f"--launch={shlex.join(launch)}: {error.strerror or error}"
+                ) from None
             if done.returncode:
                 last = (log.read_text().splitlines() or ["no output"])[-1]
-                raise UserError(f"row {run.row.name!r}, seed {run.seed}: train.py ended with status {done.returncode}: {last} (all of it: {log})")
+                raise UserError(
+                    f"row {run.row.name!r}, seed {run.seed}: train.py ended with status "
+                    f"{done.returncode}: {last} (all of it: {log})"
+                )
 
 
 def measure(run: Run, *, split: str, by_people: bool) -> dict[str, float]:
-    """Column -> percent of one finished run; the first column is the metric of the task (mAP or accuracy)."""
+    """Column -> percent of one finished run; the first column is the metric of the task (mAP or
+    accuracy).
+    """
     metrics = json.loads((run.workdir / f"metrics_{split}.json").read_text())
     metric, multi_label = ("mAP", True) if run.config["multi_label"] else ("accuracy", False)
     if by_people:
-        return {people: 100 * bucket[metric] for people, bucket in metrics["buckets"].items() if metric in bucket}
+        return {
+            people: 100 * bucket[metric]
+            for people, bucket in metrics["buckets"].items()
+            if metric in bucket
+        }
     found = {metric: 100 * metrics[metric]}
     if run.config["data"]["source"] == "scenes" and not multi_label:
         found |= {cue: 100 * value for cue, value in accuracy_by_cue(run.workdir, split).items()}
@@ -125,23 +186,46 @@ def collect(table: Table, runs: Sequence[Run], *, split: str) -> dict[str, _Meas
 
 
 def summary(values: Sequence[float]) -> str:
-    """'91.2 ± 0.4', the spread being the sample standard deviation over the seeds; a single run has none."""
+    """'91.2 ± 0.4', the spread being the sample standard deviation over the seeds; a single run has
+    none.
+    """
     if not values:
         return "-"
-    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{statistics.fmean(values):.1f}" + (
+        f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    )
 
 
-def format_markdown(table: Table, measured: Mapping[str, _Measured], *, notes: Sequence[str]) -> str:
-    """The table in percent: ours (mean ± standard deviation over the seeds) beside the paper's numbers."""
+def format_markdown(
+    table: Table, measured: Mapping[str, _Measured], *, notes: Sequence[str]
+) -> str:
+    """The table in percent: ours (mean ± standard deviation over the seeds) beside the paper's
+    numbers.
+    """
     ours = list(dict.fromkeys(column for row in measured.values() for column in row))
     papers = list(dict.fromkeys(column for row in table.rows for column in row.paper))
-    head = [table.title.partition(":")[0], "seeds", *ours, *(f"paper: {column}" for column in papers)]
+    head = [
+        table.title.partition(":")[0],
+        "seeds",
+        *ours,
+        *(f"paper: {column}" for column in papers),
+    ]
     lines = [table.title, "", " | ".join(head), " | ".join(["---"] * len(head))]
     for row in table.rows:
         values = measured[row.key]
         seeds = max(map(len, values.values()), default=0)
         cells = [row.name, str(seeds), *(summary(values.get(column, ())) for column in ours)]
-        lines.append(" | ".join([*cells, *(f"{row.paper[column]:.2f}" if column in row.paper else "-" for column in papers)]))
+        lines.append(
+            " | ".join(
+                [
+                    *cells,
+                    *(
+                        f"{row.paper[column]:.2f}" if column in row.paper else "-"
+                        for column in papers
+                    ),
+                ]
+            )
+        )
     return "\n".join([*lines[:2], *(f"| {line} |" for line in lines[2:]), "", *notes])
 
 
@@ -151,8 +235,15 @@ def chance_levels(runs: Sequence[Run], *, split: str) -> list[str]:
     if finished is None:
         return ["no run is finished yet"]
     metrics = json.loads((finished.workdir / f"metrics_{split}.json").read_text())
-    name, level = ("a constant prediction", "chance_mAP") if finished.config["multi_label"] else ("the commonest class", "majority_accuracy")
-    notes = [f"{split} split: {metrics['num_images']} images, {metrics['num_people']} people; {name}: {100 * metrics[level]:.1f} %"]
+    name, level = (
+        ("a constant prediction", "chance_mAP")
+        if finished.config["multi_label"]
+        else ("the commonest class", "majority_accuracy")
+    )
+    notes = [
+        f"{split} split: {metrics['num_images']} images, {metrics['num_people']} people; {name}: "
+        f"{100 * metrics[level]:.1f} %"
+    ]
     scenes = finished.config["data"]["source"] == "scenes" and not finished.config["multi_label"]
     return notes + [SCENE_LEVELS] * scenes
 
@@ -161,7 +252,10 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """'0,1,2' -> (0, 1, 2)."""
     parts = text.split(",")
     if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
-        raise UserError(f"--seeds={text}: must be whole numbers with commas between them, none twice, such as 0,1,2")
+        raise UserError(
+            f"--seeds={text}: must be whole numbers with commas between them, none twice, such as "
+            "0,1,2"
+        )
     return tuple(int(part) for part in parts)
 
 
@@ -169,35 +263,69 @@ def make_parser() -> Parser:
     """The command's own flags; what begins with --config. changes the configuration of every row."""
     parser = Parser(prog="python -m benchmarks.ablate", description=__doc__)
     parser.add_argument("--table", required=True, help=f"of the paper: {', '.join(TABLES)}")
-    parser.add_argument("--config", type=Path, required=True, help="what the rows are changes of, such as configs/demo.py")
-    parser.add_argument("--rows", default="", help="words with commas between them: the rows whose name holds one of them; all unless told")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        required=True,
+        help="what the rows are changes of, such as configs/demo.py",
+    )
+    parser.add_argument(
+        "--rows",
+        default="",
+        help="words with commas between them: the rows whose name holds one of them; all unless "
+        "told",
+    )
     parser.add_argument("--seeds", default="0,1,2", help="a run each; 0,1,2 unless told")
-    parser.add_argument("--output", type=Path, required=True, help="directory of the runs, shared by all tables of one budget")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="what the rows are compared on")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="directory of the runs, shared by all tables of one budget",
+    )
+    parser.add_argument(
+        "--split", choices=SPLITS, default="test", help="what the rows are compared on"
+    )
     parser.add_argument("--launch", default="", help="command put before each run")
-    parser.add_argument("--report", action="store_true", help="train nothing; print the table from the finished runs")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="train nothing; print the table from the finished runs",
+    )
     return parser
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Runs the command: trains what is missing, prints the table, writes it to OUTPUT/table<name>.md and .json."""
+    """Runs the command: trains what is missing, prints the table, writes it to
+    OUTPUT/table<name>.md and .json.
+    """
     arguments, overrides = make_parser().parse_known_args(argv)
     config = override(read_config(arguments.config), overrides)
     table = choose_rows(paper_table(arguments.table, config), arguments.rows)
     seeds, split = parse_seeds(arguments.seeds), arguments.split
     runs = make_runs(table, config, seeds=seeds, output=arguments.output)
     missing = [] if arguments.report else [run for run in runs if not run.is_finished(split)]
-    print(f"{table.title}: {len(table.rows)} rows x {len(seeds)} seeds, {len(missing)} of {len(runs)} runs to do", flush=True)
+    print(
+        f"{table.title}: {len(table.rows)} rows x {len(seeds)} seeds, {len(missing)} of "
+        f"{len(runs)} runs to do",
+        flush=True,
+    )
     started = time.monotonic()
     for number, one in enumerate(missing, 1):
-        print(f"[{number}/{len(missing)}, {time.monotonic() - started:.0f} s] {one.row.name}, seed {one.seed}: {one.workdir}", flush=True)
+        print(
+            f"[{number}/{len(missing)}, {time.monotonic() - started:.0f} s] {one.row.name}, seed "
+            f"{one.seed}: {one.workdir}",
+            flush=True,
+        )
         train_and_evaluate(one, split=split, launch=shlex.split(arguments.launch))
     measured = collect(table, runs, split=split)
     text = format_markdown(table, measured, notes=chance_levels(runs, split=split))
     arguments.output.mkdir(parents=True, exist_ok=True)
     stem = f"table{arguments.table}".replace("tablefigure", "figure")
     (arguments.output / f"{stem}.md").write_text(text + "\n")
-    numbers = {row.name: {"changes": row.changes, "paper": dict(row.paper), "ours": measured[row.key]} for row in table.rows}
+    numbers = {
+        row.name: {"changes": row.changes, "paper": dict(row.paper), "ours": measured[row.key]}
+        for row in table.rows
+    }
     (arguments.output / f"{stem}.json").write_text(json.dumps(numbers, indent=1) + "\n")
     print(f"\n{text}\n\nwritten: {arguments.output / stem}.md and .json")
 

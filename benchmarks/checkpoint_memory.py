@@ -1,4 +1,5 @@
-"""What a process keeps of every checkpoint that it has written, and whose it is: resident memory after N saves, and after N calls of tensorstore.
+"""What a process keeps of every checkpoint that it has written, and whose it is: resident memory
+after N saves, and after N calls of tensorstore.
 
 python -m benchmarks.checkpoint_memory --config=configs/debug.py --saves=80
 """
@@ -55,7 +56,9 @@ def main() -> None:
     config = read_config(args.config)
     optimizer_config = dataclass_from_dict(OptimizerConfig, "optimizer", config["optimizer"])
     functions = Network(model_config(config))
-    _, state = initial_state(*functions.init(0), optimizer_config, total_steps=1, mesh=make_mesh(jax.devices()[:1]))
+    _, state = initial_state(
+        *functions.init(0), optimizer_config, total_steps=1, mesh=make_mesh(jax.devices()[:1])
+    )
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder), metadata={"config": config})
 
@@ -70,11 +73,18 @@ def main() -> None:
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": "/nowhere/"}}
     calls = grown(lambda: [tensorstore.Spec(spec).to_json() for _ in range(1000)], 20)
     arrays = len(jax.tree.leaves(state))
-    print(f"orbax-checkpoint {importlib.metadata.version('orbax-checkpoint')}, tensorstore {importlib.metadata.version('tensorstore')}")
     print(
-        f"{args.saves} checkpoints of {arrays} arrays: {saves[-1] / args.saves:.2f} MiB each; by quarter {', '.join(f'{x:.1f}' for x in saves)} MiB"
+        f"orbax-checkpoint {importlib.metadata.version('orbax-checkpoint')}, tensorstore "
+        f"{importlib.metadata.version('tensorstore')}"
     )
-    print(f"tensorstore.Spec(...).to_json(), which orbax calls for every array: {calls[-1] / 20 * 1024 / 1000:.2f} KiB a call")
+    print(
+        f"{args.saves} checkpoints of {arrays} arrays: {saves[-1] / args.saves:.2f} MiB each; by "
+        f"quarter {', '.join(f'{x:.1f}' for x in saves)} MiB"
+    )
+    print(
+        "tensorstore.Spec(...).to_json(), which orbax calls for every array: "
+        f"{calls[-1] / 20 * 1024 / 1000:.2f} KiB a call"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Accuracy on the built-in scenes by what decided a person's emotion: the face, something near, something far (data/readers/scenes.py).
+"""Accuracy on the built-in scenes by what decided a person's emotion: the face, something near,
+something far (data/readers/scenes.py).
 
     python -m benchmarks.cues runs/demo [--split=test]
 
@@ -25,10 +26,12 @@ from dsct_jax.postprocess import class_probabilities
 
 
 def accuracy_by_cue(workdir: Path, split: str) -> dict[str, float]:
-    """Cue -> share of its people whose most probable class is theirs, each answered by the query that overlaps them most.
+    """Cue -> share of its people whose most probable class is theirs, each answered by the query
+    that overlaps them most.
 
     Raises:
-        UserError: the run has no predictions of the split, or its data are not the scenes with one label a person.
+        UserError: the run has no predictions of the split, or its data are not the scenes with one
+            label a person.
     """
     config = data_config(workdir / "config.json")
     require_scenes(config, workdir)
@@ -37,7 +40,9 @@ def accuracy_by_cue(workdir: Path, split: str) -> dict[str, float]:
     people = {record.image_id: record.cues for record in records}
     cues = [cue for image in results.image_ids for cue in people[int(image)]]
     queries, _ = select_all(results, nms_threshold=None)
-    probabilities = class_probabilities(results.logits[results.image_of_person, queries], multi_label=False)
+    probabilities = class_probabilities(
+        results.logits[results.image_of_person, queries], multi_label=False
+    )
     right = probabilities.argmax(-1) == results.gt_labels.argmax(-1)
     return accuracies(right, cues)
 
@@ -45,7 +50,10 @@ def accuracy_by_cue(workdir: Path, split: str) -> dict[str, float]:
 def require_scenes(config: DataConfig, workdir: Path) -> None:
     """Raises UserError where the data of a run are not the scenes with one label a person."""
     if config.source != "scenes" or config.multi_label:
-        raise UserError(f"{workdir}: cues are known for config.data.source='scenes' with config.multi_label=False only")
+        raise UserError(
+            f"{workdir}: cues are known for config.data.source='scenes' with "
+            "config.multi_label=False only"
+        )
 
 
 def accuracies(right: Bool[np.ndarray, "m"], cues: Sequence[str]) -> dict[str, float]:
@@ -55,7 +63,10 @@ def accuracies(right: Bool[np.ndarray, "m"], cues: Sequence[str]) -> dict[str, f
 
 def format_cues(accuracies: Mapping[str, float]) -> str:
     """As text: a line for each cue with its share of the people that scenes draw."""
-    return "\n".join(f"{cue:<12}{accuracies[cue]:>8.1%}   ({share:.0%} of the people)" for cue, share in zip(CUES, CUE_SHARES, strict=True))
+    return "\n".join(
+        f"{cue:<12}{accuracies[cue]:>8.1%}   ({share:.0%} of the people)"
+        for cue, share in zip(CUES, CUE_SHARES, strict=True)
+    )
 
 
 def run(argv: Sequence[str] | None) -> None:

@@ -1,8 +1,10 @@
-"""Where the fusion's weight (Eq. 8) goes in a trained model: how sharp it is, and what each selection gets.
+"""Where the fusion's weight (Eq. 8) goes in a trained model: how sharp it is, and what each
+selection gets.
 
     python -m benchmarks.fusion_weights --checkpoint=runs/demo1 samples/test_0000?.png samples/test_0001?.png
 
-One line a decoder layer, means over the people found: the largest weight of a context query, the share of those selected by relevance alone, and the
+One line a decoder layer, means over the people found: the largest weight of a context query, the
+    share of those selected by relevance alone, and the
 distance of the weight from the person's reference point in shares of the image.
 """
 
@@ -19,15 +21,21 @@ from dsct_jax.inference.load import load
 from dsct_jax.runtime import start_process
 
 
-def weight_measures(introspections: Sequence[Introspection], layer: int) -> Iterator[tuple[float, float, float]]:
-    """(largest weight, share of the semantic selection alone, mean distance) of each person found; none for a layer that does not fuse."""
+def weight_measures(
+    introspections: Sequence[Introspection], layer: int
+) -> Iterator[tuple[float, float, float]]:
+    """(largest weight, share of the semantic selection alone, mean distance) of each person found;
+    none for a layer that does not fuse.
+    """
     for one in introspections:
         seen = one.layers[layer]
         size = np.array([one.image.width, one.image.height])
         for query in one.queries:
             weights = seen.context_weights[query]
             if weights.sum() > 0:
-                distances = np.linalg.norm((one.context_points - seen.subject_points[query]) / size, axis=-1)
+                distances = np.linalg.norm(
+                    (one.context_points - seen.subject_points[query]) / size, axis=-1
+                )
                 semantic = weights[seen.semantic[query] & ~seen.spatial[query]].sum()
                 yield float(weights.max()), float(semantic), float((weights * distances).sum())
 

@@ -1,10 +1,13 @@
-"""How fast images come: decoding, augmentation and the whole pipeline, beside torch's DataLoader with the same transforms in the same run.
+"""How fast images come: decoding, augmentation and the whole pipeline, beside torch's DataLoader
+with the same transforms in the same run.
 
     python -m benchmarks.input_pipeline --torch --output=benchmarks/input_pipeline
 
-DETR's recipe (the defaults of configs/base.py) on JPEG images made for the purpose, 640x480 and 1066x800, batches of 4. The contestants take
-turns, round after round, because a machine is never quiet; the table gives the median over the rounds and the range. torch's side is what DETR's
-repository does with PIL and tensors: float32, normalised and padded to the largest of the batch on the CPU, where ours hands over uint8.
+DETR's recipe (the defaults of configs/base.py) on JPEG images made for the purpose, 640x480 and
+1066x800, batches of 4. The contestants take turns, round after round, because a machine is never
+quiet; the table gives the median over the rounds and the range. torch's side is what DETR's
+repository does with PIL and tensors: float32, normalised and padded to the largest of the batch on
+the CPU, where ours hands over uint8.
 """
 
 import contextlib
@@ -42,18 +45,38 @@ Row = dict[str, Any]
 
 
 def write_photographs(folder: Path, size: tuple[int, int], count: int) -> DataConfig:
-    """`count` JPEG files with the detail of images (about 1.5 bits a pixel) and two people each, as COCO-style data."""
+    """`count` JPEG files with the detail of images (about 1.5 bits a pixel) and two people each, as
+    COCO-style data.
+    """
     folder.mkdir(parents=True)
     height, width = size
     images, people = [], []
     for number in range(count):
         rng = np.random.default_rng(number)
-        layers = [rng.normal(0, 60 / 2**level, (height // 2 ** (6 - level) + 2, width // 2 ** (6 - level) + 2, 3)) for level in range(6)]
-        smooth = [Image.fromarray((layer + 128).clip(0, 255).astype(np.uint8)).resize((width, height)) for layer in layers]
+        layers = [
+            rng.normal(
+                0, 60 / 2**level, (height // 2 ** (6 - level) + 2, width // 2 ** (6 - level) + 2, 3)
+            )
+            for level in range(6)
+        ]
+        smooth = [
+            Image.fromarray((layer + 128).clip(0, 255).astype(np.uint8)).resize((width, height))
+            for layer in layers
+        ]
         pixels = np.sum([np.asarray(image, np.float32) - 128 for image in smooth], axis=0) + 128
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=85)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+            folder / f"{number}.jpg", quality=85
+        )
         images.append({"id": number, "file_name": f"{number}.jpg"})
-        people += [{"id": 2 * number + i, "image_id": number, "category_id": i, "bbox": [40 + 200 * i, 60, 120, 150]} for i in range(2)]
+        people += [
+            {
+                "id": 2 * number + i,
+                "image_id": number,
+                "category_id": i,
+                "bbox": [40 + 200 * i, 60, 120, 150],
+            }
+            for i in range(2)
+        ]
     for split in ("train", "val", "test"):
         (folder / f"{split}.json").write_text(json.dumps({"images": images, "annotations": people}))
     return data_config(CONFIG, [f"--config.data.data_dir={folder}", "--config.data.source=coco"])
@@ -68,7 +91,12 @@ def augment_rate(config: DataConfig, records: Sequence[Record], seconds: float) 
     """Images a second of one thread: a decoded image to the augmented one, DETR's recipe."""
     image, record, rng = records[0].load(), records[0], np.random.default_rng(0)
     draws = rng.random((997, NUM_DRAWS)).tolist()
-    return _rate(lambda number: apply(draw(config, image.height, image.width, draws[number % 997]), image, record.boxes), seconds)
+    return _rate(
+        lambda number: apply(
+            draw(config, image.height, image.width, draws[number % 997]), image, record.boxes
+        ),
+        seconds,
+    )
 
 
 def _rate(work: Callable[[int], object], seconds: float) -> float:
@@ -87,7 +115,9 @@ def pipeline_batches(config: DataConfig, workers: int, *, seed: int = 0) -> Iter
 
 
 def torch_batches(config: DataConfig, workers: int) -> Iterator[object]:
-    """The same by torch's DataLoader, endless. Transforms as DETR's datasets/transforms.py has them."""
+    """The same by torch's DataLoader, endless. Transforms as DETR's datasets/transforms.py has
+    them.
+    """
     import torch
     from torch.utils.data import DataLoader, Dataset
 
@@ -102,21 +132,41 @@ def torch_batches(config: DataConfig, workers: int) -> Iterator[object]:
             record = records[number % len(records)]
             image = record.load()
             uniform = np.random.default_rng(number).random(NUM_DRAWS).tolist()
-            image, boxes, kept = apply(draw(config, image.height, image.width, uniform), image, record.boxes)
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
-            mean, std = (torch.tensor(three)[:, None, None] for three in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-            return (pixels - mean) / std, torch.from_numpy(boxes), torch.from_numpy(record.labels[kept])
+            image, boxes, kept = apply(
+                draw(config, image.height, image.width, uniform), image, record.boxes
+            )
+            pixels = (
+                torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
+            )
+            mean, std = (
+                torch.tensor(three)[:, None, None]
+                for three in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            )
+            return (
+                (pixels - mean) / std,
+                torch.from_numpy(boxes),
+                torch.from_numpy(record.labels[kept]),
+            )
 
     def padded(samples: list) -> Any:
         height, width = (max(image.shape[axis] for image, _, _ in samples) for axis in (1, 2))
-        images, masks = torch.zeros(len(samples), 3, height, width), torch.ones(len(samples), height, width, dtype=torch.bool)
+        images, masks = (
+            torch.zeros(len(samples), 3, height, width),
+            torch.ones(len(samples), height, width, dtype=torch.bool),
+        )
         for place, (image, _, _) in enumerate(samples):
             images[place, :, : image.shape[1], : image.shape[2]].copy_(image)
             masks[place, : image.shape[1], : image.shape[2]] = False
         return images, masks, [(boxes, labels) for _, boxes, labels in samples]
 
     return iter(
-        DataLoader(Photographs(), batch_size=BATCH_SIZE, num_workers=workers, collate_fn=padded, multiprocessing_context="fork" if workers else None)
+        DataLoader(
+            Photographs(),
+            batch_size=BATCH_SIZE,
+            num_workers=workers,
+            collate_fn=padded,
+            multiprocessing_context="fork" if workers else None,
+        )
     )
 
 
@@ -134,13 +184,22 @@ def batch_rate(batches: Iterator[object], seconds: float, *, warm_up: int = 6) -
     return count * BATCH_SIZE / passed
 
 
-def _measured(make: Callable[[DataConfig, int], Iterator[object]], config: DataConfig, workers: int, seconds: float) -> float:
+def _measured(
+    make: Callable[[DataConfig, int], Iterator[object]],
+    config: DataConfig,
+    workers: int,
+    seconds: float,
+) -> float:
     return batch_rate(make(config, workers), seconds)
 
 
 def data_wait(config: DataConfig, workers: int, step_seconds: float, *, steps: int = 30) -> float:
-    """Share of the time that a device which needs `step_seconds` a batch stands still for want of data."""
-    with Prefetch(pipeline_batches(config, workers), lambda batch: batch) as batches:  # as train.py takes them
+    """Share of the time that a device which needs `step_seconds` a batch stands still for want of
+    data.
+    """
+    with Prefetch(
+        pipeline_batches(config, workers), lambda batch: batch
+    ) as batches:  # as train.py takes them
         stream = iter(batches)
         for _ in range(6):
             next(stream)
@@ -153,7 +212,15 @@ def data_wait(config: DataConfig, workers: int, step_seconds: float, *, steps: i
         return batches.take_wait() / (time.perf_counter() - start)
 
 
-def measure(folder: Path, *, count: int, rounds: int, seconds: float, workers: Sequence[int], with_torch: bool) -> list[Row]:
+def measure(
+    folder: Path,
+    *,
+    count: int,
+    rounds: int,
+    seconds: float,
+    workers: Sequence[int],
+    with_torch: bool,
+) -> list[Row]:
     """Every row of the table."""
     rows: list[Row] = []
     for size in SOURCES:
@@ -169,20 +236,40 @@ def measure(folder: Path, *, count: int, rounds: int, seconds: float, workers: S
             ("augment", 0): partial(augment_rate, raw, records, seconds),
         }
         for number in workers:
-            contestants["pipeline", number] = partial(_measured, pipeline_batches, raw, number, seconds)
-            contestants["pipeline, prepared", number] = partial(_measured, pipeline_batches, ready, number, seconds)
+            contestants["pipeline", number] = partial(
+                _measured, pipeline_batches, raw, number, seconds
+            )
+            contestants["pipeline, prepared", number] = partial(
+                _measured, pipeline_batches, ready, number, seconds
+            )
             if with_torch:
-                contestants["torch DataLoader", number] = partial(_measured, torch_batches, raw, number, seconds)
+                contestants["torch DataLoader", number] = partial(
+                    _measured, torch_batches, raw, number, seconds
+                )
         found: dict[tuple[str, int], list[float]] = {key: [] for key in contestants}
         for round_number in range(rounds):
             for key, contestant in contestants.items():
                 found[key].append(contestant())
-                print(f"{name}, round {round_number + 1}/{rounds}: {key[0]}, {key[1]} workers: {found[key][-1]:.1f} images/s", file=sys.stderr)
-        rows += [{"source": name, "what": what, "workers": number, "images_per_s": rates} for (what, number), rates in found.items()]
+                print(
+                    f"{name}, round {round_number + 1}/{rounds}: {key[0]}, {key[1]} workers: "
+                    f"{found[key][-1]:.1f} images/s",
+                    file=sys.stderr,
+                )
+        rows += [
+            {"source": name, "what": what, "workers": number, "images_per_s": rates}
+            for (what, number), rates in found.items()
+        ]
         if 2 in workers:
             step = 1.5 * BATCH_SIZE / statistics.median(found["pipeline", 2])
             shares = [data_wait(raw, 2, step) for _ in range(rounds)]
-            rows.append({"source": name, "what": f"data wait, a device step of {1000 * step:.0f} ms", "workers": 2, "share": shares})
+            rows.append(
+                {
+                    "source": name,
+                    "what": f"data wait, a device step of {1000 * step:.0f} ms",
+                    "workers": 2,
+                    "share": shares,
+                }
+            )
     return rows
 
 
@@ -190,17 +277,26 @@ def format_rows(rows: Sequence[Row]) -> str:
     """The table in markdown."""
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, Pillow {Image.__version__}"
     lines = [
-        f"DETR's training recipe, batches of {BATCH_SIZE} ({machine}). Workers are processes; 0 = one thread of this one.",
+        f"DETR's training recipe, batches of {BATCH_SIZE} ({machine}). Workers are processes; 0 = "
+        "one thread of this one.",
         "",
         "| source | what | workers | images/s, median (range) | beside torch |",
         "|---|---|---|---|---|",
     ]
-    torch_rate = {(row["source"], row["workers"]): statistics.median(row["images_per_s"]) for row in rows if row["what"] == "torch DataLoader"}
+    torch_rate = {
+        (row["source"], row["workers"]): statistics.median(row["images_per_s"])
+        for row in rows
+        if row["what"] == "torch DataLoader"
+    }
     for row in rows:
         numbers = row.get("images_per_s") or [100 * share for share in row["share"]]
         unit = "" if "images_per_s" in row else " %"
         text = f"{statistics.median(numbers):.1f}{unit} ({min(numbers):.1f} to {max(numbers):.1f})"
-        other = torch_rate.get((row["source"], row["workers"])) if row["what"].startswith(("pipeline", "torch")) else None
+        other = (
+            torch_rate.get((row["source"], row["workers"]))
+            if row["what"].startswith(("pipeline", "torch"))
+            else None
+        )
         ratio = f"{statistics.median(numbers) / other:.2f}x" if other else ""
         lines.append(f"| {row['source']} | {row['what']} | {row['workers']} | {text} | {ratio} |")
     return "\n".join(lines) + "\n"
@@ -209,24 +305,37 @@ def format_rows(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = Parser(prog="python -m benchmarks.input_pipeline", description=__doc__)
-    parser.add_argument("--torch", action="store_true", help="measure torch's DataLoader as well (needs the torch extra)")
+    parser.add_argument(
+        "--torch",
+        action="store_true",
+        help="measure torch's DataLoader as well (needs the torch extra)",
+    )
     parser.add_argument("--images", type=int, default=64, help="images of each size (default 64)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement (default 4)")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="of each measurement (default 4)"
+    )
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, help="writes OUTPUT.md and OUTPUT.json")
 
     def run() -> None:
         arguments = parser.parse_args(argv)
         if arguments.images < BATCH_SIZE or arguments.rounds < 1 or min(arguments.workers) < 0:
-            raise UserError(f"needs --images of at least {BATCH_SIZE}, --rounds of at least 1, and --workers of 0 or more")
+            raise UserError(
+                f"needs --images of at least {BATCH_SIZE}, --rounds of at least 1, and --workers "
+                "of 0 or more"
+            )
         with tempfile.TemporaryDirectory() as folder:
             options = {name: getattr(arguments, name) for name in ("rounds", "seconds", "workers")}
-            rows = measure(Path(folder), count=arguments.images, with_torch=arguments.torch, **options)
+            rows = measure(
+                Path(folder), count=arguments.images, with_torch=arguments.torch, **options
+            )
         print(format_rows(rows), end="")
         if arguments.output:
             arguments.output.with_suffix(".md").write_text(format_rows(rows), encoding="utf-8")
-            arguments.output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            arguments.output.with_suffix(".json").write_text(
+                json.dumps(rows, indent=1) + "\n", encoding="utf-8"
+            )
 
     return run_command(run)
 

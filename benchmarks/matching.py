@@ -1,9 +1,12 @@
-"""Both matchers by batch, layers, queries and people: SciPy on the host beside the Hungarian algorithm on the device.
+"""Both matchers by batch, layers, queries and people: SciPy on the host beside the Hungarian
+algorithm on the device.
 
     python -m benchmarks.matching --output=benchmarks/matching_cpu
 
-Timed is what stands between the cost and the assignment on the device: for SciPy the way to the host and back, for the device its program. Costs
-are drawn as the model's begin: without structure. The two must agree in every pair, or the table is not written.
+Timed is what stands between the cost and the assignment on the device: for SciPy the way to the
+    host and back, for the device its program. Costs
+are drawn as the model's begin: without structure. The two must agree in every pair, or the table is
+not written.
 """
 
 import argparse
@@ -38,7 +41,9 @@ def measure(case: tuple[int, int, int, int], rounds: int) -> dict[str, float]:
     np.testing.assert_array_equal(host(cost, valid), device(cost, valid))
     seconds: dict[str, list[float]] = {"scipy": [], "device": []}
     for i in range(rounds):
-        fresh = jax.block_until_ready(cost + np.float32(i))  # an array that the host has not seen; the same assignment
+        fresh = jax.block_until_ready(
+            cost + np.float32(i)
+        )  # an array that the host has not seen; the same assignment
         for name, assign in (("scipy", host), ("device", device)):
             start = time.perf_counter()
             jax.block_until_ready(assign(fresh, valid))
@@ -54,7 +59,8 @@ def main() -> None:
     args = parser.parse_args()
     kind = jax.devices()[0].device_kind
     lines = [
-        f"Assignment only, milliseconds, median of {args.rounds} ({kind}, jax {jax.__version__}, Python {platform.python_version()})",
+        f"Assignment only, milliseconds, median of {args.rounds} ({kind}, jax {jax.__version__}, "
+        f"Python {platform.python_version()})",
         "",
         "| batch | layers | queries | people | scipy | device | device / scipy |",
         "|---|---|---|---|---|---|---|",
@@ -62,14 +68,20 @@ def main() -> None:
     results = []
     for case in CASES:
         found = measure(case, args.rounds)
-        results.append(dict(zip(("batch", "layers", "queries", "people"), case, strict=True)) | found)
+        results.append(
+            dict(zip(("batch", "layers", "queries", "people"), case, strict=True)) | found
+        )
         lines.append(
-            "| " + " | ".join(map(str, case)) + f" | {found['scipy']:.2f} | {found['device']:.2f} | {found['device'] / found['scipy']:.1f} |"
+            "| "
+            + " | ".join(map(str, case))
+            + f" | {found['scipy']:.2f} | {found['device']:.2f} | {found['device'] / found['scipy']:.1f} |"
         )
         print(lines[-1], flush=True)
     if args.output:
         args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
-        args.output.with_suffix(".json").write_text(json.dumps({"device": kind, "results": results}, indent=1) + "\n")
+        args.output.with_suffix(".json").write_text(
+            json.dumps({"device": kind, "results": results}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Forward and training step of the full R50 model on the CPU, beside Hugging Face's DeformableDetr of the same size.
+"""Forward and training step of the full R50 model on the CPU, beside Hugging Face's DeformableDetr
+of the same size.
 
     python -m benchmarks.model_cpu --torch --output=benchmarks/model_cpu
 
-Float32, random weights, one image; nothing is computed twice to save memory (model.remat="none"), as in PyTorch. Each measurement is a process of
-its own with the given number of threads, so that peak memory is its own; the processes of the two implementations take turns, and the table gives
-the median over all timed runs with their range.
+Float32, random weights, one image; nothing is computed twice to save memory (model.remat="none"),
+as in PyTorch. Each measurement is a process of its own with the given number of threads, so that
+peak memory is its own; the processes of the two implementations take turns, and the table gives the
+median over all timed runs with their range.
 """
 
 import argparse
@@ -23,11 +25,13 @@ import numpy as np
 
 HEIGHT, WIDTH = 480, 640
 MODES = ("forward", "train")
-PLAIN = "ours-reference"  # our model with the plain jnp definition of deformable attention: what the fast path is worth
+# our model with the plain jnp definition of deformable attention: what the fast path is worth
+PLAIN = "ours-reference"
 
 
 def measure_ours(mode: str, runs: int, implementation: str | None = None) -> list[float]:
-    """Seconds of `runs` forward passes or training steps of configs/emotic_r50, dropout on in training, compiled before.
+    """Seconds of `runs` forward passes or training steps of configs/emotic_r50, dropout on in
+    training, compiled before.
 
     `implementation` names one of deformable attention's; None is what the model picks by itself.
     """
@@ -51,18 +55,34 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
     rng = np.random.default_rng(0)
     sizes = np.array([[HEIGHT, WIDTH]], np.int32)
     labels = (rng.random((1, 16, 26)) < 0.2).astype(np.float32)
-    targets = Targets(rng.uniform(0.3, 0.5, (1, 16, 4)).astype(np.float32), labels, np.arange(16)[None] < 2)
+    targets = Targets(
+        rng.uniform(0.3, 0.5, (1, 16, 4)).astype(np.float32), labels, np.arange(16)[None] < 2
+    )
     image = rng.integers(0, 256, (1, HEIGHT, WIDTH, 3), dtype=np.uint8)
-    batch = shard_batch(Batch(image, sizes, targets, np.zeros(1, np.int32), sizes, np.ones(1, bool)), mesh)
+    batch = shard_batch(
+        Batch(image, sizes, targets, np.zeros(1, np.int32), sizes, np.ones(1, bool)), mesh
+    )
     if mode == "forward" and implementation:
-        forward = jax.jit(lambda p, f, batch: functions.bind(p, f)(*model_input(batch), implementation=implementation))
+        forward = jax.jit(
+            lambda p, f, batch: functions.bind(p, f)(
+                *model_input(batch), implementation=implementation
+            )
+        )
         return timed(lambda: jax.block_until_ready(forward(params, frozen, batch)), runs)
     if mode == "forward":
         step = make_eval_step(functions, mesh=mesh)
         return timed(lambda: jax.block_until_ready(step(params, frozen, batch)), runs)
     optimizer_config = dataclass_from_dict(OptimizerConfig, "optimizer", config["optimizer"])
     optimizer, state = initial_state(params, frozen, optimizer_config, total_steps=1000, mesh=mesh)
-    step = make_train_step(functions, optimizer, loss=LossConfig(), matcher=MatcherConfig(), multi_label=True, mesh=mesh, seed=0)
+    step = make_train_step(
+        functions,
+        optimizer,
+        loss=LossConfig(),
+        matcher=MatcherConfig(),
+        multi_label=True,
+        mesh=mesh,
+        seed=0,
+    )
 
     def run():
         nonlocal state
@@ -73,7 +93,9 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
 
 
 def measure_torch(mode: str, runs: int) -> list[float]:
-    """The same of transformers' DeformableDetr: ResNet-50, 6 + 6 layers, 304 queries, its own loss and Hungarian matcher, AdamW."""
+    """The same of transformers' DeformableDetr: ResNet-50, 6 + 6 layers, 304 queries, its own loss
+    and Hungarian matcher, AdamW.
+    """
     import torch
     from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
@@ -126,16 +148,30 @@ def in_process(implementation: str, mode: str, runs: int, threads: int) -> dict:
         "OMP_NUM_THREADS": str(threads),
         "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads={threads}",
     }
-    command = [sys.executable, "-m", "benchmarks.model_cpu", f"--measure={implementation}:{mode}", f"--runs={runs}"]
-    out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.model_cpu",
+        f"--measure={implementation}:{mode}",
+        f"--runs={runs}",
+    ]
+    out = subprocess.run(
+        command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
     return json.loads(out.splitlines()[-1])
 
 
 def main() -> None:
     """Measures, prints the table, and writes it with the raw numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--torch", action="store_true", help="measure transformers' DeformableDetr too (needs the torch extra)")
-    parser.add_argument("--rounds", type=int, default=3, help="processes for each measurement, taking turns")
+    parser.add_argument(
+        "--torch",
+        action="store_true",
+        help="measure transformers' DeformableDetr too (needs the torch extra)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="processes for each measurement, taking turns"
+    )
     parser.add_argument("--runs", type=int, default=3, help="timed runs a process")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="writes OUTPUT.md and OUTPUT.json")
@@ -143,22 +179,41 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         implementation, mode = args.measure.split(":")
-        measure = {"ours": measure_ours, "transformers": measure_torch, PLAIN: partial(measure_ours, implementation="reference")}[implementation]
+        measure = {
+            "ours": measure_ours,
+            "transformers": measure_torch,
+            PLAIN: partial(measure_ours, implementation="reference"),
+        }[implementation]
         seconds = measure(mode, args.runs)
-        print(json.dumps({"seconds": seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+        print(
+            json.dumps(
+                {
+                    "seconds": seconds,
+                    "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                }
+            )
+        )
         return
     implementations = {"forward": ["ours", PLAIN], "train": ["ours"]}
     if args.torch:
-        implementations = {mode: [*names, "transformers"] for mode, names in implementations.items()}
+        implementations = {
+            mode: [*names, "transformers"] for mode, names in implementations.items()
+        }
     results: dict[str, dict] = {}
     for round_number in range(args.rounds):
         for mode in MODES:
             for implementation in implementations[mode]:
                 found = in_process(implementation, mode, args.runs, args.threads)
-                entry = results.setdefault(f"{mode} {implementation}", {"seconds": [], "peak_gib": []})
+                entry = results.setdefault(
+                    f"{mode} {implementation}", {"seconds": [], "peak_gib": []}
+                )
                 entry["seconds"] += found["seconds"]
                 entry["peak_gib"].append(found["peak_gib"])
-                print(f"round {round_number + 1}/{args.rounds}: {mode} {implementation} {min(found['seconds']):.2f} s", flush=True)
+                print(
+                    f"round {round_number + 1}/{args.rounds}: {mode} {implementation} "
+                    f"{min(found['seconds']):.2f} s",
+                    flush=True,
+                )
     table = format_results(results, args.threads)
     print(table)
     if args.output:
@@ -182,7 +237,9 @@ def format_results(results: dict[str, dict], threads: int) -> str:
         other = results.get(f"{name.split()[0]} transformers")
         ratio = f"{statistics.median(other['seconds']) / median:.2f}x" if other else ""
         spread = f"{min(entry['seconds']):.2f} to {max(entry['seconds']):.2f}"
-        lines.append(f"| {name} | {median:.2f} ({spread}) | {max(entry['peak_gib']):.1f} | {ratio} |")
+        lines.append(
+            f"| {name} | {median:.2f} ({spread}) | {max(entry['peak_gib']):.1f} | {ratio} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,8 @@
-"""The paper's ablations: the rows of its tables as changes of a configuration, with the numbers it printed.
+"""The paper's ablations: the rows of its tables as changes of a configuration, with the numbers it
+printed.
 
-Source: "Two in One Go", ACM MM 2024, Tables 3, 5 to 9, 11, 12 and Figure 11. Its runs start from COCO weights on EMOTIC (mAP) or CAER-S (accuracy);
+Source: "Two in One Go", ACM MM 2024, Tables 3, 5 to 9, 11, 12 and Figure 11. Its runs start from
+    COCO weights on EMOTIC (mAP) or CAER-S (accuracy);
 a run on other data has the same rows and other numbers.
 """
 
@@ -24,8 +26,12 @@ class Row:
 
     name: str  # as the table calls it
     changes: _Changes  # "section.field" -> value, on top of the configuration
-    paper: Mapping[str, float] = dataclasses.field(default_factory=dict)  # column -> percent, as printed
-    key: str = ""  # of its directory: rows of different tables with the same changes share their runs
+    paper: Mapping[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # column -> percent, as printed
+    key: str = (
+        ""  # of its directory: rows of different tables with the same changes share their runs
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +40,14 @@ class Table:
 
     title: str
     rows: tuple[Row, ...]
-    by_people: bool = False  # one column for each number of people in the image instead of one number (Table 12)
+    by_people: bool = (
+        False  # one column for each number of people in the image instead of one number (Table 12)
+    )
 
 
 def paper_table(name: str, config: Mapping[str, Any]) -> Table:
-    """The table `name` of TABLES for a complete configuration; numbers of queries and layers follow the size of its model.
+    """The table `name` of TABLES for a complete configuration; numbers of queries and layers follow
+    the size of its model.
 
     Raises:
         UserError: there is no such table, or it makes no sense for the configuration.
@@ -50,15 +59,29 @@ def paper_table(name: str, config: Mapping[str, Any]) -> Table:
     if name not in makers:
         raise UserError(f"--table={name}: must be one of {', '.join(TABLES)}")
     model = config["model"]
-    if name in ("6", "7", "8", "12", "figure11") and not (model["num_context_queries"] and model["num_decoder_layers"] > 1):
-        raise UserError(f"--table={name}: needs config.model.num_context_queries above 0 and several decoder layers")
+    if name in ("6", "7", "8", "12", "figure11") and not (
+        model["num_context_queries"] and model["num_decoder_layers"] > 1
+    ):
+        raise UserError(
+            f"--table={name}: needs config.model.num_context_queries above 0 and several decoder "
+            "layers"
+        )
     table = makers[name](config)
-    return dataclasses.replace(table, rows=tuple(dataclasses.replace(row, key=_key(row.changes, config)) for row in table.rows))
+    return dataclasses.replace(
+        table,
+        rows=tuple(dataclasses.replace(row, key=_key(row.changes, config)) for row in table.rows),
+    )
 
 
 def _key(changes: _Changes, config: Mapping[str, Any]) -> str:
-    """'model.num_subject_queries=4', readable and the same for the same setting, whichever table asks for it."""
-    real = {field: value for field, value in changes.items() if config[field.split(".")[0]][field.split(".")[1]] != value}
+    """'model.num_subject_queries=4', readable and the same for the same setting, whichever table
+    asks for it.
+    """
+    real = {
+        field: value
+        for field, value in changes.items()
+        if config[field.split(".")[0]][field.split(".")[1]] != value
+    }
     return ",".join(f"{field}={_text(value)}" for field, value in sorted(real.items())) or UNCHANGED
 
 
@@ -72,10 +95,16 @@ def _coefficients(config: Mapping[str, Any]) -> Table:
         (2, 2): 35.94, (5, 5): 35.00, (10, 10): 35.05, (15, 15): 34.75, (1, 10): 34.70, (1, 8): 35.45,
     }  # fmt: skip
     rows = [
-        Row(f"theta_cls {theta}, lambda_cls {weight}", {"matcher.cost_class": float(theta), "loss.weight_class": float(weight)}, {"EMOTIC": value})
+        Row(
+            f"theta_cls {theta}, lambda_cls {weight}",
+            {"matcher.cost_class": float(theta), "loss.weight_class": float(weight)},
+            {"EMOTIC": value},
+        )
         for (theta, weight), value in printed.items()
     ]
-    return Table("Table 3: coefficients of classification (matching cost theta, loss lambda)", tuple(rows))
+    return Table(
+        "Table 3: coefficients of classification (matching cost theta, loss lambda)", tuple(rows)
+    )
 
 
 def _subject_queries(config: Mapping[str, Any]) -> Table:
@@ -90,9 +119,14 @@ def _subject_queries(config: Mapping[str, Any]) -> Table:
 
 def _components(config: Mapping[str, Any]) -> Table:
     model = config["model"]
-    spatial, semantic, context = (model[f"num_{name}"] for name in ("spatial_neighbors", "semantic_neighbors", "context_queries"))
+    spatial, semantic, context = (
+        model[f"num_{name}"]
+        for name in ("spatial_neighbors", "semantic_neighbors", "context_queries")
+    )
     if not (spatial and semantic):
-        raise UserError("--table=6: needs config.model.num_spatial_neighbors and num_semantic_neighbors above 0")
+        raise UserError(
+            "--table=6: needs config.model.num_spatial_neighbors and num_semantic_neighbors above 0"
+        )
     rows = (
         Row("baseline: no context queries", {"model.num_context_queries": 0}, {"EMOTIC": 36.55}),
         Row("decouple-fuse: all context queries", _selected(context, 0), {"EMOTIC": 36.73}),
@@ -109,17 +143,31 @@ def _selected(spatial: int, semantic: int) -> _Changes:
 
 def _reweighting(config: Mapping[str, Any]) -> Table:
     printed = {"semantic": 37.26, "equal": 36.73, "spatial": 36.48, "attentive": 36.93}
-    return Table("Table 7: re-weighting", tuple(Row(name, {"model.reweighting": name}, {"EMOTIC": value}) for name, value in printed.items()))
+    return Table(
+        "Table 7: re-weighting",
+        tuple(
+            Row(name, {"model.reweighting": name}, {"EMOTIC": value})
+            for name, value in printed.items()
+        ),
+    )
 
 
 def _fusion_location(config: Mapping[str, Any]) -> Table:
-    """First fusing layer as a share of the decoder's depth; of settings that coincide in a shallow decoder the first row stays."""
+    """First fusing layer as a share of the decoder's depth; of settings that coincide in a shallow
+    decoder the first row stays.
+    """
     layers = config["model"]["num_decoder_layers"]
     rows: dict[int, Row] = {}
     for start, value in {0: 37.01, 1: 36.58, 3: 36.82, 5: 36.44}.items():
         first = start * layers // _PAPER_DECODER_LAYERS
-        name = f"{_ordinal(first)} to {_ordinal(layers - 1)} layer" if first < layers - 1 else f"{_ordinal(first)} layer only (late)"
-        rows.setdefault(first, Row(name, {"model.fusion_layers": _from_layer(first, layers)}, {"EMOTIC": value}))
+        name = (
+            f"{_ordinal(first)} to {_ordinal(layers - 1)} layer"
+            if first < layers - 1
+            else f"{_ordinal(first)} layer only (late)"
+        )
+        rows.setdefault(
+            first, Row(name, {"model.fusion_layers": _from_layer(first, layers)}, {"EMOTIC": value})
+        )
     return Table("Table 8: fusing layers", tuple(rows.values()))
 
 
@@ -136,7 +184,10 @@ def _backbones(config: Mapping[str, Any]) -> Table:
         "resnet18": (35.68, 84.98), "resnet34": (34.40, 84.52), "resnet50": (37.26, 91.81), "resnet101": (37.81, 85.39),
         "resnet152": (37.32, 83.88), "wide_resnet50": (34.46, 85.71), "wide_resnet101": (34.07, 83.16),
     }  # fmt: skip
-    rows = [Row(name, {"model.backbone": name}, {"EMOTIC": a, "CAER-S": b}) for name, (a, b) in printed.items()]
+    rows = [
+        Row(name, {"model.backbone": name}, {"EMOTIC": a, "CAER-S": b})
+        for name, (a, b) in printed.items()
+    ]
     return Table("Table 9: backbones", tuple(rows))
 
 
@@ -144,24 +195,42 @@ def _localization(config: Mapping[str, Any]) -> Table:
     printed = {1.0: 35.61, 5.0: 36.67, 10.0: 36.45, 15.0: 36.61}
     return Table(
         "Table 11: coefficient of localisation",
-        tuple(Row(f"lambda_box {weight:g}", {"loss.weight_bbox": weight}, {"EMOTIC": value}) for weight, value in printed.items()),
+        tuple(
+            Row(f"lambda_box {weight:g}", {"loss.weight_bbox": weight}, {"EMOTIC": value})
+            for weight, value in printed.items()
+        ),
     )
 
 
 def _people(config: Mapping[str, Any]) -> Table:
-    printed = {"late fusion": (36.94, 35.02, 31.21, 40.52, 35.36), "early fusion": (36.91, 35.20, 31.20, 40.96, 35.97)}
+    printed = {
+        "late fusion": (36.94, 35.02, 31.21, 40.52, 35.36),
+        "early fusion": (36.91, 35.20, 31.20, 40.96, 35.97),
+    }
     layers = config["model"]["num_decoder_layers"]
     first_layers = {"late fusion": layers - 1, "early fusion": 0}
     rows = [
-        Row(name, {"model.fusion_layers": _from_layer(first_layers[name], layers)}, dict(zip(("1", "2", "3", "4", ">=5"), values, strict=True)))
+        Row(
+            name,
+            {"model.fusion_layers": _from_layer(first_layers[name], layers)},
+            dict(zip(("1", "2", "3", "4", ">=5"), values, strict=True)),
+        )
         for name, values in printed.items()
     ]
-    return Table("Table 12: late and early fusion by people in the image", tuple(rows), by_people=True)
+    return Table(
+        "Table 12: late and early fusion by people in the image", tuple(rows), by_people=True
+    )
 
 
 def _neighbors(config: Mapping[str, Any]) -> Table:
-    """Shares of all context queries as the paper's 50, 100, 200 and 300 of 300. The figure prints no numbers: its best are K_sp 100 and K_sm 50."""
+    """Shares of all context queries as the paper's 50, 100, 200 and 300 of 300. The figure prints
+    no numbers: its best are K_sp 100 and K_sm 50.
+    """
     context = config["model"]["num_context_queries"]
     counts = [max(1, round(context * share / 300)) for share in (50, 100, 200, 300)]
-    rows = [Row(f"K_sp {spatial}, K_sm {semantic}", _selected(spatial, semantic)) for spatial in counts for semantic in counts]
+    rows = [
+        Row(f"K_sp {spatial}, K_sm {semantic}", _selected(spatial, semantic))
+        for spatial in counts
+        for semantic in counts
+    ]
     return Table("Figure 11: numbers of selected context queries", tuple(rows))

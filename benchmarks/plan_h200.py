@@ -1,15 +1,19 @@
-"""What a training step would take on an H200, compiled completely on a machine without one: memory, and that every kernel compiles.
+"""What a training step would take on an H200, compiled completely on a machine without one: memory,
+and that every kernel compiles.
 
     python -m benchmarks.plan_h200 --size 800x1066 --batch 4 --dtype bfloat16 --remat light
 
-Nothing is executed. Needs what `benchmarks.compile_h200` needs; takes about ten minutes on two cores.
+Nothing is executed. Needs what `benchmarks.compile_h200` needs; takes about ten minutes on two
+cores.
 """
 
 import argparse
 import os
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the CUDA plugin then registers without looking for a driver
+os.environ.setdefault(
+    "JAX_PLATFORMS", "cpu"
+)  # the CUDA plugin then registers without looking for a driver
 
 import jax
 import numpy as np
@@ -42,12 +46,19 @@ def main() -> None:
     config = read_config(args.config)
     config["model"] |= {"compute_dtype": args.dtype, "remat": args.remat}
     here = make_mesh(jax.devices()[:1])
-    topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H200, topology="1x1x1")
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=H200, topology="1x1x1"
+    )
     mesh = Mesh(np.array(topology.devices).reshape(here.devices.shape), here.axis_names)
     functions = Network(model_config(config))
     optimizer_config = dataclass_from_dict(OptimizerConfig, "optimizer", config["optimizer"])
     optimizer, state = initial_state(*functions.init(0), optimizer_config, total_steps=1, mesh=here)
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), state)
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)
+        ),
+        state,
+    )
     step = make_train_step(
         functions,
         optimizer,
@@ -58,8 +69,15 @@ def main() -> None:
         seed=0,
     )
     height, width = (int(side) for side in args.size.split("x"))
-    sizes = {"batch_size": args.batch, "max_targets": config["data"]["max_targets"], "num_classes": len(config["class_names"])}
-    print(f"{args.config}, {args.dtype}, remat {args.remat}, matcher {args.matcher}, for an H200 (jax {jax.__version__})")
+    sizes = {
+        "batch_size": args.batch,
+        "max_targets": config["data"]["max_targets"],
+        "num_classes": len(config["class_names"]),
+    }
+    print(
+        f"{args.config}, {args.dtype}, remat {args.remat}, matcher {args.matcher}, for an H200 "
+        f"(jax {jax.__version__})"
+    )
     print(format_plan(make_plan(step, state, [(height, width)], **sizes)))
 
 

@@ -1,10 +1,13 @@
-"""How far training in bfloat16 strays from float32: the loss of the same batches, beside a float32 run whose start differs in the last bit.
+"""How far training in bfloat16 strays from float32: the loss of the same batches, beside a float32
+run whose start differs in the last bit.
 
     python -m benchmarks.precision --config=configs/faces_single.py --config.data.data_dir=DIR --output=benchmarks/precision_cpu
 
-Each seed (of the weights and of the data) trains three times on the same batches with the configuration's own recipe: in float32, in float32 from
-parameters that are moved to the next number, and with model.compute_dtype=bfloat16. Training amplifies any difference; the second run tells by how
-much, and what bfloat16 may be blamed for is what it strays beyond that. Losses are means of ten steps.
+Each seed (of the weights and of the data) trains three times on the same batches with the
+configuration's own recipe: in float32, in float32 from parameters that are moved to the next
+number, and with model.compute_dtype=bfloat16. Training amplifies any difference; the second run
+tells by how much, and what bfloat16 may be blamed for is what it strays beyond that. Losses are
+means of ten steps.
 """
 
 import json
@@ -30,24 +33,44 @@ from dsct_jax.training.step import initial_state, make_train_step
 from train import RunConfig
 
 WINDOW = 10  # steps that a loss is the mean of
-VARIANTS = {"float32, next number": ("float32", True), "bfloat16": ("bfloat16", False)}  # each against float32 as it is
+VARIANTS = {
+    "float32, next number": ("float32", True),
+    "bfloat16": ("bfloat16", False),
+}  # each against float32 as it is
 
 
 def trainer(config: Mapping[str, Any], dtype: str, steps: int) -> Callable[..., np.ndarray]:
-    """What trains on one device in `dtype`: (seed, nudged=) -> the total loss of every step, nudged: from parameters one number further on."""
+    """What trains on one device in `dtype`: (seed, nudged=) -> the total loss of every step,
+    nudged: from parameters one number further on.
+    """
     run = RunConfig.from_mapping({**config, "model": {**config["model"], "compute_dtype": dtype}})
     functions, mesh = Network(run.model), make_mesh(jax.devices()[:1])
     made: dict[str, Any] = {}
 
     def train(seed: int, *, nudged: bool = False) -> np.ndarray:
-        data = make_dataset(run.data, "train", batch_size=run.train.batch_size, seed=seed, training=True)
+        data = make_dataset(
+            run.data, "train", batch_size=run.train.batch_size, seed=seed, training=True
+        )
         params, frozen = functions.init(seed)
         if nudged:
-            params = {path: np.nextafter(np.asarray(value), np.float32(np.inf)) for path, value in params.items()}
+            params = {
+                path: np.nextafter(np.asarray(value), np.float32(np.inf))
+                for path, value in params.items()
+            }
         total_steps = run.train.steps or round(run.train.epochs * data.steps_per_epoch)
-        optimizer, state = initial_state(params, frozen, run.optimizer, total_steps=total_steps, mesh=mesh)
-        options: dict[str, Any] = {"loss": run.loss, "matcher": run.matcher, "multi_label": run.multi_label, "mesh": mesh, "seed": run.seed}
-        step = made.setdefault("step", make_train_step(functions, optimizer, **options))  # compiled once
+        optimizer, state = initial_state(
+            params, frozen, run.optimizer, total_steps=total_steps, mesh=mesh
+        )
+        options: dict[str, Any] = {
+            "loss": run.loss,
+            "matcher": run.matcher,
+            "multi_label": run.multi_label,
+            "mesh": mesh,
+            "seed": run.seed,
+        }
+        step = made.setdefault(
+            "step", make_train_step(functions, optimizer, **options)
+        )  # compiled once
         losses = []
         for batch in data.iterator(0, steps):
             state, terms = step(state, shard_batch(batch, mesh))
@@ -63,7 +86,9 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
 
 
 def measure(config: Mapping[str, Any], *, steps: int, seeds: int) -> dict[str, Any]:
-    """Smoothed losses of float32 [seed window], and how far each variant is off, relative, of the same shape; seconds a step of both types."""
+    """Smoothed losses of float32 [seed window], and how far each variant is off, relative, of the
+    same shape; seconds a step of both types.
+    """
     trainers = {dtype: trainer(config, dtype, steps) for dtype in ("float32", "bfloat16")}
     exact, off, seconds = [], {name: [] for name in VARIANTS}, {}  # type: ignore[var-annotated]
     for seed in range(seeds):
@@ -71,13 +96,25 @@ def measure(config: Mapping[str, Any], *, steps: int, seeds: int) -> dict[str, A
         for name, (dtype, nudged) in VARIANTS.items():
             start = time.perf_counter()
             off[name].append(smoothed(trainers[dtype](seed, nudged=nudged)) / exact[-1] - 1)
-            seconds[dtype] = (time.perf_counter() - start) / steps  # the last seed has nothing to compile
-            print(f"seed {seed}: {name} off by at most {np.abs(off[name][-1]).max():.2%}", file=sys.stderr, flush=True)
-    return {"float32": np.array(exact), "off": {name: np.array(values) for name, values in off.items()}, "seconds": seconds}
+            seconds[dtype] = (
+                time.perf_counter() - start
+            ) / steps  # the last seed has nothing to compile
+            print(
+                f"seed {seed}: {name} off by at most {np.abs(off[name][-1]).max():.2%}",
+                file=sys.stderr,
+                flush=True,
+            )
+    return {
+        "float32": np.array(exact),
+        "off": {name: np.array(values) for name, values in off.items()},
+        "seconds": seconds,
+    }
 
 
 def as_markdown(found: Mapping[str, Any], about: str) -> str:
-    """A row for each window of steps: mean and largest deviation over the seeds; then the band that all of them keep to."""
+    """A row for each window of steps: mean and largest deviation over the seeds; then the band that
+    all of them keep to.
+    """
     lines = [
         about,
         "",
@@ -85,11 +122,26 @@ def as_markdown(found: Mapping[str, Any], about: str) -> str:
         "|---" * (2 + 2 * len(VARIANTS)) + "|",
     ]
     for window, loss in enumerate(found["float32"].mean(0)):
-        cells = [f"{off[:, window].mean():+.2%} | {np.abs(off[:, window]).max():.2%}" for off in found["off"].values()]
-        lines.append(f"| {window * WINDOW + 1}-{(window + 1) * WINDOW} | {loss:.3f} | " + " | ".join(cells) + " |")
+        cells = [
+            f"{off[:, window].mean():+.2%} | {np.abs(off[:, window]).max():.2%}"
+            for off in found["off"].values()
+        ]
+        lines.append(
+            f"| {window * WINDOW + 1}-{(window + 1) * WINDOW} | {loss:.3f} | "
+            + " | ".join(cells)
+            + " |"
+        )
     cells = [f"{off.mean():+.2%} | {np.abs(off).max():.2%}" for off in found["off"].values()]
     lines.append("| all | " + f"{found['float32'].mean():.3f} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", "Seconds a step: " + ", ".join(f"{dtype} {value:.2f}" for dtype, value in found["seconds"].items()), ""])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Seconds a step: "
+            + ", ".join(f"{dtype} {value:.2f}" for dtype, value in found["seconds"].items()),
+            "",
+        ]
+    )
 
 
 def run(argv: list[str] | None) -> None:
@@ -101,18 +153,30 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--output", type=Path, help="writes OUTPUT.md and OUTPUT.json")
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.steps < WINDOW or arguments.steps % WINDOW or arguments.seeds < 1:
-        raise UserError(f"--steps={arguments.steps} --seeds={arguments.seeds} cannot be used: a multiple of {WINDOW}, and at least 1")
+        raise UserError(
+            f"--steps={arguments.steps} --seeds={arguments.seeds} cannot be used: a multiple of "
+            f"{WINDOW}, and at least 1"
+        )
     config = override(read_config(arguments.config), overrides)
     found = measure(config, steps=arguments.steps, seeds=arguments.seeds)
-    device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}"
+    device = (
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}"
+    )
     what = f"{config['name']}, batches of {config['train']['batch_size']}, {arguments.seeds} seeds"
     table = as_markdown(found, f"Deviation of the loss from float32, {what} ({device})")
     print(table, end="")
     if arguments.output:
-        values = {"about": device, "float32": found["float32"], "off": found["off"], "seconds": found["seconds"]}
+        values = {
+            "about": device,
+            "float32": found["float32"],
+            "off": found["off"],
+            "seconds": found["seconds"],
+        }
         with writing(arguments.output):
             arguments.output.with_suffix(".md").write_text(table)
-            arguments.output.with_suffix(".json").write_text(json.dumps(values, default=np.ndarray.tolist) + "\n")
+            arguments.output.with_suffix(".json").write_text(
+                json.dumps(values, default=np.ndarray.tolist) + "\n"
+            )
 
 
 if __name__ == "__main__":

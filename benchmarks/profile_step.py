@@ -1,10 +1,12 @@
-"""Where the time of a training step goes, from jax's profiler: by part of the network, and by kind of work.
+"""Where the time of a training step goes, from jax's profiler: by part of the network, and by kind
+of work.
 
     python -m benchmarks.profile_step --output=benchmarks/profile_step_cpu                        # R50, 480x640, batch 1
     python -m benchmarks.profile_step --size 800x1066 --batch 8 --dtype bfloat16 --output=benchmarks/profile_step_gpu
 
-Milliseconds of a step, summed over the threads (CPU) or streams (GPU) that worked at the same time: the columns do not add up to the time that
-passes, which stands above the table. A fused program counts for the operation at its end.
+Milliseconds of a step, summed over the threads (CPU) or streams (GPU) that worked at the same time:
+the columns do not add up to the time that passes, which stands above the table. A fused program
+counts for the operation at its end.
 """
 
 import argparse
@@ -23,22 +25,39 @@ from dsct_jax.config import read_config
 from dsct_jax.model.layers import REMAT
 from dsct_jax.training.step import assign_shards
 
-PARTS = ("backbone", "encoder", "decoder", "heads", "matching", "losses", "optimizer")  # jax.named_scope in model/dsct.py and step.py
+PARTS = (
+    "backbone",
+    "encoder",
+    "decoder",
+    "heads",
+    "matching",
+    "losses",
+    "optimizer",
+)  # jax.named_scope in model/dsct.py and step.py
 KINDS = (  # the first that is found; in a backbone, a convolution of 1x1 is an einsum
     ("deformable attention", r"deformable_attention"),
     ("convolutions", r"conv_general_dilated|convolution|bhwc,cd->bhwd"),
     ("matrix products", r"dot_general"),
     ("sums and maxima", r"reduce"),
-    ("moved, not computed", r"transpose\)?$|transpose$|copy|reshape$|concatenate$|slice|broadcast|gather|split$|pad$"),
+    (
+        "moved, not computed",
+        r"transpose\)?$|transpose$|copy|reshape$|concatenate$|slice|broadcast|gather|split$|pad$",
+    ),
 )
 
 
 def events(directory: Path) -> Iterator[tuple[str, str, float]]:
-    """(module, operation, milliseconds without what ran inside it) of every operation of the programs in a recorded trace."""
+    """(module, operation, milliseconds without what ran inside it) of every operation of the
+    programs in a recorded trace.
+    """
     (path,) = directory.rglob("*.xplane.pb")
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
         for line in plane.lines:
-            found = [(e.start_ns, e.start_ns + e.duration_ns, dict(e.stats)) for e in line.events if not e.name.startswith("end: ")]
+            found = [
+                (e.start_ns, e.start_ns + e.duration_ns, dict(e.stats))
+                for e in line.events
+                if not e.name.startswith("end: ")
+            ]
             found = [(start, end, stats) for start, end, stats in found if "hlo_op" in stats]
             own: list[list] = []  # module, operation, nanoseconds
             open_: list[tuple[float, int]] = []  # end and number of what is still running
@@ -53,14 +72,28 @@ def events(directory: Path) -> Iterator[tuple[str, str, float]]:
 
 
 def places_of(text: str) -> dict[str, tuple[str, str]]:
-    """Operation of a compiled program -> where in the model it comes from (a path), and what it is (its own path, or else operations inside it).
+    """Operation of a compiled program -> where in the model it comes from (a path), and what it is
+    (its own path, or else operations inside it).
 
-    An operation that the compiler made up, such as a copy, has the place of the nearest operand that has one, or else of the nearest user.
+    An operation that the compiler made up, such as a copy, has the place of the nearest operand
+    that has one, or else of the nearest user.
     """
-    instructions = {m[1]: m[2] for m in re.finditer(r"^ +(?:ROOT )?%?([\w.\-]+) = (.*)$", text, re.MULTILINE)}
-    bodies = {m[1]: m[2] for m in re.finditer(r"^%([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)}
-    own = {name: m[1] for name, line in instructions.items() if " parameter(" not in line and (m := re.search(r'op_name="([^"]*)"', line))}
-    operands = {name: [x for x in re.findall(r"%([\w.\-]+)", line.split("calls=")[0]) if x in instructions] for name, line in instructions.items()}
+    instructions = {
+        m[1]: m[2] for m in re.finditer(r"^ +(?:ROOT )?%?([\w.\-]+) = (.*)$", text, re.MULTILINE)
+    }
+    bodies = {
+        m[1]: m[2]
+        for m in re.finditer(r"^%([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)
+    }
+    own = {
+        name: m[1]
+        for name, line in instructions.items()
+        if " parameter(" not in line and (m := re.search(r'op_name="([^"]*)"', line))
+    }
+    operands = {
+        name: [x for x in re.findall(r"%([\w.\-]+)", line.split("calls=")[0]) if x in instructions]
+        for name, line in instructions.items()
+    }
     users = collections.defaultdict(list)
     for name, used in operands.items():
         for other in used:
@@ -70,13 +103,17 @@ def places_of(text: str) -> dict[str, tuple[str, str]]:
         around = [name]
         for _ in range(steps):
             around = [other for near in around for other in neighbours.get(near, ())]
-            if found := next((own[near] for near in around if part_of(own.get(near, "")) != "other"), ""):
+            if found := next(
+                (own[near] for near in around if part_of(own.get(near, "")) != "other"), ""
+            ):
                 return found
         return ""
 
     places = {}
     for name, line in instructions.items():
-        body = bodies.get(called[1], "") if (called := re.search(r"calls=%([\w.\-]+)", line)) else line
+        body = (
+            bodies.get(called[1], "") if (called := re.search(r"calls=%([\w.\-]+)", line)) else line
+        )
         what = own.get(name) or " ".join(re.findall(r"([\w\-]+)\(", body))
         places[name] = own.get(name) or nearest(name, operands) or nearest(name, users), what
     return places
@@ -88,7 +125,9 @@ def part_of(path: str) -> str:
 
 
 def direction_of(path: str) -> str:
-    """Whether an operation belongs to the forward pass, the backward pass, or to what the backward pass computes again."""
+    """Whether an operation belongs to the forward pass, the backward pass, or to what the backward
+    pass computes again.
+    """
     if "rematted_computation" in path:
         return "again"
     return "backward" if "transpose(" in path else "forward"
@@ -110,14 +149,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="recorded, after two that are not")
     parser.add_argument("--output", type=Path, help="writes OUTPUT.md")
     args = parser.parse_args()
-    jax.config.update("jax_enable_compilation_cache", False)  # programs that come from it carry the scopes of whoever compiled them
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # programs that come from it carry the scopes of whoever compiled them
     config = read_config(args.config)
-    config["model"] |= {"compute_dtype": args.dtype, "remat": args.remat or config["model"]["remat"]}
+    config["model"] |= {
+        "compute_dtype": args.dtype,
+        "remat": args.remat or config["model"]["remat"],
+    }
     height, width = (int(side) for side in args.size.split("x"))
-    step, state, batch = build(config, devices=1, size=(height, width), batch_size=args.batch, matcher="scipy")
+    step, state, batch = build(
+        config, devices=1, size=(height, width), batch_size=args.batch, matcher="scipy"
+    )
     first = step.first_half.lower(state, batch, None).compile()
     forward = first(state, batch, None)
-    second = step.second_half.lower(state, forward, batch, assign_shards(forward.cost, forward.valid)).compile()
+    second = step.second_half.lower(
+        state, forward, batch, assign_shards(forward.cost, forward.valid)
+    ).compile()
     places = {"predict": places_of(first.as_text()), "finish": places_of(second.as_text())}
     passed = []
     with tempfile.TemporaryDirectory() as directory:
@@ -135,17 +183,35 @@ def main() -> None:
     by_part: collections.Counter[tuple[str, str]] = collections.Counter()
     by_kind: collections.Counter[tuple[str, str]] = collections.Counter()
     for module, operation, milliseconds in found:
-        path, what = places["finish" if "finish" in module else "predict"].get(operation, ("", operation))
+        path, what = places["finish" if "finish" in module else "predict"].get(
+            operation, ("", operation)
+        )
         by_part[part_of(path), direction_of(path)] += milliseconds / args.steps
         by_kind[kind_of(what), direction_of(path)] += milliseconds / args.steps
-    device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}"
+    device = (
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}"
+    )
     about = f"{args.size}, batch {args.batch}, {args.dtype}, remat {config['model']['remat']} ({device})"
-    lines = [f"Training step of {args.config}, {about}: {1e3 * min(passed[2:]):.0f} to {1e3 * max(passed[2:]):.0f} ms. Milliseconds of work:"]
-    for name, rows, table in (("part", (*PARTS, "other"), by_part), ("kind", (*(kind for kind, _ in KINDS), "element by element"), by_kind)):
-        lines += ["", f"| {name} | forward | again | backward | all | share |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"Training step of {args.config}, {about}: {1e3 * min(passed[2:]):.0f} to "
+        f"{1e3 * max(passed[2:]):.0f} ms. Milliseconds of work:"
+    ]
+    for name, rows, table in (
+        ("part", (*PARTS, "other"), by_part),
+        ("kind", (*(kind for kind, _ in KINDS), "element by element"), by_kind),
+    ):
+        lines += [
+            "",
+            f"| {name} | forward | again | backward | all | share |",
+            "|---|---|---|---|---|---|",
+        ]
         for row in rows:
             numbers = [table[row, direction] for direction in ("forward", "again", "backward")]
-            lines.append(f"| {row} | " + " | ".join(f"{x:.0f}" for x in (*numbers, sum(numbers))) + f" | {sum(numbers) / table.total():.0%} |")
+            lines.append(
+                f"| {row} | "
+                + " | ".join(f"{x:.0f}" for x in (*numbers, sum(numbers)))
+                + f" | {sum(numbers) / table.total():.0%} |"
+            )
     print("\n".join(lines))
     if args.output:
         args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")

@@ -1,13 +1,17 @@
-"""Trains for a long time on simulated devices and watches the process: memory that grows, programs compiled after the start, speed that falls.
+"""Trains for a long time on simulated devices and watches the process: memory that grows, programs
+compiled after the start, speed that falls.
 
     python -m benchmarks.soak --minutes=60 --workdir=runs/soak --output=benchmarks/soak \
         --config=configs/faces_multi.py --config.data.data_dir=DIR
 
-train.py runs as a process of its own, with validation and checkpoints on; what begins with --config is handed to it. Its resident memory and that
-of its data workers is read from /proc every few seconds; what it compiles is counted from what jax tells (JAX_LOG_COMPILES). After the given time it
-gets SIGTERM, upon which it has to save and leave. The warm-up ends with the second validation: by then every program has run.
+train.py runs as a process of its own, with validation and checkpoints on; what begins with --config
+is handed to it. Its resident memory and that of its data workers is read from /proc every few
+seconds; what it compiles is counted from what jax tells (JAX_LOG_COMPILES). After the given time it
+gets SIGTERM, upon which it has to save and leave. The warm-up ends with the second validation: by
+then every program has run.
 
-Exit status 1 when memory grew by more than --allowed-growth, a program was compiled after the warm-up, or the run ended by itself.
+Exit status 1 when memory grew by more than --allowed-growth, a program was compiled after the
+warm-up, or the run ended by itself.
 """
 
 import argparse
@@ -33,11 +37,15 @@ PATIENCE = 180  # seconds to save and leave after SIGTERM
 
 
 class Watch:
-    """Reads what the run says, line by line, and remembers when it compiled and validated; `process` has its stderr in its stdout."""
+    """Reads what the run says, line by line, and remembers when it compiled and validated;
+    `process` has its stderr in its stdout.
+    """
 
     def __init__(self, process: subprocess.Popen[str], log: Path):
         self.start = time.monotonic()
-        self.compiled: list[tuple[float, str, float]] = []  # seconds since the start, program, seconds it took
+        self.compiled: list[
+            tuple[float, str, float]
+        ] = []  # seconds since the start, program, seconds it took
         self.validations: list[float] = []
         self.last_lines: list[str] = []
         self._process, self._log = process, log
@@ -51,7 +59,11 @@ class Watch:
                 now = time.monotonic() - self.start
                 if found := COMPILED.search(line):
                     self.compiled.append((now, found[1], float(found[2])))
-                if "Finished " in line or "Compiling " in line or "Persistent compilation cache" in line:
+                if (
+                    "Finished " in line
+                    or "Compiling " in line
+                    or "Persistent compilation cache" in line
+                ):
                     continue
                 if line.startswith("validation"):
                     self.validations.append(now)
@@ -61,10 +73,16 @@ class Watch:
 
     def warm_at(self) -> float | None:
         """Seconds since the start at which the warm-up ended."""
-        return self.validations[WARM_VALIDATIONS - 1] if len(self.validations) >= WARM_VALIDATIONS else None
+        return (
+            self.validations[WARM_VALIDATIONS - 1]
+            if len(self.validations) >= WARM_VALIDATIONS
+            else None
+        )
 
     def join(self) -> None:
-        """Waits for the last line; not for ever, as data workers that outlive a killed run hold its output open."""
+        """Waits for the last line; not for ever, as data workers that outlive a killed run hold its
+        output open.
+        """
         self._thread.join(10)
 
 
@@ -79,11 +97,22 @@ def memory_of(pid: int) -> tuple[float, float]:
     return own, sum(sum(memory_of(child)) for child in children)
 
 
-def soak(command: list[str], *, devices: int, minutes: float, every: float, log: Path) -> tuple[Watch, list[tuple[float, float, float]], int]:
-    """Runs the command for so long: what it said, (seconds, MiB of the process, MiB of those below it) over time, and how it ended."""
+def soak(
+    command: list[str], *, devices: int, minutes: float, every: float, log: Path
+) -> tuple[Watch, list[tuple[float, float, float]], int]:
+    """Runs the command for so long: what it said, (seconds, MiB of the process, MiB of those below
+    it) over time, and how it ended.
+    """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_LOG_COMPILES": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = os.environ | {
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_LOG_COMPILES": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     watch, samples = Watch(process, log), []
     end = time.monotonic() + 60 * minutes
     try:
@@ -102,8 +131,12 @@ def soak(command: list[str], *, devices: int, minutes: float, every: float, log:
     return watch, samples, 1 if early else process.returncode
 
 
-def summary(watch: Watch, samples: list[tuple[float, float, float]], metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """The numbers of a soak; memory is compared between the second and the last quarter of the time after the warm-up."""
+def summary(
+    watch: Watch, samples: list[tuple[float, float, float]], metrics: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The numbers of a soak; memory is compared between the second and the last quarter of the time
+    after the warm-up.
+    """
     warm = watch.warm_at()
     report: dict[str, Any] = {
         "seconds": round(samples[-1][0], 1) if samples else 0.0,
@@ -112,7 +145,9 @@ def summary(watch: Watch, samples: list[tuple[float, float, float]], metrics: li
         "steps": metrics[-1]["step"] if metrics else 0,
         "compiled": len(watch.compiled),
         "compile_seconds": round(sum(seconds for *_, seconds in watch.compiled), 1),
-        "compiled_after_warm_up": [name for at, name, _ in watch.compiled if warm is not None and at > warm],
+        "compiled_after_warm_up": [
+            name for at, name, _ in watch.compiled if warm is not None and at > warm
+        ],
     }
     speeds = [line["time/images_per_s"] for line in metrics if "time/images_per_s" in line]
     if len(speeds) >= 4:
@@ -125,7 +160,10 @@ def summary(watch: Watch, samples: list[tuple[float, float, float]], metrics: li
     if len(after) >= 8:
         quarter = len(after) // 4
         for place, name in ((1, "process"), (2, "workers")):
-            second, last = (float(np.median(part)) for part in (after[quarter : 2 * quarter, place], after[-quarter:, place]))
+            second, last = (
+                float(np.median(part))
+                for part in (after[quarter : 2 * quarter, place], after[-quarter:, place])
+            )
             slope = float(np.polyfit(after[:, 0] / 3600, after[:, place], 1)[0])
             report[f"{name}_mib"] = {
                 "second_quarter": round(second, 1),
@@ -140,22 +178,33 @@ def verdict(report: dict[str, Any], status: int, *, allowed_growth: float) -> li
     """What is wrong, one line each; nothing = the soak is passed."""
     wrong = []
     if status not in (0, 128 + signal.SIGTERM):
-        wrong.append("the run ended by itself before its time" if status == 1 else f"the run ended with status {status} after SIGTERM")
+        wrong.append(
+            "the run ended by itself before its time"
+            if status == 1
+            else f"the run ended with status {status} after SIGTERM"
+        )
     if "process_mib" not in report:
-        wrong.append("too short: there are not enough samples after the second validation; give more --minutes or validate more often")
+        wrong.append(
+            "too short: there are not enough samples after the second validation; give more "
+            "--minutes or validate more often"
+        )
         return wrong
     memory = report["process_mib"]
     if memory["last_quarter"] > memory["second_quarter"] * (1 + allowed_growth):
         wrong.append(f"memory grew from {memory['second_quarter']} to {memory['last_quarter']} MiB")
     if report["compiled_after_warm_up"]:
-        wrong.append(f"compiled after the warm-up: {', '.join(sorted(set(report['compiled_after_warm_up'])))}")
+        wrong.append(
+            "compiled after the warm-up: "
+            f"{', '.join(sorted(set(report['compiled_after_warm_up'])))}"
+        )
     return wrong
 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The summary as one table."""
     lines = [
-        f"Soak: {report['seconds'] / 60:.1f} minutes, {report['devices']} simulated devices, {report['machine']}",
+        f"Soak: {report['seconds'] / 60:.1f} minutes, {report['devices']} simulated devices, "
+        f"{report['machine']}",
         "",
         "| what | value |",
         "|---|---|",
@@ -175,40 +224,89 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; 0 = passed, 1 = not, 2 = a mistake on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.soak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--devices", type=int, default=8, help="simulated devices")
-    parser.add_argument("--every", type=float, default=5.0, help="seconds between two readings of the memory")
-    parser.add_argument("--allowed-growth", type=float, default=0.02, help="share by which memory may differ between two quarters of the run")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/soak"), help="of the run; a fresh one")
+    parser.add_argument(
+        "--every", type=float, default=5.0, help="seconds between two readings of the memory"
+    )
+    parser.add_argument(
+        "--allowed-growth",
+        type=float,
+        default=0.02,
+        help="share by which memory may differ between two quarters of the run",
+    )
+    parser.add_argument(
+        "--workdir", type=Path, default=Path("runs/soak"), help="of the run; a fresh one"
+    )
     parser.add_argument("--output", type=Path, help="writes OUTPUT.json and OUTPUT.md")
-    parser.add_argument("--batch-size", type=int, default=16, help="global, training and validation: a multiple of --devices")
-    parser.add_argument("--eval-every", type=float, default=1.0, help="epochs from validation to validation, and from checkpoint to checkpoint")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=16,
+        help="global, training and validation: a multiple of --devices",
+    )
+    parser.add_argument(
+        "--eval-every",
+        type=float,
+        default=1.0,
+        help="epochs from validation to validation, and from checkpoint to checkpoint",
+    )
     arguments, passed_on = parser.parse_known_args(argv)
     if (arguments.workdir / "checkpoints").exists():
         parser.error(f"--workdir={arguments.workdir}: holds a run already; name a fresh directory")
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     if not any(argument.startswith("--config=") for argument in passed_on):
         passed_on = ["--config=configs/demo.py", *passed_on]
-    every = [f"--config.train.{name}={arguments.eval_every}" for name in ("eval_every", "checkpoint_every")]
-    batch = [f"--config.train.{name}={arguments.batch_size}" for name in ("batch_size", "eval_batch_size")]
+    every = [
+        f"--config.train.{name}={arguments.eval_every}"
+        for name in ("eval_every", "checkpoint_every")
+    ]
+    batch = [
+        f"--config.train.{name}={arguments.batch_size}"
+        for name in ("batch_size", "eval_batch_size")
+    ]
     fixed = [f"--workdir={arguments.workdir}", "--config.train.steps=10000000", *every, *batch]
-    command = [sys.executable, "train.py", *(argument for argument in passed_on if argument.startswith("--config=")), *fixed]
+    command = [
+        sys.executable,
+        "train.py",
+        *(argument for argument in passed_on if argument.startswith("--config=")),
+        *fixed,
+    ]
     command += [argument for argument in passed_on if not argument.startswith("--config=")]
 
     log = arguments.workdir / "soak.log"
-    watch, samples, status = soak(command, devices=arguments.devices, minutes=arguments.minutes, every=arguments.every, log=log)
+    watch, samples, status = soak(
+        command,
+        devices=arguments.devices,
+        minutes=arguments.minutes,
+        every=arguments.every,
+        log=log,
+    )
     written = arguments.workdir / "metrics.jsonl"
-    metrics = [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
-    report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}", "devices": arguments.devices}
-    report |= {"command": ["python", *command[1:]], "status": status} | summary(watch, samples, metrics)
+    metrics = (
+        [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
+    )
+    report = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "devices": arguments.devices,
+    }
+    report |= {"command": ["python", *command[1:]], "status": status} | summary(
+        watch, samples, metrics
+    )
     wrong = verdict(report, status, allowed_growth=arguments.allowed_growth)
     report["verdict"] = wrong or ["passed: no growth of memory, nothing compiled after the warm-up"]
     print(as_markdown(report))
     if status not in (0, 128 + signal.SIGTERM):
         print("\n".join(["the last lines of the run:", *watch.last_lines]), file=sys.stderr)
     if arguments.output:
-        arguments.output.with_suffix(".json").write_text(json.dumps(report | {"samples": [[round(x, 1) for x in s] for s in samples]}) + "\n")
+        arguments.output.with_suffix(".json").write_text(
+            json.dumps(report | {"samples": [[round(x, 1) for x in s] for s in samples]}) + "\n"
+        )
         arguments.output.with_suffix(".md").write_text(as_markdown(report))
     return 1 if wrong else 0
 

@@ -1,12 +1,14 @@
-"""Seconds of a training step by devices, image size, batch, type and matcher, and by part: backbone, encoder, decoder, matcher, optimizer.
+"""Seconds of a training step by devices, image size, batch, type and matcher, and by part:
+backbone, encoder, decoder, matcher, optimizer.
 
     python -m benchmarks.training_step --output=benchmarks/training_step_cpu                                    # R50, 480x640, batch 1
     python -m benchmarks.training_step --config=configs/demo.py --sizes 96x136 --batches 16 --devices 1 2 8 ...  # what spreading costs
     python -m benchmarks.training_step --sizes 800x1066 640x853 --batches 1 2 4 8 16 32 --dtypes float32 bfloat16 --matchers scipy device
         --output=benchmarks/training_step_gpu                                                                   # on a GPU
 
-Random weights and images, dropout as configured. Backbone, encoder, matcher and optimizer are timed alone, the first two forward and backward;
-"decoder" is what remains of the step: decoder, heads, losses, and the communication of gradients.
+Random weights and images, dropout as configured. Backbone, encoder, matcher and optimizer are timed
+alone, the first two forward and backward; "decoder" is what remains of the step: decoder, heads,
+losses, and the communication of gradients.
 """
 
 import argparse
@@ -33,7 +35,14 @@ from dsct_jax.parallel import make_mesh, shard_batch
 from dsct_jax.training.losses import LossConfig
 from dsct_jax.training.matching import IMPLEMENTATIONS, MatcherConfig, assign_on_device
 from dsct_jax.training.optimizer import OptimizerConfig
-from dsct_jax.training.step import TrainState, TrainStep, assign_shards, initial_state, make_train_step, model_input
+from dsct_jax.training.step import (
+    TrainState,
+    TrainStep,
+    assign_shards,
+    initial_state,
+    make_train_step,
+    model_input,
+)
 
 PARTS = ("backbone", "encoder", "decoder", "matcher", "optimizer")
 
@@ -60,27 +69,44 @@ def seconds(run: Callable[[], Any], runs: int) -> float:
     return statistics.median(found)
 
 
-def build(config: dict[str, Any], *, devices: int, size: tuple[int, int], batch_size: int, matcher: str) -> tuple[TrainStep, TrainState, Batch]:
+def build(
+    config: dict[str, Any], *, devices: int, size: tuple[int, int], batch_size: int, matcher: str
+) -> tuple[TrainStep, TrainState, Batch]:
     """(step, state, batch) of a configuration, spread over so many devices."""
     functions, mesh = Network(model_config(config)), make_mesh(jax.devices()[:devices])
     optimizer_config = dataclass_from_dict(OptimizerConfig, "optimizer", config["optimizer"])
-    optimizer, state = initial_state(*functions.init(0), optimizer_config, total_steps=1000, mesh=mesh)
+    optimizer, state = initial_state(
+        *functions.init(0), optimizer_config, total_steps=1000, mesh=mesh
+    )
     options: dict[str, Any] = {
         "loss": dataclass_from_dict(LossConfig, "loss", config["loss"]),
         "multi_label": config["multi_label"],
         "mesh": mesh,
         "seed": 0,
     }
-    step = make_train_step(functions, optimizer, matcher=MatcherConfig(implementation=matcher), **options)
-    host_batch = make_batch(batch_size, *size, config["data"]["max_targets"], len(config["class_names"]))
+    step = make_train_step(
+        functions, optimizer, matcher=MatcherConfig(implementation=matcher), **options
+    )
+    host_batch = make_batch(
+        batch_size, *size, config["data"]["max_targets"], len(config["class_names"])
+    )
     return step, state, shard_batch(host_batch, mesh)
 
 
 def measure(
-    config: dict[str, Any], *, devices: int, size: tuple[int, int], batch_size: int, matcher: str, runs: int, parts: bool
+    config: dict[str, Any],
+    *,
+    devices: int,
+    size: tuple[int, int],
+    batch_size: int,
+    matcher: str,
+    runs: int,
+    parts: bool,
 ) -> dict[str, float]:
     """Seconds of the whole step and, on one device, of its parts."""
-    step, state, batch = build(config, devices=devices, size=size, batch_size=batch_size, matcher=matcher)
+    step, state, batch = build(
+        config, devices=devices, size=size, batch_size=batch_size, matcher=matcher
+    )
 
     def run():
         nonlocal state
@@ -108,7 +134,11 @@ def measure_parts(state: TrainState, step: TrainStep, batch: Batch, runs: int) -
     def encoder(params: FlatParams, batch: Batch):
         model, images, mask = model_of(params, batch)
         noise = DropoutNoise(jax.random.split(jax.random.key(0), mask.shape[0]))
-        return model.encode(model.features(images, remat=remat), mask, noise=noise, remat=remat)[0].astype(jnp.float32).sum()
+        return (
+            model.encode(model.features(images, remat=remat), mask, noise=noise, remat=remat)[0]
+            .astype(jnp.float32)
+            .sum()
+        )
 
     update = jax.jit(lambda params, opt_state: optimizer.update(params, opt_state, params))
     up_to = {}
@@ -131,7 +161,9 @@ def main() -> None:
     """Measures every combination, prints the table, and writes it with the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=Path("configs/emotic_r50.py"))
-    parser.add_argument("--sizes", nargs="+", default=["480x640"], help="HEIGHTxWIDTH of the padded images")
+    parser.add_argument(
+        "--sizes", nargs="+", default=["480x640"], help="HEIGHTxWIDTH of the padded images"
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1], help="global")
     parser.add_argument("--devices", nargs="+", type=int, default=[1])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
@@ -143,9 +175,11 @@ def main() -> None:
     args = parser.parse_args()
     kind = jax.devices()[0].device_kind
     lines = [
-        f"Training step of {args.config}, median of {args.runs} ({kind}, jax {jax.__version__}, Python {platform.python_version()})",
+        f"Training step of {args.config}, median of {args.runs} ({kind}, jax {jax.__version__}, "
+        f"Python {platform.python_version()})",
         "",
-        "| devices | images | batch | type | remat | matcher | step ms | images/s |" + "".join(f" {part} ms |" for part in PARTS),
+        "| devices | images | batch | type | remat | matcher | step ms | images/s |"
+        + "".join(f" {part} ms |" for part in PARTS),
         "|---" * (8 + len(PARTS)) + "|",
     ]
     results = []
@@ -157,15 +191,36 @@ def main() -> None:
         config = read_config(args.config)
         config["model"] |= {"compute_dtype": dtype, "remat": remat}
         height, width = (int(side) for side in size.split("x"))
-        found = measure(config, devices=devices, size=(height, width), batch_size=batch, matcher=matcher, runs=args.runs, parts=args.parts)
-        case = {"devices": devices, "images": size, "batch": batch, "type": dtype, "remat": remat, "matcher": matcher}
+        found = measure(
+            config,
+            devices=devices,
+            size=(height, width),
+            batch_size=batch,
+            matcher=matcher,
+            runs=args.runs,
+            parts=args.parts,
+        )
+        case = {
+            "devices": devices,
+            "images": size,
+            "batch": batch,
+            "type": dtype,
+            "remat": remat,
+            "matcher": matcher,
+        }
         results.append({**case, "seconds": found})
-        numbers = [f"{1e3 * found['step']:.0f}", f"{batch / found['step']:.2f}", *(f"{1e3 * found[p]:.1f}" if p in found else "" for p in PARTS)]
+        numbers = [
+            f"{1e3 * found['step']:.0f}",
+            f"{batch / found['step']:.2f}",
+            *(f"{1e3 * found[p]:.1f}" if p in found else "" for p in PARTS),
+        ]
         lines.append("| " + " | ".join([*map(str, case.values()), *numbers]) + " |")
         print(lines[-1], flush=True)
     if args.output:
         args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
-        args.output.with_suffix(".json").write_text(json.dumps({"device": kind, "results": results}, indent=1) + "\n")
+        args.output.with_suffix(".json").write_text(
+            json.dumps({"device": kind, "results": results}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

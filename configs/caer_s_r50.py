@@ -2,7 +2,8 @@
 
     python train.py --config=configs/caer_s_r50.py --workdir=runs/caer_s_r50 --config.data.data_dir=DIR
 
-DIR holds the class folders and {train,val,test}.json (COCO style, class ids 0 to 6). Not reproduced here yet: the data must be asked for.
+DIR holds the class folders and {train,val,test}.json (COCO style, class ids 0 to 6). Not reproduced
+here yet: the data must be asked for.
 """
 
 from configs import base

@@ -2,7 +2,8 @@
 
     python train.py --config=configs/debug.py --workdir=runs/debug
 
-Four built-in scenes an epoch in batches of two on one canvas; what it learns in six steps means nothing.
+Four built-in scenes an epoch in batches of two on one canvas; what it learns in six steps means
+nothing.
 """
 
 from configs import base

@@ -2,7 +2,8 @@
 
     python train.py --config=configs/demo.py --workdir=runs/demo
 
-The emotion of a person follows from the face (half of the people), from something near, or from something far; guessing is right for 25 %.
+The emotion of a person follows from the face (half of the people), from something near, or from
+something far; guessing is right for 25 %.
 """
 
 from configs import base
@@ -31,7 +32,9 @@ def get_config():
         num_semantic_neighbors=8,
     )
     config.loss.class_loss = "softmax"
-    config.matcher.cost_class = 0.0  # matched by place alone: a cost that knows the label lets each query stand for one emotion, without looking
+    # matched by place alone: a cost that knows the label lets each query stand for one emotion,
+    # without looking
+    config.matcher.cost_class = 0.0
     config.optimizer.update(
         learning_rate=1e-3,
         schedule="cosine",
@@ -54,5 +57,12 @@ def get_config():
         num_workers=0,
         cache=True,
     )
-    config.train.update(batch_size=16, eval_batch_size=40, epochs=12, eval_every=2.0, checkpoint_every=2.0, log_every=25)
+    config.train.update(
+        batch_size=16,
+        eval_batch_size=40,
+        epochs=12,
+        eval_every=2.0,
+        checkpoint_every=2.0,
+        log_every=25,
+    )
     return config

@@ -2,7 +2,8 @@
 
     python train.py --config=configs/faces_single.py --workdir=runs/faces_single --config.data.data_dir=DIR
 
-DIR holds {train,val,test}/<Class>/*.jpg and {train,val,test}.json. A difference from the demo. What it reaches is told in docs/results.md.
+DIR holds {train,val,test}/<Class>/*.jpg and {train,val,test}.json. A difference from the demo. What
+it reaches is told in docs/results.md.
 """
 
 from configs import base, demo
@@ -15,12 +16,17 @@ def get_config():
 
     config.model.update(
         num_points=4,
-        num_encoder_layers=0,  # the decoder reads the backbone's maps: half the time of a step on the CPU
+        # the decoder reads the backbone's maps: half the time of a step on the CPU
+        num_encoder_layers=0,
         num_decoder_layers=4,
-        num_subject_queries=40,  # reference points all over the image: one is always near the face, and what it samples is aligned with it
+        # reference points all over the image: one is always near the face, and what it samples is
+        # aligned with it
+        num_subject_queries=40,
         num_context_queries=16,
         num_semantic_neighbors=4,
-        box_refinement=True,  # without it the faces are found and their emotions are not: what is sampled must be aligned with the face
+        # without it the faces are found and their emotions are not: what is sampled must be aligned
+        # with the face
+        box_refinement=True,
     )
     config.optimizer.warmup_steps = 200
     config.data.update(

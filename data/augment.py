@@ -1,7 +1,9 @@
-"""Train-only randomness: DETR's recipe (paper Appendix C; released datasets/emotic.py), and colour changes for training from scratch.
+"""Train-only randomness: DETR's recipe (paper Appendix C; released datasets/emotic.py), and colour
+changes for training from scratch.
 
-What happens to an image is decided in two steps. `draw` turns a row of uniform numbers and the image's size into a `Transform`, without touching
-a pixel, so that the batch plan knows every final size beforehand; `apply` carries it out.
+What happens to an image is decided in two steps. `draw` turns a row of uniform numbers and the
+image's size into a `Transform`, without touching a pixel, so that the batch plan knows every final
+size beforehand; `apply` carries it out.
 """
 
 import dataclasses
@@ -32,12 +34,27 @@ class Transform:
 
 
 def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) -> Transform:
-    """The random transform of a `height` x `width` image that NUM_DRAWS numbers in [0, 1) stand for.
+    """The random transform of a `height` x `width` image that NUM_DRAWS numbers in [0, 1) stand
+    for.
 
-    Half of the time (`crop_probability`) the image is brought to a short side of `crop_resize`, a region with sides between the two `crop_size`
-    is cut out, and that is resized; else the whole image is resized. Sides smaller than the smallest crop are kept whole.
+    Half of the time (`crop_probability`) the image is brought to a short side of `crop_resize`, a
+    region with sides between the two `crop_size` is cut out, and that is resized; else the whole
+    image is resized. Sides smaller than the smallest crop are kept whole.
     """
-    flip, branch, before, crop_width, crop_height, top, left, side, brightness, contrast, saturation, gray = uniform
+    (
+        flip,
+        branch,
+        before,
+        crop_width,
+        crop_height,
+        top,
+        left,
+        side,
+        brightness,
+        contrast,
+        saturation,
+        gray,
+    ) = uniform
     crop_resize, crop = None, None
     if branch < config.crop_probability:
         crop_resize = resized_size(height, width, _pick(config.crop_resize, before))
@@ -45,7 +62,12 @@ def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) 
         smallest, largest = config.crop_size
         height = _between(min(smallest, full_height), min(largest, full_height), crop_height)
         width = _between(min(smallest, full_width), min(largest, full_width), crop_width)
-        crop = (_between(0, full_height - height, top), _between(0, full_width - width, left), height, width)
+        crop = (
+            _between(0, full_height - height, top),
+            _between(0, full_width - width, left),
+            height,
+            width,
+        )
     strength = config.color_jitter
     return Transform(
         size=resized_size(height, width, _pick(config.short_sides, side), config.max_long_side),
@@ -54,14 +76,18 @@ def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) 
         crop=crop,
         brightness=1 + strength * (2 * brightness - 1),
         contrast=1 + strength * (2 * contrast - 1),
-        saturation=0.0 if gray < config.grayscale_probability else 1 + strength * (2 * saturation - 1),
+        saturation=0.0
+        if gray < config.grayscale_probability
+        else 1 + strength * (2 * saturation - 1),
     )
 
 
 def apply(
     transform: Transform, image: Image.Image, boxes: Float32[np.ndarray, "t 4"]
 ) -> tuple[Image.Image, Float32[np.ndarray, "kept 4"], Int[np.ndarray, "kept"]]:
-    """The transformed RGB image, the (x1, y1, x2, y2) pixel boxes that are left in it, and which people they belong to."""
+    """The transformed RGB image, the (x1, y1, x2, y2) pixel boxes that are left in it, and which
+    people they belong to.
+    """
     kept = np.arange(len(boxes))
     if transform.flip:
         boxes = flip_boxes(boxes, image.width)
@@ -78,17 +104,25 @@ def apply(
 
 def flip_boxes(boxes: Float32[np.ndarray, "t 4"], width: int) -> Float32[np.ndarray, "t 4"]:
     """(x1, y1, x2, y2) pixel boxes of the mirrored image."""
-    return boxes[:, [2, 1, 0, 3]] * np.array([-1, 1, -1, 1], np.float32) + np.array([width, 0, width, 0], np.float32)
+    return boxes[:, [2, 1, 0, 3]] * np.array([-1, 1, -1, 1], np.float32) + np.array(
+        [width, 0, width, 0], np.float32
+    )
 
 
-def scale_boxes(boxes: Float32[np.ndarray, "t 4"], old: Size, new: Size) -> Float32[np.ndarray, "t 4"]:
+def scale_boxes(
+    boxes: Float32[np.ndarray, "t 4"], old: Size, new: Size
+) -> Float32[np.ndarray, "t 4"]:
     """Pixel boxes of an image resized from `old` to `new` (height, width)."""
     vertical, horizontal = new[0] / old[0], new[1] / old[1]
     return boxes * np.array([horizontal, vertical, horizontal, vertical], np.float32)
 
 
-def crop_boxes(boxes: Float32[np.ndarray, "t 4"], crop: tuple[int, int, int, int]) -> tuple[Float32[np.ndarray, "kept 4"], Int[np.ndarray, "kept"]]:
-    """What is left of the boxes inside (top, left, height, width), and whose they are; any positive remainder counts, as in DETR."""
+def crop_boxes(
+    boxes: Float32[np.ndarray, "t 4"], crop: tuple[int, int, int, int]
+) -> tuple[Float32[np.ndarray, "kept 4"], Int[np.ndarray, "kept"]]:
+    """What is left of the boxes inside (top, left, height, width), and whose they are; any positive
+    remainder counts, as in DETR.
+    """
     top, left, height, width = crop
     moved = boxes - np.array([left, top, left, top], np.float32)
     moved = np.clip(moved, 0, np.array([width, height, width, height], np.float32))

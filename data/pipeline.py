@@ -1,4 +1,6 @@
-"""Files on disk -> padded numpy batches: read, plan, decode, transform, pad, prefetch; resumable at any step."""
+"""Files on disk -> padded numpy batches: read, plan, decode, transform, pad, prefetch; resumable at
+any step.
+"""
 
 import contextlib
 import logging
@@ -27,7 +29,9 @@ from dsct_jax.errors import UserError
 
 try:
     import grain
-except ImportError:  # no wheel for every platform; threads then yield the same batches in the same order
+except (
+    ImportError
+):  # no wheel for every platform; threads then yield the same batches in the same order
     grain = None
 
 __all__ = ["DataConfig", "Dataset", "make_dataset"]
@@ -36,7 +40,16 @@ _ENDLESS = 2**40  # steps
 _log = logging.getLogger(__name__)
 
 
-def make_dataset(data: DataConfig, split: str, *, batch_size: int, seed: int, training: bool, host_index: int = 0, host_count: int = 1) -> "Dataset":
+def make_dataset(
+    data: DataConfig,
+    split: str,
+    *,
+    batch_size: int,
+    seed: int,
+    training: bool,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> "Dataset":
     """Reads one split and plans its batches.
 
     Args:
@@ -52,9 +65,18 @@ def make_dataset(data: DataConfig, split: str, *, batch_size: int, seed: int, tr
         UserError: annotations or images cannot be used, or batch_size is no multiple of host_count.
     """
     if batch_size < 1 or batch_size % host_count:
-        raise UserError(f"batch size {batch_size} cannot be shared by {host_count} hosts: set config.train.batch_size to a multiple of it")
+        raise UserError(
+            f"batch size {batch_size} cannot be shared by {host_count} hosts: set "
+            "config.train.batch_size to a multiple of it"
+        )
     records, report = read_split(data, split)
-    plan = BatchPlan(data, [(record.height, record.width) for record in records], batch_size=batch_size, seed=seed, training=training)
+    plan = BatchPlan(
+        data,
+        [(record.height, record.width) for record in records],
+        batch_size=batch_size,
+        seed=seed,
+        training=training,
+    )
     share = batch_size // host_count
     loader = BatchLoader(data, records, plan, slice(host_index * share, (host_index + 1) * share))
     return Dataset(data, records, report, plan, loader, training=training)
@@ -68,11 +90,19 @@ class Dataset:
         report: what the reader counted.
         num_images: of the split.
         steps_per_epoch: batches that show every image exactly once.
-        skipped: name of each file that could not be read -> how often it was left out (only with `skip_corrupt`).
+        skipped: name of each file that could not be read -> how often it was left out (only with
+            `skip_corrupt`).
     """
 
     def __init__(
-        self, data: DataConfig, records: list[Record], report: ReadReport, plan: BatchPlan, loader: "BatchLoader", *, training: bool
+        self,
+        data: DataConfig,
+        records: list[Record],
+        report: ReadReport,
+        plan: BatchPlan,
+        loader: "BatchLoader",
+        *,
+        training: bool,
     ) -> None:
         self.records = records
         self.report = report
@@ -86,11 +116,13 @@ class Dataset:
     def iterator(self, start_step: int = 0, steps: int | None = None) -> Iterator[Batch]:
         """Batches from number `start_step` on, `steps` of them or to the end (training has none).
 
-        Batches are made ahead of their use: in `num_workers` Grain processes when training, else in threads of this process (starting processes does
+        Batches are made ahead of their use: in `num_workers` Grain processes when training, else in
+            threads of this process (starting processes does
         not pay for a single evaluation pass). Leaving the loop or closing the iterator stops them.
 
         Raises:
-            UserError: an image cannot be read and `skip_corrupt` is not set; the line names the file.
+            UserError: an image cannot be read and `skip_corrupt` is not set; the line names the
+                file.
         """
         end = _ENDLESS if self._training else self.steps_per_epoch
         stop = end if steps is None else min(end, start_step + steps)
@@ -122,23 +154,31 @@ class Dataset:
 
 
 class BatchLoader:
-    """Makes this host's share of the batch of a step. Travels to worker processes, so it holds plain values only.
+    """Makes this host's share of the batch of a step. Travels to worker processes, so it holds
+    plain values only.
 
-    A place without an image (the end of an epoch, or a damaged file) is a black image of the whole canvas without people, and `real` is False:
-    an image without any pixel would make valid ratios of 0, and divisions by them.
+    A place without an image (the end of an epoch, or a damaged file) is a black image of the whole
+    canvas without people, and `real` is False: an image without any pixel would make valid ratios
+    of 0, and divisions by them.
     """
 
-    def __init__(self, config: DataConfig, records: list[Record], plan: BatchPlan, share: slice) -> None:
+    def __init__(
+        self, config: DataConfig, records: list[Record], plan: BatchPlan, share: slice
+    ) -> None:
         self._config = config
         self._records = records
         self._plan = plan
         self._share = share
-        self._images: dict[int, Image.Image] = {}  # decoded, when the configuration asks for a cache
+        self._images: dict[
+            int, Image.Image
+        ] = {}  # decoded, when the configuration asks for a cache
 
     def __call__(self, step: int) -> dict[str, Any]:
-        """`arrays` of a Batch, (name, message) of `skipped` images, and the `error` line ('' = none).
+        """`arrays` of a Batch, (name, message) of `skipped` images, and the `error` line ('' =
+        none).
 
-        Errors are values here because an exception of a worker process reaches the run as a page of its traceback.
+        Errors are values here because an exception of a worker process reaches the run as a page of
+        its traceback.
         """
         planned = self._plan[step]
         indices, transforms = planned.indices[self._share], planned.transforms[self._share]
@@ -162,7 +202,9 @@ class BatchLoader:
             height, width = transform.size
             arrays["images"][place, :height, :width] = np.asarray(image)
             arrays["sizes"][place] = height, width
-            arrays["boxes"][place, : len(kept)] = xyxy_to_cxcywh(boxes) / np.array([width, height, width, height], np.float32)
+            arrays["boxes"][place, : len(kept)] = xyxy_to_cxcywh(boxes) / np.array(
+                [width, height, width, height], np.float32
+            )
             arrays["labels"][place, : len(kept)] = record.labels[kept]
             arrays["valid"][place, : len(kept)] = True
             arrays["real"][place] = True
@@ -186,13 +228,18 @@ class BatchLoader:
         if image is None:
             image = record.load()
             if image.size != (record.width, record.height):
-                raise UserError(f"{record.name}: its size changed from {record.width}x{record.height} while the run was going on")
+                raise UserError(
+                    f"{record.name}: its size changed from {record.width}x{record.height} while "
+                    "the run was going on"
+                )
             if self._config.cache:
                 self._images[record.image_id] = image
         return image
 
 
-def _load_in_threads(load: Callable[[int], dict[str, Any]], steps: Iterable[int], threads: int) -> Iterator[dict[str, Any]]:
+def _load_in_threads(
+    load: Callable[[int], dict[str, Any]], steps: Iterable[int], threads: int
+) -> Iterator[dict[str, Any]]:
     """load(step) for every step in order, at most `threads` + 1 of them ahead of the consumer."""
     pending: deque[Future] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="data") as pool:
@@ -208,11 +255,18 @@ def _load_in_threads(load: Callable[[int], dict[str, Any]], steps: Iterable[int]
                 future.cancel()
 
 
-def _load_in_processes(load: Callable[[int], dict[str, Any]], start: int, stop: int, workers: int) -> Iterator[dict[str, Any]]:
+def _load_in_processes(
+    load: Callable[[int], dict[str, Any]], start: int, stop: int, workers: int
+) -> Iterator[dict[str, Any]]:
     """The same through Grain's worker processes."""
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain hands the flags to its workers and stops where nobody has parsed any
-    dataset = grain.MapDataset.range(start, stop).map(load).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+        # Grain hands the flags to its workers and stops where nobody has parsed any
+        flags.FLAGS.mark_as_parsed()
+    dataset = (
+        grain.MapDataset.range(start, stop)
+        .map(load)
+        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    )
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     with _block_signals():
         elements = iter(dataset.mp_prefetch(options, worker_init_fn=_ignore_signals))
@@ -220,8 +274,11 @@ def _load_in_processes(load: Callable[[int], dict[str, Any]], start: int, stop: 
         with _block_signals():
             element = next(elements, None)
         while element is not None:
-            # Copies: what arrives are views of shared memory that the sender owns only until its process is stopped.
-            yield element | {"arrays": {name: np.array(array) for name, array in element["arrays"].items()}}
+            # Copies: what arrives are views of shared memory that the sender owns only until its
+            # process is stopped.
+            yield element | {
+                "arrays": {name: np.array(array) for name, array in element["arrays"].items()}
+            }
             element = next(elements, None)
     finally:
         elements.close()
@@ -229,7 +286,9 @@ def _load_in_processes(load: Callable[[int], dict[str, Any]], start: int, stop: 
 
 @contextlib.contextmanager
 def _block_signals() -> Iterator[None]:
-    """Workers that are started inside inherit it: SIGTERM and Ctrl-C, which reach a whole group, do not end them before they can ignore them."""
+    """Workers that are started inside inherit it: SIGTERM and Ctrl-C, which reach a whole group, do
+    not end them before they can ignore them.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         yield
@@ -238,13 +297,17 @@ def _block_signals() -> Iterator[None]:
 
 
 def _ignore_signals(worker: int, workers: int) -> None:
-    """Called in each worker process: what a signal means is the run's business, which stops its workers; and a worker whose run was killed ends."""
+    """Called in each worker process: what a signal means is the run's business, which stops its
+    workers; and a worker whose run was killed ends.
+    """
     del worker, workers
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     run = multiprocessing.parent_process()
     if run is not None:
-        threading.Thread(target=_exit_with_parent, args=(run.sentinel,), name="end with the run", daemon=True).start()
+        threading.Thread(
+            target=_exit_with_parent, args=(run.sentinel,), name="end with the run", daemon=True
+        ).start()
 
 
 def _exit_with_parent(sentinel: int) -> None:

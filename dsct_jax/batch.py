@@ -1,8 +1,10 @@
-"""The contract between data, model, losses and metrics: what one batch, its targets and its predictions hold.
+"""The contract between data, model, losses and metrics: what one batch, its targets and its
+predictions hold.
 
 Letters: b batch, h w padded image, t targets, q subject queries, k classes, layers decoder layers.
-Everything here is a pytree, so a batch can be sharded, donated or mapped over as one value. Fields are described in comments rather than as
-checked annotations because the same containers also carry shardings and ShapeDtypeStructs.
+Everything here is a pytree, so a batch can be sharded, donated or mapped over as one value. Fields
+are described in comments rather than as checked annotations because the same containers also carry
+shardings and ShapeDtypeStructs.
 """
 
 import dataclasses
@@ -19,7 +21,9 @@ class Targets:
     """The people of each image, padded to a fixed number `t`."""
 
     boxes: Any  # float32 [b t 4], (cx, cy, w, h) in [0, 1] of the image without its padding
-    labels: Any  # float32 [b t k], multi-hot (multi-label) or one-hot (multi-class); all zero = the person carries no label
+    # float32 [b t k], multi-hot (multi-label) or one-hot (multi-class); all zero = the person
+    # carries no label
+    labels: Any
     valid: Any  # bool [b t], True = a real person
 
 
@@ -41,7 +45,9 @@ class Batch:
 class Predictions:
     """What the model says. The last layer is the answer, the others are the auxiliary outputs."""
 
-    logits: Any  # float32 [layers b q k+1]; the last logit is "a subject" (multi-label) or unused (multi-class), as released
+    # float32 [layers b q k+1]; the last logit is "a subject" (multi-label) or unused (multi-class),
+    # as released
+    logits: Any
     boxes: Any  # float32 [layers b q 4], (cx, cy, w, h) in [0, 1] of the image without its padding
     details: Any = None  # attention weights, sampling locations ... per layer, when asked for
 

@@ -1,4 +1,6 @@
-"""Box arithmetic. (cx, cy, w, h) is what the network predicts; (x1, y1, x2, y2) is what areas and drawings need."""
+"""Box arithmetic. (cx, cy, w, h) is what the network predicts; (x1, y1, x2, y2) is what areas and
+drawings need.
+"""
 
 from typing import TypeVar
 
@@ -6,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-AnyArray = TypeVar("AnyArray", Array, np.ndarray)  # the two conversions serve the host (readers, drawing) and the device (losses) alike
+AnyArray = TypeVar(
+    "AnyArray", Array, np.ndarray
+)  # the two conversions serve the host (readers, drawing) and the device (losses) alike
 
 
 def cxcywh_to_xyxy(boxes: Num[AnyArray, "*n 4"]) -> Num[AnyArray, "*n 4"]:
@@ -29,8 +33,11 @@ def _areas(boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def iou_and_giou(a: Float[Array, "*n 4"], b: Float[Array, "*n 4"]) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
-    """IoU and generalized IoU of (x1, y1, x2, y2) boxes, element by element after broadcasting (Rezatofighi et al. 2019).
+def iou_and_giou(
+    a: Float[Array, "*n 4"], b: Float[Array, "*n 4"]
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    """IoU and generalized IoU of (x1, y1, x2, y2) boxes, element by element after broadcasting
+    (Rezatofighi et al. 2019).
 
     Boxes without area would divide by zero: a pair whose union is empty has IoU 0.
     """
@@ -39,17 +46,22 @@ def iou_and_giou(a: Float[Array, "*n 4"], b: Float[Array, "*n 4"]) -> tuple[Floa
     intersection = size[..., 0] * size[..., 1]
     union = _areas(a) + _areas(b) - intersection
     iou = intersection / jnp.where(union > 0, union, 1)
-    hull_size = jnp.clip(jnp.maximum(a[..., 2:], b[..., 2:]) - jnp.minimum(a[..., :2], b[..., :2]), 0)
+    hull_size = jnp.clip(
+        jnp.maximum(a[..., 2:], b[..., 2:]) - jnp.minimum(a[..., :2], b[..., :2]), 0
+    )
     hull = hull_size[..., 0] * hull_size[..., 1]
     return iou, iou - (hull - union) / jnp.where(hull > 0, hull, 1)
 
 
 def elementwise_iou(a: np.ndarray, b: np.ndarray, *, offset: float = 0.0) -> np.ndarray:
-    """IoU on the host of (x1, y1, x2, y2) boxes a [*n 4] and b [*n 4] after broadcasting -> [*n]; a pair whose union is empty has 0.
+    """IoU on the host of (x1, y1, x2, y2) boxes a [*n 4] and b [*n 4] after broadcasting -> [*n]; a
+    pair whose union is empty has 0.
 
     `offset=1` counts pixels inclusively, the convention of the released evaluation (test.py:30-44).
     """
-    size = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]) + offset, 0, None)
+    size = np.clip(
+        np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]) + offset, 0, None
+    )
     intersection = size[..., 0] * size[..., 1]
     area_a = (a[..., 2] - a[..., 0] + offset) * (a[..., 3] - a[..., 1] + offset)
     area_b = (b[..., 2] - b[..., 0] + offset) * (b[..., 3] - b[..., 1] + offset)
@@ -62,8 +74,11 @@ def pairwise_iou(a: np.ndarray, b: np.ndarray, *, offset: float = 0.0) -> np.nda
     return elementwise_iou(a[:, None], b[None], offset=offset)
 
 
-def non_max_suppression(boxes: np.ndarray, scores: np.ndarray, *, threshold: float, offset: float = 0.0) -> np.ndarray:
-    """Indices of the boxes kept by greedy suppression, best score first; a box goes when its IoU with a kept one exceeds `threshold`.
+def non_max_suppression(
+    boxes: np.ndarray, scores: np.ndarray, *, threshold: float, offset: float = 0.0
+) -> np.ndarray:
+    """Indices of the boxes kept by greedy suppression, best score first; a box goes when its IoU
+    with a kept one exceeds `threshold`.
 
     boxes [n 4] (x1, y1, x2, y2), scores [n].
     """
@@ -77,6 +92,8 @@ def non_max_suppression(boxes: np.ndarray, scores: np.ndarray, *, threshold: flo
 
 
 def inverse_sigmoid(x: Float[Array, "*n"], *, eps: float = 1e-5) -> Float[Array, "*n"]:
-    """log(x / (1 - x)) with x clipped to [0, 1] and both terms to at least `eps`, as in Deformable DETR."""
+    """log(x / (1 - x)) with x clipped to [0, 1] and both terms to at least `eps`, as in Deformable
+    DETR.
+    """
     x = jnp.clip(x, 0, 1)
     return jnp.log(jnp.maximum(x, eps) / jnp.maximum(1 - x, eps))

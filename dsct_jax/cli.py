@@ -1,4 +1,6 @@
-"""What all commands share: a command line read, a user's mistake told in one line, and the exit status."""
+"""What all commands share: a command line read, a user's mistake told in one line, and the exit
+status.
+"""
 
 import argparse
 import contextlib
@@ -16,7 +18,12 @@ class Parser(argparse.ArgumentParser):
     """Its errors are one line: UserError instead of a usage text and SystemExit."""
 
     def __init__(self, *, description: str | None, prog: str | None = None) -> None:
-        super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(
+            prog=prog,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
@@ -24,7 +31,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(run: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
-    """Calls `run` and returns the exit status: its own (None = 0), 2 after a user's mistake told in one line on stderr, 130 after Ctrl-C.
+    """Calls `run` and returns the exit status: its own (None = 0), 2 after a user's mistake told in
+    one line on stderr, 130 after Ctrl-C.
 
     Args:
         interrupted: the line after Ctrl-C.
@@ -45,11 +53,15 @@ def writing(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--output={output}: cannot be written ({error.strerror or error})") from error
+        raise UserError(
+            f"--output={output}: cannot be written ({error.strerror or error})"
+        ) from error
 
 
 def run_subcommand(package: str, commands: Mapping[str, str], argv: Sequence[str]) -> int:
-    """`argv[0]` names one of `commands` (name -> what it does), a module of `package` whose `main` gets the rest; returns the exit status."""
+    """`argv[0]` names one of `commands` (name -> what it does), a module of `package` whose `main`
+    gets the rest; returns the exit status.
+    """
     width = max(map(len, commands)) + 2
     listing = "\n".join(f"  {name:{width}}{text}" for name, text in commands.items())
     if not argv or argv[0] in ("-h", "--help"):

@@ -1,4 +1,6 @@
-"""Configurations: read from files, and turned into the frozen dataclasses that the library takes; what does not fit is an error naming the field."""
+"""Configurations: read from files, and turned into the frozen dataclasses that the library takes;
+what does not fit is an error naming the field.
+"""
 
 import dataclasses
 import difflib
@@ -17,7 +19,9 @@ T = TypeVar("T")
 
 
 def to_builtins(value: Any) -> Any:
-    """A mapping of any kind, tuples and lists -> dict and tuple all the way down, as dataclasses and JSON want them."""
+    """A mapping of any kind, tuples and lists -> dict and tuple all the way down, as dataclasses
+    and JSON want them.
+    """
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
@@ -28,7 +32,8 @@ def to_builtins(value: Any) -> Any:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A configuration as plain values: of a file with `get_config()`, such as configs/demo.py, or a run's config.json.
+    """A configuration as plain values: of a file with `get_config()`, such as configs/demo.py, or a
+    run's config.json.
 
     Raises:
         UserError: the file is missing, fails, or gives no mapping; the line names it.
@@ -38,30 +43,63 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.suffix not in (".py", ".json"):
         raise UserError(f"--config={path}: neither a .py nor a .json file")
     try:
-        config = to_builtins(json.loads(path.read_text()) if path.suffix == ".json" else runpy.run_path(str(path))["get_config"]())
-    except (ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError, SyntaxError, TypeError, ValueError) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        config = to_builtins(
+            json.loads(path.read_text())
+            if path.suffix == ".json"
+            else runpy.run_path(str(path))["get_config"]()
+        )
+    except (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        NameError,
+        OSError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ) as error:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(path)
+        ]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
-        reason = "has no get_config()" if str(error) == "'get_config'" else f"{type(error).__name__}: {error}"
+        reason = (
+            "has no get_config()"
+            if str(error) == "'get_config'"
+            else f"{type(error).__name__}: {error}"
+        )
         raise UserError(f"--config={where}: {' '.join(reason.split())}") from error
     if not isinstance(config, dict):
-        raise UserError(f"--config={path}: gives no mapping but {type(config).__name__}; start from configs/base.py")
+        raise UserError(
+            f"--config={path}: gives no mapping but {type(config).__name__}; start from "
+            "configs/base.py"
+        )
     return config
 
 
 def require(config: Mapping[str, Any], name: str, kind: type) -> Any:
-    """The section or field `name` of a configuration's top level; raises UserError where it is missing or no `kind`."""
+    """The section or field `name` of a configuration's top level; raises UserError where it is
+    missing or no `kind`.
+    """
     found = config.get(name)
     if not isinstance(found, kind):
-        raise UserError(f"config.{name}: " + ("missing" if found is None else f"{found!r} cannot be used") + "; start from configs/base.py")
+        raise UserError(
+            f"config.{name}: "
+            + ("missing" if found is None else f"{found!r} cannot be used")
+            + "; start from configs/base.py"
+        )
     return found
 
 
 def dataclass_from_dict(cls: type[T], name: str, values: Mapping[str, Any], **extra: Any) -> T:
-    """`cls(**values, **extra)`, `cls` being a dataclass and `name` the section ("" = the top level).
+    """`cls(**values, **extra)`, `cls` being a dataclass and `name` the section ("" = the top
+    level).
 
     Raises:
-        UserError: a key that `cls` does not have (with the closest field), a field without a value, or a value of another type than the field's.
+        UserError: a key that `cls` does not have (with the closest field), a field without a value,
+            or a value of another type than the field's.
     """
     prefix = f"config.{name}." if name else "config."
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -72,11 +110,17 @@ def dataclass_from_dict(cls: type[T], name: str, values: Mapping[str, Any], **ex
             raise unknown_field(prefix, key, own)
     given = {key: to_builtins(value) for key, value in values.items()}
     for key, field in fields.items():
-        if key not in given and key not in extra and field.default is field.default_factory is dataclasses.MISSING:
+        if (
+            key not in given
+            and key not in extra
+            and field.default is field.default_factory is dataclasses.MISSING
+        ):
             raise UserError(f"{prefix}{key}: missing; start from configs/base.py")
     for key, value in given.items():
         if not _fits(value, hints[key]):
-            raise UserError(f"{prefix}{key}={value!r} cannot be used: must be {_describe(hints[key])}")
+            raise UserError(
+                f"{prefix}{key}={value!r} cannot be used: must be {_describe(hints[key])}"
+            )
         if hints[key] is float:  # written as 3 it means 3.0
             given[key] = float(value)
     return cls(**given, **extra)
@@ -86,10 +130,15 @@ def unknown_field(prefix: str, key: str, known: Iterable[str]) -> UserError:
     """The error for a field `prefix` + `key` that is none of `known`."""
     known = list(known)
     close = difflib.get_close_matches(key, known, n=1)
-    return UserError(f"{prefix}{key}: unknown field; " + (f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(known)}"))
+    return UserError(
+        f"{prefix}{key}: unknown field; "
+        + (f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(known)}")
+    )
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any], *, prefix: str = "") -> list[str]:
+def differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, prefix: str = ""
+) -> list[str]:
     """`field: old -> new` for every field that both configurations have with different values."""
     found: list[str] = []
     for key in before.keys() & after.keys():
@@ -108,9 +157,13 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Sequence or (origin is tuple and inner[-1] is Ellipsis):
         return isinstance(value, tuple) and all(_fits(entry, inner[0]) for entry in value)
     if origin is tuple:
-        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+        return (
+            isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+        )
     if hint in (int, float):
-        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(
+            value, bool
+        )
     return hint is Any or isinstance(value, hint)
 
 
@@ -123,4 +176,6 @@ def _describe(hint: Any) -> str:
         return f"a list, each entry {_describe(inner[0])}"
     if origin is tuple:
         return f"({', '.join(map(_describe, inner))})"
-    return {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}.get(hint, str(hint))
+    return {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}.get(
+        hint, str(hint)
+    )

@@ -1,4 +1,6 @@
-"""The one error that means "what the user gave cannot be used": entry points print its single line and exit with status 2."""
+"""The one error that means "what the user gave cannot be used": entry points print its single line
+and exit with status 2.
+"""
 
 
 class UserError(ValueError):

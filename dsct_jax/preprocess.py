@@ -1,4 +1,5 @@
-"""Deterministic image -> model input: decode, resize, pad, normalise. Shared by training, evaluation and prediction.
+"""Deterministic image -> model input: decode, resize, pad, normalise. Shared by training,
+evaluation and prediction.
 
 Sizes are (height, width) in pixels throughout; PIL's (width, height) stays inside this file.
 """
@@ -24,7 +25,9 @@ Size = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What evaluation and prediction do to a image: its size, and the (height, width) canvases it may be padded to."""
+    """What evaluation and prediction do to a image: its size, and the (height, width) canvases it
+    may be padded to.
+    """
 
     short_side: int
     max_long_side: int
@@ -32,7 +35,14 @@ class Preprocessing:
 
 
 # What PIL raises for files that are damaged, cut short or no images at all.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 def decode_image(path: Path, encoded: bytes | None = None) -> Image.Image:
@@ -40,7 +50,8 @@ def decode_image(path: Path, encoded: bytes | None = None) -> Image.Image:
 
     Alpha is dropped, palettes and CMYK are converted, 16-bit grey keeps its high byte.
 
-    An EXIF orientation is NOT applied: the data sets' boxes are given in the frame of the stored pixels.
+    An EXIF orientation is NOT applied: the data sets' boxes are given in the frame of the stored
+        pixels.
 
     Raises:
         UserError: the file is missing, damaged, cut short or no image; the line names it.
@@ -50,18 +61,26 @@ def decode_image(path: Path, encoded: bytes | None = None) -> Image.Image:
             if image.mode.startswith("I;16"):
                 high_byte = (np.asarray(image) >> 8).astype(np.uint8)
                 return Image.fromarray(high_byte).convert("RGB")
-            # Asking for RGB from a palette with transparency would warn; through RGBA the alpha is dropped all the same.
+            # Asking for RGB from a palette with transparency would warn; through RGBA the alpha is
+            # dropped all the same.
             return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such image file") from None
     except DECODE_ERRORS as error:
-        raise UserError(f"{path}: cannot be read as an image ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise UserError(
+            f"{path}: cannot be read as an image "
+            f"({' '.join(str(error).split()) or type(error).__name__})"
+        ) from None
 
 
-def resized_size(height: int, width: int, short_side: int, max_long_side: int | None = None) -> Size:
-    """(height, width) after bringing the short side to `short_side` without the long one passing `max_long_side`, as DETR does it.
+def resized_size(
+    height: int, width: int, short_side: int, max_long_side: int | None = None
+) -> Size:
+    """(height, width) after bringing the short side to `short_side` without the long one passing
+    `max_long_side`, as DETR does it.
 
-    Source: released datasets/transforms.py:93-105. The long side is truncated, not rounded, and may pass the limit by a pixel or two because the
+    Source: released datasets/transforms.py:93-105. The long side is truncated, not rounded, and may
+        pass the limit by a pixel or two because the
     short side is rounded first (480x1500 at 800/1333 becomes 427x1334).
     """
     shortest, longest = min(height, width), max(height, width)
@@ -75,13 +94,21 @@ def resized_size(height: int, width: int, short_side: int, max_long_side: int | 
 
 
 def resize(image: Image.Image, size: Size) -> Image.Image:
-    """PIL's antialiased bilinear resize, which is what the released code uses; nothing to do costs nothing."""
+    """PIL's antialiased bilinear resize, which is what the released code uses; nothing to do costs
+    nothing.
+    """
     height, width = size
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
+    return (
+        image
+        if image.size == (width, height)
+        else image.resize((width, height), Image.Resampling.BILINEAR)
+    )
 
 
 def choose_bucket(sizes: Iterable[Size], buckets: Iterable[Size]) -> Size | None:
-    """The canvas of least area that holds every size; the first of equals; None when no canvas does."""
+    """The canvas of least area that holds every size; the first of equals; None when no canvas
+    does.
+    """
     height, width = (max(side) for side in zip(*sizes, strict=True))
     fitting = [bucket for bucket in buckets if bucket[0] >= height and bucket[1] >= width]
     return min(fitting, key=lambda bucket: bucket[0] * bucket[1], default=None)
@@ -98,11 +125,15 @@ def shrink_to_fit(size: Size, bucket: Size) -> Size:
 
 
 def fit_bucket(size: Size, buckets: Iterable[Size]) -> tuple[Size, Size]:
-    """(size, bucket) of one image: the smallest canvas that holds it, else scaled down to the canvas that takes least away from it."""
+    """(size, bucket) of one image: the smallest canvas that holds it, else scaled down to the
+    canvas that takes least away from it.
+    """
     buckets = tuple(buckets)
     bucket = choose_bucket([size], buckets)
     if bucket is None:
-        bucket = max(buckets, key=lambda candidate: min(candidate[0] / size[0], candidate[1] / size[1]))
+        bucket = max(
+            buckets, key=lambda candidate: min(candidate[0] / size[0], candidate[1] / size[1])
+        )
     return shrink_to_fit(size, bucket), bucket
 
 
@@ -113,15 +144,25 @@ def pad_to(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.ndarray, "
     return canvas
 
 
-def prepare_image(image: Image.Image, preprocessing: Preprocessing) -> tuple[UInt8[np.ndarray, "height width 3"], Size]:
-    """The evaluation transform of one RGB image: resized, padded to its canvas; and the (height, width) it fills there."""
-    wanted = resized_size(image.height, image.width, preprocessing.short_side, preprocessing.max_long_side)
+def prepare_image(
+    image: Image.Image, preprocessing: Preprocessing
+) -> tuple[UInt8[np.ndarray, "height width 3"], Size]:
+    """The evaluation transform of one RGB image: resized, padded to its canvas; and the (height,
+    width) it fills there.
+    """
+    wanted = resized_size(
+        image.height, image.width, preprocessing.short_side, preprocessing.max_long_side
+    )
     size, bucket = fit_bucket(wanted, preprocessing.buckets)
     return pad_to(np.asarray(resize(image, size)), bucket), size
 
 
-def normalize(images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], padding_mask: Bool[Array, "b h w"]) -> Float32[Array, "b h w 3"]:
-    """ImageNet normalisation on the device of pixels 0..255; padding becomes exactly 0, as DETR pads after normalising."""
+def normalize(
+    images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], padding_mask: Bool[Array, "b h w"]
+) -> Float32[Array, "b h w 3"]:
+    """ImageNet normalisation on the device of pixels 0..255; padding becomes exactly 0, as DETR
+    pads after normalising.
+    """
     mean, std = (jnp.array(x, jnp.float32).reshape(1, 1, 1, 3) for x in (MEAN, STD))
     scaled = (images.astype(jnp.float32) / 255 - mean) / std
     return jnp.where(padding_mask[..., None], jnp.float32(0), scaled)

@@ -1,3 +1,5 @@
-"""Measured tiles: device kind -> shape class -> (queries, warps). Written by `python -m pallas_kernels.tuner --write`."""
+"""Measured tiles: device kind -> shape class -> (queries, warps). Written by `python -m
+pallas_kernels.tuner --write`.
+"""
 
 TABLE: dict[str, dict[str, tuple[int, int]]] = {}

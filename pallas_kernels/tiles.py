@@ -1,6 +1,8 @@
-"""Tile sizes of the GPU kernels: a frozen table by device and shape class, with a default that is legal for every shape.
+"""Tile sizes of the GPU kernels: a frozen table by device and shape class, with a default that is
+legal for every shape.
 
-`python -m pallas_kernels.tuner` measures candidates and writes tile_table.py; nothing is measured at import or while tracing.
+`python -m pallas_kernels.tuner` measures candidates and writes tile_table.py; nothing is measured
+at import or while tracing.
 """
 
 import dataclasses

@@ -7,7 +7,11 @@ import numpy as np
 
 from pallas_kernels.reference import SpatialShapes
 
-PATTERNS = ("uniform", "initial", "trained")  # where the points lie: anywhere; the initial grid of offsets; some pixels around the reference
+PATTERNS = (
+    "uniform",
+    "initial",
+    "trained",
+)  # where the points lie: anywhere; the initial grid of offsets; some pixels around the reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,27 +35,50 @@ class Workload:
     @property
     def gathered_rows(self) -> int:
         """Rows of `head_size` values read by one forward pass: four corners a point."""
-        return self.batch * (self.queries or self.tokens) * self.heads * len(self.spatial_shapes) * self.points * 4
+        return (
+            self.batch
+            * (self.queries or self.tokens)
+            * self.heads
+            * len(self.spatial_shapes)
+            * self.points
+            * 4
+        )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of value, reference_points, offsets and logits."""
         b, q, l = self.batch, self.queries or self.tokens, len(self.spatial_shapes)
         points = (b, q, self.heads, l, self.points)
-        return {"value": (b, self.tokens, self.heads, self.head_size), "reference_points": (b, q, l, 2), "offsets": (*points, 2), "logits": points}
+        return {
+            "value": (b, self.tokens, self.heads, self.head_size),
+            "reference_points": (b, q, l, 2),
+            "offsets": (*points, 2),
+            "logits": points,
+        }
 
     def inputs(self, pattern: str = "trained", *, seed: int = 0) -> dict[str, np.ndarray]:
         """Random float32 arguments of `deformable_attention_from_offsets`."""
         rng, shapes = np.random.default_rng(seed), self.shapes()
-        reference_points = self._grid() if self.queries is None else rng.uniform(size=(self.queries, 2))
-        reference_points = np.broadcast_to(reference_points[None, :, None], shapes["reference_points"]).astype(np.float32)
-        sizes = np.array([(width, height) for height, width in self.spatial_shapes], np.float32)[:, None, :]
+        reference_points = (
+            self._grid() if self.queries is None else rng.uniform(size=(self.queries, 2))
+        )
+        reference_points = np.broadcast_to(
+            reference_points[None, :, None], shapes["reference_points"]
+        ).astype(np.float32)
+        sizes = np.array([(width, height) for height, width in self.spatial_shapes], np.float32)[
+            :, None, :
+        ]
         if pattern == "uniform":
-            offsets = (rng.uniform(size=shapes["offsets"]) - reference_points[:, :, None, :, None]) * sizes
+            offsets = (
+                rng.uniform(size=shapes["offsets"]) - reference_points[:, :, None, :, None]
+            ) * sizes
         elif pattern == "initial":
             angles = 2 * math.pi * np.arange(self.heads) / self.heads
             directions = np.stack([np.cos(angles), np.sin(angles)], -1)
             directions /= np.abs(directions).max(-1, keepdims=True)
-            offsets = np.broadcast_to(directions[:, None, None] * np.arange(1, self.points + 1)[:, None], shapes["offsets"])
+            offsets = np.broadcast_to(
+                directions[:, None, None] * np.arange(1, self.points + 1)[:, None],
+                shapes["offsets"],
+            )
         elif pattern == "trained":
             offsets = self.spread * rng.normal(size=shapes["offsets"])
         else:
@@ -66,7 +93,10 @@ class Workload:
 
     def _grid(self) -> np.ndarray:
         """(x, y) of each token's centre."""
-        axes = [((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height) for height, width in self.spatial_shapes]
+        axes = [
+            ((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+            for height, width in self.spatial_shapes
+        ]
         return np.concatenate([np.stack(np.meshgrid(x, y), -1).reshape(-1, 2) for x, y in axes])
 
 
@@ -83,9 +113,33 @@ WORKLOADS = {
         Workload("decoder_304", _800, queries=304, large=True),
         Workload("decoder_caer", _480, queries=309, large=True),
         Workload("encoder_tiny", ((6, 8), (3, 4), (2, 2), (1, 1)), batch=2),
-        Workload("ragged_levels", ((7, 3), (1, 9), (5, 5)), batch=2, queries=20, heads=2, head_size=24, points=3),
-        Workload("one_pixel_levels", ((1, 1), (1, 1)), queries=11, heads=4, head_size=16, points=2, spread=0.7),
-        Workload("out_of_bounds", ((4, 6), (2, 3)), queries=16, heads=2, head_size=64, points=4, spread=40.0),
+        Workload(
+            "ragged_levels",
+            ((7, 3), (1, 9), (5, 5)),
+            batch=2,
+            queries=20,
+            heads=2,
+            head_size=24,
+            points=3,
+        ),
+        Workload(
+            "one_pixel_levels",
+            ((1, 1), (1, 1)),
+            queries=11,
+            heads=4,
+            head_size=16,
+            points=2,
+            spread=0.7,
+        ),
+        Workload(
+            "out_of_bounds",
+            ((4, 6), (2, 3)),
+            queries=16,
+            heads=2,
+            head_size=64,
+            points=4,
+            spread=40.0,
+        ),
         Workload("odd_queries", ((5, 4),), batch=3, queries=7, heads=3, head_size=16, points=1),
     )
 }

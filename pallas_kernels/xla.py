@@ -1,13 +1,20 @@
-"""Multi-scale deformable attention in portable XLA operations, with its own backward pass: gathers and scatters of whole rows, and dense arithmetic.
+"""Multi-scale deformable attention in portable XLA operations, with its own backward pass: gathers
+and scatters of whole rows, and dense arithmetic.
 
-Forward: a scan over the levels adds the four corners of each point, row by row, to one running sum. The index arithmetic stays inside the gather's
-fusion, so nothing but the sum is materialised (PyTorch's grid_sample formulation writes every sample of every point).
+Forward: a scan over the levels adds the four corners of each point, row by row, to one running sum.
+    The index arithmetic stays inside the gather's
+fusion, so nothing but the sum is materialised (PyTorch's grid_sample formulation writes every
+sample of every point).
 
-Backward: only the inputs are kept; corners are computed again. Two forms, chosen when the program is lowered:
-- CPU: blocks of queries small enough for the cache, all corners of a block at once; one scatter a block into a gradient updated in place.
-- everything else: a scan over the corners with all queries at once, the parallelism an accelerator needs.
+Backward: only the inputs are kept; corners are computed again. Two forms, chosen when the program
+    is lowered:
+- CPU: blocks of queries small enough for the cache, all corners of a block at once; one scatter a
+    block into a gradient updated in place.
+- everything else: a scan over the corners with all queries at once, the parallelism an accelerator
+    needs.
 
-A TPU has no fast scalar gathers, but moves rows well; both passes move only rows of `d` numbers, and loop over levels or corners, never over queries.
+A TPU has no fast scalar gathers, but moves rows well; both passes move only rows of `d` numbers,
+and loop over levels or corners, never over queries.
 """
 
 import functools
@@ -20,8 +27,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.reference import SpatialShapes, level_sizes, no_fma
 
-CPU_BLOCK = 512  # (query, head) pairs a block of the CPU's backward pass; with 64 corners its rows fill 4 MiB
-CPU_LANES = 4  # partial sums a dot product; XLA's CPU backend vectorises these over the rows, a full reduction in a fusion not at all
+# (query, head) pairs a block of the CPU's backward pass; with 64 corners its rows fill 4 MiB
+CPU_BLOCK = 512
+# partial sums a dot product; XLA's CPU backend vectorises these over the rows, a full reduction in
+# a fusion not at all
+CPU_LANES = 4
 
 
 def deformable_attention(
@@ -34,7 +44,9 @@ def deformable_attention(
     b, q, _, l = attention_weights.shape[:4]
     dtype = jnp.promote_types(value.dtype, jnp.float32)
     origin = jnp.full((b, q, l, 2), -0.5, dtype)
-    offsets = no_fma(sampling_locations.astype(dtype) * level_sizes(spatial_shapes, dtype)[:, None, :])
+    offsets = no_fma(
+        sampling_locations.astype(dtype) * level_sizes(spatial_shapes, dtype)[:, None, :]
+    )
     return _sample(spatial_shapes, value, origin, offsets, attention_weights.astype(dtype))
 
 
@@ -48,7 +60,9 @@ def deformable_attention_from_offsets(
     """See `pallas_kernels.deformable_attention`."""
     dtype = jnp.promote_types(value.dtype, jnp.float32)
     origin = no_fma(reference_points.astype(dtype) * level_sizes(spatial_shapes, dtype)) - 0.5
-    weights = jax.nn.softmax(logits.astype(dtype).reshape(*logits.shape[:3], -1), axis=-1).reshape(logits.shape)
+    weights = jax.nn.softmax(logits.astype(dtype).reshape(*logits.shape[:3], -1), axis=-1).reshape(
+        logits.shape
+    )
     return _sample(spatial_shapes, value, origin, offsets.astype(dtype), weights)
 
 
@@ -62,9 +76,13 @@ def _starts(spatial_shapes: SpatialShapes) -> jax.Array:
 
 
 def _sample(spatial_shapes: SpatialShapes, value, origin, offsets, weights):
-    """Pixels are origin [b q l 2] + offsets [b q n l p 2]. One image at a time under vmap: indices into a table shared by the whole batch would
-    make the partitioner gather the batch to every device of a mesh."""
-    return jax.vmap(functools.partial(_sample_image, spatial_shapes))(value, origin, offsets, weights)
+    """Pixels are origin [b q l 2] + offsets [b q n l p 2]. One image at a time under vmap: indices
+    into a table shared by the whole batch would make the partitioner gather the batch to every
+    device of a mesh.
+    """
+    return jax.vmap(functools.partial(_sample_image, spatial_shapes))(
+        value, origin, offsets, weights
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -80,11 +98,19 @@ def _sample_image(spatial_shapes: SpatialShapes, value, origin, offsets, weights
 
     def add_level(total, level):
         (width, height), start = sizes[level], starts[level]
-        level_origin, level_offsets, level_weights = (jax.lax.dynamic_index_in_dim(x, level, 1, keepdims=False) for x in (origin, offsets, weights))
+        level_origin, level_offsets, level_weights = (
+            jax.lax.dynamic_index_in_dim(x, level, 1, keepdims=False)
+            for x in (origin, offsets, weights)
+        )
         for point in range(p):
-            x, y = level_origin[:, 0] + level_offsets[:, point, 0], level_origin[:, 1] + level_offsets[:, point, 1]
+            x, y = (
+                level_origin[:, 0] + level_offsets[:, point, 0],
+                level_origin[:, 1] + level_offsets[:, point, 1],
+            )
             corner_weights = _corner_weights(width, height, x, y, level_weights[:, point])
-            for token, weight in zip(_corner_tokens(width, height, start, x, y), corner_weights, strict=True):
+            for token, weight in zip(
+                _corner_tokens(width, height, start, x, y), corner_weights, strict=True
+            ):
                 total += _take(rows, token * n + head).astype(total.dtype) * weight[:, None]
         return total, None
 
@@ -98,14 +124,21 @@ def _forward(spatial_shapes: SpatialShapes, *inputs):
 
 def _backward(spatial_shapes: SpatialShapes, inputs, cotangent):
     value, _, offsets, weights = inputs
-    cotangent = cotangent.astype(weights.dtype).reshape(*weights.shape[:2], value.shape[-1])  # q n d
+    cotangent = cotangent.astype(weights.dtype).reshape(
+        *weights.shape[:2], value.shape[-1]
+    )  # q n d
     grad_rows, grad_offsets, grad_weights = jax.lax.platform_dependent(
         *inputs,
         cotangent,
         cpu=functools.partial(_gradients_by_block, spatial_shapes),
         default=functools.partial(_gradients_by_corner, spatial_shapes),
     )
-    return grad_rows.reshape(value.shape).astype(value.dtype), grad_offsets.sum((1, 3)), grad_offsets, grad_weights
+    return (
+        grad_rows.reshape(value.shape).astype(value.dtype),
+        grad_offsets.sum((1, 3)),
+        grad_offsets,
+        grad_weights,
+    )
 
 
 _sample_image.defvjp(_forward, _backward)
@@ -116,7 +149,10 @@ def _gradients_by_block(spatial_shapes: SpatialShapes, value, origin, offsets, w
     q, _, l, p = weights.shape
     block = min(q, max(1, CPU_BLOCK // n))
     rows, lanes = value.reshape(s * n, d), math.gcd(d, CPU_LANES)
-    sizes, start = level_sizes(spatial_shapes, weights.dtype).reshape(l, 2, 1), _starts(spatial_shapes).reshape(l, 1)
+    sizes, start = (
+        level_sizes(spatial_shapes, weights.dtype).reshape(l, 2, 1),
+        _starts(spatial_shapes).reshape(l, 1),
+    )
     width, height = sizes[:, 0], sizes[:, 1]
     head = (jnp.arange(block * n, dtype=jnp.int32) % n).reshape(-1, 1, 1)
 
@@ -124,25 +160,48 @@ def _gradients_by_block(spatial_shapes: SpatialShapes, value, origin, offsets, w
         return jnp.minimum(i * block, q - block)
 
     def cut(i):
-        return tuple(jax.lax.dynamic_slice_in_dim(x, first(i), block) for x in (origin, offsets, weights, cotangent))
+        return tuple(
+            jax.lax.dynamic_slice_in_dim(x, first(i), block)
+            for x in (origin, offsets, weights, cotangent)
+        )
 
     def add_block(i, carry):
-        # The block was cut in the step before: a slice fused into the loops below would keep LLVM from vectorising them.
+        # The block was cut in the step before: a slice fused into the loops below would keep LLVM
+        # from vectorising them.
         (block_origin, block_offsets, block_weights, block_cotangent), grad_rows, *gradients = carry
-        x, y = jnp.moveaxis((block_origin[:, None, :, None] + block_offsets).reshape(-1, l, p, 2), -1, 0)
-        corner_weights, pullback = jax.vjp(functools.partial(_corner_weights, width, height), x, y, block_weights.reshape(-1, l, p))
-        index = jnp.stack([token * n + head for token in _corner_tokens(width, height, start, x, y)], -1).reshape(-1)
+        x, y = jnp.moveaxis(
+            (block_origin[:, None, :, None] + block_offsets).reshape(-1, l, p, 2), -1, 0
+        )
+        corner_weights, pullback = jax.vjp(
+            functools.partial(_corner_weights, width, height), x, y, block_weights.reshape(-1, l, p)
+        )
+        index = jnp.stack(
+            [token * n + head for token in _corner_tokens(width, height, start, x, y)], -1
+        ).reshape(-1)
         g = block_cotangent.reshape(-1, 1, d)
         partial_sums = sum(
-            _take(rows, index, lane, lanes).astype(g.dtype).reshape(g.shape[0], -1, lanes) * g[..., lane : lane + lanes]
+            _take(rows, index, lane, lanes).astype(g.dtype).reshape(g.shape[0], -1, lanes)
+            * g[..., lane : lane + lanes]
             for lane in range(0, d, lanes)
         )
-        scores = (partial_sums.reshape(-1, lanes) @ jnp.ones((lanes, 1), g.dtype)).reshape(-1, l, p, 4)
+        scores = (partial_sums.reshape(-1, lanes) @ jnp.ones((lanes, 1), g.dtype)).reshape(
+            -1, l, p, 4
+        )
         grad_x, grad_y, grad_weights = pullback(tuple(scores[..., corner] for corner in range(4)))
-        new = (jnp.stack([grad_x, grad_y], -1).reshape(block, n, l, p, 2), grad_weights.reshape(block, n, l, p))
-        gradients = [jax.lax.dynamic_update_slice_in_dim(old, x, first(i), 0) for old, x in zip(gradients, new, strict=True)]
-        fresh = jnp.repeat(first(i) + jnp.arange(block) >= i * block, n)  # the others were added by the block before
-        spread = jnp.where(fresh[:, None, None, None], jnp.stack(corner_weights, -1), 0).reshape(-1, l * p * 4, 1)
+        new = (
+            jnp.stack([grad_x, grad_y], -1).reshape(block, n, l, p, 2),
+            grad_weights.reshape(block, n, l, p),
+        )
+        gradients = [
+            jax.lax.dynamic_update_slice_in_dim(old, x, first(i), 0)
+            for old, x in zip(gradients, new, strict=True)
+        ]
+        fresh = jnp.repeat(
+            first(i) + jnp.arange(block) >= i * block, n
+        )  # the others were added by the block before
+        spread = jnp.where(fresh[:, None, None, None], jnp.stack(corner_weights, -1), 0).reshape(
+            -1, l * p * 4, 1
+        )
         grad_rows = grad_rows.at[index].add((spread * g).reshape(-1, d), mode="promise_in_bounds")
         return cut(i + 1), grad_rows, *gradients
 
@@ -156,9 +215,16 @@ def _gradients_by_corner(spatial_shapes: SpatialShapes, value, origin, offsets, 
     x, y = jnp.moveaxis(origin[:, None, :, None] + offsets, (-1, 2, 3), (0, 1, 2))  # each l p q n
     width, height = level_sizes(spatial_shapes, weights.dtype).T[..., None, None, None]
     start = _starts(spatial_shapes)[:, None, None, None]
-    corner_weights, pullback = jax.vjp(functools.partial(_corner_weights, width, height), x, y, jnp.moveaxis(weights, (2, 3), (0, 1)))
+    corner_weights, pullback = jax.vjp(
+        functools.partial(_corner_weights, width, height),
+        x,
+        y,
+        jnp.moveaxis(weights, (2, 3), (0, 1)),
+    )
     head = jnp.arange(n, dtype=jnp.int32)
-    index = jnp.stack([token * n + head for token in _corner_tokens(width, height, start, x, y)]).reshape(-1, weights.shape[0] * n)
+    index = jnp.stack(
+        [token * n + head for token in _corner_tokens(width, height, start, x, y)]
+    ).reshape(-1, weights.shape[0] * n)
     g = cotangent.reshape(-1, d)
 
     def add_corner(grad_rows, corner):
@@ -176,20 +242,28 @@ def _gradients_by_corner(spatial_shapes: SpatialShapes, value, origin, offsets, 
 def _take(rows, index, first=0, count=None):
     """rows[index, first : first + count]; the indices are in bounds by construction."""
     count = rows.shape[1] if count is None else count
-    numbers = jax.lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1)
+    )
     start = jnp.stack([index, jnp.full_like(index, first)], -1)
-    return jax.lax.gather(rows, start, numbers, (1, count), mode=GatherScatterMode.PROMISE_IN_BOUNDS)
+    return jax.lax.gather(
+        rows, start, numbers, (1, count), mode=GatherScatterMode.PROMISE_IN_BOUNDS
+    )
 
 
 def _floor(width, height, x, y):
-    """Top left corner and the place inside its cell; points that touch no pixel, or are not finite, lie at (-1, -1), where all weights are zero."""
+    """Top left corner and the place inside its cell; points that touch no pixel, or are not finite,
+    lie at (-1, -1), where all weights are zero.
+    """
     inside = (x > -1) & (x < width) & (y > -1) & (y < height)
     x, y = jnp.where(inside, x, -1), jnp.where(inside, y, -1)
     left, top = jnp.floor(x), jnp.floor(y)
     return left, top, x - left, y - top
 
 
-def _corner_weights(width, height, x, y, weights) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _corner_weights(
+    width, height, x, y, weights
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Weights of the top left, top right, bottom left and bottom right pixel; zero outside the map."""
     left, top, dx, dy = _floor(width, height, x, y)
     columns = jnp.where(left >= 0, 1 - dx, 0), jnp.where(left < width - 1, dx, 0)

@@ -1,4 +1,6 @@
-"""What every test runs under: the CPU with 8 simulated devices (a GPU with JAX_PLATFORMS=cuda,cpu), float32, checked shapes, golden numbers."""
+"""What every test runs under: the CPU with 8 simulated devices (a GPU with JAX_PLATFORMS=cuda,cpu),
+float32, checked shapes, golden numbers.
+"""
 
 import importlib.util
 import os
@@ -17,7 +19,8 @@ os.environ["JAX_ENABLE_X64"] = "0"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("MPLBACKEND", "agg")
-# Eight devices, and code that is compiled in half the time because it need not be fast (what users run is compiled in full).
+# Eight devices, and code that is compiled in half the time because it need not be fast (what users
+# run is compiled in full).
 for _flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
     if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}"
@@ -27,7 +30,8 @@ def _missing(module: str) -> bool:
     return importlib.util.find_spec(module) is None
 
 
-# Every annotated shape of the library is checked at each call; only a bare accelerator image may lack beartype.
+# Every annotated shape of the library is checked at each call; only a bare accelerator image may
+# lack beartype.
 SHAPES_CHECKED = not _missing("beartype")
 if SHAPES_CHECKED:
     from jaxtyping import install_import_hook
@@ -59,7 +63,9 @@ def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, np.ndarray]]:
-    """`golden("matcher")`: the arrays of tests/golden/matcher.npz, saved from the authors' code (tests/golden/README.md)."""
+    """`golden("matcher")`: the arrays of tests/golden/matcher.npz, saved from the authors' code
+    (tests/golden/README.md).
+    """
 
     def read(name: str) -> dict[str, np.ndarray]:
         with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:

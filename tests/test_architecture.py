@@ -1,4 +1,6 @@
-"""The arrows between the rooms, what the wheel holds, and that every dependency has its pinned version."""
+"""The arrows between the rooms, what the wheel holds, and that every dependency has its pinned
+version.
+"""
 
 import re
 import subprocess
@@ -13,14 +15,20 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("dsct_jax", "pallas_kernels", "data", "configs")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINNED = {
-    path.name: dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", path.read_text(), re.MULTILINE)) for path in sorted((ROOT / "constraints").glob("*.txt"))
+    path.name: dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", path.read_text(), re.MULTILINE))
+    for path in sorted((ROOT / "constraints").glob("*.txt"))
 }
 
 
 def test_import_contract():
     """The contract of pyproject.toml, kept by import-linter."""
     found = subprocess.run(
-        [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()", "--no-cache"],
+        [
+            sys.executable,
+            "-c",
+            "from importlinter.cli import lint_imports_command; lint_imports_command()",
+            "--no-cache",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -30,21 +38,38 @@ def test_import_contract():
 
 @pytest.mark.parametrize("word", ["utils", "helpers", "common", "core", "misc"])
 def test_no_module_without_a_subject(word):
-    assert [path for folder in ROOMS for path in (ROOT / folder).rglob("*.py") if path.stem == word or word in path.parent.parts] == []
+    assert [
+        path
+        for folder in ROOMS
+        for path in (ROOT / folder).rglob("*.py")
+        if path.stem == word or word in path.parent.parts
+    ] == []
 
 
 def test_wheel_holds_only_the_library_and_the_kernels():
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     included = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
-    assert {name for name in packages if any(fnmatch(name, pattern) for pattern in included)} == {"dsct_jax", "pallas_kernels"}
-    assert {"data", "configs"} < packages  # with an __init__.py of their own, so that no installed package of that name wins
+    assert {name for name in packages if any(fnmatch(name, pattern) for pattern in included)} == {
+        "dsct_jax",
+        "pallas_kernels",
+    }
+    assert {
+        "data",
+        "configs",
+    } < packages  # with an __init__.py of their own, so that no installed package of that name wins
 
 
 @pytest.mark.parametrize("file", PINNED)
 def test_every_dependency_is_pinned(file):
     extras = PROJECT["project"]["optional-dependencies"]
-    required = [*PROJECT["project"]["dependencies"], *(entry for extra in extras.values() for entry in extra)]
-    names = {re.match(r"[A-Za-z0-9_.-]+", entry)[0].lower().replace("_", "-").replace(".", "-") for entry in required}
+    required = [
+        *PROJECT["project"]["dependencies"],
+        *(entry for extra in extras.values() for entry in extra),
+    ]
+    names = {
+        re.match(r"[A-Za-z0-9_.-]+", entry)[0].lower().replace("_", "-").replace(".", "-")
+        for entry in required
+    }
     assert {"jax", "flax", "numpy", "pytest"} <= names
     assert names - PINNED[file].keys() == set()
 

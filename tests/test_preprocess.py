@@ -1,4 +1,6 @@
-"""Deterministic preprocessing against the released transforms (tests/golden/augment.npz), and image files of every kind."""
+"""Deterministic preprocessing against the released transforms (tests/golden/augment.npz), and image
+files of every kind.
+"""
 
 from pathlib import Path
 
@@ -39,8 +41,13 @@ def golden_image(case: int) -> Image.Image:
 
 
 def test_resized_size_equals_the_released_table():
-    for height, width, short_side, max_long_side, out_height, out_width in GOLDEN["resize_table"].tolist():
-        assert resized_size(height, width, short_side, max_long_side or None) == (out_height, out_width)
+    for height, width, short_side, max_long_side, out_height, out_width in GOLDEN[
+        "resize_table"
+    ].tolist():
+        assert resized_size(height, width, short_side, max_long_side or None) == (
+            out_height,
+            out_width,
+        )
 
 
 @pytest.mark.parametrize("case", [0, 1, 2])
@@ -51,9 +58,15 @@ def test_evaluation_transform_equals_the_released_one(case):
     assert size == tuple(GOLDEN[f"{case}/out_size"])
     pixels = np.asarray(resize(image, size))
     output = np.asarray(normalize(jnp.asarray(pixels)[None], jnp.zeros((1, *size), bool)))[0]
-    np.testing.assert_allclose(output[100:108, 200:208].transpose(2, 0, 1), GOLDEN[f"{case}/out_patch"], atol=1e-6)
-    np.testing.assert_allclose(output.mean((0, 1), dtype=np.float64), GOLDEN[f"{case}/out_channel_mean"], atol=1e-5)
-    np.testing.assert_allclose(output.std((0, 1), ddof=1, dtype=np.float64), GOLDEN[f"{case}/out_channel_std"], atol=1e-5)
+    np.testing.assert_allclose(
+        output[100:108, 200:208].transpose(2, 0, 1), GOLDEN[f"{case}/out_patch"], atol=1e-6
+    )
+    np.testing.assert_allclose(
+        output.mean((0, 1), dtype=np.float64), GOLDEN[f"{case}/out_channel_mean"], atol=1e-5
+    )
+    np.testing.assert_allclose(
+        output.std((0, 1), ddof=1, dtype=np.float64), GOLDEN[f"{case}/out_channel_std"], atol=1e-5
+    )
 
 
 def test_normalize_uses_imagenet_statistics_and_leaves_padding_at_zero():
@@ -88,9 +101,15 @@ def test_choose_bucket_of_several_sizes_holds_the_largest_of_both_sides():
 
 def test_prepare_image_pads_at_the_right_and_at_the_bottom():
     image = Image.new("RGB", (40, 20), (10, 20, 30))
-    canvas, size = prepare_image(image, Preprocessing(short_side=32, max_long_side=100, buckets=((48, 80), (80, 48))))
+    canvas, size = prepare_image(
+        image, Preprocessing(short_side=32, max_long_side=100, buckets=((48, 80), (80, 48)))
+    )
     assert size == (32, 64) and canvas.shape == (48, 80, 3)
-    assert (canvas[:32, :64] == (10, 20, 30)).all() and not canvas[32:].any() and not canvas[:, 64:].any()
+    assert (
+        (canvas[:32, :64] == (10, 20, 30)).all()
+        and not canvas[32:].any()
+        and not canvas[:, 64:].any()
+    )
     np.testing.assert_array_equal(pad_to(canvas[:32, :64], (48, 80)), canvas)
 
 
@@ -117,9 +136,15 @@ def test_decode_image_reads_palettes_with_transparency_and_sixteen_bits(tmp_path
     palette.putpalette([9, 8, 7, 200, 100, 50])
     palette.putpixel((1, 0), 1)
     palette.save(tmp_path / "palette.png", transparency=b"\x00\xff")
-    assert [decode_image(tmp_path / "palette.png").getpixel((x, 0)) for x in (0, 1)] == [(9, 8, 7), (200, 100, 50)]
+    assert [decode_image(tmp_path / "palette.png").getpixel((x, 0)) for x in (0, 1)] == [
+        (9, 8, 7),
+        (200, 100, 50),
+    ]
     Image.fromarray(np.array([[0x1234, 0xFF00]], np.uint16)).save(tmp_path / "deep.png")
-    assert [decode_image(tmp_path / "deep.png").getpixel((x, 0)) for x in (0, 1)] == [(0x12,) * 3, (0xFF,) * 3]
+    assert [decode_image(tmp_path / "deep.png").getpixel((x, 0)) for x in (0, 1)] == [
+        (0x12,) * 3,
+        (0xFF,) * 3,
+    ]
 
 
 def test_decode_image_keeps_the_stored_frame_of_a_rotated_photograph(tmp_path):
@@ -136,7 +161,9 @@ def test_decode_image_names_the_file_it_cannot_read(tmp_path, damage):
         noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path, format="png" if damage == "cut png" else "jpeg")
         whole = path.read_bytes()
-        path.write_bytes({"empty": b"", "text": b"not an image"}.get(damage, whole[: len(whole) // 2]))
+        path.write_bytes(
+            {"empty": b"", "text": b"not an image"}.get(damage, whole[: len(whole) // 2])
+        )
     with pytest.raises(UserError, match=r"broken\.jpg") as error:
         decode_image(path)
     assert "\n" not in str(error.value)

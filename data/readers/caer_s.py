@@ -1,8 +1,10 @@
-"""CAER-S folders -> records: `{train,val,test}/<Class>/NNNN.png`, with the face boxes in COCO-style json or in lists of lines.
+"""CAER-S folders -> records: `{train,val,test}/<Class>/NNNN.png`, with the face boxes in COCO-style
+json or in lists of lines.
 
-A line of a list is `path,label,x1,y1,x2,y2` (no header; pixels; label = class name or class number). The paths of a list start at a folder of its
-own (config.data.train="ROOT:LIST"), and it may name files of any folder: the split is what the list says, never what the folder is called. Images
-that a list leaves out (no face was found) are no records.
+A line of a list is `path,label,x1,y1,x2,y2` (no header; pixels; label = class name or class
+number). The paths of a list start at a folder of its own (config.data.train="ROOT:LIST"), and it
+may name files of any folder: the split is what the list says, never what the folder is called.
+Images that a list leaves out (no face was found) are no records.
 """
 
 import csv
@@ -14,7 +16,9 @@ from data.readers.coco import read_coco
 from data.readers.records import ReadReport, Record, RecordBuilder
 from dsct_jax.errors import UserError
 
-_LOOKED_FOR = 100  # images of a list that are looked for before it is said to belong to another root
+_LOOKED_FOR = (
+    100  # images of a list that are looked for before it is said to belong to another root
+)
 
 
 def read_caer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
@@ -26,7 +30,10 @@ def read_caer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadRepor
     files = config.annotation_files(split)
     kinds = {file.path.suffix == ".json" for file in files}
     if len(kinds) == 2:
-        raise UserError(f"config.data.{split}={config.annotation_file(split)!r} cannot be used: json files and lists cannot be mixed in one split")
+        raise UserError(
+            f"config.data.{split}={config.annotation_file(split)!r} cannot be used: json files "
+            "and lists cannot be mixed in one split"
+        )
     if kinds == {True}:
         return read_coco(config, split, locate=locate)
     builder = RecordBuilder(", ".join(str(file.path) for file in files), config, protocol="caer_s")
@@ -34,12 +41,19 @@ def read_caer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadRepor
         faces = _read_list(file.path, config)
         _require_root(file, list(faces), split)
         for name, entries in faces.items():
-            builder.add(locate(file.root, name), file.prefix + name, [box for box, _ in entries], [[label] for _, label in entries])
+            builder.add(
+                locate(file.root, name),
+                file.prefix + name,
+                [box for box, _ in entries],
+                [[label] for _, label in entries],
+            )
     return builder.finish()
 
 
 def locate(root: Path, name: str) -> Path:
-    """The file `name` below `root`; the folder of the split may be written Train, Test as in the original archive."""
+    """The file `name` below `root`; the folder of the split may be written Train, Test as in the
+    original archive.
+    """
     path = root / name
     if path.exists():
         return path
@@ -51,12 +65,16 @@ def locate(root: Path, name: str) -> Path:
 
 
 def _read_list(path: Path, config: DataConfig) -> dict[str, list[tuple[tuple[float, ...], int]]]:
-    """Image name -> the (x1, y1, x2, y2) box and the class number of each of its lines, in the order of the list."""
+    """Image name -> the (x1, y1, x2, y2) box and the class number of each of its lines, in the
+    order of the list.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if row]
     except FileNotFoundError:
-        raise UserError(f"{path}: no such box list; set config.data.data_dir and the split's file name") from None
+        raise UserError(
+            f"{path}: no such box list; set config.data.data_dir and the split's file name"
+        ) from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a box list ({error})") from None
     if not rows:
@@ -69,10 +87,15 @@ def _read_list(path: Path, config: DataConfig) -> dict[str, list[tuple[tuple[flo
             name, label, *corners = (cell.strip() for cell in row)
             x1, y1, x2, y2 = map(float, corners)
         except ValueError:
-            raise UserError(f"{path}:{number}: needs path,label,x1,y1,x2,y2 and not {','.join(row)!r}") from None
+            raise UserError(
+                f"{path}:{number}: needs path,label,x1,y1,x2,y2 and not {','.join(row)!r}"
+            ) from None
         class_number = numbers.get(label, find(label))
         if class_number is None:
-            raise UserError(f"{path}:{number}: class {label!r} is not in config.class_names ({', '.join(config.class_names)})")
+            raise UserError(
+                f"{path}:{number}: class {label!r} is not in config.class_names "
+                f"({', '.join(config.class_names)})"
+            )
         faces[name.replace("\\", "/")].append(((x1, y1, x2, y2), class_number))
     return faces
 
@@ -81,6 +104,7 @@ def _require_root(file: AnnotationFile, names: list[str], split: str) -> None:
     """Raises UserError when none of the first images of a list lies below its root."""
     if not any(locate(file.root, name).exists() for name in names[:_LOOKED_FOR]):
         raise UserError(
-            f"{file.path}: {file.root / names[0]}: no such image file, nor the next of this list: its paths start at another folder; check "
+            f"{file.path}: {file.root / names[0]}: no such image file, nor the next of this list: "
+            "its paths start at another folder; check "
             f"config.data.data_dir, or write config.data.{split}=ROOT:{file.path.name}"
         )

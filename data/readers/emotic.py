@@ -1,8 +1,11 @@
-"""EMOTIC's own files -> records: Annotations.mat and CVPR17_Annotations.mat, the older Torch7 files, and the CSV of a widely used converter.
+"""EMOTIC's own files -> records: Annotations.mat and CVPR17_Annotations.mat, the older Torch7
+files, and the CSV of a widely used converter.
 
-The labels of a training person are those of its one annotator; of a validation or test person, the union over the annotators (`combined_categories`
-where the file has it). Annotations.mat marks bodies, the Torch7 files heads too: `config.data.person_box` says which task is meant. The COCO-style
-json with 26-bit masks that the released DSCT code reads is the matter of data/readers/coco.py.
+The labels of a training person are those of its one annotator; of a validation or test person, the
+union over the annotators (`combined_categories` where the file has it). Annotations.mat marks
+bodies, the Torch7 files heads too: `config.data.person_box` says which task is meant. The
+COCO-style json with 26-bit masks that the released DSCT code reads is the matter of
+data/readers/coco.py.
 """
 
 import ast
@@ -23,7 +26,14 @@ from data.readers.torch7 import load_torch7
 from dsct_jax.errors import UserError
 
 _NO_BOX = (float("nan"),) * 4
-_CSV_COLUMNS = ("Folder", "Filename", "Image Size", "BBox", "Categorical_Labels", "Continuous_Labels")
+_CSV_COLUMNS = (
+    "Folder",
+    "Filename",
+    "Image Size",
+    "BBox",
+    "Categorical_Labels",
+    "Continuous_Labels",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +47,19 @@ class _Person:
 
 
 def read_emotic(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """The records of one split of a .mat, .t7 or .csv file, in the order in which the images first appear; people of one image need not be adjacent.
+    """The records of one split of a .mat, .t7 or .csv file, in the order in which the images first
+    appear; people of one image need not be adjacent.
 
     Raises:
-        UserError: the file, a person or a category cannot be used; one line naming the file and the person.
+        UserError: the file, a person or a category cannot be used; one line naming the file and the
+            person.
     """
     files = config.annotation_files(split)
-    builder = RecordBuilder(", ".join(str(file.path) for file in files), config, protocol=_protocol(files[0].path, config))
+    builder = RecordBuilder(
+        ", ".join(str(file.path) for file in files),
+        config,
+        protocol=_protocol(files[0].path, config),
+    )
     for file in files:
         _add_images(builder, file, config, _people(file.path, split, config))
     return builder.finish()
@@ -64,10 +80,15 @@ def _people(path: Path, split: str, config: DataConfig) -> Iterator[_Person]:
         return _read_t7(path, split, config)
     if path.suffix == ".csv":
         return _read_csv(path, config)
-    raise UserError(f"{path}: neither .mat, .t7 nor .csv; set config.data.{split} to one of EMOTIC's files (a .json is config.data.source='coco')")
+    raise UserError(
+        f"{path}: neither .mat, .t7 nor .csv; set config.data.{split} to one of EMOTIC's files (a "
+        ".json is config.data.source='coco')"
+    )
 
 
-def _add_images(builder: RecordBuilder, file: AnnotationFile, config: DataConfig, people: Iterable[_Person]) -> None:
+def _add_images(
+    builder: RecordBuilder, file: AnnotationFile, config: DataConfig, people: Iterable[_Person]
+) -> None:
     find = class_lookup(config.class_names)
     images: dict[str, list[_Person]] = {}
     for person in people:
@@ -78,8 +99,17 @@ def _add_images(builder: RecordBuilder, file: AnnotationFile, config: DataConfig
         if not kept:
             builder.report.without_people += 1
             continue
-        labels = [sorted({_class_of(label, find, file.path, person, config) for label in person.labels}) for person in kept]
-        builder.add(file.root / name, file.prefix + name, [person.box for person in kept], labels, annotated_size=group[0].size)
+        labels = [
+            sorted({_class_of(label, find, file.path, person, config) for label in person.labels})
+            for person in kept
+        ]
+        builder.add(
+            file.root / name,
+            file.prefix + name,
+            [person.box for person in kept],
+            labels,
+            annotated_size=group[0].size,
+        )
 
 
 def _class_of(label: str | int, find, path: Path, person: _Person, config: DataConfig) -> int:
@@ -87,30 +117,58 @@ def _class_of(label: str | int, find, path: Path, person: _Person, config: DataC
         return label - 1
     index = find(label) if isinstance(label, str) else None
     if index is None:
-        raise UserError(f"{path}: {person.place} ({person.image}): category {label!r} is not in config.class_names ({', '.join(config.class_names)})")
+        raise UserError(
+            f"{path}: {person.place} ({person.image}): category {label!r} is not in "
+            f"config.class_names ({', '.join(config.class_names)})"
+        )
     return index
 
 
-# --- Annotations.mat: structs in structs; of one person or one label the array around it is gone ----------------------------------------------------
+# --- Annotations.mat: structs in structs; of one person or one label the array around it is gone --
 
 
 def _read_mat(path: Path, split: str, config: DataConfig) -> Iterator[_Person]:
     try:
         with path.open("rb") as file:
-            document = scipy.io.loadmat(file, struct_as_record=False, squeeze_me=True, variable_names=[split])
+            document = scipy.io.loadmat(
+                file, struct_as_record=False, squeeze_me=True, variable_names=[split]
+            )
     except FileNotFoundError:
-        raise UserError(f"{path}: no such annotation file; set config.data.data_dir and the split's file name") from None
+        raise UserError(
+            f"{path}: no such annotation file; set config.data.data_dir and the split's file name"
+        ) from None
     except NotImplementedError:
-        raise UserError(f"{path}: is of MATLAB 7.3, and not EMOTIC's own file; save it with -v7") from None
-    except (OSError, ValueError, TypeError, LookupError, EOFError, zlib.error, scipy.io.matlab.MatReadError) as error:
-        raise UserError(f"{path}: cannot be read as a MATLAB file ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise UserError(
+            f"{path}: is of MATLAB 7.3, and not EMOTIC's own file; save it with -v7"
+        ) from None
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        EOFError,
+        zlib.error,
+        scipy.io.matlab.MatReadError,
+    ) as error:
+        raise UserError(
+            f"{path}: cannot be read as a MATLAB file "
+            f"({' '.join(str(error).split()) or type(error).__name__})"
+        ) from None
     if split not in document:
-        raise UserError(f"{path}: has no variable {split!r}; EMOTIC's own file has train, val and test")
+        raise UserError(
+            f"{path}: has no variable {split!r}; EMOTIC's own file has train, val and test"
+        )
     for number, image in enumerate(_structs(document[split]), 1):
         place = f"{split}({number})"
-        folder, filename = (str(_field(image, name, path, place)) for name in ("folder", "filename"))
+        folder, filename = (
+            str(_field(image, name, path, place)) for name in ("folder", "filename")
+        )
         annotated: Any = getattr(image, "image_size", None)
-        size = (int(annotated.n_row), int(annotated.n_col)) if hasattr(annotated, "n_row") and hasattr(annotated, "n_col") else None
+        size = (
+            (int(annotated.n_row), int(annotated.n_col))
+            if hasattr(annotated, "n_row") and hasattr(annotated, "n_col")
+            else None
+        )
         for index, person in enumerate(_structs(_field(image, "person", path, place)), 1):
             whose = f"{place}.person({index})"
             yield _Person(
@@ -125,7 +183,11 @@ def _read_mat(path: Path, split: str, config: DataConfig) -> Iterator[_Person]:
 
 def _structs(value: Any) -> list[Any]:
     """A struct, or an array of structs in which one alone or none has lost its array -> list."""
-    return [value] if hasattr(value, "_fieldnames") else [one for one in np.ravel(value) if hasattr(one, "_fieldnames")]
+    return (
+        [value]
+        if hasattr(value, "_fieldnames")
+        else [one for one in np.ravel(value) if hasattr(one, "_fieldnames")]
+    )
 
 
 def _texts(value: Any) -> list[str]:
@@ -141,7 +203,10 @@ def _field(struct: Any, name: str, path: Path, place: str) -> Any:
 
 def _mat_box(person: Any, path: Path, place: str, config: DataConfig) -> tuple[float, ...]:
     if config.person_box == "head" and not hasattr(person, "head_bbox"):
-        raise UserError(f"{path}: {place} has no head_bbox: Annotations.mat marks bodies; set config.data.person_box='body', which is another task")
+        raise UserError(
+            f"{path}: {place} has no head_bbox: Annotations.mat marks bodies; set "
+            "config.data.person_box='body', which is another task"
+        )
     return _corners(_field(person, f"{config.person_box}_bbox", path, place), path, place)
 
 
@@ -155,26 +220,40 @@ def _mat_labels(person: Any, path: Path, place: str) -> Iterator[str]:
 
 def _is_rated(person: Any) -> bool:
     combined = getattr(person, "combined_continuous", None)
-    ratings = _structs(combined if combined is not None else getattr(person, "annotations_continuous", ()))
-    return bool(ratings) and all(_is_number(getattr(rating, name, None)) for rating in ratings for name in ("valence", "arousal", "dominance"))
+    ratings = _structs(
+        combined if combined is not None else getattr(person, "annotations_continuous", ())
+    )
+    return bool(ratings) and all(
+        _is_number(getattr(rating, name, None))
+        for rating in ratings
+        for name in ("valence", "arousal", "dominance")
+    )
 
 
 def _is_number(value: Any) -> bool:
-    return np.size(value) == 1 and isinstance(np.ravel(value)[0], int | float | np.number) and not np.isnan(np.ravel(value)[0])
+    return (
+        np.size(value) == 1
+        and isinstance(np.ravel(value)[0], int | float | np.number)
+        and not np.isnan(np.ravel(value)[0])
+    )
 
 
 def _corners(value: Any, path: Path, place: str) -> tuple[float, ...]:
-    """(x1, y1, x2, y2) of a list or an array; nothing at all is a box without area, which is dropped and counted."""
+    """(x1, y1, x2, y2) of a list or an array; nothing at all is a box without area, which is
+    dropped and counted.
+    """
     if value is None or np.size(value) == 0:
         return _NO_BOX
     try:
         x1, y1, x2, y2 = (float(one) for one in np.ravel(value))
     except (TypeError, ValueError):
-        raise UserError(f"{path}: {place} needs a box x1 y1 x2 y2 in pixels, not {value!r}") from None
+        raise UserError(
+            f"{path}: {place} needs a box x1 y1 x2 y2 in pixels, not {value!r}"
+        ) from None
     return x1, y1, x2, y2
 
 
-# --- Torch7: one item a person ----------------------------------------------------------------------------------------------------------------------
+# --- Torch7: one item a person --------------------------------------------------------------------
 
 
 def _read_t7(path: Path, split: str, config: DataConfig) -> Iterator[_Person]:
@@ -186,13 +265,28 @@ def _read_t7(path: Path, split: str, config: DataConfig) -> Iterator[_Person]:
     field = f"{config.person_box}_bbox"
     for number, item in enumerate(document, 1):
         place = f"person {number}"
-        if not isinstance(item, dict) or not isinstance(item.get("filename"), str) or not isinstance(item.get("workers"), list):
+        if (
+            not isinstance(item, dict)
+            or not isinstance(item.get("filename"), str)
+            or not isinstance(item.get("workers"), list)
+        ):
             raise UserError(f"{path}: {place} needs filename, folder, {field} and workers")
         workers = [worker for worker in item["workers"] if isinstance(worker, dict)]
-        labels = [label for worker in workers for label in np.ravel(np.asarray(worker.get("labels", ()), object))]
+        labels = [
+            label
+            for worker in workers
+            for label in np.ravel(np.asarray(worker.get("labels", ()), object))
+        ]
         if any(not _is_number(label) or label != int(label) for label in labels):
-            raise UserError(f"{path}: {place} ({item['filename']}) has labels {labels}: must be category numbers from 1")
-        ratings = [rating for worker in workers for rating in np.ravel(np.asarray(worker.get("continuous", ()), object))]
+            raise UserError(
+                f"{path}: {place} ({item['filename']}) has labels {labels}: must be category "
+                "numbers from 1"
+            )
+        ratings = [
+            rating
+            for worker in workers
+            for rating in np.ravel(np.asarray(worker.get("continuous", ()), object))
+        ]
         yield _Person(
             place=place,
             image="/".join(part for part in (item.get("folder"), item["filename"]) if part),
@@ -203,21 +297,28 @@ def _read_t7(path: Path, split: str, config: DataConfig) -> Iterator[_Person]:
         )
 
 
-# --- CSV: one line a person, lists written as Python writes them ------------------------------------------------------------------------------------
+# --- CSV: one line a person, lists written as Python writes them ----------------------------------
 
 
 def _read_csv(path: Path, config: DataConfig) -> Iterator[_Person]:
     if config.person_box == "head":
-        raise UserError(f"{path}: the csv of EMOTIC marks bodies: set config.data.person_box='body', which is another task")
+        raise UserError(
+            f"{path}: the csv of EMOTIC marks bodies: set config.data.person_box='body', which is "
+            "another task"
+        )
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             missing = [name for name in _CSV_COLUMNS if name not in (rows.fieldnames or ())]
             if missing:
-                raise UserError(f"{path}: has no column {', '.join(missing)}; its first line must name them")
+                raise UserError(
+                    f"{path}: has no column {', '.join(missing)}; its first line must name them"
+                )
             lines = [(rows.line_num, row) for row in rows]
     except FileNotFoundError:
-        raise UserError(f"{path}: no such annotation file; set config.data.data_dir and the split's file name") from None
+        raise UserError(
+            f"{path}: no such annotation file; set config.data.data_dir and the split's file name"
+        ) from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as csv ({error})") from None
     for number, row in lines:
@@ -225,7 +326,9 @@ def _read_csv(path: Path, config: DataConfig) -> Iterator[_Person]:
         cells = {name: _literal(row[name], path, place, name) for name in _CSV_COLUMNS[2:]}
         size = cells["Image Size"]
         labels = cells["Categorical_Labels"]
-        ratings = np.array([np.nan if one is None else one for one in cells["Continuous_Labels"]], float)
+        ratings = np.array(
+            [np.nan if one is None else one for one in cells["Continuous_Labels"]], float
+        )
         yield _Person(
             place=place,
             image=f"{row['Folder']}/{row['Filename']}",
@@ -239,9 +342,15 @@ def _read_csv(path: Path, config: DataConfig) -> Iterator[_Person]:
 def _literal(cell: str | None, path: Path, place: str, name: str) -> list[Any]:
     """A list as Python prints it, nan being None."""
     try:
-        value = ast.literal_eval(re.sub(r"\bnan\b", "None", cell or "")) if name == "Continuous_Labels" else ast.literal_eval(cell or "")
+        value = (
+            ast.literal_eval(re.sub(r"\bnan\b", "None", cell or ""))
+            if name == "Continuous_Labels"
+            else ast.literal_eval(cell or "")
+        )
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = None
     if not isinstance(value, list | tuple):
-        raise UserError(f"{path}: {place}, column {name}: needs a list such as [1, 2] and not {cell!r}")
+        raise UserError(
+            f"{path}: {place}, column {name}: needs a list such as [1, 2] and not {cell!r}"
+        )
     return list(value)

@@ -1,6 +1,8 @@
-"""NCAER-S folders -> records: `images/<split>/<Class>/<name>.jpg` and `crop/<split>/<Class>/<name>.txt`, a line `x1,y1,x2,y2` for each face.
+"""NCAER-S folders -> records: `images/<split>/<Class>/<name>.jpg` and
+`crop/<split>/<Class>/<name>.txt`, a line `x1,y1,x2,y2` for each face.
 
-A box of four zeros says that no face was found; an image without any face is no record, and is counted. data/tools/build_ncaer_s.py writes these folders.
+A box of four zeros says that no face was found; an image without any face is no record, and is
+counted. data/tools/build_ncaer_s.py writes these folders.
 """
 
 from pathlib import Path
@@ -13,22 +15,32 @@ _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def read_ncaer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """The records of the folder that the split's own field names below images/ and crop/ of `data_dir`, by class and name.
+    """The records of the folder that the split's own field names below images/ and crop/ of
+    `data_dir`, by class and name.
 
     Raises:
-        UserError: a folder, a class name, an image or a crop file cannot be used; one line naming it.
+        UserError: a folder, a class name, an image or a crop file cannot be used; one line naming
+            it.
     """
     root, folder = Path(config.data_dir), config.annotation_file(split)
     top = root / "images" / folder
     if not top.is_dir():
-        raise UserError(f"{top}: no such folder; set config.data.data_dir, and config.data.{split} to the split's folder below images/ and crop/")
+        raise UserError(
+            f"{top}: no such folder; set config.data.data_dir, and config.data.{split} to the "
+            "split's folder below images/ and crop/"
+        )
     find = class_lookup(config.class_names)
     builder = RecordBuilder(str(top), config, protocol="ncaer_s")
     for class_folder in sorted(path for path in top.iterdir() if path.is_dir()):
         label = find(class_folder.name)
         if label is None:
-            raise UserError(f"{class_folder}: class {class_folder.name!r} is not in config.class_names ({', '.join(config.class_names)})")
-        for image in sorted(path for path in class_folder.iterdir() if path.suffix.lower() in _SUFFIXES):
+            raise UserError(
+                f"{class_folder}: class {class_folder.name!r} is not in config.class_names "
+                f"({', '.join(config.class_names)})"
+            )
+        for image in sorted(
+            path for path in class_folder.iterdir() if path.suffix.lower() in _SUFFIXES
+        ):
             crop = root / "crop" / image.relative_to(root / "images").with_suffix(".txt")
             boxes = _read_crop(crop)
             if not boxes:
@@ -42,7 +54,9 @@ def _read_crop(path: Path) -> list[tuple[float, ...]]:
     try:
         lines = path.read_text(encoding="utf-8").split()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; each image needs one, with its face x1,y1,x2,y2 or 0,0,0,0") from None
+        raise UserError(
+            f"{path}: no such file; each image needs one, with its face x1,y1,x2,y2 or 0,0,0,0"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     boxes: list[tuple[float, ...]] = []
@@ -50,7 +64,9 @@ def _read_crop(path: Path) -> list[tuple[float, ...]]:
         try:
             x1, y1, x2, y2 = map(float, line.split(","))
         except ValueError:
-            raise UserError(f"{path}:{number}: needs x1,y1,x2,y2 in pixels and not {line!r}") from None
+            raise UserError(
+                f"{path}:{number}: needs x1,y1,x2,y2 in pixels and not {line!r}"
+            ) from None
         if (x1, y1, x2, y2) != (0, 0, 0, 0):
             boxes.append((x1, y1, x2, y2))
     if not lines:

@@ -1,11 +1,13 @@
-"""The prepared form of a data set: every image and its people in a few files that are read at random without opening thousands of others.
+"""The prepared form of a data set: every image and its people in a few files that are read at
+random without opening thousands of others.
 
 A tensorflow-datasets data set (array_record, no TensorFlow needed) that anybody can read:
 
     tfds.data_source("dsct", split="train", data_dir=DIR)
 
-DIR/dsct/VERSION/ holds the shards, what tensorflow-datasets asks for, `index_{split}.npz` (the annotations again, so that opening a split needs no
-image) and `prepared.json`, which is written last: classes, protocol, what the readers counted, size and SHA-256 of every file.
+DIR/dsct/VERSION/ holds the shards, what tensorflow-datasets asks for, `index_{split}.npz` (the
+annotations again, so that opening a split needs no image) and `prepared.json`, which is written
+last: classes, protocol, what the readers counted, size and SHA-256 of every file.
 """
 
 import dataclasses
@@ -26,7 +28,10 @@ from dsct_jax.preprocess import decode_image
 if TYPE_CHECKING:
     from tensorflow_datasets.features import FeaturesDict
 
-NAME, VERSION = "dsct", "1.0.0"  # VERSION changes with the form, so that no program reads a form that it does not know
+NAME, VERSION = (
+    "dsct",
+    "1.0.0",
+)  # VERSION changes with the form, so that no program reads a form that it does not know
 SUMMARY = "prepared.json"
 SHARD_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
@@ -37,8 +42,11 @@ def folder(data_dir: str | Path) -> Path:
 
 
 def features(num_classes: int) -> "FeaturesDict":
-    """One image. `image` holds the bytes of the original file; boxes are (x1, y1, x2, y2) in pixels, labels multi-hot."""
-    import tensorflow_datasets as tfds  # here, because it takes a second that reading raw files need not wait for
+    """One image. `image` holds the bytes of the original file; boxes are (x1, y1, x2, y2) in
+    pixels, labels multi-hot.
+    """
+    # here, because it takes a second that reading raw files need not wait for
+    import tensorflow_datasets as tfds
 
     f = tfds.features
     return f.FeaturesDict(
@@ -54,7 +62,9 @@ def features(num_classes: int) -> "FeaturesDict":
 
 @dataclasses.dataclass(frozen=True)
 class PreparedImage:
-    """Decodes one image of a prepared split when a record is loaded; travels to worker processes as three plain values."""
+    """Decodes one image of a prepared split when a record is loaded; travels to worker processes as
+    three plain values.
+    """
 
     directory: str
     split: str
@@ -64,7 +74,12 @@ class PreparedImage:
         path = Path(self.directory, f"{self.split}, image {self.place}")
         try:
             encoded = _data_source(self.directory, self.split)[self.place]["image"]
-        except (RuntimeError, OSError, IndexError, ValueError) as error:  # array_record's words for a shard that is damaged
+        except (
+            RuntimeError,
+            OSError,
+            IndexError,
+            ValueError,
+        ) as error:  # array_record's words for a shard that is damaged
             raise damaged(path, error) from None
         return decode_image(path, encoded)
 
@@ -72,18 +87,24 @@ class PreparedImage:
 def damaged(path: Path, error: Exception) -> UserError:
     """The one line about a file of the prepared form that cannot be used."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(f"{path}: damaged ({reason}); remove the folder and run data.tools.prepare again")
+    return UserError(
+        f"{path}: damaged ({reason}); remove the folder and run data.tools.prepare again"
+    )
 
 
 @functools.lru_cache(maxsize=8)
 def _data_source(directory: str, split: str) -> Any:
     import tensorflow_datasets as tfds
 
-    return tfds.builder_from_directory(directory).as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    return tfds.builder_from_directory(directory).as_data_source(
+        split=split, decoders={"image": tfds.decode.SkipDecoding()}
+    )
 
 
 def write_index(path: Path, records: list[Record]) -> None:
-    """The annotations of a split as flat arrays; `offsets` [images + 1] says whose people are where."""
+    """The annotations of a split as flat arrays; `offsets` [images + 1] says whose people are
+    where.
+    """
     cues = [cue for record in records for cue in record.cues]
     np.savez_compressed(
         path,
@@ -100,20 +121,27 @@ def read_summary(directory: Path) -> dict[str, Any]:
     """What prepared.json says, its files being all there in full length.
 
     Raises:
-        UserError: nothing was prepared here, or not to the end, or a file is missing or of another length.
+        UserError: nothing was prepared here, or not to the end, or a file is missing or of another
+            length.
     """
     path = directory / SUMMARY
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; set config.data.data_dir to the --output of python -m data prepare") from None
+        raise UserError(
+            f"{path}: no such file; set config.data.data_dir to the --output of python -m data "
+            "prepare"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise damaged(path, error) from None
     for name, file in summary["files"].items():
         size = (directory / name).stat().st_size if (directory / name).exists() else None
         if size != file["bytes"]:
             found = "missing" if size is None else f"{size} bytes long"
-            raise UserError(f"{directory / name}: {found}, should have {file['bytes']} bytes; remove the folder and run data.tools.prepare again")
+            raise UserError(
+                f"{directory / name}: {found}, should have {file['bytes']} bytes; remove the "
+                "folder and run data.tools.prepare again"
+            )
     return summary
 
 
@@ -124,18 +152,25 @@ def sha256(path: Path) -> str:
 
 
 def read_prepared(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """The records of a split as data.tools.prepare got them from the raw files; `config.data_dir` is its --output.
+    """The records of a split as data.tools.prepare got them from the raw files; `config.data_dir`
+    is its --output.
 
     Raises:
-        UserError: the form is incomplete or damaged, was made for other classes, or lacks the split.
+        UserError: the form is incomplete or damaged, was made for other classes, or lacks the
+            split.
     """
     directory = folder(config.data_dir)
     summary = read_summary(directory)
     for field in ("class_names", "multi_label"):
         if (made := summary[field]) != json.loads(json.dumps(getattr(config, field))):
-            raise UserError(f"{directory / SUMMARY}: prepared for config.{field}={made!r}, the configuration has {getattr(config, field)!r}")
+            raise UserError(
+                f"{directory / SUMMARY}: prepared for config.{field}={made!r}, the configuration "
+                f"has {getattr(config, field)!r}"
+            )
     if split not in summary["splits"]:
-        raise UserError(f"{directory / SUMMARY}: holds the splits {', '.join(summary['splits'])} and no {split}")
+        raise UserError(
+            f"{directory / SUMMARY}: holds the splits {', '.join(summary['splits'])} and no {split}"
+        )
     path = directory / f"index_{split}.npz"
     try:
         with np.load(path) as index:
@@ -144,13 +179,29 @@ def read_prepared(config: DataConfig, split: str) -> tuple[list[Record], ReadRep
         raise damaged(path, error) from None
     offsets, has_cues = arrays["offsets"], len(arrays["cues"]) > 0
     records = []
-    for place, (name, (height, width)) in enumerate(zip(arrays["names"].tolist(), arrays["sizes"].tolist(), strict=True)):
+    for place, (name, (height, width)) in enumerate(
+        zip(arrays["names"].tolist(), arrays["sizes"].tolist(), strict=True)
+    ):
         people = slice(offsets[place], offsets[place + 1])
         image = PreparedImage(str(directory), split, place)
         cues = tuple(arrays["cues"][people].tolist()) if has_cues else ()
-        records.append(Record(place, image, width, height, arrays["boxes"][people], arrays["labels"][people], name, cues))
+        records.append(
+            Record(
+                place,
+                image,
+                width,
+                height,
+                arrays["boxes"][people],
+                arrays["labels"][people],
+                name,
+                cues,
+            )
+        )
     crowded = max(records, key=lambda record: len(record.boxes))
     if len(crowded.boxes) > config.max_targets:
         limit = f"config.data.max_targets={config.max_targets}"
-        raise UserError(f"{path}: {crowded.name} shows {len(crowded.boxes)} people, more than {limit}: raise the limit")
+        raise UserError(
+            f"{path}: {crowded.name} shows {len(crowded.boxes)} people, more than {limit}: raise "
+            "the limit"
+        )
     return records, ReadReport(**summary["splits"][split])

@@ -1,4 +1,6 @@
-"""The readers by the name that `config.data.source` gives them: files on disk -> one record an image."""
+"""The readers by the name that `config.data.source` gives them: files on disk -> one record an
+image.
+"""
 
 from collections.abc import Callable
 
@@ -24,5 +26,7 @@ READERS: dict[str, Reader] = {
 
 
 def read_split(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """Every image of `split` in a fixed order, and what was counted on the way. Raises UserError naming the file that cannot be used."""
+    """Every image of `split` in a fixed order, and what was counted on the way. Raises UserError
+    naming the file that cannot be used.
+    """
     return READERS[config.source](config, split)

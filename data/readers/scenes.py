@@ -1,20 +1,26 @@
-"""Built-in scenes: people drawn in code whose emotion must be read from the face, from something near, or from something far.
+"""Built-in scenes: people drawn in code whose emotion must be read from the face, from something
+near, or from something far.
 
-A scene is a pure function of (seed, index) and needs no file, so it serves the demo, the tests and measurements of what a model introspections at. One to
-four people stand in a setting; a network has to find their heads (the boxes) and say what they feel. The emotion follows from the picture alone:
+A scene is a pure function of (seed, index) and needs no file, so it serves the demo, the tests and
+measurements of what a model introspections at. One to four people stand in a setting; a network has
+to find their heads (the boxes) and say what they feel. The emotion follows from the picture alone:
 
     1. a face with an expression: the emotion is the expression's, whatever else there is;
     2. a neutral face: the emotion of the object held before the chest;
     3. neutral, empty-handed, but holding hands with a neighbour: the neighbour's expression;
-    4. neutral, empty-handed and alone: the setting's; in the plain setting the emotion of the distant figure on the horizon.
+    4. neutral, empty-handed and alone: the setting's; in the plain setting the emotion of the
+    distant figure on the horizon.
 
-1 decides for 50 % of the people (cue "expression"), 2 and 3 for 30 % ("near"), 4 for 20 % ("far"). Emotions are drawn evenly and independently of
-each other, and people with an expression also hold objects (30 %), so no cue stands in for another. With the four SCENE_CLASSES the best accuracy
-that each kind of sight allows is therefore known:
+1 decides for 50 % of the people (cue "expression"), 2 and 3 for 30 % ("near"), 4 for 20 % ("far").
+Emotions are drawn evenly and independently of each other, and people with an expression also hold
+objects (30 %), so no cue stands in for another. With the four SCENE_CLASSES the best accuracy that
+each kind of sight allows is therefore known:
 
-    guessing 25 %, the face alone 62.5 %, face and setting 77.5 %, face and what is near 85 %, everything 100 %.
+    guessing 25 %, the face alone 62.5 %, face and setting 77.5 %, face and what is near 85 %,
+    everything 100 %.
 
-With `multi_label` a person carries the union of what they show, hold, are held by and stand in: one to three labels, 1.7 on average.
+With `multi_label` a person carries the union of what they show, hold, are held by and stand in: one
+    to three labels, 1.7 on average.
 """
 
 import dataclasses
@@ -46,7 +52,9 @@ class SceneImage:
     index: int
 
     def __call__(self) -> Image.Image:
-        return draw_scene(make_scene(self.seed, self.index), np.random.default_rng((self.seed, self.index, 1)))
+        return draw_scene(
+            make_scene(self.seed, self.index), np.random.default_rng((self.seed, self.index, 1))
+        )
 
 
 def make_scene(seed: int, index: int) -> Scene:
@@ -66,7 +74,9 @@ def make_scene(seed: int, index: int) -> Scene:
     centres, distant_x, slot = _places(rng, width, partners, distant_place)
     people = tuple(
         _person(rng, centre, height, slot, expression, held_object, partner)
-        for centre, expression, held_object, partner in zip(centres, expressions, held, partners, strict=True)
+        for centre, expression, held_object, partner in zip(
+            centres, expressions, held, partners, strict=True
+        )
     )
     return Scene(width, height, "" if plain else far, far if plain else "", distant_x, people)
 
@@ -75,7 +85,11 @@ def _near_cues(rng: np.random.Generator, cues: list[str]) -> tuple[list[str], li
     """What each person holds ('' = nothing) and with whom they hold hands (-1 = nobody)."""
     held, partners = [""] * len(cues), [-1] * len(cues)
     for place, cue in enumerate(cues):
-        beside = [other for other in (place - 1, place + 1) if 0 <= other < len(cues) and cues[other] == "expression" and partners[other] < 0]
+        beside = [
+            other
+            for other in (place - 1, place + 1)
+            if 0 <= other < len(cues) and cues[other] == "expression" and partners[other] < 0
+        ]
         if cue == "near" and beside and rng.random() < _NEIGHBOUR_SHARE:
             partner = int(rng.choice(beside))
             partners[place], partners[partner] = partner, place
@@ -84,10 +98,17 @@ def _near_cues(rng: np.random.Generator, cues: list[str]) -> tuple[list[str], li
     return held, partners
 
 
-def _places(rng: np.random.Generator, width: int, partners: list[int], distant_place: int) -> tuple[list[float], float, float]:
-    """x of the people and of the distant figure (-1 = none), and the width that a person has. People holding hands stand close."""
+def _places(
+    rng: np.random.Generator, width: int, partners: list[int], distant_place: int
+) -> tuple[list[float], float, float]:
+    """x of the people and of the distant figure (-1 = none), and the width that a person has.
+    People holding hands stand close.
+    """
     count = len(partners)
-    gaps = [0.0 if place > 0 and partners[place] == place - 1 else rng.uniform(0.15, 0.5) for place in range(count)]
+    gaps = [
+        0.0 if place > 0 and partners[place] == place - 1 else rng.uniform(0.15, 0.5)
+        for place in range(count)
+    ]
     widths = [1.0] * count
     if distant_place >= 0:
         if distant_place < count and gaps[distant_place] == 0:  # never between two who hold hands
@@ -106,7 +127,15 @@ def _places(rng: np.random.Generator, width: int, partners: list[int], distant_p
     return centres, distant_x, unit
 
 
-def _person(rng: np.random.Generator, centre: float, height: int, slot: float, expression: str, held: str, partner: int) -> Person:
+def _person(
+    rng: np.random.Generator,
+    centre: float,
+    height: int,
+    slot: float,
+    expression: str,
+    held: str,
+    partner: int,
+) -> Person:
     head = min(slot * rng.uniform(0.86, 0.95), 46.0)
     return Person(
         x=centre,
@@ -135,27 +164,47 @@ def decide(scene: Scene, person: Person) -> tuple[str, str]:
 
 
 def all_emotions(scene: Scene, person: Person) -> set[str]:
-    """Every emotion that bears on a person: shown, held, of the neighbour whose hand they hold, of the surroundings."""
+    """Every emotion that bears on a person: shown, held, of the neighbour whose hand they hold, of
+    the surroundings.
+    """
     neighbour = scene.people[person.partner].expression if person.partner >= 0 else ""
     return {person.expression, person.held, neighbour, scene.setting or scene.distant} - {""}
 
 
 def read_scenes(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """The first N scenes of a split, N being the value of the split's own field; the splits have nothing in common, the run's seed plays no part.
+    """The first N scenes of a split, N being the value of the split's own field; the splits have
+    nothing in common, the run's seed plays no part.
 
     Raises:
         UserError: the number is none, or `class_names` lacks one of SCENE_CLASSES.
     """
     value = config.annotation_file(split)
     if not value.isdecimal() or int(value) == 0:
-        raise UserError(f"config.data.{split}={value!r} cannot be used: with config.data.source='scenes' it is the number of images, such as '1000'")
+        raise UserError(
+            f"config.data.{split}={value!r} cannot be used: with config.data.source='scenes' it "
+            "is the number of images, such as '1000'"
+        )
     if missing := [name for name in SCENE_CLASSES if name not in config.class_names]:
-        raise UserError(f"config.class_names lacks {', '.join(missing)}: the built-in scenes need {', '.join(SCENE_CLASSES)}")
+        raise UserError(
+            f"config.class_names lacks {', '.join(missing)}: the built-in scenes need "
+            f"{', '.join(SCENE_CLASSES)}"
+        )
     seed = SPLITS.index(split)
-    records = [_record(config, seed, index, f"scene {split}/{index}") for index in range(int(value))]
-    if crowded := next((record for record in records if len(record.boxes) > config.max_targets), None):
-        raise UserError(f"{crowded.name} shows {len(crowded.boxes)} people, more than config.data.max_targets={config.max_targets}: raise the limit")
-    report = ReadReport(f"built-in scenes {split}", images=len(records), people=sum(len(record.boxes) for record in records))
+    records = [
+        _record(config, seed, index, f"scene {split}/{index}") for index in range(int(value))
+    ]
+    if crowded := next(
+        (record for record in records if len(record.boxes) > config.max_targets), None
+    ):
+        raise UserError(
+            f"{crowded.name} shows {len(crowded.boxes)} people, more than "
+            f"config.data.max_targets={config.max_targets}: raise the limit"
+        )
+    report = ReadReport(
+        f"built-in scenes {split}",
+        images=len(records),
+        people=sum(len(record.boxes) for record in records),
+    )
     return records, report
 
 
@@ -167,4 +216,13 @@ def _record(config: DataConfig, seed: int, index: int, name: str) -> Record:
         for one in all_emotions(scene, person) if config.multi_label else (emotion,):
             row[config.class_names.index(one)] = 1
     boxes = np.array([person.head_box for person in scene.people], np.float32)
-    return Record(index, SceneImage(seed, index), scene.width, scene.height, boxes, labels, name, tuple(cue for cue, _ in decided))
+    return Record(
+        index,
+        SceneImage(seed, index),
+        scene.width,
+        scene.height,
+        boxes,
+        labels,
+        name,
+        tuple(cue for cue, _ in decided),
+    )

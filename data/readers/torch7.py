@@ -1,7 +1,9 @@
-"""Torch7 files (.t7), binary and ascii, as plain values: numbers, texts, tables and tensors; nothing in a file is ever run.
+"""Torch7 files (.t7), binary and ascii, as plain values: numbers, texts, tables and tensors;
+nothing in a file is ever run.
 
-The format is that of Torch7's File:writeObject (its doc/serialization.md and File.lua): a type number, then the value. Tables and torch objects carry
-an index, so that an object met again is only named.
+The format is that of Torch7's File:writeObject (its doc/serialization.md and File.lua): a type
+number, then the value. Tables and torch objects carry an index, so that an object met again is only
+named.
 """
 
 import struct
@@ -26,25 +28,40 @@ _MAX_DEPTH = 100
 
 
 def load_torch7(path: Path) -> Any:
-    """What a .t7 file holds: nil -> None, number -> float, string -> str, boolean -> bool, tensor and storage -> numpy array.
+    """What a .t7 file holds: nil -> None, number -> float, string -> str, boolean -> bool, tensor
+    and storage -> numpy array.
 
-    A table whose keys are 1, 2, ... n becomes a list, another table a dict; an empty one the empty list.
+    A table whose keys are 1, 2, ... n becomes a list, another table a dict; an empty one the empty
+    list.
 
     Raises:
-        UserError: the file is missing, cut short, no Torch7 file, or holds functions or other classes than tensors.
+        UserError: the file is missing, cut short, no Torch7 file, or holds functions or other
+            classes than tensors.
     """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such annotation file; set config.data.data_dir and the split's file name") from None
+        raise UserError(
+            f"{path}: no such annotation file; set config.data.data_dir and the split's file name"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    # A binary file begins with a type number of four bytes, the last three being zero; an ascii file with a digit and the end of the line.
+    # A binary file begins with a type number of four bytes, the last three being zero; an ascii
+    # file with a digit and the end of the line.
     source: _Binary | _Ascii = _Binary(content) if content[1:4] == b"\0\0\0" else _Ascii(content)
     try:
         return _Objects(source).read(0)
-    except (struct.error, ValueError, OverflowError, MemoryError, UnicodeDecodeError, IndexError) as error:
-        raise UserError(f"{path}: not a usable Torch7 file, at byte {source.place} of {len(content)} ({error})") from None
+    except (
+        struct.error,
+        ValueError,
+        OverflowError,
+        MemoryError,
+        UnicodeDecodeError,
+        IndexError,
+    ) as error:
+        raise UserError(
+            f"{path}: not a usable Torch7 file, at byte {source.place} of {len(content)} ({error})"
+        ) from None
 
 
 class _Binary:
@@ -68,7 +85,9 @@ class _Binary:
 
 
 class _Ascii:
-    """The same values as decimal numbers between white space; texts as they are, ended by a line break."""
+    """The same values as decimal numbers between white space; texts as they are, ended by a line
+    break.
+    """
 
     def __init__(self, content: bytes) -> None:
         self._content = content
@@ -78,7 +97,10 @@ class _Ascii:
         while self._content[self.place : self.place + 1].isspace():
             self.place += 1
         start = self.place
-        while self.place < len(self._content) and not self._content[self.place : self.place + 1].isspace():
+        while (
+            self.place < len(self._content)
+            and not self._content[self.place : self.place + 1].isspace()
+        ):
             self.place += 1
         if start == self.place:
             raise ValueError("the file ends too early")
@@ -127,7 +149,10 @@ class _Objects:
         if kind == _BOOLEAN:
             return self._int() == 1
         if kind not in (_TABLE, _TORCH):
-            raise ValueError(f"a value of type {kind}: only numbers, texts, booleans, tables and tensors are data")
+            raise ValueError(
+                f"a value of type {kind}: only numbers, texts, booleans, tables and tensors are "
+                "data"
+            )
         index = self._int()
         if index not in self._known:
             self._known[index] = None  # a table that holds itself reads as nil there
@@ -142,7 +167,11 @@ class _Objects:
                 raise ValueError("a table with a key that is neither a text nor a number")
             entries[key] = self.read(depth + 1)
         numbers = [float(number) for number in range(1, len(entries) + 1)]
-        return [entries[number] for number in numbers] if all(number in entries for number in numbers) else entries
+        return (
+            [entries[number] for number in numbers]
+            if all(number in entries for number in numbers)
+            else entries
+        )
 
     def _torch(self, depth: int) -> np.ndarray:
         name = self._text()
@@ -157,12 +186,26 @@ class _Objects:
         dimensions = self._int()
         if not 0 <= dimensions <= 16:
             raise ValueError(f"a tensor of {dimensions} dimensions")
-        shape, strides, offset = self._longs(dimensions), self._longs(dimensions), self._longs(1)[0] - 1
+        shape, strides, offset = (
+            self._longs(dimensions),
+            self._longs(dimensions),
+            self._longs(1)[0] - 1,
+        )
         storage = self.read(depth + 1)
         if storage is None or dimensions == 0:
             return np.zeros(0, element)
-        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if offset < 0 or min(strides, default=0) < 0 or min(shape) < 0 or not isinstance(storage, np.ndarray) or last >= len(storage):
+        last = offset + sum(
+            (size - 1) * stride for size, stride in zip(shape, strides, strict=True)
+        )
+        if (
+            offset < 0
+            or min(strides, default=0) < 0
+            or min(shape) < 0
+            or not isinstance(storage, np.ndarray)
+            or last >= len(storage)
+        ):
             raise ValueError("a tensor that does not lie in its storage")
-        view = np.lib.stride_tricks.as_strided(storage[offset:], shape, [stride * element.itemsize for stride in strides])
+        view = np.lib.stride_tricks.as_strided(
+            storage[offset:], shape, [stride * element.itemsize for stride in strides]
+        )
         return view.copy()

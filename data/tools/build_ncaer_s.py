@@ -1,10 +1,13 @@
-"""Makes NCAER-S from the CAER videos: one random frame of each part of a video, its face, and no video in two splits.
+"""Makes NCAER-S from the CAER videos: one random frame of each part of a video, its face, and no
+video in two splits.
 
     python -m data build_ncaer_s --videos=CAER --output=NCAER-S [--parts=4] [--seed=0] [--detector=haar]
 
-CAER holds {train,validation,test}/<Class>/NNNN.avi. Written are images/ and crop/{train,val,test}/<Class>/NNNN_PP.{jpg,txt} (a crop is x1,y1,x2,y2,
-or 0,0,0,0 where no face was found) and manifest.csv: video, part, frame and hash of every image. The same videos, parts, seed and detector give the
-same files whatever the number of workers; an interrupted build goes on where it was. The authors' number of parts and detector are not published.
+CAER holds {train,validation,test}/<Class>/NNNN.avi. Written are images/ and
+crop/{train,val,test}/<Class>/NNNN_PP.{jpg,txt} (a crop is x1,y1,x2,y2, or 0,0,0,0 where no face was
+found) and manifest.csv: video, part, frame and hash of every image. The same videos, parts, seed
+and detector give the same files whatever the number of workers; an interrupted build goes on where
+it was. The authors' number of parts and detector are not published.
 """
 
 import argparse
@@ -30,7 +33,12 @@ from data.tools.faces import FaceDetector, largest_face, make_detector, opencv
 from dsct_jax.cli import Parser, run_command
 from dsct_jax.errors import UserError
 
-FOLDERS = {"train": "train", "validation": "val", "val": "val", "test": "test"}  # of the videos -> split
+FOLDERS = {
+    "train": "train",
+    "validation": "val",
+    "val": "val",
+    "test": "test",
+}  # of the videos -> split
 SUFFIXES = (".avi", ".mkv", ".mov", ".mp4", ".webm")
 _JPEG_QUALITY = 95
 
@@ -77,26 +85,41 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(Frame))
 
 
 def find_videos(root: Path) -> tuple[list[Video], list[str]]:
-    """The videos by split and class, each content once, and a line for each that was left out because another has its content.
+    """The videos by split and class, each content once, and a line for each that was left out
+    because another has its content.
 
-    Of equal videos that of test stays, then that of val, then the first, so that no split but train loses anything to another.
+    Of equal videos that of test stays, then that of val, then the first, so that no split but train
+    loses anything to another.
 
     Raises:
         UserError: the folder is missing or holds no videos.
     """
     if not root.is_dir():
         raise UserError(f"--videos={root}: no such folder")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name.lower() in FOLDERS)
-    paths = [path for folder in folders for path in sorted(folder.glob("*/*")) if path.suffix.lower() in SUFFIXES]
+    folders = sorted(
+        path for path in root.iterdir() if path.is_dir() and path.name.lower() in FOLDERS
+    )
+    paths = [
+        path
+        for folder in folders
+        for path in sorted(folder.glob("*/*"))
+        if path.suffix.lower() in SUFFIXES
+    ]
     if not paths:
-        raise UserError(f"--videos={root}: holds no {{train,validation,test}}/<Class>/*.avi ({', '.join(SUFFIXES)})")
+        raise UserError(
+            f"--videos={root}: holds no {{train,validation,test}}/<Class>/*.avi "
+            f"({', '.join(SUFFIXES)})"
+        )
     found: dict[str, Video] = {}
     left_out = []
     targets: dict[tuple[str, str, str], Path] = {}
     order = {"test": 0, "val": 1, "train": 2}
     split_of = {path: FOLDERS[path.relative_to(root).parts[0].lower()] for path in paths}
     for path in progress(
-        sorted(paths, key=lambda path: (order[split_of[path]], path)), total=len(paths), what="looking for equal videos", unit="video"
+        sorted(paths, key=lambda path: (order[split_of[path]], path)),
+        total=len(paths),
+        what="looking for equal videos",
+        unit="video",
     ):
         name = path.relative_to(root).as_posix()
         twin = targets.setdefault((split_of[path], path.parent.name, path.stem), path)
@@ -116,14 +139,23 @@ def _digest(path: Path) -> str:
 
 
 def choose_frames(count: int, parts: int, seed: Sequence[int]) -> list[tuple[int, int]]:
-    """(part, frame) of one random frame in each of `parts` equal stretches of a video of `count` frames; a stretch without a frame gives none."""
+    """(part, frame) of one random frame in each of `parts` equal stretches of a video of `count`
+    frames; a stretch without a frame gives none.
+    """
     rng = np.random.default_rng(seed)
     bounds = [count * part // parts for part in range(parts + 1)]
-    return [(part, int(rng.integers(start, end))) for part, (start, end) in enumerate(itertools.pairwise(bounds)) if end > start]
+    return [
+        (part, int(rng.integers(start, end)))
+        for part, (start, end) in enumerate(itertools.pairwise(bounds))
+        if end > start
+    ]
 
 
-def read_frames(path: Path, parts: int, seed: Sequence[int]) -> list[tuple[int, int, UInt8[np.ndarray, "h w 3"]]]:
-    """(part, frame, RGB image) of the chosen frames of a video. Videos are read from their beginning: seeking is inexact in many formats.
+def read_frames(
+    path: Path, parts: int, seed: Sequence[int]
+) -> list[tuple[int, int, UInt8[np.ndarray, "h w 3"]]]:
+    """(part, frame, RGB image) of the chosen frames of a video. Videos are read from their
+    beginning: seeking is inexact in many formats.
 
     Raises:
         UserError: the file cannot be read as a video.
@@ -147,9 +179,15 @@ def read_frames(path: Path, parts: int, seed: Sequence[int]) -> list[tuple[int, 
     raise UserError(f"{path}: cannot be read as a video")
 
 
-def build_video(video: Video, output: Path, settings: Settings, detect: FaceDetector) -> list[Frame]:
-    """Writes the images and crops of one video and returns their lines of the manifest. Raises UserError naming a video that cannot be read."""
-    name_seed = int.from_bytes(hashlib.sha256(video.name.encode()).digest()[:8], "little")  # so that other videos change nothing for this one
+def build_video(
+    video: Video, output: Path, settings: Settings, detect: FaceDetector
+) -> list[Frame]:
+    """Writes the images and crops of one video and returns their lines of the manifest. Raises
+    UserError naming a video that cannot be read.
+    """
+    name_seed = int.from_bytes(
+        hashlib.sha256(video.name.encode()).digest()[:8], "little"
+    )  # so that other videos change nothing for this one
     frames = []
     for part, frame, pixels in read_frames(video.path, settings.parts, (settings.seed, name_seed)):
         name = f"{video.split}/{video.label}/{video.path.stem}_{part:02}"
@@ -159,7 +197,19 @@ def build_video(video: Video, output: Path, settings: Settings, detect: FaceDete
         Image.fromarray(pixels).save(image, quality=_JPEG_QUALITY)
         box = largest_face(detect(pixels), *pixels.shape[:2]) or (0, 0, 0, 0)
         crop.write_text(",".join(map(str, box)) + "\n")
-        frames.append(Frame(video.split, video.label, video.name, video.digest, part, frame, f"{name}.jpg", _digest(image), *box))
+        frames.append(
+            Frame(
+                video.split,
+                video.label,
+                video.name,
+                video.digest,
+                part,
+                frame,
+                f"{name}.jpg",
+                _digest(image),
+                *box,
+            )
+        )
     return frames
 
 
@@ -181,9 +231,13 @@ def _work(video: Video, output: Path, settings: Settings) -> list[Frame] | str:
         return str(error)
 
 
-def build_all(videos: Sequence[Video], output: Path, settings: Settings, workers: int) -> Iterator[list[Frame] | str]:
+def build_all(
+    videos: Sequence[Video], output: Path, settings: Settings, workers: int
+) -> Iterator[list[Frame] | str]:
     """The lines of each video as it is done, in any order, or why it cannot be used."""
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (settings.detector,)) as pool:
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (settings.detector,)
+    ) as pool:
         jobs = [pool.submit(_work, video, output, settings) for video in videos]
         try:
             for job in as_completed(jobs):
@@ -193,20 +247,31 @@ def build_all(videos: Sequence[Video], output: Path, settings: Settings, workers
 
 
 def open_build(output: Path, settings: Settings) -> list[Frame]:
-    """What an interrupted build of these settings has finished. Raises UserError when the folder holds a build of other settings."""
+    """What an interrupted build of these settings has finished. Raises UserError when the folder
+    holds a build of other settings.
+    """
     output.mkdir(parents=True, exist_ok=True)
     path, values = output / "settings.json", dataclasses.asdict(settings)
     if path.exists() and json.loads(path.read_text()) != values:
-        raise UserError(f"--output={output}: holds a build of other settings ({path.read_text().strip()}); name another folder")
+        raise UserError(
+            f"--output={output}: holds a build of other settings ({path.read_text().strip()}); "
+            "name another folder"
+        )
     path.write_text(json.dumps(values) + "\n")
     unfinished, finished = output / "manifest.part.csv", output / "manifest.csv"
     source = unfinished if unfinished.exists() else finished
     if not source.exists():
         return []
     kinds: list[Any] = [field.type for field in dataclasses.fields(Frame)]
-    rows = [next(csv.reader([line])) for line in source.read_text().splitlines(keepends=True)[1:] if line.endswith("\n")]
+    rows = [
+        next(csv.reader([line]))
+        for line in source.read_text().splitlines(keepends=True)[1:]
+        if line.endswith("\n")
+    ]
     frames = [Frame(*(kind(cell) for cell, kind in zip(row, kinds, strict=True))) for row in rows]
-    return [frame for frame in frames if frame.video != frames[-1].video]  # of the last video some lines may be lost
+    return [
+        frame for frame in frames if frame.video != frames[-1].video
+    ]  # of the last video some lines may be lost
 
 
 def write_manifest(frames: Sequence[Frame], path: Path) -> None:
@@ -223,7 +288,10 @@ def run(arguments: argparse.Namespace) -> int:
     """The command with its arguments parsed."""
     settings = Settings(arguments.parts, arguments.seed, arguments.detector)
     if settings.parts < 1 or settings.seed < 0 or arguments.workers < 1:
-        raise UserError(f"--parts={settings.parts} and --workers={arguments.workers} must be at least 1, --seed={settings.seed} at least 0")
+        raise UserError(
+            f"--parts={settings.parts} and --workers={arguments.workers} must be at least 1, "
+            f"--seed={settings.seed} at least 0"
+        )
     opencv()
     make_detector(settings.detector)  # a mistake is told before anything is read
     videos, left_out = find_videos(arguments.videos)
@@ -237,7 +305,12 @@ def run(arguments: argparse.Namespace) -> int:
     unusable = []
     with unfinished.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        for result in progress(build_all(rest, output, settings, arguments.workers), total=len(rest), what="frames", unit="video"):
+        for result in progress(
+            build_all(rest, output, settings, arguments.workers),
+            total=len(rest),
+            what="frames",
+            unit="video",
+        ):
             if isinstance(result, str):
                 unusable.append(result)
                 continue
@@ -251,11 +324,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if unusable else 0
 
 
-def _tell(frames: Sequence[Frame], left_out: Sequence[str], unusable: Sequence[str], output: Path) -> None:
+def _tell(
+    frames: Sequence[Frame], left_out: Sequence[str], unusable: Sequence[str], output: Path
+) -> None:
     for split in ("train", "val", "test"):
         own = [frame for frame in frames if frame.split == split]
         faces = sum(frame.x2 > frame.x1 for frame in own)
-        print(f"{split}: {len({frame.video for frame in own})} videos, {len(own)} images, {faces} with a face")
+        print(
+            f"{split}: {len({frame.video for frame in own})} videos, {len(own)} images, {faces} "
+            "with a face"
+        )
     for line in left_out:
         print(f"- left out: {line}")
     for line in unusable:
@@ -264,12 +342,27 @@ def _tell(frames: Sequence[Frame], left_out: Sequence[str], unusable: Sequence[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; a user's mistake is one line on stderr and exit status 2, a video that cannot be read status 1."""
+    """The command; a user's mistake is one line on stderr and exit status 2, a video that cannot be
+    read status 1.
+    """
     parser = Parser(prog="python -m data build_ncaer_s", description=__doc__)
-    parser.add_argument("--videos", type=Path, required=True, help="folder with {train,validation,test}/<Class>/*.avi")
-    parser.add_argument("--output", type=Path, required=True, help="folder for images/, crop/ and manifest.csv")
-    parser.add_argument("--parts", type=int, default=4, help="stretches of a video that give a frame each")
+    parser.add_argument(
+        "--videos",
+        type=Path,
+        required=True,
+        help="folder with {train,validation,test}/<Class>/*.avi",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for images/, crop/ and manifest.csv"
+    )
+    parser.add_argument(
+        "--parts", type=int, default=4, help="stretches of a video that give a frame each"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--detector", default="haar", help="haar, yunet:MODEL.onnx, or MODULE:NAME, a function of your own (data/tools/faces.py)")
+    parser.add_argument(
+        "--detector",
+        default="haar",
+        help="haar, yunet:MODEL.onnx, or MODULE:NAME, a function of your own (data/tools/faces.py)",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     return run_command(lambda: run(parser.parse_args(argv)))

@@ -1,4 +1,6 @@
-"""Images that are the same, or look the same: an exact and a perceptual fingerprint, and the groups that they form."""
+"""Images that are the same, or look the same: an exact and a perceptual fingerprint, and the groups
+that they form.
+"""
 
 import dataclasses
 import hashlib
@@ -15,9 +17,18 @@ from data.command import progress
 from data.readers.records import Record
 from dsct_jax.errors import UserError
 
-NEAR = 24  # of 256 bits: what saving again, resizing and slight colour changes move; unrelated images differ in about 128
-_SIDE, _LOWEST = 64, 16  # the image is reduced to 64x64 grey; of its cosine transform the 16x16 lowest frequencies are kept
-_COSINES = np.cos(np.pi / _SIDE * (np.arange(_SIDE) + 0.5) * np.arange(_LOWEST)[:, None]).astype(np.float32)
+# of 256 bits: what saving again, resizing and slight colour changes move; unrelated images differ
+# in about 128
+NEAR = 24
+_SIDE, _LOWEST = (
+    64,
+    16,
+)
+# the image is reduced to 64x64 grey; of its cosine transform the 16x16 lowest frequencies are
+# kept
+_COSINES = np.cos(np.pi / _SIDE * (np.arange(_SIDE) + 0.5) * np.arange(_LOWEST)[:, None]).astype(
+    np.float32
+)
 _BLOCK = 256  # rows compared at once
 
 
@@ -32,19 +43,28 @@ class Fingerprint:
 def fingerprint(image: Image.Image) -> Fingerprint:
     """Both fingerprints of an RGB image.
 
-    The perceptual one is the usual pHash (DCT of the reduced grey image, low frequencies against their median), with 256 bits instead of 64 so that
-    ten thousands of images do not meet by chance.
+    The perceptual one is the usual pHash (DCT of the reduced grey image, low frequencies against
+    their median), with 256 bits instead of 64 so that ten thousands of images do not meet by
+    chance.
     """
-    digest = hashlib.blake2b(image.tobytes(), digest_size=16, salt=f"{image.width}x{image.height}".encode()[:16]).digest()
-    grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), np.float32)
+    digest = hashlib.blake2b(
+        image.tobytes(), digest_size=16, salt=f"{image.width}x{image.height}".encode()[:16]
+    ).digest()
+    grey = np.asarray(
+        image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), np.float32
+    )
     frequencies = (_COSINES @ grey @ _COSINES.T).ravel()
     frequencies[0] = 0  # brightness
     signs = frequencies > np.median(frequencies)
     return Fingerprint(digest, np.packbits(signs).view(np.uint64))
 
 
-def fingerprints(records: Sequence[Record], *, workers: int, what: str) -> list[Fingerprint | UserError]:
-    """Decodes every image, in threads (decoding leaves Python's lock), and returns its fingerprint, or why it cannot be read."""
+def fingerprints(
+    records: Sequence[Record], *, workers: int, what: str
+) -> list[Fingerprint | UserError]:
+    """Decodes every image, in threads (decoding leaves Python's lock), and returns its fingerprint,
+    or why it cannot be read.
+    """
 
     def of(record: Record) -> Fingerprint | UserError:
         try:
@@ -63,7 +83,8 @@ def exact_groups(prints: Sequence[Fingerprint]) -> Int[np.ndarray, " n"]:
 
 
 def near_groups(prints: Sequence[Fingerprint], *, near: int = NEAR) -> Int[np.ndarray, " n"]:
-    """A number for each image; those that differ in at most `near` bits, directly or over others, have the same.
+    """A number for each image; those that differ in at most `near` bits, directly or over others,
+    have the same.
 
     Every pair is compared: 2 s for 20,000 images and 25 s for 70,000.
     """

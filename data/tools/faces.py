@@ -1,6 +1,8 @@
-"""Finding faces, by a detector of the user's choice: `haar`, `yunet:MODEL.onnx`, or `MODULE:NAME`, a function of your own with this interface.
+"""Finding faces, by a detector of the user's choice: `haar`, `yunet:MODEL.onnx`, or `MODULE:NAME`,
+a function of your own with this interface.
 
-A detector is called with an image, uint8 [h w 3] RGB, and returns float32 [n 5], a row x1 y1 x2 y2 score for each face, in pixels:
+A detector is called with an image, uint8 [h w 3] RGB, and returns float32 [n 5], a row x1 y1 x2 y2
+score for each face, in pixels:
 
     def detect(image):          # my_faces.py, named as --detector=my_faces:detect
         return np.array([[x1, y1, x2, y2, score], ...], np.float32).reshape(-1, 5)
@@ -29,18 +31,25 @@ def opencv() -> Any:
     try:
         return importlib.import_module("cv2")
     except ImportError as error:
-        raise UserError(f"OpenCV is needed and cannot be imported ({error}): pip install '.[video]'") from None
+        raise UserError(
+            f"OpenCV is needed and cannot be imported ({error}): pip install '.[video]'"
+        ) from None
 
 
 def make_detector(name: str) -> FaceDetector:
-    """The detector that a command line names. Raises UserError when there is none of that name, or it cannot be loaded."""
+    """The detector that a command line names. Raises UserError when there is none of that name, or
+    it cannot be loaded.
+    """
     kind, _, detail = name.partition(":")
     if name == "haar":
         return haar()
     if kind == "yunet" and detail:
         return yunet(Path(detail))
     if not kind or not detail:
-        raise UserError(f"--detector={name}: must be haar, yunet:MODEL.onnx or MODULE:NAME, a function of your own (see data/tools/faces.py)")
+        raise UserError(
+            f"--detector={name}: must be haar, yunet:MODEL.onnx or MODULE:NAME, a function of "
+            "your own (see data/tools/faces.py)"
+        )
     if "" not in sys.path:
         sys.path.insert(0, "")  # modules of the working directory, as python -m finds them
     try:
@@ -50,42 +59,63 @@ def make_detector(name: str) -> FaceDetector:
 
 
 def haar() -> FaceDetector:
-    """Viola and Jones' cascade as OpenCV 4 ships it: no download, upright frontal faces, quick. Its score is 1.
+    """Viola and Jones' cascade as OpenCV 4 ships it: no download, upright frontal faces, quick. Its
+    score is 1.
 
     Raises:
         UserError: OpenCV is missing, or of version 5, which has no cascades.
     """
     cv2 = opencv()
     if not hasattr(cv2, "CascadeClassifier"):
-        raise UserError(f"--detector=haar: OpenCV {cv2.__version__} has no cascades: install opencv-python-headless<5, or use yunet:MODEL.onnx")
-    cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml"))
+        raise UserError(
+            f"--detector=haar: OpenCV {cv2.__version__} has no cascades: install "
+            "opencv-python-headless<5, or use yunet:MODEL.onnx"
+        )
+    cascade = cv2.CascadeClassifier(
+        str(Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml")
+    )
 
     def detect(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "n 5"]:
         smallest = max(20, round(_SMALLEST * min(image.shape[:2])))
         grey = cv2.equalizeHist(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
-        found = np.array(cascade.detectMultiScale(grey, scaleFactor=1.1, minNeighbors=5, minSize=(smallest, smallest)), np.float32).reshape(-1, 4)
-        return np.column_stack([found[:, :2], found[:, :2] + found[:, 2:], np.ones(len(found), np.float32)])
+        found = np.array(
+            cascade.detectMultiScale(
+                grey, scaleFactor=1.1, minNeighbors=5, minSize=(smallest, smallest)
+            ),
+            np.float32,
+        ).reshape(-1, 4)
+        return np.column_stack(
+            [found[:, :2], found[:, :2] + found[:, 2:], np.ones(len(found), np.float32)]
+        )
 
     return detect
 
 
 def yunet(model: Path, *, min_score: float = 0.7) -> FaceDetector:
-    """OpenCV's YuNet; `model` is face_detection_yunet_*.onnx of the OpenCV zoo. Faces of any pose from about 10 pixels on.
+    """OpenCV's YuNet; `model` is face_detection_yunet_*.onnx of the OpenCV zoo. Faces of any pose
+    from about 10 pixels on.
 
     Raises:
         UserError: OpenCV or the file is missing, or the file is no such model.
     """
     cv2 = opencv()
     if not model.is_file():
-        raise UserError(f"--detector=yunet:{model}: no such file; it is face_detection_yunet_*.onnx of the OpenCV zoo")
+        raise UserError(
+            f"--detector=yunet:{model}: no such file; it is face_detection_yunet_*.onnx of the "
+            "OpenCV zoo"
+        )
     try:
         network = cv2.FaceDetectorYN.create(str(model), "", (320, 320), min_score)
     except cv2.error as error:
-        raise UserError(f"--detector=yunet:{model}: is no YuNet model ({' '.join(str(error).split())})") from None
+        raise UserError(
+            f"--detector=yunet:{model}: is no YuNet model ({' '.join(str(error).split())})"
+        ) from None
 
     def detect(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "n 5"]:
         network.setInputSize((image.shape[1], image.shape[0]))
-        _, found = network.detect(np.ascontiguousarray(image[..., ::-1]))  # columns: x y w h, five landmarks, score; None = no face
+        _, found = network.detect(
+            np.ascontiguousarray(image[..., ::-1])
+        )  # columns: x y w h, five landmarks, score; None = no face
         found = np.zeros((0, 15), np.float32) if found is None else np.asarray(found, np.float32)
         return np.column_stack([found[:, :2], found[:, :2] + found[:, 2:4], found[:, 14]])
 
@@ -93,14 +123,25 @@ def yunet(model: Path, *, min_score: float = 0.7) -> FaceDetector:
 
 
 def largest_face(faces: np.ndarray, height: int, width: int) -> tuple[int, int, int, int] | None:
-    """(x1, y1, x2, y2), in whole pixels inside the image, of the one of a detector's `faces` [n 5] with the largest area there; None without a face.
+    """(x1, y1, x2, y2), in whole pixels inside the image, of the one of a detector's `faces` [n 5]
+    with the largest area there; None without a face.
 
     Raises:
         UserError: `faces` is no [n 5] array of numbers.
     """
-    if not isinstance(faces, np.ndarray) or faces.ndim != 2 or faces.shape[1] != 5 or faces.dtype.kind not in "fiu":
-        raise UserError(f"--detector: returned {getattr(faces, 'shape', faces)!r}, and must return an array [n 5]: x1 y1 x2 y2 score")
-    boxes = np.clip(np.round(faces[np.isfinite(faces).all(1), :4]), 0, [width, height, width, height]).astype(int)
+    if (
+        not isinstance(faces, np.ndarray)
+        or faces.ndim != 2
+        or faces.shape[1] != 5
+        or faces.dtype.kind not in "fiu"
+    ):
+        raise UserError(
+            f"--detector: returned {getattr(faces, 'shape', faces)!r}, and must return an array "
+            "[n 5]: x1 y1 x2 y2 score"
+        )
+    boxes = np.clip(
+        np.round(faces[np.isfinite(faces).all(1), :4]), 0, [width, height, width, height]
+    ).astype(int)
     areas = (boxes[:, 2] - boxes[:, 0]).clip(0) * (boxes[:, 3] - boxes[:, 1]).clip(0)
     if not areas.any():
         return None

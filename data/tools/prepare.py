@@ -1,10 +1,12 @@
-"""Brings a data set into the prepared form (data/readers/prepared.py): once, in parallel, and after an interruption from where it stood.
+"""Brings a data set into the prepared form (data/readers/prepared.py): once, in parallel, and after
+an interruption from where it stood.
 
     python -m data prepare --config=configs/caer_s_r50.py --config.data.data_dir=DIR --output=PREPARED
     python train.py --config=configs/caer_s_r50.py --config.data.source=prepared --config.data.data_dir=PREPARED ...
 
-Images keep their bytes, so training sees the same pixels; --short_side=N makes those whose short side is longer smaller (JPEG, quality 95), and
-their boxes with them. `--verify` compares every file of a finished data set with its checksum.
+Images keep their bytes, so training sees the same pixels; --short_side=N makes those whose short
+side is longer smaller (JPEG, quality 95), and their boxes with them. `--verify` compares every file
+of a finished data set with its checksum.
 """
 
 import dataclasses
@@ -23,7 +25,16 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from data.augment import scale_boxes
 from data.command import config_parser, parse, progress
 from data.config import SPLITS, DataConfig
-from data.readers.prepared import NAME, SHARD_TEMPLATE, SUMMARY, features, folder, read_summary, sha256, write_index
+from data.readers.prepared import (
+    NAME,
+    SHARD_TEMPLATE,
+    SUMMARY,
+    features,
+    folder,
+    read_summary,
+    sha256,
+    write_index,
+)
 from data.readers.records import Record
 from data.readers.registry import read_split
 from dsct_jax.cli import run_command
@@ -49,9 +60,16 @@ class Shard:
 
 
 def prepare(
-    config: DataConfig, output: Path, *, splits: Sequence[str] = SPLITS, shard_images: int = 256, short_side: int | None = None, workers: int = 1
+    config: DataConfig,
+    output: Path,
+    *,
+    splits: Sequence[str] = SPLITS,
+    shard_images: int = 256,
+    short_side: int | None = None,
+    workers: int = 1,
 ) -> Path:
-    """Writes the prepared form of `splits` and returns its folder. A second call goes on where the first stopped, or does nothing.
+    """Writes the prepared form of `splits` and returns its folder. A second call goes on where the
+    first stopped, or does nothing.
 
     Args:
         config: the raw data.
@@ -62,22 +80,36 @@ def prepare(
         workers: threads; decoding and encoding, which is most of the work, run beside each other.
 
     Raises:
-        UserError: the raw data cannot be used, the folder holds another preparation, or the disk is full (what is written stays for the next call).
+        UserError: the raw data cannot be used, the folder holds another preparation, or the disk is
+            full (what is written stays for the next call).
     """
     if config.source == "prepared":
-        raise UserError("config.data.source='prepared' cannot be prepared again: name the source of the raw files")
+        raise UserError(
+            "config.data.source='prepared' cannot be prepared again: name the source of the raw "
+            "files"
+        )
     directory = folder(output)
     splits = [split for split in SPLITS if split in splits]
     read = {split: read_split(config, split) for split in splits}
-    records = {split: [_smaller(record, short_side) for record in found] for split, (found, _) in read.items()}
+    records = {
+        split: [_smaller(record, short_side) for record in found]
+        for split, (found, _) in read.items()
+    }
     fingerprint = _fingerprint(config, records, shard_images, short_side)
     try:
         if (directory / SUMMARY).exists():
             if read_summary(directory)["fingerprint"] != fingerprint:
-                raise UserError(f"{directory}: holds the prepared form of other data or other options; choose another --output, or remove the folder")
+                raise UserError(
+                    f"{directory}: holds the prepared form of other data or other options; choose "
+                    "another --output, or remove the folder"
+                )
             return directory
         _begin(directory, fingerprint)
-        shards = [shard for split in splits for shard in _shards(directory, split, records[split], shard_images)]
+        shards = [
+            shard
+            for split in splits
+            for shard in _shards(directory, split, records[split], shard_images)
+        ]
         _write_shards(shards, len(config.class_names), short_side, config.skip_corrupt, workers)
         left_out = {split: _left_out(shards, split) for split in splits}
         reports = {split: dataclasses.asdict(read[split][1]) for split in splits}
@@ -93,7 +125,10 @@ def prepare(
         _write_metadata(directory, config, shards, splits)
         _finish(directory, config, reports, fingerprint)
     except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror or error}); make room and run the same command again") from None
+        raise UserError(
+            f"{directory}: cannot be written ({error.strerror or error}); make room and run the "
+            "same command again"
+        ) from None
     return directory
 
 
@@ -102,7 +137,12 @@ def _smaller(record: Record, short_side: int | None) -> Record:
     size = _stored_size((record.height, record.width), short_side)
     if size == (record.height, record.width):
         return record
-    return dataclasses.replace(record, height=size[0], width=size[1], boxes=scale_boxes(record.boxes, (record.height, record.width), size))
+    return dataclasses.replace(
+        record,
+        height=size[0],
+        width=size[1],
+        boxes=scale_boxes(record.boxes, (record.height, record.width), size),
+    )
 
 
 def _stored_size(size: Size, short_side: int | None) -> Size:
@@ -111,25 +151,40 @@ def _stored_size(size: Size, short_side: int | None) -> Size:
     return round(size[0] * short_side / min(size)), round(size[1] * short_side / min(size))
 
 
-def _fingerprint(config: DataConfig, records: dict[str, list[Record]], shard_images: int, short_side: int | None) -> str:
-    """Of everything that the prepared files depend on, the images by the size and time of their files."""
-    digest = hashlib.sha256(repr((config.class_names, config.multi_label, config.protocol, shard_images, short_side)).encode())
+def _fingerprint(
+    config: DataConfig, records: dict[str, list[Record]], shard_images: int, short_side: int | None
+) -> str:
+    """Of everything that the prepared files depend on, the images by the size and time of their
+    files.
+    """
+    digest = hashlib.sha256(
+        repr(
+            (config.class_names, config.multi_label, config.protocol, shard_images, short_side)
+        ).encode()
+    )
     for split, found in records.items():
         digest.update(split.encode())
         for record in found:
             stat = record.image.stat() if isinstance(record.image, Path) else None
             state = (stat.st_size, stat.st_mtime_ns) if stat else record.image
-            digest.update(repr((record.name, record.height, record.width, state, record.cues)).encode())
+            digest.update(
+                repr((record.name, record.height, record.width, state, record.cues)).encode()
+            )
             digest.update(record.boxes.tobytes() + record.labels.tobytes())
     return digest.hexdigest()
 
 
 def _begin(directory: Path, fingerprint: str) -> None:
-    """Notes what is being prepared; an interrupted preparation of something else is not mixed with it."""
+    """Notes what is being prepared; an interrupted preparation of something else is not mixed with
+    it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     plan = directory / _PLAN
     if plan.exists() and plan.read_text(encoding="utf-8") != fingerprint:
-        raise UserError(f"{directory}: holds an unfinished preparation of other data or other options; choose another --output, or remove the folder")
+        raise UserError(
+            f"{directory}: holds an unfinished preparation of other data or other options; choose "
+            "another --output, or remove the folder"
+        )
     _replace(plan, fingerprint)
 
 
@@ -143,17 +198,36 @@ def _replace(path: Path, text: str) -> None:
 def _shards(directory: Path, split: str, records: list[Record], shard_images: int) -> list[Shard]:
     starts = range(0, len(records), shard_images)
     return [
-        Shard(directory / f"{NAME}-{split}.array_record-{number:05d}-of-{len(starts):05d}", split, tuple(records[start : start + shard_images]))
+        Shard(
+            directory / f"{NAME}-{split}.array_record-{number:05d}-of-{len(starts):05d}",
+            split,
+            tuple(records[start : start + shard_images]),
+        )
         for number, start in enumerate(starts)
     ]
 
 
-def _write_shards(shards: Sequence[Shard], num_classes: int, short_side: int | None, skip_corrupt: bool, workers: int) -> None:
+def _write_shards(
+    shards: Sequence[Shard],
+    num_classes: int,
+    short_side: int | None,
+    skip_corrupt: bool,
+    workers: int,
+) -> None:
     """Those that are not complete yet."""
     missing = [shard for shard in shards if not shard.mark.exists()]
-    bar = iter(progress(range(total := sum(len(shard.records) for shard in missing)), total=total, what="preparing"))
+    bar = iter(
+        progress(
+            range(total := sum(len(shard.records) for shard in missing)),
+            total=total,
+            what="preparing",
+        )
+    )
     with ThreadPoolExecutor(workers) as pool:
-        jobs = {pool.submit(_write_shard, shard, num_classes, short_side, skip_corrupt): shard for shard in missing}
+        jobs = {
+            pool.submit(_write_shard, shard, num_classes, short_side, skip_corrupt): shard
+            for shard in missing
+        }
         try:
             for job in as_completed(jobs):
                 job.result()
@@ -164,33 +238,54 @@ def _write_shards(shards: Sequence[Shard], num_classes: int, short_side: int | N
     next(bar, None)
 
 
-def _write_shard(shard: Shard, num_classes: int, short_side: int | None, skip_corrupt: bool) -> None:
+def _write_shard(
+    shard: Shard, num_classes: int, short_side: int | None, skip_corrupt: bool
+) -> None:
     temporary = shard.path.with_name(shard.path.name + ".tmp")
     layout = features(num_classes)
     left_out: dict[str, str] = {}
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")  # one image a group: images are read in random order
+    writer = ArrayRecordWriter(
+        str(temporary), "group_size:1"
+    )  # one image a group: images are read in random order
     try:
         for record in shard.records:
             try:
                 image = _encoded(record, short_side)
             except UserError as error:
                 if not skip_corrupt:
-                    raise UserError(f"{error}; repair or remove it, or set config.data.skip_corrupt=True") from None
+                    raise UserError(
+                        f"{error}; repair or remove it, or set config.data.skip_corrupt=True"
+                    ) from None
                 left_out[record.name] = str(error)
                 continue
-            example = {"image": image, "name": record.name, "boxes": record.boxes, "labels": record.labels, "cues": list(record.cues)}
+            example = {
+                "image": image,
+                "name": record.name,
+                "boxes": record.boxes,
+                "labels": record.labels,
+                "cues": list(record.cues),
+            }
             writer.write(layout.serialize_example(layout.encode_example(example)))
         writer.close()
     except RuntimeError as error:  # array_record's only word for a disk that is full
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{temporary}: cannot be written ({reason}); make room and run the same command again") from None
-    done = {"bytes": temporary.stat().st_size, "sha256": sha256(temporary), "images": len(shard.records) - len(left_out), "left_out": left_out}
+        raise UserError(
+            f"{temporary}: cannot be written ({reason}); make room and run the same command again"
+        ) from None
+    done = {
+        "bytes": temporary.stat().st_size,
+        "sha256": sha256(temporary),
+        "images": len(shard.records) - len(left_out),
+        "left_out": left_out,
+    }
     os.replace(temporary, shard.path)
     _replace(shard.mark, json.dumps(done))
 
 
 def _encoded(record: Record, short_side: int | None) -> bytes:
-    """The bytes of an image file that decodes to what the record will say. Raises UserError when the raw image cannot be decoded."""
+    """The bytes of an image file that decodes to what the record will say. Raises UserError when
+    the raw image cannot be decoded.
+    """
     if not isinstance(record.image, Path):
         return _save(record.image(), "PNG")
     try:
@@ -201,7 +296,11 @@ def _encoded(record: Record, short_side: int | None) -> bytes:
     size = _stored_size((image.height, image.width), short_side)
     if size != (record.height, record.width):
         raise UserError(f"{record.image}: its size changed while it was being prepared")
-    return raw if size == (image.height, image.width) else _save(resize(image, size), "JPEG", quality=_QUALITY)
+    return (
+        raw
+        if size == (image.height, image.width)
+        else _save(resize(image, size), "JPEG", quality=_QUALITY)
+    )
 
 
 def _save(image: Any, file_format: str, **options: Any) -> bytes:
@@ -216,63 +315,120 @@ def _done(shard: Shard) -> dict[str, Any]:
 
 def _left_out(shards: Sequence[Shard], split: str) -> dict[str, str]:
     """name -> error line of the images that could not be decoded."""
-    return {name: line for shard in shards if shard.split == split for name, line in _done(shard)["left_out"].items()}
+    return {
+        name: line
+        for shard in shards
+        if shard.split == split
+        for name, line in _done(shard)["left_out"].items()
+    }
 
 
-def _write_metadata(directory: Path, config: DataConfig, shards: Sequence[Shard], splits: Sequence[str]) -> None:
-    """What tensorflow-datasets reads first. Its own builder would write the shards in one process, and all of them again after a kill."""
+def _write_metadata(
+    directory: Path, config: DataConfig, shards: Sequence[Shard], splits: Sequence[str]
+) -> None:
+    """What tensorflow-datasets reads first. Its own builder would write the shards in one process,
+    and all of them again after a kill.
+    """
     infos = []
     for split in splits:
         template = tfds.core.ShardedFileTemplate(
-            data_dir=directory, dataset_name=NAME, split=split, filetype_suffix="array_record", template=SHARD_TEMPLATE
+            data_dir=directory,
+            dataset_name=NAME,
+            split=split,
+            filetype_suffix="array_record",
+            template=SHARD_TEMPLATE,
         )
         done = [_done(shard) for shard in shards if shard.split == split]
         lengths, size = [one["images"] for one in done], sum(one["bytes"] for one in done)
-        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template))
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
+            )
+        )
     layout = features(len(config.class_names))
-    tfds.folder_dataset.write_metadata(data_dir=str(directory), features=layout, split_infos=infos, description="DSCT, prepared", check_data=False)
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(directory),
+        features=layout,
+        split_infos=infos,
+        description="DSCT, prepared",
+        check_data=False,
+    )
 
 
 def _finish(directory: Path, config: DataConfig, reports: dict[str, Any], fingerprint: str) -> None:
     """The summary, and then away with the marks of work in progress."""
     marks = list(directory.glob("*.done"))
-    written = sorted(path for path in directory.iterdir() if path.name.startswith((f"{NAME}-", "index_")) and path.suffix not in (".done", ".tmp"))
+    written = sorted(
+        path
+        for path in directory.iterdir()
+        if path.name.startswith((f"{NAME}-", "index_")) and path.suffix not in (".done", ".tmp")
+    )
     summary: dict[str, Any] = {
         "class_names": list(config.class_names),
         "multi_label": config.multi_label,
         "source": config.source,
         "splits": reports,
         "fingerprint": fingerprint,
-        "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in written},
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in written
+        },
     }
     for mark in marks:
         name, done = mark.name.removesuffix(".done"), json.loads(mark.read_text(encoding="utf-8"))
         if summary["files"][name]["sha256"] != done["sha256"]:
-            raise UserError(f"{directory / name}: changed after it was written; remove it and {mark.name}, and run the same command again")
+            raise UserError(
+                f"{directory / name}: changed after it was written; remove it and {mark.name}, "
+                "and run the same command again"
+            )
     _replace(directory / SUMMARY, json.dumps(summary, indent=1))
     for path in (*marks, directory / _PLAN):
         path.unlink()
 
 
 def verify(output: Path) -> int:
-    """Compares every file with its checksum and returns how many there are. Raises UserError naming the first that differs."""
+    """Compares every file with its checksum and returns how many there are. Raises UserError naming
+    the first that differs.
+    """
     directory = folder(output)
     files = read_summary(directory)["files"]
     for name, file in progress(files.items(), total=len(files), what="verifying", unit="file"):
         if sha256(directory / name) != file["sha256"]:
-            raise UserError(f"{directory / name}: differs from its checksum; remove the folder and run data.tools.prepare again")
+            raise UserError(
+                f"{directory / name}: differs from its checksum; remove the folder and run "
+                "data.tools.prepare again"
+            )
     return len(files)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = config_parser("python -m data prepare", __doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the prepared data: later config.data.data_dir")
-    parser.add_argument("--split", action="append", choices=SPLITS, help="only this one; may be given several times")
-    parser.add_argument("--short_side", type=int, help="make images smaller whose short side is longer than this many pixels")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder of the prepared data: later config.data.data_dir",
+    )
+    parser.add_argument(
+        "--split", action="append", choices=SPLITS, help="only this one; may be given several times"
+    )
+    parser.add_argument(
+        "--short_side",
+        type=int,
+        help="make images smaller whose short side is longer than this many pixels",
+    )
     parser.add_argument("--shard_images", type=int, default=256, help="images a file (default 256)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: one for each core)")
-    parser.add_argument("--verify", action="store_true", help="only compare the files that are there with their checksums")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="threads (default: one for each core)",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="only compare the files that are there with their checksums",
+    )
 
     def run() -> None:
         config, arguments = parse(parser, argv)
@@ -282,12 +438,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.verify:
             print(f"{verify(arguments.output)} files are as they were written")
             return
-        options = {name: getattr(arguments, name) for name in ("short_side", "shard_images", "workers")}
+        options = {
+            name: getattr(arguments, name) for name in ("short_side", "shard_images", "workers")
+        }
         directory = prepare(config, arguments.output, splits=arguments.split or SPLITS, **options)
         summary = read_summary(directory)
         for split, report in summary["splits"].items():
             print(f"{split}: {report['images']} images, {report['people']} people")
-        print(f"{sum(file['bytes'] for file in summary['files'].values()) / 1e6:.1f} MB in {directory}")
-        print(f"use it with --config.data.source=prepared --config.data.data_dir={arguments.output}")
+        print(
+            f"{sum(file['bytes'] for file in summary['files'].values()) / 1e6:.1f} MB in "
+            f"{directory}"
+        )
+        print(
+            f"use it with --config.data.source=prepared --config.data.data_dir={arguments.output}"
+        )
 
     return run_command(run)

@@ -1,10 +1,12 @@
-"""Divides images into train, val and test anew, by chance or so that nothing alike is in two of them; writes COCO-style json, copies no image.
+"""Divides images into train, val and test anew, by chance or so that nothing alike is in two of
+them; writes COCO-style json, copies no image.
 
     python -m data split --config=configs/caer_s_r50.py --config.data.data_dir=DIR --config.data.train=train.txt --config.data.test=test.txt \\
         --from=train,test --output=DIR/splits [--by=content] [--shares=70,10,20] [--seed=0]
 
-The paper divides CAER-S by image, 70/10/20 (--by=image). Its images are frames of television scenes, so that a test image then has close relatives
-in train; --by=content keeps images that look alike together, --by=clip what a file of lines `path,clip` says comes from one clip. Then read it
+The paper divides CAER-S by image, 70/10/20 (--by=image). Its images are frames of television
+scenes, so that a test image then has close relatives in train; --by=content keeps images that look
+alike together, --by=clip what a file of lines `path,clip` says comes from one clip. Then read it
 with --config.data.train=splits/train.json and so on (docs/datasets.md).
 """
 
@@ -28,17 +30,29 @@ from dsct_jax.cli import run_command
 from dsct_jax.errors import UserError
 
 
-def assign(strata: Int[np.ndarray, " n"], groups: Int[np.ndarray, " n"], *, shares: Sequence[int | float], seed: int) -> Int[np.ndarray, " n"]:
-    """The split of each image, 0 to len(shares) - 1: groups stay whole, and every stratum (class) is divided as `shares` say, as far as groups allow.
+def assign(
+    strata: Int[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"],
+    *,
+    shares: Sequence[int | float],
+    seed: int,
+) -> Int[np.ndarray, " n"]:
+    """The split of each image, 0 to len(shares) - 1: groups stay whole, and every stratum (class)
+    is divided as `shares` say, as far as groups allow.
 
-    Large groups are placed first, each where its classes are missed most; groups of one size are in an order drawn from `seed`. Without groups (each
-    image its own) the number of a class in a split is off by less than one from its share; with one class, by less than the largest group.
+    Large groups are placed first, each where its classes are missed most; groups of one size are in
+    an order drawn from `seed`. Without groups (each image its own) the number of a class in a split
+    is off by less than one from its share; with one class, by less than the largest group.
     """
-    strata, groups = np.unique(strata, return_inverse=True)[1], np.unique(groups, return_inverse=True)[1]
+    strata, groups = (
+        np.unique(strata, return_inverse=True)[1],
+        np.unique(groups, return_inverse=True)[1],
+    )
     counts = np.zeros((groups.max(initial=-1) + 1, strata.max(initial=-1) + 1), int)
     np.add.at(counts, (groups, strata), 1)
     largest = counts.sum(1).max(initial=1)
-    # Groups may be larger than what a small class has for a split: then all classes together count too.
+    # Groups may be larger than what a small class has for a split: then all classes together count
+    # too.
     counts = np.column_stack([counts, counts.sum(1) * (1 - 1 / largest)])
     missed = np.outer(np.array(shares, float) / sum(shares), counts.sum(0))
     shuffled = np.random.default_rng(seed).permutation(len(counts))
@@ -50,20 +64,26 @@ def assign(strata: Int[np.ndarray, " n"], groups: Int[np.ndarray, " n"], *, shar
 
 
 def pool(config: DataConfig, splits: Sequence[str]) -> tuple[list[Record], int]:
-    """All images of these splits, each file once, and how many were listed more than once. Raises UserError when they are no files."""
+    """All images of these splits, each file once, and how many were listed more than once. Raises
+    UserError when they are no files.
+    """
     found: dict[Path, Record] = {}
     listed = 0
     for split in splits:
         for record in read_split(config, split)[0]:
             if not isinstance(record.image, Path):
-                raise UserError(f"config.data.source={config.source!r} has no image files to divide")
+                raise UserError(
+                    f"config.data.source={config.source!r} has no image files to divide"
+                )
             found.setdefault(record.image, record)
             listed += 1
     return list(found.values()), listed - len(found)
 
 
 def clip_groups(records: Sequence[Record], path: Path) -> Int[np.ndarray, " n"]:
-    """A number for the clip of each image, as the lines `path,clip` of a file say. Raises UserError for a line or an image that is not there."""
+    """A number for the clip of each image, as the lines `path,clip` of a file say. Raises UserError
+    for a line or an image that is not there.
+    """
     clips: dict[str, str] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -76,11 +96,15 @@ def clip_groups(records: Sequence[Record], path: Path) -> Int[np.ndarray, " n"]:
     if missing := next((record.name for record in records if record.name not in clips), None):
         raise UserError(f"--clips={path}: has no line for {missing}")
     numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(clips[record.name], len(numbers)) for record in records], int)
+    return np.array(
+        [numbers.setdefault(clips[record.name], len(numbers)) for record in records], int
+    )
 
 
 def content_groups(records: Sequence[Record], *, near: int, workers: int) -> Int[np.ndarray, " n"]:
-    """A number for each image, the same for those that look alike. Raises UserError naming an image that cannot be decoded."""
+    """A number for each image, the same for those that look alike. Raises UserError naming an image
+    that cannot be decoded.
+    """
     prints = []
     for one in fingerprints(records, workers=workers, what="decoding"):
         if not isinstance(one, Fingerprint):
@@ -90,25 +114,37 @@ def content_groups(records: Sequence[Record], *, near: int, workers: int) -> Int
 
 
 def strata_of(records: Sequence[Record]) -> Int[np.ndarray, " n"]:
-    """The class of the first person with a label on each image; people without one, and images without people, are a stratum of their own."""
-    return np.array([next((int(row.argmax()) for row in record.labels if row.any()), -1) for record in records], int)
+    """The class of the first person with a label on each image; people without one, and images
+    without people, are a stratum of their own.
+    """
+    return np.array(
+        [next((int(row.argmax()) for row in record.labels if row.any()), -1) for record in records],
+        int,
+    )
 
 
-def as_coco(records: Sequence[Record], config: DataConfig, *, info: dict[str, Any]) -> dict[str, Any]:
-    """A COCO-style document of these images, with file names below `data_dir` and class numbers (a list of them where there may be several)."""
+def as_coco(
+    records: Sequence[Record], config: DataConfig, *, info: dict[str, Any]
+) -> dict[str, Any]:
+    """A COCO-style document of these images, with file names below `data_dir` and class numbers (a
+    list of them where there may be several).
+    """
     root = Path(config.data_dir)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, record in enumerate(records, 1):
         assert isinstance(record.image, Path)
         name = Path(os.path.relpath(record.image, root)).as_posix()
-        images.append({"id": image_id, "file_name": name, "width": record.width, "height": record.height})
+        images.append(
+            {"id": image_id, "file_name": name, "width": record.width, "height": record.height}
+        )
         for box, row in zip(record.boxes.astype(float).tolist(), record.labels, strict=True):
             classes = np.flatnonzero(row).tolist()
             width, height = box[2] - box[0], box[3] - box[1]
             annotations.append(
                 {
-                    "id": len(annotations) + 1,  # from 1: COCO's own evaluation takes 0 for "nobody"
+                    "id": len(annotations)
+                    + 1,  # from 1: COCO's own evaluation takes 0 for "nobody"
                     "image_id": image_id,
                     "category_id": classes if config.multi_label else classes[0],
                     "bbox": [box[0], box[1], width, height],
@@ -127,7 +163,9 @@ def run(config: DataConfig, arguments: argparse.Namespace) -> None:
         if split not in SPLITS:
             raise UserError(f"--from={split}: use one or more of {', '.join(SPLITS)}, with commas")
     if (arguments.by == "clip") != (arguments.clips is not None):
-        raise UserError("--by=clip needs --clips=FILE, a file of lines path,clip, and nothing else does")
+        raise UserError(
+            "--by=clip needs --clips=FILE, a file of lines path,clip, and nothing else does"
+        )
     records, again = pool(config, list(dict.fromkeys(arguments.source)))
     groups = np.arange(len(records))
     if arguments.by == "clip":
@@ -135,13 +173,23 @@ def run(config: DataConfig, arguments: argparse.Namespace) -> None:
     elif arguments.by == "content":
         groups = content_groups(records, near=arguments.near, workers=arguments.workers)
     largest = int(np.bincount(groups).max())
-    print(f"{len(records)} images ({again} listed more than once) in {groups.max() + 1} groups, the largest of {largest}")
+    print(
+        f"{len(records)} images ({again} listed more than once) in {groups.max() + 1} groups, the "
+        f"largest of {largest}"
+    )
     if largest > 0.5 * len(records) and len(records) > 1:
         raise UserError(
-            f"--by={arguments.by}: {largest} of {len(records)} images form one group, which cannot be divided; lower --near={arguments.near}"
+            f"--by={arguments.by}: {largest} of {len(records)} images form one group, which "
+            f"cannot be divided; lower --near={arguments.near}"
         )
     chosen = assign(strata_of(records), groups, shares=shares, seed=arguments.seed)
-    info = {"by": arguments.by, "seed": arguments.seed, "shares": list(shares), "near": arguments.near, "from": list(arguments.source)}
+    info = {
+        "by": arguments.by,
+        "seed": arguments.seed,
+        "shares": list(shares),
+        "near": arguments.near,
+        "from": list(arguments.source),
+    }
     arguments.output.mkdir(parents=True, exist_ok=True)
     for number, split in enumerate(SPLITS):
         part = [record for record, place in zip(records, chosen, strict=True) if place == number]
@@ -156,19 +204,45 @@ def _shares(text: str) -> list[float]:
     except ValueError:
         shares = []
     if len(shares) != len(SPLITS) or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
-        raise UserError(f"--shares={text}: must be three numbers, those of {', '.join(SPLITS)}, such as 70,10,20")
+        raise UserError(
+            f"--shares={text}: must be three numbers, those of {', '.join(SPLITS)}, such as "
+            "70,10,20"
+        )
     return shares
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; a user's mistake is one line on stderr and exit status 2."""
     parser = config_parser("python -m data split", __doc__)
-    parser.add_argument("--from", dest="source", type=lambda text: text.split(","), default=["train", "test"], help="splits to divide; train,test")
-    parser.add_argument("--output", type=Path, required=True, help="folder for train.json, val.json and test.json")
-    parser.add_argument("--shares", default="70,10,20", help="of train, val and test; 70,10,20 is the paper's")
-    parser.add_argument("--by", choices=["image", "content", "clip"], default="image", help="what is never divided")
-    parser.add_argument("--clips", type=Path, help="for --by=clip: lines path,clip, the paths as the annotations have them")
-    parser.add_argument("--near", type=int, default=NEAR, help="for --by=content: bits of 256 that images looking alike differ in at most")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=lambda text: text.split(","),
+        default=["train", "test"],
+        help="splits to divide; train,test",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for train.json, val.json and test.json"
+    )
+    parser.add_argument(
+        "--shares", default="70,10,20", help="of train, val and test; 70,10,20 is the paper's"
+    )
+    parser.add_argument(
+        "--by", choices=["image", "content", "clip"], default="image", help="what is never divided"
+    )
+    parser.add_argument(
+        "--clips",
+        type=Path,
+        help="for --by=clip: lines path,clip, the paths as the annotations have them",
+    )
+    parser.add_argument(
+        "--near",
+        type=int,
+        default=NEAR,
+        help="for --by=content: bits of 256 that images looking alike differ in at most",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="images decoded at once")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="images decoded at once"
+    )
     return run_command(lambda: run(*parse(parser, argv)))

@@ -1,10 +1,12 @@
-"""Turns weights of others into a model of ours: one .safetensors file with its configuration, and an account of every tensor.
+"""Turns weights of others into a model of ours: one .safetensors file with its configuration, and
+an account of every tensor.
 
     python -m dsct_jax convert --input=FILE --output=DIR --config=configs/emotic_r50_released.py
 
-FILE is a released DSCT (.pth), a Deformable DETR (.pth of the original code, .safetensors of Hugging Face), a torchvision ResNet (.pth or
-.safetensors), or a run directory or .safetensors file of ours, which needs no --config. What a file does not have starts as in a fresh training
-with the configuration's seed. `--config.init_from=FILE` of train.py does the same at the start of a run.
+FILE is a released DSCT (.pth), a Deformable DETR (.pth of the original code, .safetensors of
+Hugging Face), a torchvision ResNet (.pth or .safetensors), or a run directory or .safetensors file
+of ours, which needs no --config. What a file does not have starts as in a fresh training with the
+configuration's seed. `--config.init_from=FILE` of train.py does the same at the start of a run.
 """
 
 import argparse
@@ -23,15 +25,21 @@ MODEL_FILE = "model.safetensors"
 REPORT_FILE = "report.txt"
 
 
-def convert(source: Path, output: Path, config: Mapping[str, Any] | None = None, *, strict: bool = True) -> list[str]:
-    """Writes `output`/model.safetensors, which `dsct_jax.load` and `pretrained.initialise` read, and `output`/report.txt; returns the report.
+def convert(
+    source: Path, output: Path, config: Mapping[str, Any] | None = None, *, strict: bool = True
+) -> list[str]:
+    """Writes `output`/model.safetensors, which `dsct_jax.load` and `pretrained.initialise` read,
+    and `output`/report.txt; returns the report.
 
     Raises:
         UserError: see `pretrained.initialise`; or no `config` for a file of others.
     """
     if config is None:
         if not is_native(source):
-            raise UserError(f"{source}: does not say which model it is for; give --config, such as configs/emotic_r50_released.py")
+            raise UserError(
+                f"{source}: does not say which model it is for; give --config, such as "
+                "configs/emotic_r50_released.py"
+            )
         config = read_native(source)[2]
     functions = Network(model_config(config))
     fresh = functions.init(require(config, "seed", int))
@@ -45,10 +53,22 @@ def convert(source: Path, output: Path, config: Mapping[str, Any] | None = None,
 def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser(prog="python -m dsct_jax convert", description=__doc__)
-    parser.add_argument("--input", type=Path, required=True, help="the weights of others, or a model of ours")
-    parser.add_argument("--output", type=Path, required=True, help=f"directory for {MODEL_FILE} and {REPORT_FILE}")
-    parser.add_argument("--config", type=Path, help="configuration (.py or .json) of the model to make; a model of ours brings its own")
-    parser.add_argument("--lenient", action="store_true", help="leave out and report what does not fit, instead of stopping")
+    parser.add_argument(
+        "--input", type=Path, required=True, help="the weights of others, or a model of ours"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help=f"directory for {MODEL_FILE} and {REPORT_FILE}"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="configuration (.py or .json) of the model to make; a model of ours brings its own",
+    )
+    parser.add_argument(
+        "--lenient",
+        action="store_true",
+        help="leave out and report what does not fit, instead of stopping",
+    )
     return parser
 
 

@@ -18,12 +18,35 @@ from dsct_jax.evaluation.results import read_results
 def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser(prog="python -m dsct_jax evaluate", description=__doc__)
-    parser.add_argument("predictions", type=Path, help="predictions_<split>.npz, as train.py --mode=eval writes it")
-    parser.add_argument("--output", type=Path, help="folder for metrics_<split>.json, .md and .png; without it the table is only printed")
-    parser.add_argument("--nms", type=float, help="suppress queries that overlap more than this (IoU) before the selection; off by default")
-    parser.add_argument("--thresholds", type=Path, help="thresholds.json fitted on validation; by default the one beside the file, if there is one")
-    parser.add_argument("--resamples", type=int, default=RESAMPLES, help="of the images, for the 95 %% intervals; 0 = none (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: %(default)s)")
+    parser.add_argument(
+        "predictions", type=Path, help="predictions_<split>.npz, as train.py --mode=eval writes it"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for metrics_<split>.json, .md and .png; without it the table is only printed",
+    )
+    parser.add_argument(
+        "--nms",
+        type=float,
+        help="suppress queries that overlap more than this (IoU) before the selection; off by "
+        "default",
+    )
+    parser.add_argument(
+        "--thresholds",
+        type=Path,
+        help="thresholds.json fitted on validation; by default the one beside the file, if there "
+        "is one",
+    )
+    parser.add_argument(
+        "--resamples",
+        type=int,
+        default=RESAMPLES,
+        help="of the images, for the 95 %% intervals; 0 = none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the resampling (default: %(default)s)"
+    )
     return parser
 
 
@@ -38,8 +61,16 @@ def run(arguments: argparse.Namespace) -> None:
     results = read_results(arguments.predictions)
     beside = arguments.predictions.with_name("thresholds.json")
     path = arguments.thresholds or (beside if beside.is_file() else None)
-    calibration = None if path is None else read_calibration(path, class_names=results.about.class_names)
-    metrics = evaluate(results, nms_threshold=arguments.nms, calibration=calibration, resamples=arguments.resamples, seed=arguments.seed)
+    calibration = (
+        None if path is None else read_calibration(path, class_names=results.about.class_names)
+    )
+    metrics = evaluate(
+        results,
+        nms_threshold=arguments.nms,
+        calibration=calibration,
+        resamples=arguments.resamples,
+        seed=arguments.seed,
+    )
     print(format_table(metrics))
     if arguments.output is not None:
         suffix = f"_{results.about.split}" if results.about.split else ""

@@ -1,4 +1,5 @@
-"""A trained model for use elsewhere: StableHLO for any process with jax, safetensors, a .pth for the authors' code, ONNX.
+"""A trained model for use elsewhere: StableHLO for any process with jax, safetensors, a .pth for
+the authors' code, ONNX.
 
     python -m dsct_jax export --checkpoint=runs/demo --output=exported --format=stablehlo [--sizes=96x136,136x96]
 
@@ -8,8 +9,9 @@ safetensors  model.safetensors: weights, configuration and class names; `dsct_ja
 torch        model.pth with the released names, for the authors' code and for torch.load(weights_only=True); needs no PyTorch
 onnx         model_HxW.onnx for batches of --batch-size (needs the onnx extra)
 
-What was written is read again and compared with the checkpoint before the command says done. The moving average of the weights is exported where
-the run kept one. The same checkpoint gives the same bytes.
+What was written is read again and compared with the checkpoint before the command says done. The
+moving average of the weights is exported where the run kept one. The same checkpoint gives the same
+bytes.
 """
 
 import argparse
@@ -42,24 +44,32 @@ from dsct_jax.weights.tensor_files import write_npz, write_pth
 FORMATS = ("stablehlo", "safetensors", "torch", "onnx")
 WEIGHTS = "weights.npz"
 PLATFORMS = ("cpu", "cuda", "tpu")
-TOLERANCE = 1e-4  # largest difference of a logit or a box coordinate between what was written and the checkpoint, float32
+# largest difference of a logit or a box coordinate between what was written and the checkpoint,
+# float32
+TOLERANCE = 1e-4
 _TIMED_CALLS = 5
 
-Answer = tuple[np.ndarray, np.ndarray]  # logits [b q k+1] and boxes [b q 4] of the last decoder layer
+Answer = tuple[
+    np.ndarray, np.ndarray
+]  # logits [b q k+1] and boxes [b q 4] of the last decoder layer
 Run = Callable[[np.ndarray, np.ndarray], Answer]
 
 
-def export(model: Model, output: Path, *, format: str, sizes: Sequence[Size] = (), batch_size: int = 1) -> list[str]:
-    """Writes `model` into the directory `output`, reads it again, compares; returns the lines of the report.
+def export(
+    model: Model, output: Path, *, format: str, sizes: Sequence[Size] = (), batch_size: int = 1
+) -> list[str]:
+    """Writes `model` into the directory `output`, reads it again, compares; returns the lines of
+    the report.
 
     Args:
         format: one of FORMATS.
-        sizes: (height, width) of the canvases, for stablehlo and onnx; empty = those of the model's own preprocessing.
+        sizes: (height, width) of the canvases, for stablehlo and onnx; empty = those of the model's
+            own preprocessing.
         batch_size: images a call, for onnx only; stablehlo takes any number.
 
     Raises:
-        UserError: the format cannot express this model or is unknown, or what was written does not give the checkpoint's answers, in which
-            case nothing is left in `output`.
+        UserError: the format cannot express this model or is unknown, or what was written does not
+            give the checkpoint's answers, in which case nothing is left in `output`.
     """
     if format not in FORMATS:
         raise UserError(f"--format={format}: none of {', '.join(FORMATS)}")
@@ -70,13 +80,20 @@ def export(model: Model, output: Path, *, format: str, sizes: Sequence[Size] = (
         directory = Path(name)
         if format == "stablehlo":
             paths = write_stablehlo(model, directory, sizes, notes)
-            report = [_checked(model, _stablehlo_run(path, directory / WEIGHTS), size, batch_size=2) for size, path in paths.items()]
+            report = [
+                _checked(model, _stablehlo_run(path, directory / WEIGHTS), size, batch_size=2)
+                for size, path in paths.items()
+            ]
         elif format == "onnx":
             report = []
             for size in sizes:
                 path = directory / _name(size, "onnx")
-                onnx_export.write_onnx(model, path, size, batch_size=batch_size, notes=_texts(notes))
-                report.append(_checked(model, onnx_export.onnx_session(path), size, batch_size=batch_size))
+                onnx_export.write_onnx(
+                    model, path, size, batch_size=batch_size, notes=_texts(notes)
+                )
+                report.append(
+                    _checked(model, onnx_export.onnx_session(path), size, batch_size=batch_size)
+                )
         elif format == "safetensors":
             model.save(directory / "model.safetensors", notes=_texts(notes))
             report = [_same_weights(model, load(directory / "model.safetensors"))]
@@ -90,12 +107,16 @@ def export(model: Model, output: Path, *, format: str, sizes: Sequence[Size] = (
 
 
 def description(model: Model, sizes: Sequence[Size]) -> dict[str, Any]:
-    """What one must know to use the artifact, as JSON values: classes, thresholds, preprocessing, and how the outputs are to be read."""
+    """What one must know to use the artifact, as JSON values: classes, thresholds, preprocessing,
+    and how the outputs are to be read.
+    """
     loss = require(model.config, "loss", Mapping)
     return {
         "class_names": list(model.class_names),
         "multi_label": model.multi_label,
-        "subject_logit": has_subject_logit(multi_label=model.multi_label, class_loss=str(loss.get("class_loss"))),
+        "subject_logit": has_subject_logit(
+            multi_label=model.multi_label, class_loss=str(loss.get("class_loss"))
+        ),
         "calibration": None if model.calibration is None else dataclasses.asdict(model.calibration),
         "preprocessing": {
             "mean": list(MEAN),
@@ -115,18 +136,30 @@ def description(model: Model, sizes: Sequence[Size]) -> dict[str, Any]:
 
 
 def _texts(notes: Mapping[str, Any]) -> dict[str, str]:
-    return {name: json.dumps(value, sort_keys=True) for name, value in notes.items() if value is not None}
+    return {
+        name: json.dumps(value, sort_keys=True)
+        for name, value in notes.items()
+        if value is not None
+    }
 
 
-def write_stablehlo(model: Model, directory: Path, sizes: Sequence[Size], notes: Mapping[str, Any]) -> dict[Size, Path]:
-    """Writes an artifact for each size, the weights that all of them take, and model.json; returns where the artifacts are."""
+def write_stablehlo(
+    model: Model, directory: Path, sizes: Sequence[Size], notes: Mapping[str, Any]
+) -> dict[Size, Path]:
+    """Writes an artifact for each size, the weights that all of them take, and model.json; returns
+    where the artifacts are.
+    """
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError("--format=stablehlo needs flatbuffers: pip install 'dsct-jax[export]'")
     weights, functions = model.arrays(), model.functions
     write_npz(directory / WEIGHTS, weights)
 
-    def forward(weights: dict[str, jax.Array], images: jax.Array, padding_mask: jax.Array) -> dict[str, jax.Array]:
-        params, frozen = ({name: weights[f"{part}/{name}"] for name in names} for part, names in parts.items())
+    def forward(
+        weights: dict[str, jax.Array], images: jax.Array, padding_mask: jax.Array
+    ) -> dict[str, jax.Array]:
+        params, frozen = (
+            {name: weights[f"{part}/{name}"] for name in names} for part, names in parts.items()
+        )
         predictions = functions.bind(params, frozen)(images, padding_mask, implementation="xla")
         return {"logits": predictions.logits[-1], "boxes": predictions.boxes[-1]}
 
@@ -135,9 +168,16 @@ def write_stablehlo(model: Model, directory: Path, sizes: Sequence[Size], notes:
     paths = {size: directory / _name(size, "stablehlo") for size in sizes}
     for size, path in paths.items():
         (b,) = jax.export.symbolic_shape("b")
-        specs = jax.ShapeDtypeStruct((b, *size, 3), jnp.float32), jax.ShapeDtypeStruct((b, *size), jnp.bool_)
+        specs = (
+            jax.ShapeDtypeStruct((b, *size, 3), jnp.float32),
+            jax.ShapeDtypeStruct((b, *size), jnp.bool_),
+        )
         with _without_source_places():
-            path.write_bytes(jax.export.export(jax.jit(forward), platforms=PLATFORMS)(weight_specs, *specs).serialize())
+            path.write_bytes(
+                jax.export.export(jax.jit(forward), platforms=PLATFORMS)(
+                    weight_specs, *specs
+                ).serialize()
+            )
     artifacts = {"x".join(map(str, size)): path.name for size, path in paths.items()}
     document = {"artifacts": artifacts, "weights": WEIGHTS, "platforms": list(PLATFORMS), **notes}
     (directory / "model.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
@@ -169,25 +209,42 @@ def _without_source_places() -> Iterator[None]:
 
 
 def write_torch(model: Model, path: Path, notes: Mapping[str, Any]) -> list[str]:
-    """Writes the released layout; returns what the user should know. Raises UserError when the authors' code has no such model."""
+    """Writes the released layout; returns what the user should know. Raises UserError when the
+    authors' code has no such model.
+    """
     require_released_form(model)
     config = model.functions.config
-    write_pth(path, to_torch(model.params | model.frozen, num_decoder_layers=config.num_decoder_layers), _texts(notes))
+    write_pth(
+        path,
+        to_torch(model.params | model.frozen, num_decoder_layers=config.num_decoder_layers),
+        _texts(notes),
+    )
     if (config.fusion, config.semantic_selection) == ("released", "largest"):
         return []
     ours = f"fusion={config.fusion}, semantic_selection={config.semantic_selection}"
-    return [f"note: trained with {ours}; the authors' code loads it, but computes fusion=released, semantic_selection=largest"]
+    return [
+        f"note: trained with {ours}; the authors' code loads it, but computes fusion=released, "
+        "semantic_selection=largest"
+    ]
 
 
 def require_released_form(model: Model) -> None:
     """Raises UserError when the authors' code has no such model."""
     config = model.functions.config
     if config.norm != "frozen_batch":
-        raise UserError(f"--format=torch: the authors' code knows config.model.norm=frozen_batch only, this model has {config.norm}")
+        raise UserError(
+            "--format=torch: the authors' code knows config.model.norm=frozen_batch only, this "
+            f"model has {config.norm}"
+        )
     if config.box_refinement:
-        raise UserError("--format=torch: the authors' code has no box refinement (config.model.box_refinement)")
+        raise UserError(
+            "--format=torch: the authors' code has no box refinement (config.model.box_refinement)"
+        )
     if nameless := [path for path in model.params if not has_rule(path, DSCT)]:
-        raise UserError(f"--format=torch: the authors' code has no {nameless[0]} (config.model.reweighting={config.reweighting})")
+        raise UserError(
+            f"--format=torch: the authors' code has no {nameless[0]} "
+            f"(config.model.reweighting={config.reweighting})"
+        )
 
 
 def _name(size: Size, suffix: str) -> str:
@@ -197,26 +254,43 @@ def _name(size: Size, suffix: str) -> str:
 def _same_weights(model: Model, written: Model) -> str:
     """Compares every number of two models; raises UserError unless they are the same bit for bit."""
     expected, found = model.arrays(), written.arrays()
-    if different := [name for name in expected if expected[name].tobytes() != found[name].tobytes()]:
+    if different := [
+        name for name in expected if expected[name].tobytes() != found[name].tobytes()
+    ]:
         largest = max(float(np.abs(expected[name] - found[name]).max()) for name in different)
-        raise UserError(f"what was written differs from the checkpoint by {largest:.2g} ({different[0]}); nothing was kept")
+        raise UserError(
+            f"what was written differs from the checkpoint by {largest:.2g} ({different[0]}); "
+            "nothing was kept"
+        )
     return f"largest difference to the checkpoint: 0 in {sum(x.size for x in expected.values()):,} numbers of {len(expected)} arrays"
 
 
 def _checked(model: Model, run: Run, size: Size, *, batch_size: int) -> str:
-    """Compares `run` with the live model on padded noise and times both; raises UserError when they differ."""
+    """Compares `run` with the live model on padded noise and times both; raises UserError when they
+    differ.
+    """
 
     def live(images: np.ndarray, mask: np.ndarray) -> Answer:
         predictions = model(images, mask)
         return np.asarray(predictions.logits[-1]), np.asarray(predictions.boxes[-1])
 
     images, mask = _noise(size, batch_size)
-    largest = [float(np.abs(a - b).max()) for a, b in zip(run(images, mask), live(images, mask), strict=True)]
+    largest = [
+        float(np.abs(a - b).max())
+        for a, b in zip(run(images, mask), live(images, mask), strict=True)
+    ]
     if not max(largest) <= TOLERANCE:
-        raise UserError(f"{size[0]}x{size[1]}: what was written differs from the checkpoint by {max(largest):.2g}; nothing was kept")
-    milliseconds = _interleaved({"exported": lambda: run(images, mask), "live": lambda: live(images, mask)})
+        raise UserError(
+            f"{size[0]}x{size[1]}: what was written differs from the checkpoint by "
+            f"{max(largest):.2g}; nothing was kept"
+        )
+    milliseconds = _interleaved(
+        {"exported": lambda: run(images, mask), "live": lambda: live(images, mask)}
+    )
     speed = ", ".join(f"{name} {value:.1f} ms" for name, value in milliseconds.items())
-    differences = f"largest difference to the checkpoint: logits {largest[0]:.2g}, boxes {largest[1]:.2g}"
+    differences = (
+        f"largest difference to the checkpoint: logits {largest[0]:.2g}, boxes {largest[1]:.2g}"
+    )
     return f"{size[0]}x{size[1]}: {differences}; batch of {batch_size} on {jax.default_backend()}: {speed}"
 
 
@@ -250,7 +324,10 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
     for part in text.split(","):
         height, _, width = part.partition("x")
         if not (height.isdigit() and width.isdigit() and min(int(height), int(width)) >= 32):
-            raise UserError(f"--sizes={text}: {part!r} is no HEIGHTxWIDTH of at least 32 pixels, such as 800x1344")
+            raise UserError(
+                f"--sizes={text}: {part!r} is no HEIGHTxWIDTH of at least 32 pixels, such as "
+                "800x1344"
+            )
         sizes.append((int(height), int(width)))
     return tuple(sizes)
 
@@ -258,12 +335,26 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
 def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser(prog="python -m dsct_jax export", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run directory, .safetensors file, or released .pth (with --config)")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="run directory, .safetensors file, or released .pth (with --config)",
+    )
     parser.add_argument("--output", type=Path, required=True, help="directory for what is written")
     parser.add_argument("--format", required=True, help=" | ".join(FORMATS))
-    parser.add_argument("--sizes", help="stablehlo, onnx: canvases as HEIGHTxWIDTH,...; left out: those the model was evaluated with")
+    parser.add_argument(
+        "--sizes",
+        help="stablehlo, onnx: canvases as HEIGHTxWIDTH,...; left out: those the model was "
+        "evaluated with",
+    )
     parser.add_argument("--batch-size", type=int, default=1, help="onnx: images a call")
-    parser.add_argument("--config", type=Path, help="configuration (.py or .json) that describes the weights; needed for the authors' .pth only")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="configuration (.py or .json) that describes the weights; needed for the authors' "
+        ".pth only",
+    )
     return parser
 
 
@@ -272,9 +363,17 @@ def run(arguments: argparse.Namespace) -> None:
     sizes = () if arguments.sizes is None else parse_sizes(arguments.sizes)
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size={arguments.batch_size} must be at least 1")
-    model = load(arguments.checkpoint, None if arguments.config is None else read_config(arguments.config))
+    model = load(
+        arguments.checkpoint, None if arguments.config is None else read_config(arguments.config)
+    )
     with writing(arguments.output):
-        lines = export(model, arguments.output, format=arguments.format, sizes=sizes, batch_size=arguments.batch_size)
+        lines = export(
+            model,
+            arguments.output,
+            format=arguments.format,
+            sizes=sizes,
+            batch_size=arguments.batch_size,
+        )
     print("\n".join(lines))
 
 

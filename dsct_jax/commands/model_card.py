@@ -1,9 +1,10 @@
-"""A model card of a run: what the model is, what it was trained and measured on, how sure the numbers are, what it must not be used for.
+"""A model card of a run: what the model is, what it was trained and measured on, how sure the
+numbers are, what it must not be used for.
 
     python -m dsct_jax model_card --workdir=runs/demo [--split=test] [--output=MODEL_CARD.md]
 
-Filled from the run's config.json, env.json, metrics_<split>.json (train.py --mode=eval) and, where they exist, thresholds.json. What a run
-cannot know stands in the card as a question, marked "(?)".
+Filled from the run's config.json, env.json, metrics_<split>.json (train.py --mode=eval) and, where
+they exist, thresholds.json. What a run cannot know stands in the card as a question, marked "(?)".
 """
 
 import argparse
@@ -58,19 +59,27 @@ def model_card(workdir: Path, *, split: str = "test") -> str:
     """The card of the run in `workdir` as Markdown.
 
     Raises:
-        UserError: the directory holds no config.json, or no metrics of the split; the line says how to make them.
+        UserError: the directory holds no config.json, or no metrics of the split; the line says how
+            to make them.
     """
     config = read_config(_existing(workdir / "config.json", "it is no run directory"))
-    metrics = _read_json(_existing(workdir / f"metrics_{split}.json", f"train.py --mode=eval --split={split} writes it"))
+    metrics = _read_json(
+        _existing(
+            workdir / f"metrics_{split}.json", f"train.py --mode=eval --split={split} writes it"
+        )
+    )
     environment = _read_json(workdir / "env.json") if (workdir / "env.json").is_file() else {}
-    thresholds = _read_json(workdir / "thresholds.json") if (workdir / "thresholds.json").is_file() else None
+    thresholds = (
+        _read_json(workdir / "thresholds.json") if (workdir / "thresholds.json").is_file() else None
+    )
     sections = {
         "Model": _model_lines(config, environment),
         "Data and protocol": _data_lines(config, metrics, split),
         f"Metrics on the {split} split": _metric_lines(metrics),
         "From scores to labels": _threshold_lines(config, thresholds),
         "What it is for, and what not": [
-            "Research on recognising apparent emotions of people in context. (?) State your own intended use.",
+            "Research on recognising apparent emotions of people in context. (?) State your own "
+            "intended use.",
             "",
             _LIMITS,
         ],
@@ -99,23 +108,36 @@ def _model_lines(config: Mapping[str, Any], environment: Mapping[str, Any]) -> l
     functions = Network(model_config(config))
     model = functions.config
     parameters = sum(int(np.prod(shape)) for shape in functions.param_shapes.values())
-    kind = "any number of emotions a person (multi-label)" if require(config, "multi_label", bool) else "one emotion a person"
+    kind = (
+        "any number of emotions a person (multi-label)"
+        if require(config, "multi_label", bool)
+        else "one emotion a person"
+    )
     versions, train = environment.get("versions", {}), config.get("train", {})
-    length = f"{train['steps']} steps" if train.get("steps") else f"{train.get('epochs', '(?)')} epochs"
+    length = (
+        f"{train['steps']} steps" if train.get("steps") else f"{train.get('epochs', '(?)')} epochs"
+    )
     lines = [
-        "Decoupled Subject-Context Transformer (ACM MM 2024), in JAX: from a image to its people's boxes and apparent emotions, in one stage.",
+        "Decoupled Subject-Context Transformer (ACM MM 2024), in JAX: from a image to its "
+        "people's boxes and apparent emotions, in one stage.",
         "",
-        f"- Backbone {model.backbone} ({model.norm}), {model.num_encoder_layers} encoder and {model.num_decoder_layers} decoder layers of size "
-        f"{model.hidden_dim}, {model.num_subject_queries} subject and {model.num_context_queries} context queries; fusion: {model.fusion}, "
-        f"{model.num_spatial_neighbors} nearest and {model.num_semantic_neighbors} {model.semantic_selection} in relevance.",
+        f"- Backbone {model.backbone} ({model.norm}), {model.num_encoder_layers} encoder and "
+        f"{model.num_decoder_layers} decoder layers of size "
+        f"{model.hidden_dim}, {model.num_subject_queries} subject and {model.num_context_queries} "
+        f"context queries; fusion: {model.fusion}, "
+        f"{model.num_spatial_neighbors} nearest and {model.num_semantic_neighbors} "
+        f"{model.semantic_selection} in relevance.",
         f"- {parameters:,} parameters.",
         f"- {kind}: {', '.join(require(config, 'class_names', tuple))}.",
         f"- Started from: {config.get('init_from') or 'random values'}.",
-        f"- Trained for {length}, batch {train.get('batch_size', '(?)')}, seed {config.get('seed', '(?)')}.",
+        f"- Trained for {length}, batch {train.get('batch_size', '(?)')}, seed "
+        f"{config.get('seed', '(?)')}.",
     ]
     if versions:
         lines.append(
-            f"- Code: commit {environment.get('commit') or '(?)'}; " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
+            f"- Code: commit {environment.get('commit') or '(?)'}; "
+            + ", ".join(f"{name} {version}" for name, version in versions.items())
+            + "."
         )
     return lines
 
@@ -128,54 +150,102 @@ def _data_lines(config: Mapping[str, Any], metrics: Mapping[str, Any], split: st
         _DATA.get(source, f"{source}. (?) How it was collected, and its licence."),
         "",
         f"- Protocol: **{protocol}**. Only results of the same protocol can be compared.",
-        f"- Training: {data.get('train')}; validation: {data.get('val')}; test: {data.get('test')}.",
-        f"- Measured on {split}: {metrics.get('num_images', '(?)')} images, {metrics.get('num_people', '(?)')} people, "
+        f"- Training: {data.get('train')}; validation: {data.get('val')}; test: "
+        f"{data.get('test')}.",
+        f"- Measured on {split}: {metrics.get('num_images', '(?)')} images, "
+        f"{metrics.get('num_people', '(?)')} people, "
         f"{metrics.get('num_labelled', '(?)')} of them labelled.",
-        "- Each annotated person is answered by the query whose box overlaps it most: a person who was not found still gets an answer.",
-        "- (?) Who annotated, how many a person, how well they agreed. (?) Did the people shown agree?",
+        "- Each annotated person is answered by the query whose box overlaps it most: a person "
+        "who was not found still gets an answer.",
+        "- (?) Who annotated, how many a person, how well they agreed. (?) Did the people shown "
+        "agree?",
     ]
 
 
 def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
     intervals = metrics.get("intervals", {})
     rows = [
-        (title, _percent(metrics[name]), _interval(intervals.get(name)), _percent(metrics.get(_CHANCE.get(name, ""))))
+        (
+            title,
+            _percent(metrics[name]),
+            _interval(intervals.get(name)),
+            _percent(metrics.get(_CHANCE.get(name, ""))),
+        )
         for name, title in _METRICS.items()
         if isinstance(metrics.get(name), int | float)
     ]
     lines = _table(("metric", "value", "95 % interval", "guessing"), rows)
     if intervals:
-        lines += ["", f"Intervals: percentile bootstrap over images, {metrics.get('resamples', '(?)')} resamples."]
+        lines += [
+            "",
+            f"Intervals: percentile bootstrap over images, {metrics.get('resamples', '(?)')} "
+            "resamples.",
+        ]
     else:
-        lines += ["", "No intervals: these metrics were written without a bootstrap; run train.py --mode=eval again."]
+        lines += [
+            "",
+            "No intervals: these metrics were written without a bootstrap; run train.py "
+            "--mode=eval again.",
+        ]
     classes = metrics.get("per_class", {})
-    of_classes = [(name, _percent(row.get("AP")), _interval(row.get("AP_interval")), str(row.get("people", ""))) for name, row in classes.items()]
-    return [*lines, "", *_table(("class", "AP", "95 % interval", "people"), of_classes)] if classes else lines
+    of_classes = [
+        (
+            name,
+            _percent(row.get("AP")),
+            _interval(row.get("AP_interval")),
+            str(row.get("people", "")),
+        )
+        for name, row in classes.items()
+    ]
+    return (
+        [*lines, "", *_table(("class", "AP", "95 % interval", "people"), of_classes)]
+        if classes
+        else lines
+    )
 
 
 def _threshold_lines(config: Mapping[str, Any], thresholds: Mapping[str, Any] | None) -> list[str]:
     names = require(config, "class_names", tuple)
     if thresholds is None:
-        rule = "a class counts above 0.5" if config.get("multi_label") else "the most probable class counts"
+        rule = (
+            "a class counts above 0.5"
+            if config.get("multi_label")
+            else "the most probable class counts"
+        )
         return [f"Nothing was fitted on validation: {rule}."]
     split = thresholds.get("split", "val")
-    lines = [f"Temperature {thresholds.get('temperature', 1):.3g}, fitted on {split}: divide the logits by it to calibrate the scores."]
+    lines = [
+        f"Temperature {thresholds.get('temperature', 1):.3g}, fitted on {split}: divide the "
+        "logits by it to calibrate the scores."
+    ]
     values = thresholds.get("thresholds")
     if values:
-        lines += ["", "A class counts above its threshold, which holds for scores without the temperature:"]
-        lines += ["", *_table(("class", "threshold"), [(name, f"{value:.3f}") for name, value in zip(names, values, strict=True)])]
+        lines += [
+            "",
+            "A class counts above its threshold, which holds for scores without the temperature:",
+        ]
+        lines += [
+            "",
+            *_table(
+                ("class", "threshold"),
+                [(name, f"{value:.3f}") for name, value in zip(names, values, strict=True)],
+            ),
+        ]
     return lines
 
 
 def _licence_lines(config: Mapping[str, Any]) -> list[str]:
     start = config.get("init_from")
     weights = (
-        f"- The weights it started from ({start}): (?) their licence." if start else "- It started from random values: no other weights are in it."
+        f"- The weights it started from ({start}): (?) their licence."
+        if start
+        else "- It started from random values: no other weights are in it."
     )
     return [
         "- Code: Apache-2.0.",
         weights,
-        "- Data: see above. A model trained on data for non-commercial research is for non-commercial research.",
+        "- Data: see above. A model trained on data for non-commercial research is for "
+        "non-commercial research.",
         "- This model: (?) your licence, within what the data and the starting weights allow.",
     ]
 
@@ -198,7 +268,9 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m dsct_jax model_card", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="directory of the run")
     parser.add_argument("--split", default="test", help="whose metrics_<split>.json to show")
-    parser.add_argument("--output", type=Path, help="file to write; left out: WORKDIR/MODEL_CARD.md")
+    parser.add_argument(
+        "--output", type=Path, help="file to write; left out: WORKDIR/MODEL_CARD.md"
+    )
     return parser
 
 
@@ -208,7 +280,9 @@ def run(arguments: argparse.Namespace) -> None:
     card = model_card(arguments.workdir, split=arguments.split)
     with writing(output):
         output.write_text(card)
-    print(f"written: {output}; {card.count('(?)')} questions in it, marked (?), are for you to answer")
+    print(
+        f"written: {output}; {card.count('(?)')} questions in it, marked (?), are for you to answer"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

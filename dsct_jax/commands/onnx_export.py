@@ -1,9 +1,10 @@
 """The network as an ONNX graph, through jax2onnx.
 
-jax2onnx translates JAX's primitives well, but patches Flax's and jax.numpy's functions in ways that some calls of the model do not survive, wires
-scans with wrong shapes, and mistakes a max-pool of NHWC maps (0.17.1). So it is given the traced program instead of the model, in its `reference`
-form, which has no scans, with inner calls inlined and the pooling written out. The batch is a fixed number: with a symbolic one it writes a
-graph that onnxruntime rejects.
+jax2onnx translates JAX's primitives well, but patches Flax's and jax.numpy's functions in ways that
+some calls of the model do not survive, wires scans with wrong shapes, and mistakes a max-pool of
+NHWC maps (0.17.1). So it is given the traced program instead of the model, in its `reference` form,
+which has no scans, with inner calls inlined and the pooling written out. The batch is a fixed
+number: with a symbolic one it writes a graph that onnxruntime rejects.
 """
 
 import itertools
@@ -26,8 +27,11 @@ OUTPUTS = ("logits", "boxes")
 _LOWEST = np.finfo(np.float32).min
 
 
-def write_onnx(model: Model, path: Path, size: Size, *, batch_size: int, notes: dict[str, str]) -> None:
-    """Writes the network for float32 images [batch_size height width 3] and their padding; `notes` become the file's metadata.
+def write_onnx(
+    model: Model, path: Path, size: Size, *, batch_size: int, notes: dict[str, str]
+) -> None:
+    """Writes the network for float32 images [batch_size height width 3] and their padding; `notes`
+    become the file's metadata.
 
     Raises UserError when jax2onnx or onnx is not installed.
     """
@@ -35,17 +39,39 @@ def write_onnx(model: Model, path: Path, size: Size, *, batch_size: int, notes: 
         import jax2onnx
         import onnx
     except ImportError as error:
-        raise UserError(f"--format=onnx needs {error.name}: pip install 'dsct-jax[onnx]' (docs/weights.md)") from None
-    logging.getLogger("jax2onnx").setLevel(logging.ERROR)  # it tells of every optional plugin that it does without
+        raise UserError(
+            f"--format=onnx needs {error.name}: pip install 'dsct-jax[onnx]' (docs/weights.md)"
+        ) from None
+    logging.getLogger("jax2onnx").setLevel(
+        logging.ERROR
+    )  # it tells of every optional plugin that it does without
 
     def forward(images: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        predictions = model.functions.bind(model.params, model.frozen)(images, mask, implementation="reference")
+        predictions = model.functions.bind(model.params, model.frozen)(
+            images, mask, implementation="reference"
+        )
         return predictions.logits[-1], predictions.boxes[-1]
 
-    specs = [jax.ShapeDtypeStruct((batch_size, *size, 3), jnp.float32), jax.ShapeDtypeStruct((batch_size, *size), jnp.bool_)]
+    specs = [
+        jax.ShapeDtypeStruct((batch_size, *size, 3), jnp.float32),
+        jax.ShapeDtypeStruct((batch_size, *size), jnp.bool_),
+    ]
     program = simplified(jax.make_jaxpr(forward)(*specs), specs)
-    graph = jax2onnx.to_onnx(lambda *inputs: tuple(_run(program.jaxpr, program.consts, inputs)), inputs=specs, model_name="dsct")
-    _rename(graph.graph, dict(zip((x.name for x in (*graph.graph.input, *graph.graph.output)), (*INPUTS, *OUTPUTS), strict=True)))
+    graph = jax2onnx.to_onnx(
+        lambda *inputs: tuple(_run(program.jaxpr, program.consts, inputs)),
+        inputs=specs,
+        model_name="dsct",
+    )
+    _rename(
+        graph.graph,
+        dict(
+            zip(
+                (x.name for x in (*graph.graph.input, *graph.graph.output)),
+                (*INPUTS, *OUTPUTS),
+                strict=True,
+            )
+        ),
+    )
     for name, text in sorted(notes.items()):
         graph.metadata_props.add(key=name, value=text)
     onnx.checker.check_model(graph)
@@ -57,9 +83,14 @@ def onnx_session(path: Path) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndar
     try:
         import onnxruntime
     except ImportError:
-        raise UserError("--format=onnx is checked with onnxruntime: pip install 'dsct-jax[onnx]' (docs/weights.md)") from None
+        raise UserError(
+            "--format=onnx is checked with onnxruntime: pip install 'dsct-jax[onnx]' "
+            "(docs/weights.md)"
+        ) from None
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images, mask: tuple(session.run(list(OUTPUTS), dict(zip(INPUTS, (images, mask), strict=True))))
+    return lambda images, mask: tuple(
+        session.run(list(OUTPUTS), dict(zip(INPUTS, (images, mask), strict=True)))
+    )
 
 
 def simplified(program: ClosedJaxpr, specs: list[jax.ShapeDtypeStruct]) -> ClosedJaxpr:
@@ -71,14 +102,25 @@ def _run(program: Jaxpr, constants: Any, inputs: Any) -> list[Any]:
     values = dict(zip((*program.constvars, *program.invars), (*constants, *inputs), strict=True))
     read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]  # noqa: E731
     for equation in program.eqns:
-        arguments, parameters, name = [read(atom) for atom in equation.invars], equation.params, equation.primitive.name
+        arguments, parameters, name = (
+            [read(atom) for atom in equation.invars],
+            equation.params,
+            equation.primitive.name,
+        )
         inner: Any = parameters.get("call_jaxpr", parameters.get("jaxpr"))
         if name in ("jit", "pjit", "custom_jvp_call", "custom_vjp_call"):
             results = _run(inner.jaxpr, inner.consts, arguments)
         elif name == "remat2":
             results = _run(inner, (), arguments)
         elif name == "reduce_window_max":
-            results = [_max_pool(arguments[0], parameters["window_dimensions"], parameters["window_strides"], parameters["padding"])]
+            results = [
+                _max_pool(
+                    arguments[0],
+                    parameters["window_dimensions"],
+                    parameters["window_strides"],
+                    parameters["padding"],
+                )
+            ]
         elif name == "stop_gradient" or (name == "tile" and set(parameters["reps"]) == {1}):
             results = arguments
         else:
@@ -88,13 +130,21 @@ def _run(program: Jaxpr, constants: Any, inputs: Any) -> list[Any]:
     return [read(atom) for atom in program.outvars]
 
 
-def _max_pool(x: jax.Array, window: tuple[int, ...], strides: tuple[int, ...], padding: tuple[tuple[int, int], ...]) -> jax.Array:
+def _max_pool(
+    x: jax.Array,
+    window: tuple[int, ...],
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+) -> jax.Array:
     if any(map(any, padding)):
         x = jax.lax.pad(x, jnp.asarray(_LOWEST, x.dtype), [(low, high, 0) for low, high in padding])
     counts = [(n - w) // s + 1 for n, w, s in zip(x.shape, window, strides, strict=True)]
     best = None
     for start in itertools.product(*map(range, window)):
-        end = [first + (count - 1) * stride + 1 for first, count, stride in zip(start, counts, strides, strict=True)]
+        end = [
+            first + (count - 1) * stride + 1
+            for first, count, stride in zip(start, counts, strides, strict=True)
+        ]
         part = jax.lax.slice(x, start, end, strides)
         best = part if best is None else jax.lax.max(best, part)
     assert best is not None

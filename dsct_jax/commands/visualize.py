@@ -1,4 +1,5 @@
-"""The paper's figures from any checkpoint and any images: what the network answered, and what it looked at.
+"""The paper's figures from any checkpoint and any images: what the network answered, and what it
+looked at.
 
     python -m dsct_jax visualize FIGURE PATH... --checkpoint=runs/demo --output=figure.png
 
@@ -11,7 +12,8 @@ FIGURE is one of
     embeddings    principal components of the embeddings of all people
     losses        training loss of classification and localisation; PATHs are runs, no checkpoint (Figure 12)
 
-PATHs are images, folders or quoted patterns. --ground-truth is what `python -m data samples` writes beside the images (COCO style).
+PATHs are images, folders or quoted patterns. --ground-truth is what `python -m data samples` writes
+beside the images (COCO style).
 """
 
 import argparse
@@ -34,7 +36,14 @@ from dsct_jax.inference.load import Model, load
 from dsct_jax.inference.predict import predict
 from dsct_jax.postprocess import Selection, Subject
 from dsct_jax.visualization.drawing import contact_sheet, draw_subjects, sort_left_to_right
-from dsct_jax.visualization.figures import NOBODY, activation_figure, context_figure, embedding_figure, loss_figure, sampling_figure
+from dsct_jax.visualization.figures import (
+    NOBODY,
+    activation_figure,
+    context_figure,
+    embedding_figure,
+    loss_figure,
+    sampling_figure,
+)
 
 FIGURES = ("predictions", "activation", "sampling", "context", "beside", "embeddings", "losses")
 _COLORS = 256  # of the file
@@ -45,7 +54,8 @@ Truth = dict[str, list[Subject]]  # file name -> annotated people
 
 
 def read_ground_truth(path: Path, class_names: Sequence[str]) -> Truth:
-    """Annotated people by file name, from a COCO-style file: bbox [x y w h] in pixels, category_id a class number or a list of them.
+    """Annotated people by file name, from a COCO-style file: bbox [x y w h] in pixels, category_id
+    a class number or a list of them.
 
     Raises:
         UserError: the file is missing, damaged, or names a class that the model does not have.
@@ -58,18 +68,29 @@ def read_ground_truth(path: Path, class_names: Sequence[str]) -> Truth:
         truth: Truth = {name: [] for name in names.values()}
         for person in content["annotations"]:
             x, y, w, h = (float(side) for side in person["bbox"])
-            ids = person["category_id"] if isinstance(person["category_id"], list) else [person["category_id"]]
+            ids = (
+                person["category_id"]
+                if isinstance(person["category_id"], list)
+                else [person["category_id"]]
+            )
             labels = tuple(class_names[i] for i in ids)
-            truth[names[person["image_id"]]].append(Subject(box=(x, y, x + w, y + h), probabilities={}, labels=labels, paper_score=1.0))
+            truth[names[person["image_id"]]].append(
+                Subject(box=(x, y, x + w, y + h), probabilities={}, labels=labels, paper_score=1.0)
+            )
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
-            f"--ground-truth={path}: not COCO-style annotations for {len(class_names)} classes ({type(error).__name__}: {error})"
+            f"--ground-truth={path}: not COCO-style annotations for {len(class_names)} classes "
+            f"({type(error).__name__}: {error})"
         ) from None
     return truth
 
 
-def predictions_sheet(model: Model, files: Sequence[Path], *, truth: Truth | None, selection: Selection) -> Image.Image:
-    """Fig. 5 and 6: every image with the people found in it; with `truth`, the annotated ones to the left of it."""
+def predictions_sheet(
+    model: Model, files: Sequence[Path], *, truth: Truth | None, selection: Selection
+) -> Image.Image:
+    """Fig. 5 and 6: every image with the people found in it; with `truth`, the annotated ones to
+    the left of it.
+    """
     images = [read_image(file) for file in files]
     answers = _answers(model, images, selection)
     tiles: list[Image.Image] = []
@@ -84,7 +105,14 @@ def predictions_sheet(model: Model, files: Sequence[Path], *, truth: Truth | Non
     return contact_sheet(tiles, 4, captions=captions)
 
 
-def beside_sheet(models: Sequence[Model], names: Sequence[str], files: Sequence[Path], *, truth: Truth | None, selection: Selection) -> Image.Image:
+def beside_sheet(
+    models: Sequence[Model],
+    names: Sequence[str],
+    files: Sequence[Path],
+    *,
+    truth: Truth | None,
+    selection: Selection,
+) -> Image.Image:
     """Fig. 13: the answers of all checkpoints side by side, two images a row.
 
     With `truth` each caption counts the annotated people whose emotions are right.
@@ -96,15 +124,29 @@ def beside_sheet(models: Sequence[Model], names: Sequence[str], files: Sequence[
     for number, (file, image) in enumerate(zip(files, images, strict=True)):
         annotated = None if truth is None else truth.get(file.name, [])
         for name, found in zip(names, answers, strict=True):
-            tiles.append(draw_subjects(image, sort_left_to_right(found[number]), ground_truth=annotated))
-            right = "" if annotated is None else f": {sum(_is_right(person, found[number]) for person in annotated)} of {len(annotated)} right"
+            tiles.append(
+                draw_subjects(image, sort_left_to_right(found[number]), ground_truth=annotated)
+            )
+            right = (
+                ""
+                if annotated is None
+                else f": {sum(_is_right(person, found[number]) for person in annotated)} of {len(annotated)} right"
+            )
             captions.append(f"{name}{right}")
     legend = None if truth is None else "dashed, white: annotated"
     return contact_sheet(tiles, 2 * len(models), captions=captions, legend=legend)
 
 
-def _answers(model: Model, images: Sequence[Image.Image], selection: Selection) -> list[list[Subject]]:
-    return predict(model, images, threshold=selection.threshold, min_confidence=selection.min_confidence, nms=selection.nms)
+def _answers(
+    model: Model, images: Sequence[Image.Image], selection: Selection
+) -> list[list[Subject]]:
+    return predict(
+        model,
+        images,
+        threshold=selection.threshold,
+        min_confidence=selection.min_confidence,
+        nms=selection.nms,
+    )
 
 
 def _is_right(person: Subject, found: Sequence[Subject]) -> bool:
@@ -128,17 +170,35 @@ def _overlap(a: Subject, b: Subject) -> float:
     return width * height / (sum(areas) - width * height)
 
 
-def introspect_all(model: Model, files: Sequence[Path], *, selection: Selection) -> list[Introspection]:
+def introspect_all(
+    model: Model, files: Sequence[Path], *, selection: Selection
+) -> list[Introspection]:
     """What the model looked at in each file, with progress on the terminal where it takes long."""
-    return [introspect(model, read_image(file), selection=selection) for file in tqdm(files, unit="image", delay=3, leave=False)]
+    return [
+        introspect(model, read_image(file), selection=selection)
+        for file in tqdm(files, unit="image", delay=3, leave=False)
+    ]
 
 
-def embeddings(introspections: Sequence[Introspection], files: Sequence[Path], *, truth: Truth | None) -> Figure:
-    """Principal components of all people, by annotated emotion with `truth` (NOBODY where none is annotated), else by predicted one."""
-    labels = [_embedding_label(subject, file, truth) for one, file in zip(introspections, files, strict=True) for subject in one.subjects]
+def embeddings(
+    introspections: Sequence[Introspection], files: Sequence[Path], *, truth: Truth | None
+) -> Figure:
+    """Principal components of all people, by annotated emotion with `truth` (NOBODY where none is
+    annotated), else by predicted one.
+    """
+    labels = [
+        _embedding_label(subject, file, truth)
+        for one, file in zip(introspections, files, strict=True)
+        for subject in one.subjects
+    ]
     if len(labels) < 3:
-        raise UserError(f"embeddings: {len(labels)} people were found; principal components need at least 3, so give more images")
-    return embedding_figure(introspections, labels, source="predicted emotion" if truth is None else "annotated emotion")
+        raise UserError(
+            f"embeddings: {len(labels)} people were found; principal components need at least 3, "
+            "so give more images"
+        )
+    return embedding_figure(
+        introspections, labels, source="predicted emotion" if truth is None else "annotated emotion"
+    )
 
 
 def _embedding_label(subject: Subject, file: Path, truth: Truth | None) -> str:
@@ -154,7 +214,10 @@ def losses(runs: Sequence[str]) -> Figure:
     names = short if len(set(short.values())) == len(runs) else {run: run for run in runs}
     series = {name: read_metrics(Path(run) / "metrics.jsonl") for run, name in names.items()}
     if missing := [name for name, found in series.items() if "train/loss_class" not in found]:
-        raise UserError(f"{missing[0]}: its metrics.jsonl has no training loss; name the --workdir of a training")
+        raise UserError(
+            f"{missing[0]}: its metrics.jsonl has no training loss; name the --workdir of a "
+            "training"
+        )
     return loss_figure(series)
 
 
@@ -163,23 +226,46 @@ def draw(arguments: argparse.Namespace) -> Image.Image | Figure:
     if arguments.figure == "losses":
         return losses(arguments.paths)
     if arguments.checkpoint is None:
-        raise UserError("--checkpoint is missing: a run directory, a .safetensors file or a released .pth (with --config)")
+        raise UserError(
+            "--checkpoint is missing: a run directory, a .safetensors file or a released .pth "
+            "(with --config)"
+        )
     files, videos = find_inputs(arguments.paths, exclude=Path(arguments.output))
     if videos:
-        raise UserError(f"{videos[0]}: is a video; figures are drawn of images, and python -m dsct_jax predict draws videos")
+        raise UserError(
+            f"{videos[0]}: is a video; figures are drawn of images, and python -m dsct_jax "
+            "predict draws videos"
+        )
     if len(files) > _MAX_IMAGES and arguments.figure != "embeddings":
-        raise UserError(f"{len(files)} images do not fit on one picture that can be read; give at most {_MAX_IMAGES}")
+        raise UserError(
+            f"{len(files)} images do not fit on one picture that can be read; give at most "
+            f"{_MAX_IMAGES}"
+        )
     model = _load(arguments.checkpoint, arguments.config)
-    truth = None if arguments.ground_truth is None else read_ground_truth(arguments.ground_truth, model.class_names)
-    selection = Selection(threshold=arguments.threshold, min_confidence=arguments.min_confidence, nms=arguments.nms)
+    truth = (
+        None
+        if arguments.ground_truth is None
+        else read_ground_truth(arguments.ground_truth, model.class_names)
+    )
+    selection = Selection(
+        threshold=arguments.threshold, min_confidence=arguments.min_confidence, nms=arguments.nms
+    )
     if arguments.figure == "predictions":
         return predictions_sheet(model, files, truth=truth, selection=selection)
     if arguments.figure == "beside":
         if arguments.compare_with is None:
-            raise UserError("--compare-with is missing: the second checkpoint, drawn to the right of the first")
-        names = arguments.names.split(",") if arguments.names else [str(arguments.checkpoint), str(arguments.compare_with)]
+            raise UserError(
+                "--compare-with is missing: the second checkpoint, drawn to the right of the first"
+            )
+        names = (
+            arguments.names.split(",")
+            if arguments.names
+            else [str(arguments.checkpoint), str(arguments.compare_with)]
+        )
         if len(names) != 2:
-            raise UserError(f"--names={arguments.names}: must be two names with a comma between them")
+            raise UserError(
+                f"--names={arguments.names}: must be two names with a comma between them"
+            )
         other = _load(arguments.compare_with, arguments.compare_config)
         return beside_sheet([model, other], names, files, truth=truth, selection=selection)
     introspections = introspect_all(model, files, selection=selection)
@@ -194,21 +280,34 @@ def _load(checkpoint: str, config: str | None) -> Model:
     return load(checkpoint, read_config(Path(config)) if config else None)
 
 
-def _draw_queries(arguments: argparse.Namespace, introspections: Sequence[Introspection], files: Sequence[Path]) -> Figure:
+def _draw_queries(
+    arguments: argparse.Namespace, introspections: Sequence[Introspection], files: Sequence[Path]
+) -> Figure:
     """The figures of single people: sampling and context."""
     layers, person = len(introspections[0].layers), arguments.person
     if not 1 <= arguments.layer <= layers and arguments.layer != 0:
         raise UserError(f"--layer={arguments.layer}: the decoder has layers 1 to {layers}")
-    if nobody := [str(file) for file, one in zip(files, introspections, strict=True) if not one.subjects]:
-        raise UserError(f"{nobody[0]}: nobody was found in it, so there is no query to draw; lower --min-confidence or give another image")
+    if nobody := [
+        str(file) for file, one in zip(files, introspections, strict=True) if not one.subjects
+    ]:
+        raise UserError(
+            f"{nobody[0]}: nobody was found in it, so there is no query to draw; lower "
+            "--min-confidence or give another image"
+        )
     if arguments.figure == "sampling":
         return sampling_figure(introspections, layer=arguments.layer - 1)
     if len(introspections) > 1:
         raise UserError(f"context: draws one image, not {len(introspections)}")
     if not len(introspections[0].context_points):
-        raise UserError(f"{arguments.checkpoint}: has no context queries (config.model.num_context_queries is 0), so there is nothing to draw")
+        raise UserError(
+            f"{arguments.checkpoint}: has no context queries (config.model.num_context_queries is "
+            "0), so there is nothing to draw"
+        )
     if not 1 <= person <= len(introspections[0].subjects):
-        raise UserError(f"--person={person}: {len(introspections[0].subjects)} people were found in {files[0]}, counted from 1, surest first")
+        raise UserError(
+            f"--person={person}: {len(introspections[0].subjects)} people were found in "
+            f"{files[0]}, counted from 1, surest first"
+        )
     return context_figure(introspections[0], person=person - 1)
 
 
@@ -232,20 +331,62 @@ def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser(prog="python -m dsct_jax visualize", description=__doc__)
     parser.add_argument("figure", choices=FIGURES, metavar="FIGURE", help=", ".join(FIGURES))
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="image, folder of images, or quoted glob pattern (losses: run directory)")
-    parser.add_argument("--checkpoint", help="run directory, .safetensors file, or released .pth (with --config)")
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="image, folder of images, or quoted glob pattern (losses: run directory)",
+    )
+    parser.add_argument(
+        "--checkpoint", help="run directory, .safetensors file, or released .pth (with --config)"
+    )
     parser.add_argument("--output", required=True, help="the picture, .png")
-    parser.add_argument("--config", help="configuration (.py or .json) that describes the weights; needed for .pth only")
-    parser.add_argument("--ground-truth", type=Path, help="COCO-style annotations of the images (predictions, beside, embeddings)")
+    parser.add_argument(
+        "--config",
+        help="configuration (.py or .json) that describes the weights; needed for .pth only",
+    )
+    parser.add_argument(
+        "--ground-truth",
+        type=Path,
+        help="COCO-style annotations of the images (predictions, beside, embeddings)",
+    )
     parser.add_argument("--compare-with", help="second checkpoint (beside)")
     parser.add_argument("--compare-config", help="its configuration; needed for .pth only")
-    parser.add_argument("--names", help="what the two checkpoints are called, such as 'early fusion,late fusion' (beside)")
-    parser.add_argument("--stage", choices=["backbone", "encoder"], default="backbone", help="whose maps are drawn (activation)")
-    parser.add_argument("--layer", type=int, default=0, help="decoder layer from 1; 0 = the last (sampling)")
-    parser.add_argument("--person", type=int, default=1, help="whose context queries, from 1, surest first (context)")
-    parser.add_argument("--threshold", type=float, help="multi-label: probability that makes a class a label; else as fitted")
-    parser.add_argument("--min-confidence", type=float, help="confidence below which a query is nobody; else as fitted, or 0.3")
-    parser.add_argument("--nms", type=float, default=Selection.nms, help="overlap (IoU) above which two boxes are the same person; 1 = keep all")
+    parser.add_argument(
+        "--names",
+        help="what the two checkpoints are called, such as 'early fusion,late fusion' (beside)",
+    )
+    parser.add_argument(
+        "--stage",
+        choices=["backbone", "encoder"],
+        default="backbone",
+        help="whose maps are drawn (activation)",
+    )
+    parser.add_argument(
+        "--layer", type=int, default=0, help="decoder layer from 1; 0 = the last (sampling)"
+    )
+    parser.add_argument(
+        "--person",
+        type=int,
+        default=1,
+        help="whose context queries, from 1, surest first (context)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="multi-label: probability that makes a class a label; else as fitted",
+    )
+    parser.add_argument(
+        "--min-confidence",
+        type=float,
+        help="confidence below which a query is nobody; else as fitted, or 0.3",
+    )
+    parser.add_argument(
+        "--nms",
+        type=float,
+        default=Selection.nms,
+        help="overlap (IoU) above which two boxes are the same person; 1 = keep all",
+    )
     return parser
 
 

@@ -1,4 +1,6 @@
-"""What a model says of a whole split, every image once, from batches that are spread over devices and processes."""
+"""What a model says of a whole split, every image once, from batches that are spread over devices
+and processes.
+"""
 
 import dataclasses
 import operator
@@ -26,7 +28,8 @@ def collect_results(
     mesh: Mesh,
     keep: int = 0,
 ) -> tuple[SplitResults, list[Shown]]:
-    """(what `predict` says of every image, on every process; the first `keep` images of this process with it, for `draw_shown`).
+    """(what `predict` says of every image, on every process; the first `keep` images of this
+    process with it, for `draw_shown`).
 
     Args:
         predict: an eval step, on a batch of the mesh.
@@ -42,14 +45,25 @@ def collect_results(
     seen = 0
     with Prefetch(batches, lambda batch: (batch, shard_batch(batch, mesh))) as pairs:
         for batch, sharded in pairs:
-            predictions, whole = on_host(predict(sharded)), on_host(dataclasses.replace(sharded, images=None))
+            predictions, whole = (
+                on_host(predict(sharded)),
+                on_host(dataclasses.replace(sharded, images=None)),
+            )
             logits, boxes = predictions.logits[-1], predictions.boxes[-1]
             results += image_results(whole, logits, boxes)
-            seen += int((whole.image_ids >= 0).sum())  # images that were skipped as damaged keep their number
+            seen += int(
+                (whole.image_ids >= 0).sum()
+            )  # images that were skipped as damaged keep their number
             if keep > 0:
                 first, number = jax.process_index() * len(batch.real), min(keep, len(batch.real))
                 here = slice(first, first + number)
-                shown.append((jax.tree.map(operator.itemgetter(slice(number)), batch), logits[here], boxes[here]))
+                shown.append(
+                    (
+                        jax.tree.map(operator.itemgetter(slice(number)), batch),
+                        logits[here],
+                        boxes[here],
+                    )
+                )
                 keep -= number
     if seen != num_images:
         raise RuntimeError(f"evaluated {seen} of {num_images} images")
@@ -60,7 +74,11 @@ def collect_results(
 
 def on_host(tree: Any) -> Any:
     """Global arrays -> whole numpy arrays, on every process."""
-    return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+    return (
+        jax.device_get(tree)
+        if jax.process_count() == 1
+        else multihost_utils.process_allgather(tree, tiled=True)
+    )
 
 
 def image_results(batch: Batch, logits: np.ndarray, boxes: np.ndarray) -> Iterator[ImageResult]:
@@ -68,7 +86,9 @@ def image_results(batch: Batch, logits: np.ndarray, boxes: np.ndarray) -> Iterat
     for i in np.flatnonzero(batch.real):
         valid = batch.targets.valid[i]
         height, width = (int(side) for side in batch.original_sizes[i])
-        cx, cy, w, h = (batch.targets.boxes[i][valid] * np.array([width, height, width, height], np.float32)).T
+        cx, cy, w, h = (
+            batch.targets.boxes[i][valid] * np.array([width, height, width, height], np.float32)
+        ).T
         yield ImageResult(
             image_id=int(batch.image_ids[i]),
             logits=logits[i],

@@ -1,6 +1,8 @@
-"""The measures of an evaluation: decisions and counts (Eq. 4 and 5), average precision, box AP, bootstrap intervals.
+"""The measures of an evaluation: decisions and counts (Eq. 4 and 5), average precision, box AP,
+bootstrap intervals.
 
-Every number is a function of counts or of ranks, so the same functions serve one evaluation and all resamples of a bootstrap at once.
+Every number is a function of counts or of ranks, so the same functions serve one evaluation and all
+resamples of a bootstrap at once.
 """
 
 import dataclasses
@@ -14,7 +16,9 @@ from dsct_jax.boxes import elementwise_iou
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """People of each class: those that carry it, those it was decided for, and those where both agree; [*r k], whole numbers or weights."""
+    """People of each class: those that carry it, those it was decided for, and those where both
+    agree; [*r k], whole numbers or weights.
+    """
 
     support: Num[np.ndarray, "*r k"]
     predicted: Num[np.ndarray, "*r k"]
@@ -41,16 +45,27 @@ class Counts:
         return np.asarray((values * present).sum(-1) / np.maximum(present.sum(-1), 1))
 
 
-def count(decided: Bool[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"], *, weights: Shaped[np.ndarray, "*r n"] | None = None) -> Counts:
-    """The counts of each class; with `weights` those of each resample, in which a person stands that many times."""
+def count(
+    decided: Bool[np.ndarray, "n k"],
+    labels: Bool[np.ndarray, "n k"],
+    *,
+    weights: Shaped[np.ndarray, "*r n"] | None = None,
+) -> Counts:
+    """The counts of each class; with `weights` those of each resample, in which a person stands
+    that many times.
+    """
     groups = (labels, decided, labels & decided)
     if weights is None:
         return Counts(*(group.sum(0) for group in groups))
-    weights = weights.astype(np.float32)  # exact up to 2**24, and a matrix product then takes milliseconds
+    weights = weights.astype(
+        np.float32
+    )  # exact up to 2**24, and a matrix product then takes milliseconds
     return Counts(*(weights @ group.astype(np.float32) for group in groups))
 
 
-def confusion_matrix(decided: Bool[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"]) -> Int[np.ndarray, "k k"]:
+def confusion_matrix(
+    decided: Bool[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"]
+) -> Int[np.ndarray, "k k"]:
     """Multi-class: people by their class (row) and the class decided for them (column)."""
     num_classes = labels.shape[1]
     pairs = labels.argmax(-1) * num_classes + decided.argmax(-1)
@@ -63,7 +78,9 @@ _RESAMPLES_AT_ONCE = 64  # bounds the memory: this many weights a person at a ti
 
 @dataclasses.dataclass(frozen=True)
 class _Curve:
-    """The precision-recall points of n people and k classes by falling score; people of equal score share one point."""
+    """The precision-recall points of n people and k classes by falling score; people of equal score
+    share one point.
+    """
 
     hits: Bool[np.ndarray, "n k"]  # True at a positive
     found: Int[np.ndarray, "n k"]  # positives up to and with this score
@@ -89,7 +106,9 @@ def _ends(scores: Float[np.ndarray, "n *k"]) -> Int[np.ndarray, "n *k"]:
     return np.minimum.accumulate(np.where(last, rank, len(scores))[::-1], axis=0)[::-1]
 
 
-def average_precision(scores: Float[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"], *, definition: str = "step") -> Float[np.ndarray, "k"]:
+def average_precision(
+    scores: Float[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"], *, definition: str = "step"
+) -> Float[np.ndarray, "k"]:
     """AP of each class under one of `DEFINITIONS`; 0 for a class without positives."""
     if definition not in DEFINITIONS:
         raise ValueError(f"definition={definition!r}: must be one of {DEFINITIONS}")
@@ -99,7 +118,9 @@ def average_precision(scores: Float[np.ndarray, "n k"], labels: Bool[np.ndarray,
     if definition == "eleven_point":
         values = np.zeros(scores.shape[1])
         for tenths in range(11):
-            first = (10 * curve.found >= tenths * positives).argmax(0)  # in whole numbers: 0.3 has no exact recall
+            first = (10 * curve.found >= tenths * positives).argmax(
+                0
+            )  # in whole numbers: 0.3 has no exact recall
             values += np.take_along_axis(curve.envelope, first[None], 0)[0]
         return np.where(positives > 0, values / 11, 0.0)
     precision = curve.precision if definition == "step" else curve.envelope
@@ -107,12 +128,19 @@ def average_precision(scores: Float[np.ndarray, "n k"], labels: Bool[np.ndarray,
 
 
 def precision_at_recall(
-    scores: Float[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"], recalls: Float[np.ndarray, "r"]
+    scores: Float[np.ndarray, "n k"],
+    labels: Bool[np.ndarray, "n k"],
+    recalls: Float[np.ndarray, "r"],
 ) -> Float[np.ndarray, "r k"]:
-    """The best precision of each class at each recall or above (the envelope), for drawing; 0 for a class without positives."""
+    """The best precision of each class at each recall or above (the envelope), for drawing; 0 for a
+    class without positives.
+    """
     curve, positives = _curve(scores, labels), labels.sum(0)
     recall = curve.found / np.maximum(positives, 1)
-    rows = [np.take_along_axis(curve.envelope, (recall >= r - 1e-12).argmax(0)[None], 0)[0] for r in recalls]
+    rows = [
+        np.take_along_axis(curve.envelope, (recall >= r - 1e-12).argmax(0)[None], 0)[0]
+        for r in recalls
+    ]
     return np.where(positives > 0, np.stack(rows), 0.0)
 
 
@@ -123,7 +151,8 @@ def resampled_average_precision(
     *,
     definitions: Sequence[str] = ("step",),
 ) -> dict[str, Float[np.ndarray, "r k"]]:
-    """`average_precision` of r resamples, in the j-th of which person i stands weights[j, i] times (a whole number), for each definition.
+    """`average_precision` of r resamples, in the j-th of which person i stands weights[j, i] times
+    (a whole number), for each definition.
 
     Equal to `average_precision` of the people repeated that often, but sorted only once.
     """
@@ -132,21 +161,31 @@ def resampled_average_precision(
     values = {definition: np.zeros((len(weights), scores.shape[1])) for definition in definitions}
     for start in range(0, len(weights), _RESAMPLES_AT_ONCE):
         rows = slice(start, start + _RESAMPLES_AT_ONCE)
-        chunk = np.ascontiguousarray(weights[rows].T)  # [n r]: the resamples lie side by side, so that taking a person takes one row
+        chunk = np.ascontiguousarray(
+            weights[rows].T
+        )  # [n r]: the resamples lie side by side, so that taking a person takes one row
         for column in np.flatnonzero(labels.any(0)):
             found, precision, hits = _weighted_curve(scores[:, column], labels[:, column], chunk)
             for definition in definitions:
-                values[definition][rows, column] = _area(found, precision, hits, definition=definition)
+                values[definition][rows, column] = _area(
+                    found, precision, hits, definition=definition
+                )
     return values
 
 
 def _weighted_curve(
-    scores: Float[np.ndarray, "n"], labels: Bool[np.ndarray, "n"], weights: Shaped[np.ndarray, "n r"]
+    scores: Float[np.ndarray, "n"],
+    labels: Bool[np.ndarray, "n"],
+    weights: Shaped[np.ndarray, "n r"],
 ) -> tuple[Int[np.ndarray, "p r"], Float[np.ndarray, "p r"], Int[np.ndarray, "p r"]]:
-    """(found, precision, times) at each positive by falling score; the points between them add nothing, for there precision only falls."""
+    """(found, precision, times) at each positive by falling score; the points between them add
+    nothing, for there precision only falls.
+    """
     order = np.argsort(-scores, kind="stable")
     end, positive = _ends(scores[order]), np.flatnonzero(labels[order])
-    last = np.searchsorted(positive, end[positive], side="right") - 1  # the last positive of the run of equal scores
+    last = (
+        np.searchsorted(positive, end[positive], side="right") - 1
+    )  # the last positive of the run of equal scores
     counted = weights[order].cumsum(0, dtype=np.int32)[end[positive]]
     hits = weights[order[positive]].astype(np.int32)
     found = hits.cumsum(0, dtype=np.int32)[last]
@@ -154,7 +193,11 @@ def _weighted_curve(
 
 
 def _area(
-    found: Int[np.ndarray, "p r"], precision: Float[np.ndarray, "p r"], hits: Int[np.ndarray, "p r"], *, definition: str
+    found: Int[np.ndarray, "p r"],
+    precision: Float[np.ndarray, "p r"],
+    hits: Int[np.ndarray, "p r"],
+    *,
+    definition: str,
 ) -> Float[np.ndarray, "r"]:
     """AP of each resample; 0 for one without positives."""
     total = hits.sum(0)
@@ -164,7 +207,13 @@ def _area(
     if definition == "envelope":
         return (envelope * hits).sum(0) / np.maximum(total, 1)
     tenths = np.ascontiguousarray(10 * found.T)
-    firsts = np.stack([np.searchsorted(row, number * np.arange(11)) for row, number in zip(tenths, total, strict=True)], 1)
+    firsts = np.stack(
+        [
+            np.searchsorted(row, number * np.arange(11))
+            for row, number in zip(tenths, total, strict=True)
+        ],
+        1,
+    )
     return np.where(total > 0, np.take_along_axis(envelope, firsts, 0).mean(0), 0.0)
 
 
@@ -180,7 +229,8 @@ def box_average_precision(
     gt_boxes: Float[np.ndarray, "m 4"],
     people_per_image: Int[np.ndarray, "n"],
 ) -> Float[np.ndarray, "10"]:
-    """COCO's AP (101 recall points) at each of `IOU_THRESHOLDS`; its AP is the mean, AP50 and AP75 are elements 0 and 5.
+    """COCO's AP (101 recall points) at each of `IOU_THRESHOLDS`; its AP is the mean, AP50 and AP75
+    are elements 0 and 5.
 
     Every query is a detection. `boxes` and `gt_boxes` are (x1, y1, x2, y2) in any one unit.
 
@@ -190,23 +240,38 @@ def box_average_precision(
     if len(gt_boxes) == 0:
         raise ValueError("box_average_precision: there is nobody to find")
     order = np.argsort(-scores, axis=1, kind="stable")[:, :_MAX_DETECTIONS]
-    scores, boxes = np.take_along_axis(scores, order, 1), np.take_along_axis(boxes, order[..., None], 1)
+    scores, boxes = (
+        np.take_along_axis(scores, order, 1),
+        np.take_along_axis(boxes, order[..., None], 1),
+    )
     starts = np.concatenate([[0], people_per_image.cumsum()])
     matched = np.concatenate(
         [
-            match_detections(boxes[i : i + _IMAGES_AT_ONCE], gt_boxes[starts[i] : starts[min(i + _IMAGES_AT_ONCE, len(boxes))]], counts)
+            match_detections(
+                boxes[i : i + _IMAGES_AT_ONCE],
+                gt_boxes[starts[i] : starts[min(i + _IMAGES_AT_ONCE, len(boxes))]],
+                counts,
+            )
             for i in range(0, len(boxes), _IMAGES_AT_ONCE)
             for counts in [people_per_image[i : i + _IMAGES_AT_ONCE]]
         ]
     )
     falling = np.argsort(-scores.ravel(), kind="stable")
-    return np.array([_interpolated_area(hits, num_people=len(gt_boxes)) for hits in matched.reshape(-1, len(IOU_THRESHOLDS))[falling].T])
+    return np.array(
+        [
+            _interpolated_area(hits, num_people=len(gt_boxes))
+            for hits in matched.reshape(-1, len(IOU_THRESHOLDS))[falling].T
+        ]
+    )
 
 
 def match_detections(
-    boxes: Float[np.ndarray, "n q 4"], gt_boxes: Float[np.ndarray, "m 4"], people_per_image: Int[np.ndarray, "n"]
+    boxes: Float[np.ndarray, "n q 4"],
+    gt_boxes: Float[np.ndarray, "m 4"],
+    people_per_image: Int[np.ndarray, "n"],
 ) -> Bool[np.ndarray, "n q 10"]:
-    """Whether each box finds a person at each of `IOU_THRESHOLDS`, boxes of an image in falling order of their scores.
+    """Whether each box finds a person at each of `IOU_THRESHOLDS`, boxes of an image in falling
+    order of their scores.
 
     Each takes the free person it overlaps most (of equals the last), if by the threshold.
     """
@@ -220,7 +285,9 @@ def match_detections(
     for rank in range(boxes.shape[1]):
         candidates = np.where(free, overlaps[:, rank, None], -1.0)
         best = most - 1 - candidates[..., ::-1].argmax(-1)
-        matched[:, rank] = np.take_along_axis(candidates, best[..., None], -1)[..., 0] >= IOU_THRESHOLDS
+        matched[:, rank] = (
+            np.take_along_axis(candidates, best[..., None], -1)[..., 0] >= IOU_THRESHOLDS
+        )
         image, threshold = np.nonzero(matched[:, rank])
         free[image, threshold, best[image, threshold]] = False
     return matched
@@ -231,7 +298,9 @@ def _interpolated_area(hits: Bool[np.ndarray, "d"], *, num_people: int) -> float
     found = hits.cumsum()
     precision = np.maximum.accumulate((found / np.arange(1, len(hits) + 1))[::-1])[::-1]
     first = np.searchsorted(found / num_people, _RECALLS, side="left")
-    return float(np.where(first < len(hits), precision[np.minimum(first, len(hits) - 1)], 0.0).mean())
+    return float(
+        np.where(first < len(hits), precision[np.minimum(first, len(hits) - 1)], 0.0).mean()
+    )
 
 
 LEVEL = 0.95
@@ -240,21 +309,29 @@ LEVEL = 0.95
 def image_weights(num_images: int, *, resamples: int, seed: int) -> Int[np.ndarray, "r n"]:
     """How often each image stands in each resample of as many images, drawn with replacement."""
     rng = np.random.default_rng(seed)
-    draws = (np.bincount(rng.integers(0, num_images, num_images), minlength=num_images) for _ in range(resamples))
+    draws = (
+        np.bincount(rng.integers(0, num_images, num_images), minlength=num_images)
+        for _ in range(resamples)
+    )
     return np.stack([counts.astype(np.int16) for counts in draws])
 
 
 def interval(values: Num[np.ndarray, "r"]) -> list[float]:
-    """[low, high] between which the central 95 % of the resamples lie (percentile bootstrap); resamples that are NaN do not count."""
+    """[low, high] between which the central 95 % of the resamples lie (percentile bootstrap);
+    resamples that are NaN do not count.
+    """
     low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return [float(low), float(high)]
 
 
-def mean_over_present(values: Float[np.ndarray, "r k"], present: Num[np.ndarray, "r k"], *, of: int) -> Float[np.ndarray, "r"]:
-    """Mean over the classes that have people in a resample, times the share of all k classes that have people in the split.
+def mean_over_present(
+    values: Float[np.ndarray, "r k"], present: Num[np.ndarray, "r k"], *, of: int
+) -> Float[np.ndarray, "r"]:
+    """Mean over the classes that have people in a resample, times the share of all k classes that
+    have people in the split.
 
-    A rare class that a resample happens to miss would else count as AP 0 there, and the interval of a mAP could lie below the mAP. NaN where a
-    resample has nobody.
+    A rare class that a resample happens to miss would else count as AP 0 there, and the interval of
+    a mAP could lie below the mAP. NaN where a resample has nobody.
 
     Args:
         present: anything that is more than 0 where the class has people.

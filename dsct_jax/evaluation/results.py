@@ -1,4 +1,6 @@
-"""What a model said about a split beside the people annotated in it, as arrays, and the compact file that keeps them (predictions_<split>.npz)."""
+"""What a model said about a split beside the people annotated in it, as arrays, and the compact
+file that keeps them (predictions_<split>.npz).
+"""
 
 import dataclasses
 import json
@@ -28,7 +30,9 @@ class ImageResult:
     boxes: Float[np.ndarray, "q 4"]  # (cx, cy, w, h) in [0, 1] of the image
     size: tuple[int, int]  # (height, width) of the image in pixels
     gt_boxes: Num[np.ndarray, "t 4"]  # (x1, y1, x2, y2) in pixels
-    gt_labels: Shaped[np.ndarray, "t k"]  # multi-hot or one-hot; a row of zeros = the person carries no label
+    gt_labels: Shaped[
+        np.ndarray, "t k"
+    ]  # multi-hot or one-hot; a row of zeros = the person carries no label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +41,21 @@ class ResultsInfo:
 
     class_names: tuple[str, ...]
     multi_label: bool
-    subject_logit: bool  # the last logit was trained to mean "this is a person" (subjects.has_subject_logit)
-    protocol: str = "custom"  # which data and which boxes: results of different protocols cannot be compared
+    subject_logit: (
+        bool  # the last logit was trained to mean "this is a person" (subjects.has_subject_logit)
+    )
+    protocol: str = (
+        "custom"  # which data and which boxes: results of different protocols cannot be compared
+    )
     split: str = ""
     checkpoint: str = ""  # where the weights came from, for people
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitResults:
-    """The results of n images with m people, p of the queries' answers and people in the order of the images."""
+    """The results of n images with m people, p of the queries' answers and people in the order of
+    the images.
+    """
 
     about: ResultsInfo
     image_ids: Int[np.ndarray, "n"]
@@ -60,14 +70,23 @@ class SplitResults:
         k = len(self.about.class_names)
         if self.logits.shape[-1] != k + 1 or self.gt_labels.shape[-1] != k:
             raise UserError(
-                f"image {self.image_ids[0]}: {self.logits.shape[-1]} logits and labels of {self.gt_labels.shape[-1]} classes do not fit the "
+                f"image {self.image_ids[0]}: {self.logits.shape[-1]} logits and labels of "
+                f"{self.gt_labels.shape[-1]} classes do not fit the "
                 f"{k} class names: expected {k + 1} and {k}"
             )
-        if self.people_per_image.sum() != len(self.gt_boxes) or len(self.gt_boxes) != len(self.gt_labels):
-            raise UserError(f"{self.people_per_image.sum()} people are announced, {len(self.gt_boxes)} have a box, {len(self.gt_labels)} a label row")
+        if self.people_per_image.sum() != len(self.gt_boxes) or len(self.gt_boxes) != len(
+            self.gt_labels
+        ):
+            raise UserError(
+                f"{self.people_per_image.sum()} people are announced, {len(self.gt_boxes)} have a "
+                f"box, {len(self.gt_labels)} a label row"
+            )
         finite = np.isfinite(self.logits).all((1, 2)) & np.isfinite(self.boxes).all((1, 2))
         if not finite.all():
-            raise FloatingPointError(f"image {self.image_ids[np.argmin(finite)]}: the predicted logits or boxes are not finite")
+            raise FloatingPointError(
+                f"image {self.image_ids[np.argmin(finite)]}: the predicted logits or boxes are "
+                "not finite"
+            )
 
     @property
     def image_of_person(self) -> Int[np.ndarray, "m"]:
@@ -81,7 +100,9 @@ class SplitResults:
         return cxcywh_to_xyxy(self.boxes) * scale
 
     def save(self, path: Path) -> None:
-        """Writes one compressed .npz without pickled objects (about 0.5 kB an image with 4 queries and 26 classes)."""
+        """Writes one compressed .npz without pickled objects (about 0.5 kB an image with 4 queries
+        and 26 classes).
+        """
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         about = json.dumps({"format": _FORMAT, **dataclasses.asdict(self.about)})
         temporary = path.with_name(path.name + ".tmp")
@@ -94,25 +115,35 @@ def stack_results(results: Sequence[ImageResult], about: ResultsInfo) -> SplitRe
     """Image after image -> arrays.
 
     Raises:
-        UserError: there is no image, an image is in it twice, or logits and labels do not fit the class names.
+        UserError: there is no image, an image is in it twice, or logits and labels do not fit the
+            class names.
         ValueError: the images have no query, or not the same number of queries.
         FloatingPointError: logits or boxes of an image are not finite.
     """
     if not results:
-        raise UserError("nothing to evaluate: there is no image; check the annotation file of the split")
+        raise UserError(
+            "nothing to evaluate: there is no image; check the annotation file of the split"
+        )
     k = len(about.class_names)
     for result in results:
         if result.logits.shape[-1] != k + 1 or result.gt_labels.shape[-1] != k:
             raise UserError(
-                f"image {result.image_id}: {result.logits.shape[-1]} logits and labels of {result.gt_labels.shape[-1]} classes do not fit the "
+                f"image {result.image_id}: {result.logits.shape[-1]} logits and labels of "
+                f"{result.gt_labels.shape[-1]} classes do not fit the "
                 f"{k} class names: expected {k + 1} and {k}"
             )
     twice = Counter(result.image_id for result in results).most_common(1)[0]
     if twice[1] > 1:
-        raise UserError(f"image {twice[0]} is among the results {twice[1]} times; every image must be counted once")
+        raise UserError(
+            f"image {twice[0]} is among the results {twice[1]} times; every image must be counted "
+            "once"
+        )
     queries = {len(result.boxes) for result in results}
     if queries == {0} or len(queries) > 1:
-        raise ValueError(f"every image needs the same number of predicted boxes, at least one; there are {sorted(queries)}")
+        raise ValueError(
+            "every image needs the same number of predicted boxes, at least one; there are "
+            f"{sorted(queries)}"
+        )
     return SplitResults(
         about=about,
         image_ids=np.array([result.image_id for result in results], np.int64),
@@ -132,16 +163,28 @@ def read_results(path: Path) -> SplitResults:
         UserError: the file is missing, damaged, or of another kind.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; train.py --mode=eval writes predictions_<split>.npz into the --workdir")
+        raise UserError(
+            f"{path}: no such file; train.py --mode=eval writes predictions_<split>.npz into the "
+            "--workdir"
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
             about: dict[str, Any] = json.loads(str(file["about"]))
             arrays = {name: file[name] for name in _ARRAYS}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a file of predictions, or damaged ({error}); run train.py --mode=eval again") from None
+        raise UserError(
+            f"{path}: not a file of predictions, or damaged ({error}); run train.py --mode=eval "
+            "again"
+        ) from None
     if about.pop("format") != _FORMAT:
-        raise UserError(f"{path}: written by another version of this program; run train.py --mode=eval again")
-    return SplitResults(about=ResultsInfo(**{**about, "class_names": tuple(about["class_names"])}), **arrays)
+        raise UserError(
+            f"{path}: written by another version of this program; run train.py --mode=eval again"
+        )
+    return SplitResults(
+        about=ResultsInfo(**{**about, "class_names": tuple(about["class_names"])}), **arrays
+    )
 
 
-Shown = tuple[Batch, np.ndarray, np.ndarray]  # images on the host, and the last layer's logits [b q k+1] and boxes [b q 4] of each
+Shown = tuple[
+    Batch, np.ndarray, np.ndarray
+]  # images on the host, and the last layer's logits [b q k+1] and boxes [b q 4] of each

@@ -18,21 +18,43 @@ from dsct_jax.evaluation.calibration import Calibration, calibration_of_run, par
 from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.preprocess import Preprocessing
-from dsct_jax.training.checkpoint import load_weights, newest_step, parse_run_path, require_same_shapes
+from dsct_jax.training.checkpoint import (
+    load_weights,
+    newest_step,
+    parse_run_path,
+    require_same_shapes,
+)
 from dsct_jax.weights.rules import from_torch
-from dsct_jax.weights.tensor_files import PTH_SUFFIXES, read_pth, read_safetensors, write_safetensors
+from dsct_jax.weights.tensor_files import (
+    PTH_SUFFIXES,
+    read_pth,
+    read_safetensors,
+    write_safetensors,
+)
 
 
 class Model:
-    """A network with its weights, in evaluation mode, and what is needed to use it: class names, label kind and preprocessing."""
+    """A network with its weights, in evaluation mode, and what is needed to use it: class names,
+    label kind and preprocessing.
+    """
 
     def __init__(
-        self, functions: Network, params: FlatParams, frozen: FlatParams, config: Mapping[str, Any], *, calibration: Calibration | None = None
+        self,
+        functions: Network,
+        params: FlatParams,
+        frozen: FlatParams,
+        config: Mapping[str, Any],
+        *,
+        calibration: Calibration | None = None,
     ):
         self.functions, self.config = functions, to_builtins(config)
         self.calibration = calibration
-        self.thresholds = None if calibration is None else calibration.thresholds  # Eq. 4's t of each class, fitted on validation
-        self.min_confidence = None if calibration is None else calibration.min_confidence  # from which a query is a person, fitted too
+        self.thresholds = (
+            None if calibration is None else calibration.thresholds
+        )  # Eq. 4's t of each class, fitted on validation
+        self.min_confidence = (
+            None if calibration is None else calibration.min_confidence
+        )  # from which a query is a person, fitted too
         self.params, self.frozen = jax.tree.map(jnp.asarray, (params, frozen))
         self.class_names: tuple[str, ...] = require(self.config, "class_names", tuple)
         self.multi_label: bool = require(self.config, "multi_label", bool)
@@ -43,22 +65,42 @@ class Model:
 
         self._forward = jax.jit(forward, static_argnums=4)
 
-    def __call__(self, images: Float[AnyArray, "b h w 3"], padding_mask: Bool[AnyArray, "b h w"], *, return_details: bool = False) -> Predictions:
-        """Normalised float32 images and their padding (True) -> logits [layers b q k+1] and boxes [layers b q 4]; the last layer is the answer.
+    def __call__(
+        self,
+        images: Float[AnyArray, "b h w 3"],
+        padding_mask: Bool[AnyArray, "b h w"],
+        *,
+        return_details: bool = False,
+    ) -> Predictions:
+        """Normalised float32 images and their padding (True) -> logits [layers b q k+1] and boxes
+        [layers b q 4]; the last layer is the answer.
 
-        `return_details` adds attention weights, sampling locations, reference points and selected context queries. Compiles once a shape.
+        `return_details` adds attention weights, sampling locations, reference points and selected
+        context queries. Compiles once a shape.
         """
-        return self._forward(self.params, self.frozen, jnp.asarray(images), jnp.asarray(padding_mask), return_details)
+        return self._forward(
+            self.params, self.frozen, jnp.asarray(images), jnp.asarray(padding_mask), return_details
+        )
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Every value on the host, as params/PATH and frozen/PATH."""
         parts = {"params": self.params, "frozen": self.frozen}
-        return {f"{part}/{path}": np.asarray(value) for part, values in parts.items() for path, value in values.items()}
+        return {
+            f"{part}/{path}": np.asarray(value)
+            for part, values in parts.items()
+            for path, value in values.items()
+        }
 
     def save(self, path: Path | str, *, notes: Mapping[str, str] | None = None) -> None:
-        """Writes weights and configuration into one .safetensors file that `load` reads; `notes` are texts to keep beside them."""
+        """Writes weights and configuration into one .safetensors file that `load` reads; `notes`
+        are texts to keep beside them.
+        """
         fitted = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
-        write_safetensors(Path(path), self.arrays(), {**(notes or {}), **fitted, "config": json.dumps(self.config, sort_keys=True)})
+        write_safetensors(
+            Path(path),
+            self.arrays(),
+            {**(notes or {}), **fitted, "config": json.dumps(self.config, sort_keys=True)},
+        )
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
@@ -72,14 +114,21 @@ def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
 
 def model_config(config: Mapping[str, Any]) -> DSCTConfig:
     """The `model` section and the number of classes as the network's configuration."""
-    return dataclass_from_dict(DSCTConfig, "model", require(config, "model", Mapping), num_classes=len(require(config, "class_names", tuple)))
+    return dataclass_from_dict(
+        DSCTConfig,
+        "model",
+        require(config, "model", Mapping),
+        num_classes=len(require(config, "class_names", tuple)),
+    )
 
 
 def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
-    """Reads a model: a run directory, a .safetensors file of `Model.save`, or a released .pth (which needs `config` for its variant).
+    """Reads a model: a run directory, a .safetensors file of `Model.save`, or a released .pth
+    (which needs `config` for its variant).
 
-    A run directory means its newest checkpoint, RUN/checkpoints/STEP that one. `config` may be left out but for a .pth of others; given, it
-    replaces the stored one and must describe the same weights. Raises UserError when the file or directory is missing, unreadable, or of another
+    A run directory means its newest checkpoint, RUN/checkpoints/STEP that one. `config` may be left
+    out but for a .pth of others; given, it replaces the stored one and must describe the same
+    weights. Raises UserError when the file or directory is missing, unreadable, or of another
     model.
     """
     path, config = Path(path), None if config is None else to_builtins(config)
@@ -88,33 +137,61 @@ def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
         if config is None and "config" in texts:  # written by `dsct_jax.commands.export`
             config = _parsed_config(texts["config"], path)
         if config is None:
-            raise UserError(f"{path}: a .pth file does not say which variant it is; give a configuration, such as configs/emotic_r50_released.py")
+            raise UserError(
+                f"{path}: a .pth file does not say which variant it is; give a configuration, "
+                "such as configs/emotic_r50_released.py"
+            )
         functions = Network(model_config(config))
         flat = from_torch(tensors, functions.param_shapes | functions.frozen_shapes)
-        params, frozen = ({name: flat[name] for name in shapes} for shapes in (functions.param_shapes, functions.frozen_shapes))
-        return Model(functions, params, frozen, config, calibration=_parsed_calibration(texts, require(config, "class_names", tuple), path))
+        params, frozen = (
+            {name: flat[name] for name in shapes}
+            for shapes in (functions.param_shapes, functions.frozen_shapes)
+        )
+        return Model(
+            functions,
+            params,
+            frozen,
+            config,
+            calibration=_parsed_calibration(texts, require(config, "class_names", tuple), path),
+        )
     params, frozen, stored = read_native(path)
     chosen = stored if config is None else config
     class_names = require(chosen, "class_names", tuple)
     functions = Network(model_config(chosen))
-    require_same_shapes(functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(path))
-    return Model(functions, params, frozen, chosen, calibration=_read_calibration(path, class_names))
+    require_same_shapes(
+        functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(path)
+    )
+    return Model(
+        functions, params, frozen, chosen, calibration=_read_calibration(path, class_names)
+    )
 
 
 def _read_calibration(path: Path, class_names: tuple[str, ...]) -> Calibration | None:
-    """What was fitted on validation for these weights: beside a run's checkpoints, or inside a .safetensors file."""
+    """What was fitted on validation for these weights: beside a run's checkpoints, or inside a
+    .safetensors file.
+    """
     if path.is_dir():
         workdir, step = parse_run_path(path)
-        return calibration_of_run(workdir, class_names=class_names, step=newest_step(workdir) if step is None else step)
+        return calibration_of_run(
+            workdir, class_names=class_names, step=newest_step(workdir) if step is None else step
+        )
     return _parsed_calibration(read_safetensors(path)[1], class_names, path)
 
 
-def _parsed_calibration(texts: Mapping[str, str], class_names: tuple[str, ...], path: Path) -> Calibration | None:
-    return parse_calibration(texts["calibration"], class_names=class_names, where=str(path)) if "calibration" in texts else None
+def _parsed_calibration(
+    texts: Mapping[str, str], class_names: tuple[str, ...], path: Path
+) -> Calibration | None:
+    return (
+        parse_calibration(texts["calibration"], class_names=class_names, where=str(path))
+        if "calibration" in texts
+        else None
+    )
 
 
 def read_native(path: Path) -> tuple[FlatParams, FlatParams, dict[str, Any]]:
-    """(parameters, frozen statistics, configuration) of a run directory, one of its checkpoints, or a .safetensors file of `Model.save`."""
+    """(parameters, frozen statistics, configuration) of a run directory, one of its checkpoints, or
+    a .safetensors file of `Model.save`.
+    """
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
     if path.is_dir():
@@ -124,8 +201,14 @@ def read_native(path: Path) -> tuple[FlatParams, FlatParams, dict[str, Any]]:
         raise UserError(f"{path}: neither a run directory nor a .safetensors or .pth file")
     arrays, strings = read_safetensors(path)
     if "config" not in strings:
-        raise UserError(f"{path}: holds no configuration; only files written by this project's Model.save can be read")
-    params, frozen = ({k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in ("params/", "frozen/"))
+        raise UserError(
+            f"{path}: holds no configuration; only files written by this project's Model.save can "
+            "be read"
+        )
+    params, frozen = (
+        {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)}
+        for p in ("params/", "frozen/")
+    )
     return params, frozen, _parsed_config(strings["config"], path)
 
 
@@ -133,4 +216,6 @@ def _parsed_config(text: str, path: Path) -> dict[str, Any]:
     try:
         return dict(to_builtins(json.loads(text)))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: the configuration in it is damaged ({error}); copy the file again") from None
+        raise UserError(
+            f"{path}: the configuration in it is damaged ({error}); copy the file again"
+        ) from None

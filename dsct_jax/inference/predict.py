@@ -61,24 +61,33 @@ def predict(
         model: what `dsct_jax.load` returns.
         images: PIL images of any mode, or uint8 arrays [h w 3] (RGB) or [h w] (grey).
         threshold, min_confidence, nms: see `Selection`.
-        batch_size: images a call of the model. One program is compiled for each canvas of `model.preprocessing.buckets` that occurs.
+        batch_size: images a call of the model. One program is compiled for each canvas of
+            `model.preprocessing.buckets` that occurs.
 
     Raises:
         UserError: an array of another shape or type, or a number out of its range.
     """
     selection = Selection(threshold=threshold, min_confidence=min_confidence, nms=nms)
     found: list[list[Subject]] = [[] for _ in images]
-    for index, _, subjects in predict_each(model, images, selection=selection, batch_size=min(batch_size, max(1, len(images)))):
+    for index, _, subjects in predict_each(
+        model, images, selection=selection, batch_size=min(batch_size, max(1, len(images)))
+    ):
         found[index] = subjects
     return found
 
 
 def predict_each(
-    model: Detector, images: Iterable[Photograph], *, selection: Selection, batch_size: int = BATCH_SIZE
+    model: Detector,
+    images: Iterable[Photograph],
+    *,
+    selection: Selection,
+    batch_size: int = BATCH_SIZE,
 ) -> Iterator[tuple[int, Image.Image, list[Subject]]]:
-    """(position, RGB image, people) of every image as its batch is done: any number of images, at most one batch a canvas in memory.
+    """(position, RGB image, people) of every image as its batch is done: any number of images, at
+    most one batch a canvas in memory.
 
-    A batch holds images of one canvas; the last ones are filled up with repetitions, so that every batch of a canvas has the same shape.
+    A batch holds images of one canvas; the last ones are filled up with repetitions, so that every
+    batch of a canvas has the same shape.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
@@ -106,10 +115,15 @@ def _predict_batch(
     model: Detector, batch: list[_Prepared], batch_size: int, selection: Selection
 ) -> Iterator[tuple[int, Image.Image, list[Subject]]]:
     filled = batch + batch[-1:] * (batch_size - len(batch))
-    images, mask = _to_model_input(np.stack([item.pixels for item in filled]), np.array([item.size for item in filled], np.int32))
+    images, mask = _to_model_input(
+        np.stack([item.pixels for item in filled]),
+        np.array([item.size for item in filled], np.int32),
+    )
     predictions = model(images, mask)
     logits, boxes = np.asarray(predictions.logits[-1]), np.asarray(predictions.boxes[-1])
-    subject_logit = has_subject_logit(multi_label=model.multi_label, class_loss=model.config["loss"]["class_loss"])
+    subject_logit = has_subject_logit(
+        multi_label=model.multi_label, class_loss=model.config["loss"]["class_loss"]
+    )
     for i, item in enumerate(batch):
         yield (
             item.index,
@@ -143,7 +157,8 @@ def as_rgb(image: Photograph) -> Image.Image:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
             raise UserError(
-                f"an image array must be uint8 [h w 3] (RGB) or [h w] (grey), not {image.dtype} {list(image.shape)}; "
+                f"an image array must be uint8 [h w 3] (RGB) or [h w] (grey), not {image.dtype} "
+                f"{list(image.shape)}; "
                 "values in [0, 1] need (255 * image).round().astype('uint8')"
             )
         if 0 in image.shape:

@@ -1,4 +1,6 @@
-"""Video files and cameras as pictures one after the other, and pictures as a video file; through OpenCV (the video extra)."""
+"""Video files and cameras as pictures one after the other, and pictures as a video file; through
+OpenCV (the video extra).
+"""
 
 import contextlib
 import importlib
@@ -17,12 +19,19 @@ _USUAL_RATE = 25.0  # frames a second where a file or camera does not say
 
 
 def opencv() -> Any:
-    """The module cv2, which then keeps its own warnings to itself. Raises UserError when it is not installed."""
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read at the first video: what FFmpeg says would stand beside our own lines
+    """The module cv2, which then keeps its own warnings to itself. Raises UserError when it is not
+    installed.
+    """
+    os.environ.setdefault(
+        "OPENCV_FFMPEG_LOGLEVEL", "-8"
+    )  # read at the first video: what FFmpeg says would stand beside our own lines
     try:
         cv2 = importlib.import_module("cv2")
     except ImportError:
-        raise UserError("videos and cameras need OpenCV: pip install 'dsct-jax[video]' (or opencv-python-headless)") from None
+        raise UserError(
+            "videos and cameras need OpenCV: pip install 'dsct-jax[video]' (or "
+            "opencv-python-headless)"
+        ) from None
     if hasattr(cv2, "setLogLevel"):
         cv2.setLogLevel(0)
     return cv2
@@ -54,7 +63,10 @@ class Video:
             if isinstance(source, int):
                 raise UserError(f"--camera={source}: no such camera, or another program uses it")
             raise UserError(f"{source}: cannot be read as a video")
-        rate, frames = self._capture.get(cv2.CAP_PROP_FPS), self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        rate, frames = (
+            self._capture.get(cv2.CAP_PROP_FPS),
+            self._capture.get(cv2.CAP_PROP_FRAME_COUNT),
+        )
         self.rate = float(rate) if np.isfinite(rate) and 0 < rate < 1000 else _USUAL_RATE
         self.frames = int(frames) if isinstance(source, Path) and frames >= 1 else None
 
@@ -79,7 +91,9 @@ class Video:
 
 @contextlib.contextmanager
 def video_writer(path: Path, rate: float) -> Iterator["VideoWriter"]:
-    """A writer of an .mp4 at `path`, which appears there when the block ends, also by an exception or Ctrl-C: what was written can be watched."""
+    """A writer of an .mp4 at `path`, which appears there when the block ends, also by an exception
+    or Ctrl-C: what was written can be watched.
+    """
     writer = VideoWriter(path, rate)
     try:
         yield writer
@@ -100,9 +114,14 @@ class VideoWriter:
         cv2 = self._cv2
         if self._writer is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            size = (picture.width - picture.width % 2, picture.height - picture.height % 2)  # the coder wants even sides
+            size = (
+                picture.width - picture.width % 2,
+                picture.height - picture.height % 2,
+            )  # the coder wants even sides
             self._size = size
-            self._writer = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter_fourcc(*"mp4v"), self._rate, size)
+            self._writer = cv2.VideoWriter(
+                str(self._temporary), cv2.VideoWriter_fourcc(*"mp4v"), self._rate, size
+            )
             if not self._writer.isOpened():
                 raise UserError(f"{self._path}: this OpenCV cannot write .mp4 here")
         frame = np.asarray(picture.convert("RGB"))[: self._size[1], : self._size[0], ::-1]

@@ -1,4 +1,6 @@
-"""Attention layers: multi-scale deformable attention (Eq. 9) and joint self-attention of all queries."""
+"""Attention layers: multi-scale deformable attention (Eq. 9) and joint self-attention of all
+queries.
+"""
 
 import math
 
@@ -16,7 +18,9 @@ SpatialShapes = tuple[tuple[int, int], ...]
 
 
 def initial_offsets(num_heads: int, num_levels: int, num_points: int) -> np.ndarray:
-    """Initial sampling offsets [n l p 2], pixels: head i introspections in direction i, point j at distance j + 1 (Deformable DETR)."""
+    """Initial sampling offsets [n l p 2], pixels: head i introspections in direction i, point j at
+    distance j + 1 (Deformable DETR).
+    """
     angles = np.arange(num_heads, dtype=np.float32) * np.float32(2 * math.pi / num_heads)
     grid = np.stack([np.cos(angles), np.sin(angles)], -1)
     grid = grid / np.abs(grid).max(-1, keepdims=True)
@@ -26,14 +30,18 @@ def initial_offsets(num_heads: int, num_levels: int, num_points: int) -> np.ndar
 
 
 class DeformableAttention(nnx.Module):
-    """Each query samples `num_points` locations a head and level around its reference point. Source: Zhu et al. 2020; paper Eq. 9."""
+    """Each query samples `num_points` locations a head and level around its reference point.
+    Source: Zhu et al. 2020; paper Eq. 9.
+    """
 
     def __init__(self, d: int, *, num_heads: int, num_levels: int, num_points: int, rngs: nnx.Rngs):
         self.shape = (num_heads, num_levels, num_points)
         samples = math.prod(self.shape)
         bias = jnp.asarray(initial_offsets(*self.shape)).reshape(-1)
         zeros = nnx.initializers.zeros
-        self.sampling_offsets = linear(d, samples * 2, kernel_init=zeros, bias_init=lambda *_: bias, rngs=rngs)
+        self.sampling_offsets = linear(
+            d, samples * 2, kernel_init=zeros, bias_init=lambda *_: bias, rngs=rngs
+        )
         self.attention_weights = linear(d, samples, kernel_init=zeros, rngs=rngs)
         self.value_proj = linear(d, d, rngs=rngs)
         self.output_proj = linear(d, d, rngs=rngs)
@@ -49,15 +57,20 @@ class DeformableAttention(nnx.Module):
         boxes: Float[Array, "b q l 2"] | None = None,
         implementation: str | None = None,
     ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
-        """Returns the attended values, and what was sampled: sampling_locations [b q n l p 2] in [0, 1], attention_weights [b q n l p].
+        """Returns the attended values, and what was sampled: sampling_locations [b q n l p 2] in
+        [0, 1], attention_weights [b q n l p].
 
-        `boxes` are widths and heights in [0, 1] of the padded canvas: sampling offsets then count in half boxes instead of pixels, the farthest
-        initial point on the border (Zhu et al. 2020, iterative bounding box refinement). A width of 0 keeps a query's offsets in pixels.
+        `boxes` are widths and heights in [0, 1] of the padded canvas: sampling offsets then count
+        in half boxes instead of pixels, the farthest initial point on the border (Zhu et al. 2020,
+        iterative bounding box refinement). A width of 0 keeps a query's offsets in pixels.
         """
         b, q, d = queries.shape
         n, l, p = self.shape
-        value = jnp.where(memory_padding[..., None], 0, self.value_proj(memory)).reshape(b, -1, n, d // n)
-        # Locations and softmax are float32 whatever the type of the rest: half a bfloat16 step is half a pixel at the far edge of a map.
+        value = jnp.where(memory_padding[..., None], 0, self.value_proj(memory)).reshape(
+            b, -1, n, d // n
+        )
+        # Locations and softmax are float32 whatever the type of the rest: half a bfloat16 step is
+        # half a pixel at the far edge of a map.
         offsets = linear_in_float32(self.sampling_offsets, queries).reshape(b, q, n, l, p, 2)
         sizes = np.array([(w, h) for h, w in spatial_shapes], np.float32).reshape(1, 1, 1, l, 1, 2)
         if boxes is not None:
@@ -65,31 +78,58 @@ class DeformableAttention(nnx.Module):
             offsets *= jnp.where(half > 0, half, 1)
         logits = linear_in_float32(self.attention_weights, queries).reshape(b, q, n, l, p)
         with jax.named_scope("deformable_attention"):
-            attended = deformable_attention_from_offsets(value, spatial_shapes, reference_points, offsets, logits, implementation=implementation)
+            attended = deformable_attention_from_offsets(
+                value,
+                spatial_shapes,
+                reference_points,
+                offsets,
+                logits,
+                implementation=implementation,
+            )
         attended = checkpoint_name(attended, SAVED)
         sampled = {  # dead code under jit unless the caller keeps it
             "sampling_locations": reference_points[:, :, None, :, None, :] + offsets / sizes,
-            "attention_weights": jax.nn.softmax(logits.reshape(b, q, n, l * p)).reshape(logits.shape),
+            "attention_weights": jax.nn.softmax(logits.reshape(b, q, n, l * p)).reshape(
+                logits.shape
+            ),
         }
         return self.output_proj(attended), sampled
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head self-attention; positions enter queries and keys, not values. The projections are packed as in torch.nn.MultiheadAttention."""
+    """Multi-head self-attention; positions enter queries and keys, not values. The projections are
+    packed as in torch.nn.MultiheadAttention.
+    """
 
     def __init__(self, d: int, *, num_heads: int, rngs: nnx.Rngs):
         self.num_heads = num_heads
         self.in_proj = linear(d, 3 * d, rngs=rngs)
         self.out_proj = linear(d, d, rngs=rngs)
 
-    def __call__(self, tokens: Float[Array, "b q d"], positions: Float[Array, "b q d"]) -> tuple[Float[Array, "b q d"], jax.Array]:
+    def __call__(
+        self, tokens: Float[Array, "b q d"], positions: Float[Array, "b q d"]
+    ) -> tuple[Float[Array, "b q d"], jax.Array]:
         """Returns the attended tokens and the attention weights [b n q q]."""
         b, q, d = tokens.shape
         assert self.in_proj.bias is not None
-        kernel, bias = self.in_proj.kernel[...].astype(tokens.dtype), self.in_proj.bias[...].astype(tokens.dtype).reshape(1, 1, -1)
-        query_key = matmul_2d(tokens + positions, kernel[:, : 2 * d], tokens.dtype) + bias[..., : 2 * d]
+        kernel, bias = (
+            self.in_proj.kernel[...].astype(tokens.dtype),
+            self.in_proj.bias[...].astype(tokens.dtype).reshape(1, 1, -1),
+        )
+        query_key = (
+            matmul_2d(tokens + positions, kernel[:, : 2 * d], tokens.dtype) + bias[..., : 2 * d]
+        )
         value = matmul_2d(tokens, kernel[:, 2 * d :], tokens.dtype) + bias[..., 2 * d :]
-        query, key, value = (x.reshape(b, q, self.num_heads, -1) for x in (*jnp.split(query_key, 2, -1), value))
-        scores = jnp.einsum("bqnd,bknd->bnqk", query / math.sqrt(d // self.num_heads), key, preferred_element_type=jnp.float32)
+        query, key, value = (
+            x.reshape(b, q, self.num_heads, -1) for x in (*jnp.split(query_key, 2, -1), value)
+        )
+        scores = jnp.einsum(
+            "bqnd,bknd->bnqk",
+            query / math.sqrt(d // self.num_heads),
+            key,
+            preferred_element_type=jnp.float32,
+        )
         weights = jax.nn.softmax(scores)
-        return self.out_proj(jnp.einsum("bnqk,bknd->bqnd", weights.astype(value.dtype), value).reshape(b, q, d)), weights
+        return self.out_proj(
+            jnp.einsum("bnqk,bknd->bqnd", weights.astype(value.dtype), value).reshape(b, q, d)
+        ), weights

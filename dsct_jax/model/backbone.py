@@ -1,7 +1,8 @@
-"""ResNet 18/34/50/101/152 and Wide-ResNet 50/101: image -> feature maps C3, C4, C5 at strides 8, 16, 32.
+"""ResNet 18/34/50/101/152 and Wide-ResNet 50/101: image -> feature maps C3, C4, C5 at strides 8,
+16, 32.
 
-Layout and strides are torchvision's (stride on the 3x3 of a bottleneck), so its weights load one to one.
-Source: He et al. 2015, Zagoruyko & Komodakis 2016.
+Layout and strides are torchvision's (stride on the 3x3 of a bottleneck), so its weights load one to
+one. Source: He et al. 2015, Zagoruyko & Komodakis 2016.
 """
 
 import dataclasses
@@ -38,7 +39,9 @@ BACKBONES = {
     "wide_resnet50": ResNetConfig(True, (3, 4, 6, 3), wide=2),
     "wide_resnet101": ResNetConfig(True, (3, 4, 23, 3), wide=2),
     "tiny": ResNetConfig(True, (1, 2, 2, 1), width=8),  # the size of the golden numbers: tests
-    "small": ResNetConfig(False, (1, 1, 1, 1), width=16),  # trains on a CPU: the demo and other runs from scratch
+    "small": ResNetConfig(
+        False, (1, 1, 1, 1), width=16
+    ),  # trains on a CPU: the demo and other runs from scratch
 }
 
 
@@ -61,12 +64,27 @@ class Stem(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Residual block: two 3x3 convolutions, or 1x1 - 3x3 - 1x1 when `bottleneck`; the stride is on the (first) 3x3."""
+    """Residual block: two 3x3 convolutions, or 1x1 - 3x3 - 1x1 when `bottleneck`; the stride is on
+    the (first) 3x3.
+    """
 
-    def __init__(self, d_in: int, planes: int, *, stride: int, config: ResNetConfig, norm: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        d_in: int,
+        planes: int,
+        *,
+        stride: int,
+        config: ResNetConfig,
+        norm: str,
+        rngs: nnx.Rngs,
+    ):
         if config.bottleneck:
             inner, d_out = planes * config.wide, planes * 4
-            shapes: tuple[tuple[int, int, int, int], ...] = ((d_in, inner, 1, 1), (inner, inner, 3, stride), (inner, d_out, 1, 1))
+            shapes: tuple[tuple[int, int, int, int], ...] = (
+                (d_in, inner, 1, 1),
+                (inner, inner, 3, stride),
+                (inner, d_out, 1, 1),
+            )
         else:
             d_out = planes
             shapes = ((d_in, d_out, 3, stride), (d_out, d_out, 3, 1))
@@ -77,7 +95,11 @@ class Block(nnx.Module):
         self.shortcut_norm = _norm(norm, d_out) if projects else None
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        shortcut = x if self.shortcut_conv is None or self.shortcut_norm is None else self.shortcut_norm(self.shortcut_conv(x))
+        shortcut = (
+            x
+            if self.shortcut_conv is None or self.shortcut_norm is None
+            else self.shortcut_norm(self.shortcut_conv(x))
+        )
         last = len(self.convs) - 1
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = norm(conv(x))
@@ -95,13 +117,24 @@ class ResNet(nnx.Module):
         for i, count in enumerate(config.blocks):
             planes, blocks = config.width * 2**i, []
             for j in range(count):
-                blocks.append(Block(d_in, planes, stride=2 if i > 0 and j == 0 else 1, config=config, norm=norm, rngs=rngs))
+                blocks.append(
+                    Block(
+                        d_in,
+                        planes,
+                        stride=2 if i > 0 and j == 0 else 1,
+                        config=config,
+                        norm=norm,
+                        rngs=rngs,
+                    )
+                )
                 d_in = planes * (4 if config.bottleneck else 1)
             layers.append(nnx.List(blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
 
     def __call__(self, images: Float[Array, "b h w 3"], *, remat: str = "none") -> list[jax.Array]:
-        """With `remat="all"` the backward pass keeps what enters each block and computes its inside again."""
+        """With `remat="all"` the backward pass keeps what enters each block and computes its inside
+        again.
+        """
         x, features = self.stem(images), []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:

@@ -1,4 +1,6 @@
-"""The model's values as one flat dictionary 'a/b/c' -> array, and back: what is trained, saved and exchanged."""
+"""The model's values as one flat dictionary 'a/b/c' -> array, and back: what is trained, saved and
+exchanged.
+"""
 
 from typing import Any
 
@@ -33,21 +35,29 @@ def unflatten(flat: dict[str, Any]) -> dict[Any, Any]:
 
 
 class Network:
-    """A model's static half: what turns flat values into a callable network. Hashable by identity, so it may be closed over by jit."""
+    """A model's static half: what turns flat values into a callable network. Hashable by identity,
+    so it may be closed over by jit.
+    """
 
     def __init__(self, config: DSCTConfig):
         self.config = config
         abstract = nnx.eval_shape(lambda: DSCT(config, rngs=nnx.Rngs(params=0)))
         graph, params, frozen = nnx.split(abstract, nnx.Param, FrozenStatistic)  # type: ignore[misc]
         self.graph: nnx.GraphDef = graph
-        self.param_shapes = {k: tuple(v.shape) for k, v in flatten(nnx.to_pure_dict(params)).items()}
-        self.frozen_shapes = {k: tuple(v.shape) for k, v in flatten(nnx.to_pure_dict(frozen)).items()}
+        self.param_shapes = {
+            k: tuple(v.shape) for k, v in flatten(nnx.to_pure_dict(params)).items()
+        }
+        self.frozen_shapes = {
+            k: tuple(v.shape) for k, v in flatten(nnx.to_pure_dict(frozen)).items()
+        }
         self._abstract = (params, frozen)
 
     def init(self, seed: int) -> tuple[FlatParams, FlatParams]:
         """Fresh values: (trainable parameters, frozen statistics)."""
 
-        _, params, frozen = nnx.split(DSCT(self.config, rngs=nnx.Rngs(params=seed)), nnx.Param, FrozenStatistic)  # type: ignore[misc]
+        _, params, frozen = nnx.split(
+            DSCT(self.config, rngs=nnx.Rngs(params=seed)), nnx.Param, FrozenStatistic
+        )  # type: ignore[misc]
         return flatten(nnx.to_pure_dict(params)), flatten(nnx.to_pure_dict(frozen))
 
     def bind(self, params: FlatParams, frozen: FlatParams) -> DSCT:

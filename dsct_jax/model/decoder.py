@@ -1,4 +1,6 @@
-"""The DSCT decoder: subject and context queries are decoupled, read the image together, and are fused in every layer (paper Fig. 4)."""
+"""The DSCT decoder: subject and context queries are decoupled, read the image together, and are
+fused in every layer (paper Fig. 4).
+"""
 
 import dataclasses
 from typing import Any
@@ -25,7 +27,9 @@ class FusionConfig:
 
 
 def smallest_k_mask(scores: Float[Array, "*n m"], k: int) -> Bool[Array, "*n m"]:
-    """True at the `k` smallest scores of each row; ties go to the lower index. Built from comparisons, so it stays local to its shard."""
+    """True at the `k` smallest scores of each row; ties go to the lower index. Built from
+    comparisons, so it stays local to its shard.
+    """
     if k == 0:
         return jnp.zeros(scores.shape, bool)
     values, indices = jax.lax.top_k(-scores, k)
@@ -34,9 +38,15 @@ def smallest_k_mask(scores: Float[Array, "*n m"], k: int) -> Bool[Array, "*n m"]
     return (-scores > last_value) | ((-scores == last_value) & before)
 
 
-def weighted_softmax(logits: Float[Array, "b q m"], counts: Float[Array, "b q m"]) -> Float[Array, "b q m"]:
-    """Softmax in which entry m counts `counts` times: 0 = left out, 2 = selected twice. A row of zeros gives zeros."""
-    peak = jax.lax.stop_gradient(jnp.max(jnp.where(counts > 0, logits, -jnp.inf), -1, keepdims=True))
+def weighted_softmax(
+    logits: Float[Array, "b q m"], counts: Float[Array, "b q m"]
+) -> Float[Array, "b q m"]:
+    """Softmax in which entry m counts `counts` times: 0 = left out, 2 = selected twice. A row of
+    zeros gives zeros.
+    """
+    peak = jax.lax.stop_gradient(
+        jnp.max(jnp.where(counts > 0, logits, -jnp.inf), -1, keepdims=True)
+    )
     weights = counts * jnp.exp(jnp.where(counts > 0, logits - peak, 0))
     total = weights.sum(-1, keepdims=True)
     return weights / jnp.where(total > 0, total, 1)
@@ -51,20 +61,30 @@ def subject_context_fusion(
     config: FusionConfig,
     attentive_logits: Float[Array, "b q m"] | None = None,
 ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
-    """Spatial-semantic relational aggregation: the subject queries plus what they gather from selected context queries.
+    """Spatial-semantic relational aggregation: the subject queries plus what they gather from
+    selected context queries.
 
-    Distances (Eq. 6) and dot products (Eq. 7, not scaled) select `num_spatial_neighbors` nearest and `num_semantic_neighbors` most or least
-    similar context queries; "paper" adds one weighted sum over both selections (Eq. 8; a query selected twice counts twice), "released" adds
-    one a selection and a third over the subject queries themselves (transformer.py:327-330). Points are in [0, 1] of the padded canvas.
-    Returns the fused subject queries, and the selections and weights [b q m].
+    Distances (Eq. 6) and dot products (Eq. 7, not scaled) select `num_spatial_neighbors` nearest
+    and `num_semantic_neighbors` most or least similar context queries; "paper" adds one weighted
+    sum over both selections (Eq. 8; a query selected twice counts twice), "released" adds one a
+    selection and a third over the subject queries themselves (transformer.py:327-330). Points are
+    in [0, 1] of the padded canvas. Returns the fused subject queries, and the selections and
+    weights [b q m].
     """
     relevance = jnp.einsum("bqd,bmd->bqm", subject, context)
     distance = jnp.sqrt(jnp.square(subject_points[:, :, None] - context_points[:, None]).sum(-1))
     distance = jax.lax.stop_gradient(distance)
     sign = 1 if config.semantic_selection == "smallest" else -1
     spatial = smallest_k_mask(distance, config.num_spatial_neighbors).astype(jnp.float32)
-    semantic = smallest_k_mask(jax.lax.stop_gradient(sign * relevance), config.num_semantic_neighbors).astype(jnp.float32)
-    choices: dict[str, Any] = {"semantic": relevance, "equal": jnp.zeros_like(relevance), "spatial": -distance, "attentive": attentive_logits}
+    semantic = smallest_k_mask(
+        jax.lax.stop_gradient(sign * relevance), config.num_semantic_neighbors
+    ).astype(jnp.float32)
+    choices: dict[str, Any] = {
+        "semantic": relevance,
+        "equal": jnp.zeros_like(relevance),
+        "spatial": -distance,
+        "attentive": attentive_logits,
+    }
     logits = choices[config.reweighting]
     if config.rule == "paper":
         weights = weighted_softmax(logits, spatial + semantic)
@@ -74,11 +94,16 @@ def subject_context_fusion(
     if config.rule == "released":
         among_subjects = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", subject, subject))
         gathered += jnp.einsum("bqk,bkd->bqd", among_subjects, subject)
-    return subject + gathered, {"spatial_selection": spatial > 0, "semantic_selection": semantic > 0, "context_weights": weights}
+    return subject + gathered, {
+        "spatial_selection": spatial > 0,
+        "semantic_selection": semantic > 0,
+        "context_weights": weights,
+    }
 
 
 class DecoderLayer(nnx.Module):
-    """Self-attention of all queries, deformable cross-attention, subject-context fusion, feed-forward block.
+    """Self-attention of all queries, deformable cross-attention, subject-context fusion,
+    feed-forward block.
 
     Tokens are ordered as released: `num_context` context queries, then the subject queries.
     """
@@ -99,7 +124,9 @@ class DecoderLayer(nnx.Module):
         self.dropout_rate, self.num_context, self.fusion = dropout_rate, num_context, fusion
         self.self_attention = SelfAttention(d, num_heads=num_heads, rngs=rngs)
         self.norm2 = layer_norm(d, rngs=rngs)  # numbered as in the released weights
-        self.cross_attention = DeformableAttention(d, num_heads=num_heads, num_levels=num_levels, num_points=num_points, rngs=rngs)
+        self.cross_attention = DeformableAttention(
+            d, num_heads=num_heads, num_levels=num_levels, num_points=num_points, rngs=rngs
+        )
         self.norm1 = layer_norm(d, rngs=rngs)
         attentive = fusion is not None and fusion.reweighting == "attentive"
         self.context_logits = linear(d, num_context, rngs=rngs) if attentive else None
@@ -119,25 +146,40 @@ class DecoderLayer(nnx.Module):
         noise: DropoutNoise | None,
         implementation: str | None,
     ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
-        """Returns the tokens and what the layer looked at. `reference_points` and the sizes `boxes` are those of each level's padded map."""
+        """Returns the tokens and what the layer looked at. `reference_points` and the sizes `boxes`
+        are those of each level's padded map.
+        """
         attended, self_weights = self.self_attention(tokens, positions)
         tokens = self.norm2(tokens + dropout(attended, self.dropout_rate, noise))
         attended, details = self.cross_attention(
-            tokens + positions, reference_points, memory, memory_padding, spatial_shapes, boxes=boxes, implementation=implementation
+            tokens + positions,
+            reference_points,
+            memory,
+            memory_padding,
+            spatial_shapes,
+            boxes=boxes,
+            implementation=implementation,
         )
         tokens = self.norm1(tokens + dropout(attended, self.dropout_rate, noise))
         if self.fusion is not None:
             context, subject = jnp.split(tokens, [self.num_context], axis=1)
             exact = subject.astype(jnp.float32)
-            fused, selected = subject_context_fusion(  # few tokens, and a selection that rounding would change: float32
-                exact,
-                context.astype(jnp.float32),
-                reference_points[:, self.num_context :, 0],
-                reference_points[:, : self.num_context, 0],
-                config=self.fusion,
-                attentive_logits=None if self.context_logits is None else self.context_logits(exact),
+            fused, selected = (
+                # few tokens, and a selection that rounding would change: float32
+                subject_context_fusion(
+                    exact,
+                    context.astype(jnp.float32),
+                    reference_points[:, self.num_context :, 0],
+                    reference_points[:, : self.num_context, 0],
+                    config=self.fusion,
+                    attentive_logits=None
+                    if self.context_logits is None
+                    else self.context_logits(exact),
+                )
             )
             tokens = jnp.concatenate([context, fused.astype(tokens.dtype)], 1)
             details |= selected
-        tokens = self.norm3(tokens + dropout(self.feedforward(tokens, noise), self.dropout_rate, noise))
+        tokens = self.norm3(
+            tokens + dropout(self.feedforward(tokens, noise), self.dropout_rate, noise)
+        )
         return tokens, details | {"self_attention_weights": self_weights}

@@ -1,4 +1,6 @@
-"""Deformable encoder: every token of every level is a query that samples all levels around its own place."""
+"""Deformable encoder: every token of every level is a query that samples all levels around its own
+place.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -18,26 +20,48 @@ class FeedForward(nnx.Module):
         self.linear1 = linear(d, d_inner, bias_init=torch_uniform(d), rngs=rngs)
         self.linear2 = linear(d_inner, d, bias_init=torch_uniform(d_inner), rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b s d"], noise: DropoutNoise | None) -> Float[Array, "b s d"]:
+    def __call__(
+        self, x: Float[Array, "b s d"], noise: DropoutNoise | None
+    ) -> Float[Array, "b s d"]:
         return self.linear2(dropout(jax.nn.relu(self.linear1(x)), self.dropout_rate, noise))
 
 
-def encoder_reference_points(spatial_shapes: SpatialShapes, valid_ratios: Float[Array, "b l 2"]) -> Float[Array, "b s l 2"]:
+def encoder_reference_points(
+    spatial_shapes: SpatialShapes, valid_ratios: Float[Array, "b l 2"]
+) -> Float[Array, "b s l 2"]:
     """Centre of every token in [0, 1] of its image, rescaled to each level's padded map."""
     centres = []
     for level, (h, w) in enumerate(spatial_shapes):
-        y, x = np.meshgrid(np.arange(h, dtype=np.float32) + 0.5, np.arange(w, dtype=np.float32) + 0.5, indexing="ij")
+        y, x = np.meshgrid(
+            np.arange(h, dtype=np.float32) + 0.5,
+            np.arange(w, dtype=np.float32) + 0.5,
+            indexing="ij",
+        )
         grid = np.stack([x, y], -1).reshape(1, h * w, 2)
-        centres.append(grid / (valid_ratios[:, None, level] * np.array([w, h], np.float32).reshape(1, 1, 2)))
+        centres.append(
+            grid / (valid_ratios[:, None, level] * np.array([w, h], np.float32).reshape(1, 1, 2))
+        )
     return jnp.concatenate(centres, 1)[:, :, None] * valid_ratios[:, None]
 
 
 class EncoderLayer(nnx.Module):
     """Deformable self-attention and a feed-forward block, each with a residual and a norm after it."""
 
-    def __init__(self, d: int, *, num_heads: int, num_levels: int, num_points: int, feedforward_dim: int, dropout_rate: float, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        d: int,
+        *,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        feedforward_dim: int,
+        dropout_rate: float,
+        rngs: nnx.Rngs,
+    ):
         self.dropout_rate = dropout_rate
-        self.self_attention = DeformableAttention(d, num_heads=num_heads, num_levels=num_levels, num_points=num_points, rngs=rngs)
+        self.self_attention = DeformableAttention(
+            d, num_heads=num_heads, num_levels=num_levels, num_points=num_points, rngs=rngs
+        )
         self.norm1 = layer_norm(d, rngs=rngs)
         self.feedforward = FeedForward(d, feedforward_dim, dropout_rate=dropout_rate, rngs=rngs)
         self.norm2 = layer_norm(d, rngs=rngs)
@@ -53,6 +77,15 @@ class EncoderLayer(nnx.Module):
         noise: DropoutNoise | None,
         implementation: str | None,
     ) -> Float[Array, "b s d"]:
-        attended, _ = self.self_attention(memory + positions, reference_points, memory, memory_padding, spatial_shapes, implementation=implementation)
+        attended, _ = self.self_attention(
+            memory + positions,
+            reference_points,
+            memory,
+            memory_padding,
+            spatial_shapes,
+            implementation=implementation,
+        )
         memory = self.norm1(memory + dropout(attended, self.dropout_rate, noise))
-        return self.norm2(memory + dropout(self.feedforward(memory, noise), self.dropout_rate, noise))
+        return self.norm2(
+            memory + dropout(self.feedforward(memory, noise), self.dropout_rate, noise)
+        )

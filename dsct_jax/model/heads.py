@@ -9,35 +9,59 @@ from dsct_jax.boxes import inverse_sigmoid
 from dsct_jax.model.layers import linear, torch_uniform
 
 INITIAL_SIZE = -2.0  # logit of a new box's width and height: about a ninth of the image
-CLASS_PRIOR_BIAS = -4.59511985013459  # -log((1 - 0.01) / 0.01): every class starts at probability 0.01 (focal loss)
+CLASS_PRIOR_BIAS = (
+    -4.59511985013459
+)  # -log((1 - 0.01) / 0.01): every class starts at probability 0.01 (focal loss)
 
 
 class BoxHead(nnx.Module):
-    """Three dense layers that predict a box relative to the query's reference point, or to the reference box that they `refine`."""
+    """Three dense layers that predict a box relative to the query's reference point, or to the
+    reference box that they `refine`.
+    """
 
     def __init__(self, d: int, *, refines: bool = False, rngs: nnx.Rngs):
         self.refines = refines
-        self.layer0 = linear(d, d, kernel_init=torch_uniform(d), bias_init=torch_uniform(d), rngs=rngs)
-        self.layer1 = linear(d, d, kernel_init=torch_uniform(d), bias_init=torch_uniform(d), rngs=rngs)
+        self.layer0 = linear(
+            d, d, kernel_init=torch_uniform(d), bias_init=torch_uniform(d), rngs=rngs
+        )
+        self.layer1 = linear(
+            d, d, kernel_init=torch_uniform(d), bias_init=torch_uniform(d), rngs=rngs
+        )
         size = 0.0 if refines else INITIAL_SIZE
         start = lambda *_: jnp.array([0.0, 0.0, size, size])  # noqa: E731
         self.layer2 = linear(d, 4, kernel_init=nnx.initializers.zeros, bias_init=start, rngs=rngs)
 
-    def __call__(self, tokens: Float[Array, "*b d"], references: Float[Array, "*b r"]) -> Float[Array, "*b 4"]:
-        """Boxes (cx, cy, w, h) in [0, 1] of the image without padding; references likewise, points (r = 2) or boxes (r = 4)."""
+    def __call__(
+        self, tokens: Float[Array, "*b d"], references: Float[Array, "*b r"]
+    ) -> Float[Array, "*b 4"]:
+        """Boxes (cx, cy, w, h) in [0, 1] of the image without padding; references likewise, points
+        (r = 2) or boxes (r = 4).
+        """
         deltas = self.layer2(jax.nn.relu(self.layer1(jax.nn.relu(self.layer0(tokens)))))
         start = inverse_sigmoid(references)
-        return jax.nn.sigmoid(deltas + jnp.pad(start, [(0, 0)] * (start.ndim - 1) + [(0, 4 - start.shape[-1])]))
+        return jax.nn.sigmoid(
+            deltas + jnp.pad(start, [(0, 0)] * (start.ndim - 1) + [(0, 4 - start.shape[-1])])
+        )
 
     def references(self, points: Float[Array, "b q 2"], num_context: int) -> Float[Array, "b q r"]:
-        """What the first decoder layer refers to: the points themselves, or with refinement boxes of the initial size around those of the subject
-        queries; context queries get a size of 0, since they never stand for a box."""
+        """What the first decoder layer refers to: the points themselves, or with refinement boxes
+        of the initial size around those of the subject queries; context queries get a size of 0,
+        since they never stand for a box.
+        """
         if not self.refines:
             return points
-        size = jnp.where(jnp.arange(points.shape[1]) < num_context, 0.0, jax.nn.sigmoid(INITIAL_SIZE))
+        size = jnp.where(
+            jnp.arange(points.shape[1]) < num_context, 0.0, jax.nn.sigmoid(INITIAL_SIZE)
+        )
         return jnp.concatenate([points, jnp.broadcast_to(size[None, :, None], points.shape)], -1)
 
 
 def class_head(d: int, num_logits: int, *, rngs: nnx.Rngs) -> nnx.Linear:
     """One dense layer; `num_logits` is the number of classes plus the released extra logit."""
-    return linear(d, num_logits, kernel_init=torch_uniform(d), bias_init=nnx.initializers.constant(CLASS_PRIOR_BIAS), rngs=rngs)
+    return linear(
+        d,
+        num_logits,
+        kernel_init=torch_uniform(d),
+        bias_init=nnx.initializers.constant(CLASS_PRIOR_BIAS),
+        rngs=rngs,
+    )

@@ -1,7 +1,9 @@
-"""The few layers that differ from Flax's defaults: PyTorch's epsilons, paddings and initial values, and convolutions that are fast on the CPU.
+"""The few layers that differ from Flax's defaults: PyTorch's epsilons, paddings and initial values,
+and convolutions that are fast on the CPU.
 
-Parameters are float32; every layer computes in the type of its input (`model.compute_dtype`) and returns that type. What a norm measures, and
-what is asked for with `linear_in_float32`, is float32 whatever the input.
+Parameters are float32; every layer computes in the type of its input (`model.compute_dtype`) and
+returns that type. What a norm measures, and what is asked for with `linear_in_float32`, is float32
+whatever the input.
 """
 
 import math
@@ -20,14 +22,17 @@ from jaxtyping import Array, Bool, Float, Key
 NORM_EPSILON = 1e-5  # PyTorch's; Flax's 1e-6 moves the logits by 4e-5
 
 REMAT = ("none", "light", "layers", "all")
-SAVED = "kept"  # name of what `rematerialized` layers never compute twice: dear to compute, small to keep
+# name of what `rematerialized` layers never compute twice: dear to compute, small to keep
+SAVED = "kept"
 MATMUL = "product"  # name of the result of a dense layer or a 1x1 convolution
 
 Initializer = Callable[..., jax.Array]
 
 
 def initializer(draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]) -> Initializer:
-    """An initializer for Flax that draws with NumPy: a seed gives the same weights on every backend and JAX version, and nothing is compiled."""
+    """An initializer for Flax that draws with NumPy: a seed gives the same weights on every backend
+    and JAX version, and nothing is compiled.
+    """
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         if isinstance(key, jax.core.Tracer):  # shapes only (nnx.eval_shape)
@@ -49,7 +54,9 @@ def _xavier(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarra
 
 
 xavier_uniform = initializer(_xavier)
-he_normal_fan_out = initializer(lambda g, shape: g.normal(0, math.sqrt(2 / _fans(shape)[1]), shape))  # torchvision's ResNet
+he_normal_fan_out = initializer(
+    lambda g, shape: g.normal(0, math.sqrt(2 / _fans(shape)[1]), shape)
+)  # torchvision's ResNet
 standard_normal = initializer(lambda g, shape: g.standard_normal(shape))
 
 
@@ -59,82 +66,115 @@ def torch_uniform(fan_in: int) -> Initializer:
     return initializer(lambda g, shape: g.uniform(-bound, bound, shape))
 
 
-def matmul_2d(x: Float[Array, "*n a"], kernel: Float[Array | np.ndarray, "*one a b"], dtype: Any) -> Float[Array, "*n b"]:
-    """x @ kernel, returned in `dtype`, as one product of two matrices whatever the leading axes (those of the kernel are ones), there and back.
+def matmul_2d(
+    x: Float[Array, "*n a"], kernel: Float[Array | np.ndarray, "*one a b"], dtype: Any
+) -> Float[Array, "*n b"]:
+    """x @ kernel, returned in `dtype`, as one product of two matrices whatever the leading axes
+    (those of the kernel are ones), there and back.
 
-    With several leading axes XLA's CPU backend transposes what comes back, element by element: up to half of a layer's backward pass. The gradients
-    are the usual ones; written out, they keep `x` and `kernel` as they came, which for a value that several layers read is once.
+    With several leading axes XLA's CPU backend transposes what comes back, element by element: up
+    to half of a layer's backward pass. The gradients are the usual ones; written out, they keep `x`
+    and `kernel` as they came, which for a value that several layers read is once.
     """
     return checkpoint_name(_matmul_2d(x, kernel, dtype), MATMUL)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul_2d(x: Any, kernel: Any, dtype: Any) -> jax.Array:
-    return jnp.matmul(_rows(x), _rows(kernel), preferred_element_type=dtype).reshape(*x.shape[:-1], kernel.shape[-1])
+    return jnp.matmul(_rows(x), _rows(kernel), preferred_element_type=dtype).reshape(
+        *x.shape[:-1], kernel.shape[-1]
+    )
 
 
 def _rows(x: Any) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _product_backward(dtype: Any, kept: tuple[Any, Any], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _product_backward(
+    dtype: Any, kept: tuple[Any, Any], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
     g_x = jnp.matmul(_rows(g), _rows(kernel).T, preferred_element_type=dtype)
     g_kernel = jnp.matmul(_rows(x).T, _rows(g), preferred_element_type=dtype)
     return g_x.astype(x.dtype).reshape(x.shape), g_kernel.astype(kernel.dtype).reshape(kernel.shape)
 
 
-_matmul_2d.defvjp(lambda x, kernel, dtype: (_matmul_2d(x, kernel, dtype), (x, kernel)), _product_backward)
+_matmul_2d.defvjp(
+    lambda x, kernel, dtype: (_matmul_2d(x, kernel, dtype), (x, kernel)), _product_backward
+)
 
 
 class Linear(nnx.Linear):
     """A dense layer in the type of its input."""
 
-    def __call__(self, inputs: Float[Array, "*n a"], out_sharding: Any = None) -> Float[Array, "*n b"]:
+    def __call__(
+        self, inputs: Float[Array, "*n a"], out_sharding: Any = None
+    ) -> Float[Array, "*n b"]:
         assert self.bias is not None and out_sharding is None
         y = matmul_2d(inputs, self.kernel[...].astype(inputs.dtype), inputs.dtype)
         return y + self.bias[...].astype(inputs.dtype).reshape(*(1,) * (y.ndim - 1), -1)
 
 
-def linear(d_in: int, d_out: int, *, rngs: nnx.Rngs, kernel_init=xavier_uniform, bias_init=nnx.initializers.zeros) -> Linear:
+def linear(
+    d_in: int,
+    d_out: int,
+    *,
+    rngs: nnx.Rngs,
+    kernel_init=xavier_uniform,
+    bias_init=nnx.initializers.zeros,
+) -> Linear:
     """A dense layer; the defaults are those of the transformer (Xavier, zero bias)."""
     return Linear(d_in, d_out, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
 
 
 def linear_in_float32(layer: Linear, x: Float[Array, "*n a"]) -> Float[Array, "*n b"]:
-    """The layer's float32 result for an input of any type: products of what the type holds, summed and returned in float32."""
+    """The layer's float32 result for an input of any type: products of what the type holds, summed
+    and returned in float32.
+    """
     assert layer.bias is not None
     y = matmul_2d(x, layer.kernel[...].astype(x.dtype), jnp.float32)
     return y + layer.bias[...].reshape(*(1,) * (y.ndim - 1), -1)
 
 
 @jax.custom_vjp
-def scale_and_shift(x: Float[Array, "*n d"], scale: Float[Array, " d"], bias: Float[Array, " d"]) -> Float[Array, "*n d"]:
-    """x * scale + bias, with the obvious gradients in an order that XLA's CPU backend does well: a norm's backward pass takes a third of the time.
+def scale_and_shift(
+    x: Float[Array, "*n d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
+) -> Float[Array, "*n d"]:
+    """x * scale + bias, with the obvious gradients in an order that XLA's CPU backend does well: a
+    norm's backward pass takes a third of the time.
 
-    (What JAX derives sums the gradient of `scale` inside the loops of the normalisation, where nothing is vectorised.)
+    (What JAX derives sums the gradient of `scale` inside the loops of the normalisation, where
+    nothing is vectorised.)
     """
     return x * scale.reshape(*(1,) * (x.ndim - 1), -1) + bias.reshape(*(1,) * (x.ndim - 1), -1)
 
 
-def _scale_and_shift_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _scale_and_shift_backward(
+    kept: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, scale = kept
     axes = tuple(range(g.ndim - 1))
     return g * scale.reshape(*(1,) * len(axes), -1), (g * x).sum(axes), g.sum(axes)
 
 
-scale_and_shift.defvjp(lambda x, scale, bias: (scale_and_shift(x, scale, bias), (x, scale)), _scale_and_shift_backward)
+scale_and_shift.defvjp(
+    lambda x, scale, bias: (scale_and_shift(x, scale, bias), (x, scale)), _scale_and_shift_backward
+)
 
 
 class LayerNorm(nnx.LayerNorm):
     """Layer normalisation in float32, returned in the type of its input."""
 
-    def __call__(self, x: Float[Array, "*n d"], *, mask: jax.Array | None = None) -> Float[Array, "*n d"]:
+    def __call__(
+        self, x: Float[Array, "*n d"], *, mask: jax.Array | None = None
+    ) -> Float[Array, "*n d"]:
         assert self.scale is not None and self.bias is not None and mask is None
         exact = x.astype(jnp.float32)
         centred = exact - exact.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
-        return scale_and_shift(centred * jax.lax.rsqrt(variance + self.epsilon), self.scale[...], self.bias[...]).astype(x.dtype)
+        return scale_and_shift(
+            centred * jax.lax.rsqrt(variance + self.epsilon), self.scale[...], self.bias[...]
+        ).astype(x.dtype)
 
 
 def layer_norm(d: int, *, rngs: nnx.Rngs) -> LayerNorm:
@@ -143,21 +183,27 @@ def layer_norm(d: int, *, rngs: nnx.Rngs) -> LayerNorm:
 
 
 def rematerialized(layer: Callable[..., Any], rule: str) -> Callable[..., Any]:
-    """The layer, of whose inside the backward pass finds only some values kept and computes the others again.
+    """The layer, of whose inside the backward pass finds only some values kept and computes the
+    others again.
 
-    none: everything is kept; light: the results of matrix products, sampled attention and the bits of dropout; layers, all: the last two only.
+    none: everything is kept; light: the results of matrix products, sampled attention and the bits
+        of dropout; layers, all: the last two only.
     """
     if rule == "none":
         return layer
     policies = jax.checkpoint_policies
     policy = policies.save_only_these_names(SAVED)
     if rule == "light":
-        policy = policies.save_from_both_policies(policies.save_only_these_names(SAVED, MATMUL), policies.dots_saveable)
+        policy = policies.save_from_both_policies(
+            policies.save_only_these_names(SAVED, MATMUL), policies.dots_saveable
+        )
     return jax.checkpoint(layer, policy=policy)
 
 
 class DropoutNoise:
-    """The random bits of one training step: one key an image, so that they do not depend on how a batch is spread over devices."""
+    """The random bits of one training step: one key an image, so that they do not depend on how a
+    batch is spread over devices.
+    """
 
     def __init__(self, keys: Key[Array, " b"]):
         self._keys, self._calls = keys, 0
@@ -168,17 +214,27 @@ class DropoutNoise:
         size = math.prod(shape[1:])
 
         def keep_image(key: Key[Array, ""]) -> Bool[Array, "..."]:
-            # Four masks' entries a hash. jax.random.bits spends a hash on each entry: twelve times slower on the CPU, and felt in a whole step.
-            words = threefry_2x32(jax.random.key_data(jax.random.fold_in(key, self._calls)), jnp.arange(-(-size // 2), dtype=jnp.uint32))
+            # Four masks' entries a hash. jax.random.bits spends a hash on each entry: twelve times
+            # slower on the CPU, and felt in a whole step.
+            words = threefry_2x32(
+                jax.random.key_data(jax.random.fold_in(key, self._calls)),
+                jnp.arange(-(-size // 2), dtype=jnp.uint32),
+            )
             first = round(rate * 65536)  # of the values that are kept
-            kept = jnp.concatenate([(words & 0xFFFF) >= first, (words >> 16) >= first])  # compared before: a byte an entry to put together
+            kept = jnp.concatenate(
+                [(words & 0xFFFF) >= first, (words >> 16) >= first]
+            )  # compared before: a byte an entry to put together
             return kept[:size].reshape(shape[1:])
 
         return checkpoint_name(jax.vmap(keep_image)(self._keys), SAVED)
 
 
-def dropout(x: Float[Array, "b *n"], rate: float, noise: DropoutNoise | None) -> Float[Array, "b *n"]:
-    """Dropout of each image with its own key; without `noise` (evaluation) or at rate 0 the identity."""
+def dropout(
+    x: Float[Array, "b *n"], rate: float, noise: DropoutNoise | None
+) -> Float[Array, "b *n"]:
+    """Dropout of each image with its own key; without `noise` (evaluation) or at rate 0 the
+    identity.
+    """
     if noise is None or rate == 0:
         return x
     return jnp.where(noise.keep(x.shape, rate), x / (1 - rate), 0)
@@ -187,10 +243,21 @@ def dropout(x: Float[Array, "b *n"], rate: float, noise: DropoutNoise | None) ->
 class Conv(nnx.Module):
     """2-D convolution, NHWC, padding k // 2 on every side (PyTorch's, not 'SAME').
 
-    A 1x1 kernel is a matrix product: 1.5 to 4 times faster than XLA's convolution on the CPU and the same elsewhere.
+    A 1x1 kernel is a matrix product: 1.5 to 4 times faster than XLA's convolution on the CPU and
+        the same elsewhere.
     """
 
-    def __init__(self, d_in: int, d_out: int, size: int, *, stride: int = 1, use_bias: bool = False, kernel_init=he_normal_fan_out, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        size: int,
+        *,
+        stride: int = 1,
+        use_bias: bool = False,
+        kernel_init=he_normal_fan_out,
+        rngs: nnx.Rngs,
+    ):
         self.size, self.stride = size, stride
         self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, d_in, d_out), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(d_out)) if use_bias else None
@@ -202,7 +269,11 @@ class Conv(nnx.Module):
         else:
             pad = self.size // 2
             x = jax.lax.conv_general_dilated(
-                x, kernel, (self.stride, self.stride), ((pad, pad), (pad, pad)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+                x,
+                kernel,
+                (self.stride, self.stride),
+                ((pad, pad), (pad, pad)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
         return x if self.bias is None else x + self.bias[...].astype(x.dtype).reshape(1, 1, 1, -1)
 
@@ -212,7 +283,9 @@ class FrozenStatistic(nnx.Variable):
 
 
 class FrozenBatchNorm(nnx.Module):
-    """BatchNorm with fixed statistics, scale and bias: an affine map of each channel (the pretrained backbone's)."""
+    """BatchNorm with fixed statistics, scale and bias: an affine map of each channel (the
+    pretrained backbone's).
+    """
 
     def __init__(self, d: int):
         self.scale = FrozenStatistic(jnp.ones(d))
@@ -223,11 +296,14 @@ class FrozenBatchNorm(nnx.Module):
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
         scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + NORM_EPSILON)
         offset = self.bias[...] - self.mean[...] * scale
-        return x * scale.astype(x.dtype).reshape(1, 1, 1, -1) + offset.astype(x.dtype).reshape(1, 1, 1, -1)
+        return x * scale.astype(x.dtype).reshape(1, 1, 1, -1) + offset.astype(x.dtype).reshape(
+            1, 1, 1, -1
+        )
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation of NHWC maps: needs no statistics of a batch, so it is the same on one device and on many.
+    """Group normalisation of NHWC maps: needs no statistics of a batch, so it is the same on one
+    device and on many.
 
     Source: Wu & He 2018.
     """
@@ -238,13 +314,18 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(d))
 
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-        # Reduced by channel first: splitting the channel axis of the whole map into groups is four times slower on the CPU.
+        # Reduced by channel first: splitting the channel axis of the whole map into groups is four
+        # times slower on the CPU.
         mean = self._over_groups(x.astype(jnp.float32).mean((1, 2)))
         centred = x - mean
         variance = self._over_groups(jnp.square(centred).mean((1, 2)))
-        return scale_and_shift(centred * jax.lax.rsqrt(variance + NORM_EPSILON), self.scale[...], self.bias[...]).astype(x.dtype)
+        return scale_and_shift(
+            centred * jax.lax.rsqrt(variance + NORM_EPSILON), self.scale[...], self.bias[...]
+        ).astype(x.dtype)
 
     def _over_groups(self, channels: Float[Array, "b d"]) -> Float[Array, "b 1 1 d"]:
         b, d = channels.shape
         size = d // self.num_groups
-        return jnp.repeat(channels.reshape(b, self.num_groups, size).mean(-1), size, axis=1)[:, None, None]
+        return jnp.repeat(channels.reshape(b, self.num_groups, size).mean(-1), size, axis=1)[
+            :, None, None
+        ]

@@ -1,4 +1,6 @@
-"""Where a token lies: sine embedding of a padded grid, its padding mask at each level, and the valid part of each level."""
+"""Where a token lies: sine embedding of a padded grid, its padding mask at each level, and the
+valid part of each level.
+"""
 
 import math
 
@@ -15,19 +17,29 @@ def resize_mask(mask: Bool[Array, "b h w"], height: int, width: int) -> Bool[Arr
 
 
 def valid_ratio(mask: Bool[Array, "b h w"]) -> Float[Array, "b 2"]:
-    """(width, height) of the image as a share of the padded map, measured along its first row and column."""
+    """(width, height) of the image as a share of the padded map, measured along its first row and
+    column.
+    """
     height = jnp.sum(~mask[:, :, 0], 1) / mask.shape[1]
     width = jnp.sum(~mask[:, 0, :], 1) / mask.shape[2]
     return jnp.stack([width, height], -1)
 
 
-def sine_position(mask: Bool[Array, "b h w"], d: int, *, temperature: float = 10000.0) -> Float[Array, "b h w d"]:
-    """Sine embedding of pixel centres in [0, 2 pi] of the valid part: first half y, second half x (DETR, with Deformable DETR's -0.5)."""
+def sine_position(
+    mask: Bool[Array, "b h w"], d: int, *, temperature: float = 10000.0
+) -> Float[Array, "b h w d"]:
+    """Sine embedding of pixel centres in [0, 2 pi] of the valid part: first half y, second half x
+    (DETR, with Deformable DETR's -0.5).
+    """
     valid = (~mask).astype(jnp.float32)
     y, x = jnp.cumsum(valid, axis=1), jnp.cumsum(valid, axis=2)
     y = (y - 0.5) / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
     x = (x - 0.5) / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
-    period = (temperature ** (2 * (np.arange(d // 2) // 2) / (d // 2))).astype(np.float32).reshape(1, 1, 1, -1)
+    period = (
+        (temperature ** (2 * (np.arange(d // 2) // 2) / (d // 2)))
+        .astype(np.float32)
+        .reshape(1, 1, 1, -1)
+    )
 
     def embed(position):
         phase = position[..., None] / period

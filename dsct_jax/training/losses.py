@@ -1,6 +1,8 @@
-"""The training loss: classification, L1 and generalized IoU of every decoder layer, as named terms and their weighted total (paper Eq. 3).
+"""The training loss: classification, L1 and generalized IoU of every decoder layer, as named terms
+and their weighted total (paper Eq. 3).
 
-A plain function of global arrays: under `jax.jit` with the batch axis sharded, its sums are sums over the whole batch.
+A plain function of global arrays: under `jax.jit` with the batch axis sharded, its sums are sums
+    over the whole batch.
 """
 
 import dataclasses
@@ -34,14 +36,24 @@ class LossConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "class_weights", tuple(self.class_weights))  # hashable, so that the configuration can be a static argument
+        object.__setattr__(
+            self, "class_weights", tuple(self.class_weights)
+        )  # hashable, so that the configuration can be a static argument
         if self.class_loss not in CLASS_LOSSES:
-            raise UserError(f"loss.class_loss={self.class_loss!r} is not one of {', '.join(CLASS_LOSSES)}")
-        if self.focal_normalization not in FOCAL_NORMALIZATIONS:
-            raise UserError(f"loss.focal_normalization={self.focal_normalization!r} is not one of {', '.join(FOCAL_NORMALIZATIONS)}")
-        if not (0 <= self.focal_alpha <= 1 and self.focal_gamma >= 0 and 0 <= self.label_smoothing < 1):
             raise UserError(
-                f"loss: focal_alpha={self.focal_alpha} must lie in [0, 1], focal_gamma={self.focal_gamma} be at least 0, "
+                f"loss.class_loss={self.class_loss!r} is not one of {', '.join(CLASS_LOSSES)}"
+            )
+        if self.focal_normalization not in FOCAL_NORMALIZATIONS:
+            raise UserError(
+                f"loss.focal_normalization={self.focal_normalization!r} is not one of "
+                f"{', '.join(FOCAL_NORMALIZATIONS)}"
+            )
+        if not (
+            0 <= self.focal_alpha <= 1 and self.focal_gamma >= 0 and 0 <= self.label_smoothing < 1
+        ):
+            raise UserError(
+                f"loss: focal_alpha={self.focal_alpha} must lie in [0, 1], "
+                f"focal_gamma={self.focal_gamma} be at least 0, "
                 f"label_smoothing={self.label_smoothing} lie in [0, 1)"
             )
 
@@ -56,21 +68,34 @@ class _Matched:
 
 
 def count_boxes(valid: Bool[Array, "b t"]) -> Float[Array, ""]:
-    """`num_boxes` of a batch: its people, those that no query is left for included, and at least 1 (as released)."""
+    """`num_boxes` of a batch: its people, those that no query is left for included, and at least 1
+    (as released).
+    """
     return jnp.maximum(valid.sum(), 1).astype(jnp.float32)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossSums:
-    """Losses and measurements that can be added up: over devices, and over the parts of a batch whose gradients are accumulated."""
+    """Losses and measurements that can be added up: over devices, and over the parts of a batch
+    whose gradients are accumulated.
+    """
 
-    terms: dict[str, Any]  # float32 []: `total` and the loss terms, already divided by the number of boxes of the whole batch
-    ratios: dict[str, tuple[Any, Any]]  # float32 [] each: numerator and denominator of what is measured beside the loss
+    terms: dict[str, Any]
+    # float32 []: `total` and the loss terms, already divided by the number of boxes of the
+    # whole batch
+    ratios: dict[
+        str, tuple[Any, Any]
+    ]  # float32 [] each: numerator and denominator of what is measured beside the loss
 
     def compute(self) -> dict[str, Float[Array, ""]]:
-        """Everything under its name; `class_error`, in percent, is what lacks to the ratio of those called rightly (100 where nobody is labelled)."""
-        measured = {name: numerator / jnp.maximum(denominator, 1) for name, (numerator, denominator) in self.ratios.items()}
+        """Everything under its name; `class_error`, in percent, is what lacks to the ratio of those
+        called rightly (100 where nobody is labelled).
+        """
+        measured = {
+            name: numerator / jnp.maximum(denominator, 1)
+            for name, (numerator, denominator) in self.ratios.items()
+        }
         if "class_accuracy" in measured:
             measured["class_error"] = 100 - 100 * measured.pop("class_accuracy")
         return self.terms | measured
@@ -87,7 +112,15 @@ def detection_losses(
     multi_label: bool,
 ) -> dict[str, Float[Array, ""]]:
     """`loss_sums` of a whole batch, finished."""
-    sums = loss_sums(logits, boxes, targets, assignment, num_boxes=num_boxes, config=config, multi_label=multi_label)
+    sums = loss_sums(
+        logits,
+        boxes,
+        targets,
+        assignment,
+        num_boxes=num_boxes,
+        config=config,
+        multi_label=multi_label,
+    )
     return sums.compute()
 
 
@@ -104,23 +137,33 @@ def loss_sums(
     """Unweighted terms, their weighted total, and numbers for the log only.
 
     Args:
-        logits: c = k + 1; the last one means "a subject" when `multi_label` (its target is 1 for every matched query, as released) and with
-            `class_loss="softmax"`; otherwise it has no part in the loss.
+        logits: c = k + 1; the last one means "a subject" when `multi_label` (its target is 1 for
+            every matched query, as released) and with `class_loss="softmax"`; otherwise it has no
+            part in the loss.
         boxes: (cx, cy, w, h) in [0, 1].
         assignment: index of the target of each query, -1 = none (`matcher.assign_on_host`).
         num_boxes: `count_boxes` of the global batch, whatever part of it this is.
 
     Returns:
-        `loss_class`, `loss_bbox`, `loss_giou` of the last layer, the same with "/0", "/1" ... for the layers before it, and `total`, the weighted
-        sum of all of them. Not in the total: `cardinality_error` (mean over images of | queries whose highest logit is not the last - people |,
-        every layer), and of the last layer `class_error` (percent of the matched queries whose highest logit, with the softmax loss of the classes
-        alone, is not their class; 0 when `multi_label`, as released) and `matched_iou` (mean over the matched queries, 0 when there is none).
+        `loss_class`, `loss_bbox`, `loss_giou` of the last layer, the same with "/0", "/1" ... for
+        the layers before it, and `total`, the weighted sum of all of them. Not in the total:
+        `cardinality_error` (mean over images of | queries whose highest logit is not the last -
+        people |, every layer), and of the last layer `class_error` (percent of the matched queries
+        whose highest logit, with the softmax loss of the classes alone, is not their class; 0 when
+        `multi_label`, as released) and `matched_iou` (mean over the matched queries, 0 when there
+        is none).
     """
     num_classes = logits.shape[-1] - 1
     if config.class_weights and len(config.class_weights) != num_classes:
-        raise UserError(f"loss.class_weights has {len(config.class_weights)} values for {num_classes} classes: give one a class, or () for none")
+        raise UserError(
+            f"loss.class_weights has {len(config.class_weights)} values for {num_classes} "
+            "classes: give one a class, or () for none"
+        )
     if multi_label and config.class_loss == "softmax":
-        raise UserError("loss.class_loss='softmax' needs multi_label=False: a softmax has exactly one label a person")
+        raise UserError(
+            "loss.class_loss='softmax' needs multi_label=False: a softmax has exactly one label a "
+            "person"
+        )
     matched = _gather_targets(targets, assignment)
     count = jnp.asarray(num_boxes, jnp.float32)
 
@@ -132,27 +175,41 @@ def loss_sums(
         "giou": giou_sums / count,
     }
     weights = {"class": config.weight_class, "bbox": config.weight_bbox, "giou": config.weight_giou}
-    losses = {"total": sum((weights[name] * values.sum() for name, values in terms.items()), start=jnp.zeros(()))}
+    losses = {
+        "total": sum(
+            (weights[name] * values.sum() for name, values in terms.items()), start=jnp.zeros(())
+        )
+    }
     for name, values in terms.items():
         losses |= _by_layer(f"loss_{name}", values)
 
     images = jnp.float32(logits.shape[1])
     ratios: dict[str, tuple[Any, Any]] = {
-        name: (error, images) for name, error in _by_layer("cardinality_error", _cardinality_errors(logits, targets.valid)).items()
+        name: (error, images)
+        for name, error in _by_layer(
+            "cardinality_error", _cardinality_errors(logits, targets.valid)
+        ).items()
     }
-    # Released: over all logits. With the softmax loss the last one is no class, and would hide the error of the others.
+    # Released: over all logits. With the softmax loss the last one is no class, and would hide the
+    # error of the others.
     class_logits = logits[-1, ..., :-1] if config.class_loss == "softmax" else logits[-1]
     if multi_label:
         ratios["class_error"] = (jnp.zeros(()), images)
     else:
-        ratios["class_accuracy"] = _count_correct(class_logits, matched.labels[-1], matched.exists[-1])
+        ratios["class_accuracy"] = _count_correct(
+            class_logits, matched.labels[-1], matched.exists[-1]
+        )
     ratios["matched_iou"] = (iou_sums[-1], matched.exists[-1].sum().astype(jnp.float32))
     return LossSums(losses, ratios)
 
 
 def _gather_targets(targets: Targets, assignment: Int[Array, "layers b q"]) -> _Matched:
-    """The assigned target of each query as one-hot products, which stay local to a shard of the batch; a gather may not."""
-    chosen = jax.nn.one_hot(assignment, targets.boxes.shape[-2], dtype=jnp.float32)  # -1 gives a row of zeros
+    """The assigned target of each query as one-hot products, which stay local to a shard of the
+    batch; a gather may not.
+    """
+    chosen = jax.nn.one_hot(
+        assignment, targets.boxes.shape[-2], dtype=jnp.float32
+    )  # -1 gives a row of zeros
     return _Matched(
         boxes=jnp.einsum("lbqt,btx->lbqx", chosen, targets.boxes, precision=_EXACT),
         labels=jnp.einsum("lbqt,btk->lbqk", chosen, targets.labels, precision=_EXACT),
@@ -166,10 +223,18 @@ def _by_layer(name: str, values: Float[Array, "layers"]) -> dict[str, Float[Arra
     return {name: values[-1]} | auxiliary
 
 
-def sigmoid_focal_loss(logits: Float[Array, "*n"], targets: Float[Array, "*n"], *, alpha: float = 0.25, gamma: float = 2.0) -> Float[Array, "*n"]:
-    """Focal loss of each logit (Lin et al. 2017), targets in [0, 1]; a target in between mixes the two sides.
+def sigmoid_focal_loss(
+    logits: Float[Array, "*n"],
+    targets: Float[Array, "*n"],
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Float[Array, "*n"]:
+    """Focal loss of each logit (Lin et al. 2017), targets in [0, 1]; a target in between mixes the
+    two sides.
 
-    (1 - p)^gamma is formed from the log-probability, so neither the value nor the gradient overflows, whatever the logit and gamma.
+    (1 - p)^gamma is formed from the log-probability, so neither the value nor the gradient
+    overflows, whatever the logit and gamma.
     """
     log_p, log_not_p = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
     positive = -alpha * jnp.exp(gamma * log_not_p) * log_p
@@ -177,18 +242,32 @@ def sigmoid_focal_loss(logits: Float[Array, "*n"], targets: Float[Array, "*n"], 
     return targets * positive + (1 - targets) * negative
 
 
-def _focal_class_sums(logits: Float[Array, "layers b q c"], matched: _Matched, *, config: LossConfig, multi_label: bool) -> Float[Array, "layers"]:
-    """Sum over images, queries and classes; every query without a target is a negative of every class.
+def _focal_class_sums(
+    logits: Float[Array, "layers b q c"],
+    matched: _Matched,
+    *,
+    config: LossConfig,
+    multi_label: bool,
+) -> Float[Array, "layers"]:
+    """Sum over images, queries and classes; every query without a target is a negative of every
+    class.
 
-    The emotions of a person who carries no label are unknown, not absent: they take no part. That the query is a subject is known.
+    The emotions of a person who carries no label are unknown, not absent: they take no part. That
+        the query is a subject is known.
     """
     num_classes = matched.labels.shape[-1]
     labelled = matched.labels.any(-1)
     targets, known = matched.labels, (labelled | ~matched.exists)[..., None]
     if config.label_smoothing:
         level = 1 / 2 if multi_label else 1 / num_classes
-        targets = jnp.where(labelled[..., None], targets * (1 - config.label_smoothing) + config.label_smoothing * level, targets)
-    loss = sigmoid_focal_loss(logits[..., :-1], targets, alpha=config.focal_alpha, gamma=config.focal_gamma)
+        targets = jnp.where(
+            labelled[..., None],
+            targets * (1 - config.label_smoothing) + config.label_smoothing * level,
+            targets,
+        )
+    loss = sigmoid_focal_loss(
+        logits[..., :-1], targets, alpha=config.focal_alpha, gamma=config.focal_gamma
+    )
     if config.class_weights:
         loss = loss * jnp.asarray(config.class_weights, jnp.float32).reshape(1, 1, 1, -1)
     sums = jnp.where(known, loss, 0).sum((1, 2, 3))
@@ -199,24 +278,40 @@ def _focal_class_sums(logits: Float[Array, "layers b q c"], matched: _Matched, *
     return sums
 
 
-def _subject_sums(logits: Float[Array, "layers b q c"], matched: _Matched, *, config: LossConfig) -> Float[Array, "layers"]:
+def _subject_sums(
+    logits: Float[Array, "layers b q c"], matched: _Matched, *, config: LossConfig
+) -> Float[Array, "layers"]:
     """Focal loss of the last logit: is this query a subject?"""
     exists = matched.exists.astype(jnp.float32)
-    return sigmoid_focal_loss(logits[..., -1], exists, alpha=config.focal_alpha, gamma=config.focal_gamma).sum((1, 2))
+    return sigmoid_focal_loss(
+        logits[..., -1], exists, alpha=config.focal_alpha, gamma=config.focal_gamma
+    ).sum((1, 2))
 
 
-def _softmax_class_sums(logits: Float[Array, "layers b q c"], matched: _Matched, *, config: LossConfig, multi_label: bool) -> Float[Array, "layers"]:
-    """Cross-entropy over the classes where a labelled person is matched, plus "a subject" on the last logit of every query.
+def _softmax_class_sums(
+    logits: Float[Array, "layers b q c"],
+    matched: _Matched,
+    *,
+    config: LossConfig,
+    multi_label: bool,
+) -> Float[Array, "layers"]:
+    """Cross-entropy over the classes where a labelled person is matched, plus "a subject" on the
+    last logit of every query.
 
-    Not in the paper: it separates finding a person from naming the emotion, for training from scratch. `focal_normalization` does not apply.
+    Not in the paper: it separates finding a person from naming the emotion, for training from
+        scratch. `focal_normalization` does not apply.
     """
     del multi_label
     labels, smoothing = matched.labels, config.label_smoothing
     log_p = jax.nn.log_softmax(logits[..., :-1], axis=-1)
-    smoothed = labels * (1 - smoothing) + smoothing / labels.shape[-1] * labels.sum(-1, keepdims=True)  # zeros stay zeros without a label
+    smoothed = labels * (1 - smoothing) + smoothing / labels.shape[-1] * labels.sum(
+        -1, keepdims=True
+    )  # zeros stay zeros without a label
     entropy = -(smoothed * log_p).sum(-1)
     if config.class_weights:
-        entropy = entropy * jnp.einsum("lbqk,k->lbq", labels, jnp.asarray(config.class_weights, jnp.float32), precision=_EXACT)
+        entropy = entropy * jnp.einsum(
+            "lbqk,k->lbq", labels, jnp.asarray(config.class_weights, jnp.float32), precision=_EXACT
+        )
     return entropy.sum((1, 2)) + _subject_sums(logits, matched, config=config)
 
 
@@ -224,16 +319,24 @@ def _box_sums(
     boxes: Float[Array, "layers b q 4"], matched: _Matched
 ) -> tuple[Float[Array, "layers"], Float[Array, "layers"], Float[Array, "layers"]]:
     """Sums over the matched queries of L1 in (cx, cy, w, h), of 1 - GIoU, and of IoU."""
-    # Queries without a target are compared with themselves: finite values and gradients whatever they predict, then masked.
+    # Queries without a target are compared with themselves: finite values and gradients whatever
+    # they predict, then masked.
     target_boxes = jnp.where(matched.exists[..., None], matched.boxes, jax.lax.stop_gradient(boxes))
     iou, giou = iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
     difference = boxes - target_boxes
-    distance = (difference * jax.lax.stop_gradient(jnp.sign(difference))).sum(-1)  # |.|, but with PyTorch's gradient 0 at 0; jnp.abs has 1 there
-    distance, giou_loss, iou = (jnp.where(matched.exists, values, 0).sum((1, 2)) for values in (distance, 1 - giou, jax.lax.stop_gradient(iou)))
+    distance = (difference * jax.lax.stop_gradient(jnp.sign(difference))).sum(
+        -1
+    )  # |.|, but with PyTorch's gradient 0 at 0; jnp.abs has 1 there
+    distance, giou_loss, iou = (
+        jnp.where(matched.exists, values, 0).sum((1, 2))
+        for values in (distance, 1 - giou, jax.lax.stop_gradient(iou))
+    )
     return distance, giou_loss, iou
 
 
-def _cardinality_errors(logits: Float[Array, "layers b q c"], valid: Bool[Array, "b t"]) -> Float[Array, "layers"]:
+def _cardinality_errors(
+    logits: Float[Array, "layers b q c"], valid: Bool[Array, "b t"]
+) -> Float[Array, "layers"]:
     predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)  # layers b
     return jnp.abs(predicted - valid.sum(-1)[None]).astype(jnp.float32).sum(-1)
 

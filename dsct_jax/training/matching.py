@@ -1,8 +1,11 @@
-"""Which subject query answers for which person: the matching cost and its optimal assignment (paper Section 3.2, Eq. 1-2).
+"""Which subject query answers for which person: the matching cost and its optimal assignment (paper
+Section 3.2, Eq. 1-2).
 
-The cost is computed on the device for all decoder layers at once. The assignment is solved on the host by SciPy, between the two jitted halves
-of a step, or on the device by optax. Both find the optimum; where several assignments cost the same, each may return another of them, and costs
-that differ by less than about 1e-5 are the same to the device, which reckons in float32 where SciPy does in float64.
+The cost is computed on the device for all decoder layers at once. The assignment is solved on the
+host by SciPy, between the two jitted halves of a step, or on the device by optax. Both find the
+optimum; where several assignments cost the same, each may return another of them, and costs that
+differ by less than about 1e-5 are the same to the device, which reckons in float32 where SciPy does
+in float64.
 """
 
 import dataclasses
@@ -21,7 +24,8 @@ from dsct_jax.errors import UserError
 
 IMPLEMENTATIONS = ("scipy", "device")
 
-# The released matcher fixes these two, whatever the focal loss uses, and adds _LOG_OFFSET inside the logarithms.
+# The released matcher fixes these two, whatever the focal loss uses, and adds _LOG_OFFSET inside
+# the logarithms.
 _ALPHA = 0.25
 _GAMMA = 2.0
 _LOG_OFFSET = 1e-8
@@ -29,7 +33,9 @@ _LOG_OFFSET = 1e-8
 
 @dataclasses.dataclass(frozen=True)
 class MatcherConfig:
-    """Weights of the three costs (the paper's theta; the released code's set_cost_*), and where the assignment is solved."""
+    """Weights of the three costs (the paper's theta; the released code's set_cost_*), and where the
+    assignment is solved.
+    """
 
     cost_class: float = 2.0
     cost_bbox: float = 5.0  # L1
@@ -38,7 +44,10 @@ class MatcherConfig:
 
     def __post_init__(self) -> None:
         if self.implementation not in IMPLEMENTATIONS:
-            raise UserError(f"matcher.implementation={self.implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+            raise UserError(
+                f"matcher.implementation={self.implementation!r} is not one of "
+                f"{', '.join(IMPLEMENTATIONS)}"
+            )
 
 
 def matching_cost(
@@ -49,23 +58,33 @@ def matching_cost(
     config: MatcherConfig,
     multi_label: bool,
 ) -> Float[Array, "*lead b q t"]:
-    """Cost of answering for target t with query q; `lead` is usually the decoder layers, c = k + 1 (the last logit plays no part).
+    """Cost of answering for target t with query q; `lead` is usually the decoder layers, c = k + 1
+    (the last logit plays no part).
 
-    boxes are (cx, cy, w, h) in [0, 1]. Rows of targets that are not `targets.valid` hold finite but meaningless numbers. The class cost of a
-    target without any label is 0. Source: the released matcher.py:60-100.
+    boxes are (cx, cy, w, h) in [0, 1]. Rows of targets that are not `targets.valid` hold finite but
+    meaningless numbers. The class cost of a target without any label is 0. Source: the released
+    matcher.py:60-100.
     """
     lead = (1,) * (logits.ndim - 3)
     labels = targets.labels.reshape(*lead, *targets.labels.shape)
-    target_boxes = targets.boxes.reshape(*lead, *targets.boxes.shape)[..., None, :, :]  # lead b 1 t 4
+    target_boxes = targets.boxes.reshape(*lead, *targets.boxes.shape)[
+        ..., None, :, :
+    ]  # lead b 1 t 4
     query_boxes = boxes[..., :, None, :]  # lead b q 1 4
 
     per_class = _focal_class_cost(logits[..., :-1])
     if multi_label:
-        per_class = per_class / per_class.shape[-1]  # the released mean over all classes, of which only the positive ones count
+        per_class = (
+            per_class / per_class.shape[-1]
+        )  # the released mean over all classes, of which only the positive ones count
     labels = jnp.broadcast_to(labels, (*logits.shape[:-3], *targets.labels.shape))
-    class_cost = jnp.einsum("...qk,...tk->...qt", per_class, labels, precision=jax.lax.Precision.HIGHEST)
+    class_cost = jnp.einsum(
+        "...qk,...tk->...qt", per_class, labels, precision=jax.lax.Precision.HIGHEST
+    )
     bbox_cost = jnp.abs(query_boxes - target_boxes).sum(-1)
-    giou = iou_and_giou(*jnp.broadcast_arrays(cxcywh_to_xyxy(query_boxes), cxcywh_to_xyxy(target_boxes)))[1]
+    giou = iou_and_giou(
+        *jnp.broadcast_arrays(cxcywh_to_xyxy(query_boxes), cxcywh_to_xyxy(target_boxes))
+    )[1]
     return config.cost_class * class_cost + config.cost_bbox * bbox_cost - config.cost_giou * giou
 
 
@@ -78,21 +97,30 @@ def _focal_class_cost(logits: Float[Array, "*n k"]) -> Float[Array, "*n k"]:
 
 
 def assign_on_host(
-    cost: Float[np.ndarray, "layers b q t"], valid: Bool[np.ndarray, "b t"], *, image_ids: Sequence[int] | None = None
+    cost: Float[np.ndarray, "layers b q t"],
+    valid: Bool[np.ndarray, "b t"],
+    *,
+    image_ids: Sequence[int] | None = None,
 ) -> Int[np.ndarray, "layers b q"]:
-    """Index of the target that each query is matched to, int32, -1 = none; the optimum of every layer and image (SciPy).
+    """Index of the target that each query is matched to, int32, -1 = none; the optimum of every
+    layer and image (SciPy).
 
-    With more valid targets than queries the targets that would cost most stay without a query. `image_ids` [b] only improve the message.
+    With more valid targets than queries the targets that would cost most stay without a query.
+    `image_ids` [b] only improve the message.
 
     Raises:
-        FloatingPointError: a cost of a valid target is not finite; names the decoder layer and the image.
+        FloatingPointError: a cost of a valid target is not finite; names the decoder layer and the
+            image.
     """
     wrong = ~np.isfinite(cost) & valid[None, :, None, :]
     if wrong.any():
         layer, image = (int(i) for i in np.argwhere(wrong)[0, :2])
-        name = f"image {image} of the batch" + ("" if image_ids is None else f" (id {image_ids[image]})")
+        name = f"image {image} of the batch" + (
+            "" if image_ids is None else f" (id {image_ids[image]})"
+        )
         raise FloatingPointError(
-            f"the matching cost of decoder layer {layer}, {name}, is not finite: the logits, boxes or targets hold NaN or infinity"
+            f"the matching cost of decoder layer {layer}, {name}, is not finite: the logits, "
+            "boxes or targets hold NaN or infinity"
         )
     assignment = np.full(cost.shape[:3], -1, np.int32)
     for image in range(cost.shape[1]):
@@ -105,21 +133,32 @@ def assign_on_host(
     return assignment
 
 
-def assign_on_device(cost: Float[Array, "layers b q t"], valid: Bool[Array, "b t"]) -> Int[Array, "layers b q"]:
-    """`assign_on_host` as jax operations: target of each query, int32, -1 = none. Costs that are not finite count as 0.
+def assign_on_device(
+    cost: Float[Array, "layers b q t"], valid: Bool[Array, "b t"]
+) -> Int[Array, "layers b q"]:
+    """`assign_on_host` as jax operations: target of each query, int32, -1 = none. Costs that are
+    not finite count as 0.
 
-    Targets that are not valid become real columns of the problem, so dear that no valid one is passed over for them.
+    Targets that are not valid become real columns of the problem, so dear that no valid one is
+    passed over for them.
     """
     num_queries, num_targets = cost.shape[-2:]
     cost = jnp.where(valid[:, None, :], jnp.nan_to_num(cost, nan=0.0, posinf=0.0, neginf=0.0), 0.0)
-    # Taking one more valid target may change every other pair by the whole range of costs. No dearer than needed: float32 has 24 bits.
+    # Taking one more valid target may change every other pair by the whole range of costs. No
+    # dearer than needed: float32 has 24 bits.
     peak = jnp.abs(cost).max((-1, -2), keepdims=True, initial=0.0)
-    padding = 2 * (num_queries + 1) * peak + 1 if num_queries < num_targets else jnp.zeros_like(peak)
+    padding = (
+        2 * (num_queries + 1) * peak + 1 if num_queries < num_targets else jnp.zeros_like(peak)
+    )
     cost = jnp.where(valid[:, None, :], cost, padding)
 
     def solve(cost, valid):
         queries, targets = hungarian_algorithm(cost)
-        return jnp.full(num_queries, -1, jnp.int32).at[queries].set(jnp.where(valid[targets], targets, -1).astype(jnp.int32))
+        return (
+            jnp.full(num_queries, -1, jnp.int32)
+            .at[queries]
+            .set(jnp.where(valid[targets], targets, -1).astype(jnp.int32))
+        )
 
     if num_targets == 0:
         return jnp.full(cost.shape[:3], -1, jnp.int32)

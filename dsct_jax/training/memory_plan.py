@@ -1,6 +1,8 @@
-"""What a training run will take, before it starts: parameters by module, and for each bucket memory, compile time and arithmetic of a step.
+"""What a training run will take, before it starts: parameters by module, and for each bucket
+memory, compile time and arithmetic of a step.
 
-Every program is compiled, none is run: memory is what the compiler assigned, for one device of the mesh.
+Every program is compiled, none is run: memory is what the compiler assigned, for one device of the
+    mesh.
 """
 
 import dataclasses
@@ -34,7 +36,9 @@ class ProgramPlan:
 
     name: str
     compile_seconds: float  # tracing included; short where the compilation cache has it
-    flops: float  # of one device as XLA counts them: the body of a loop (sampled attention) once, kernels not at all
+    # of one device as XLA counts them: the body of a loop (sampled attention) once, kernels not at
+    # all
+    flops: float
     argument_bytes: int  # of what it reads: a first half has no use for the optimizer's state
     output_bytes: int
     aliased_bytes: int  # outputs that take the place of arguments
@@ -64,19 +68,32 @@ class Plan:
     buckets: tuple[BucketPlan, ...]
 
 
-def make_plan(step: TrainStep, state: TrainState, buckets: Sequence[tuple[int, int]], *, batch_size: int, max_targets: int, num_classes: int) -> Plan:
+def make_plan(
+    step: TrainStep,
+    state: TrainState,
+    buckets: Sequence[tuple[int, int]],
+    *,
+    batch_size: int,
+    max_targets: int,
+    num_classes: int,
+) -> Plan:
     """Compiles the programs of `step` for every bucket.
 
     Args:
-        state: as from `initial_state`, or ShapeDtypeStructs with shardings; only shapes and shardings are looked at.
+        state: as from `initial_state`, or ShapeDtypeStructs with shardings; only shapes and
+            shardings are looked at.
         buckets: (height, width) of the padded images.
         batch_size: global, as the configuration's.
 
     Raises:
-        UserError: the batch cannot be split over the devices of the mesh and the parts that are accumulated.
+        UserError: the batch cannot be split over the devices of the mesh and the parts that are
+            accumulated.
     """
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    # What exists beside a program although it is none of its arguments: what only the update reads, and gradients that are being added up.
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    # What exists beside a program although it is none of its arguments: what only the update reads,
+    # and gradients that are being added up.
     unread = _bytes_on_a_device((state.opt_state, state.ema))
     sums = 4 * sum(x.size for x in state.params.values()) if step.config.accumulate > 1 else 0
     idle = {"first_half": unread + sums, "add_gradients": unread, "add_gradients_on_device": unread}
@@ -92,14 +109,31 @@ def make_plan(step: TrainStep, state: TrainState, buckets: Sequence[tuple[int, i
 def format_plan(plan: Plan) -> str:
     """The plan as text: two tables and a line between them."""
     lines = [f"{'module':<24}{'trained':>14}{'frozen':>14}"]
-    total = ModulePlan("all", sum(m.trained for m in plan.modules), sum(m.fixed for m in plan.modules))
-    lines += [f"{module.name:<24}{module.trained:>14,}{module.fixed:>14,}" for module in (*plan.modules, total)]
-    lines += ["", f"state on each device: {plan.state_bytes / _MIB:,.0f} MiB (parameters, average, optimizer)", ""]
-    lines.append(f"{'images':<20}{'program':<26}{'compile s':>10}{'GFLOP':>10}{'given MiB':>11}{'made MiB':>10}{'temp MiB':>10}{'all MiB':>10}")
+    total = ModulePlan(
+        "all", sum(m.trained for m in plan.modules), sum(m.fixed for m in plan.modules)
+    )
+    lines += [
+        f"{module.name:<24}{module.trained:>14,}{module.fixed:>14,}"
+        for module in (*plan.modules, total)
+    ]
+    lines += [
+        "",
+        f"state on each device: {plan.state_bytes / _MIB:,.0f} MiB (parameters, average, "
+        "optimizer)",
+        "",
+    ]
+    lines.append(
+        f"{'images':<20}{'program':<26}{'compile s':>10}{'GFLOP':>10}{'given MiB':>11}{'made MiB':>10}{'temp MiB':>10}{'all MiB':>10}"
+    )
     for bucket in plan.buckets:
         shape = "x".join(str(size) for size in bucket.image_shape[:3])
         for program in bucket.programs:
-            sizes = program.argument_bytes, program.output_bytes - program.aliased_bytes, program.temporary_bytes, program.live_bytes
+            sizes = (
+                program.argument_bytes,
+                program.output_bytes - program.aliased_bytes,
+                program.temporary_bytes,
+                program.live_bytes,
+            )
             given, made, temporary, live = (size / _MIB for size in sizes)
             numbers = f"{program.compile_seconds:>10.1f}{program.flops / _GIGA:>10.1f}{given:>11,.0f}{made:>10,.0f}{temporary:>10,.0f}{live:>10,.0f}"
             lines.append(f"{shape:<20}{program.name:<26}{numbers}")
@@ -118,7 +152,10 @@ def _modules(state: TrainState) -> tuple[ModulePlan, ...]:
 
 
 def _bytes_on_a_device(tree: Any) -> int:
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
 
 
 def _abstract_batch(b: int, height: int, width: int, t: int, k: int, mesh: Mesh) -> Batch:
@@ -127,7 +164,14 @@ def _abstract_batch(b: int, height: int, width: int, t: int, k: int, mesh: Mesh)
 
     targets = Targets(struct(np.float32, t, 4), struct(np.float32, t, k), struct(np.bool_, t))
     sizes = struct(np.int32, 2)
-    return Batch(struct(np.uint8, height, width, 3), sizes, targets, struct(np.int32), sizes, struct(np.bool_))
+    return Batch(
+        struct(np.uint8, height, width, 3),
+        sizes,
+        targets,
+        struct(np.int32),
+        sizes,
+        struct(np.bool_),
+    )
 
 
 def _programs(step: TrainStep, state: TrainState, batch: Batch):
@@ -136,20 +180,32 @@ def _programs(step: TrainStep, state: TrainState, batch: Batch):
     if step.matcher.implementation == "device" and part is None:
         yield _compile("whole_on_device", step.whole_on_device, state, batch)[0]
         return
-    grads = None if part is None else _struct(step.zeros.lower(state.params).compile(), step.zeros, state.params)
+    grads = (
+        None
+        if part is None
+        else _struct(step.zeros.lower(state.params).compile(), step.zeros, state.params)
+    )
     if step.matcher.implementation == "device":
-        program, (grads, sums) = _compile("add_gradients_on_device", step.add_gradients_on_device, grads, state, batch, part)
+        program, (grads, sums) = _compile(
+            "add_gradients_on_device", step.add_gradients_on_device, grads, state, batch, part
+        )
         yield program
     else:
         program, forward = _compile("first_half", step.first_half, state, batch, part)
         yield program
-        assignment = jax.ShapeDtypeStruct(forward.cost.shape[:3], np.int32, sharding=NamedSharding(step.mesh, LAYERED))
+        assignment = jax.ShapeDtypeStruct(
+            forward.cost.shape[:3], np.int32, sharding=NamedSharding(step.mesh, LAYERED)
+        )
         if part is None:
             yield _compile("second_half", step.second_half, state, forward, batch, assignment)[0]
             return
-        program, (grads, sums) = _compile("add_gradients", step.add_gradients, grads, state, forward, batch, part, assignment)
+        program, (grads, sums) = _compile(
+            "add_gradients", step.add_gradients, grads, state, forward, batch, part, assignment
+        )
         yield program
-    yield _compile("update", step.update, state, grads, [sums] * step.config.accumulate, batch.targets.valid)[0]
+    yield _compile(
+        "update", step.update, state, grads, [sums] * step.config.accumulate, batch.targets.valid
+    )[0]
 
 
 def _compile(name: str, function: Any, *arguments: Any) -> tuple[ProgramPlan, Any]:
@@ -170,7 +226,15 @@ def _compile(name: str, function: Any, *arguments: Any) -> tuple[ProgramPlan, An
 
 
 def _struct(compiled: Any, function: Any, *arguments: Any) -> Any:
-    """What a compiled function returns, as ShapeDtypeStructs with the shardings that the compiler chose."""
+    """What a compiled function returns, as ShapeDtypeStructs with the shardings that the compiler
+    chose.
+    """
     shapes, structure = jax.tree.flatten(jax.eval_shape(function, *arguments))
     shardings = jax.tree.leaves(compiled.output_shardings)
-    return jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(shapes, shardings, strict=True)])
+    return jax.tree.unflatten(
+        structure,
+        [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+            for x, s in zip(shapes, shardings, strict=True)
+        ],
+    )

@@ -1,6 +1,8 @@
-"""AdamW as the released recipe uses it: one table of rules decides which parameters move and how fast.
+"""AdamW as the released recipe uses it: one table of rules decides which parameters move and how
+fast.
 
-The arithmetic is PyTorch's (decoupled decay, clipping by min(1, limit / (norm + 1e-6))), so a released training run can be followed step by step.
+The arithmetic is PyTorch's (decoupled decay, clipping by min(1, limit / (norm + 1e-6))), so a
+released training run can be followed step by step.
 """
 
 import dataclasses
@@ -15,7 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from dsct_jax.errors import UserError
 
-Tree = Any  # nested dicts of arrays (or of ShapeDtypeStructs, or of floats), keys are strings or integers
+# nested dicts of arrays (or of ShapeDtypeStructs, or of floats), keys are strings or integers
+Tree = Any
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 SCHEDULES = ("step", "cosine")
 _DROP_FACTOR = 0.1
@@ -24,7 +27,9 @@ _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its schedule and the rules over parameter paths; meaning and source of each field in configs/base.py."""
+    """AdamW, its schedule and the rules over parameter paths; meaning and source of each field in
+    configs/base.py.
+    """
 
     learning_rate: float = 2e-4
     weight_decay: float = 1e-4
@@ -36,16 +41,27 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise UserError(f"optimizer.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}")
-        if self.learning_rate <= 0 or self.weight_decay < 0 or self.clip_norm <= 0 or self.warmup_steps < 0:
             raise UserError(
-                f"optimizer: learning_rate={self.learning_rate} and clip_norm={self.clip_norm} must be positive, "
-                f"weight_decay={self.weight_decay} and warmup_steps={self.warmup_steps} not negative (clip_norm=float('inf') does not clip)"
+                f"optimizer.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}"
+            )
+        if (
+            self.learning_rate <= 0
+            or self.weight_decay < 0
+            or self.clip_norm <= 0
+            or self.warmup_steps < 0
+        ):
+            raise UserError(
+                f"optimizer: learning_rate={self.learning_rate} and clip_norm={self.clip_norm} "
+                "must be positive, "
+                f"weight_decay={self.weight_decay} and warmup_steps={self.warmup_steps} not "
+                "negative (clip_norm=float('inf') does not clip)"
             )
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
-    """Learning rate of step 0, 1 ...: linear from 0 over `warmup_steps`, then "step" (x0.1 once) or "cosine" (to 0 at `total_steps`)."""
+    """Learning rate of step 0, 1 ...: linear from 0 over `warmup_steps`, then "step" (x0.1 once) or
+    "cosine" (to 0 at `total_steps`).
+    """
     drop_step = round(config.drop_at * total_steps)
     decay_steps = max(total_steps - config.warmup_steps, 1)
 
@@ -53,7 +69,9 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
         step = jnp.asarray(step, jnp.float32)
         warm = jnp.minimum(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
         if config.schedule == "step":
-            return warm * jnp.where(step < drop_step, config.learning_rate, config.learning_rate * _DROP_FACTOR)
+            return warm * jnp.where(
+                step < drop_step, config.learning_rate, config.learning_rate * _DROP_FACTOR
+            )
         progress = jnp.clip((step - config.warmup_steps) / decay_steps, 0, 1)
         return warm * config.learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
@@ -61,58 +79,87 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
 
 
 def learning_rates(config: OptimizerConfig, total_steps: int, step: int) -> dict[str, float]:
-    """For the log: `learning_rate` of this step, and `learning_rate/0.1x` ... of the parameters whose rules have that multiplier."""
+    """For the log: `learning_rate` of this step, and `learning_rate/0.1x` ... of the parameters
+    whose rules have that multiplier.
+    """
     rate = float(make_schedule(config, total_steps)(step))
-    return {"learning_rate": rate} | {f"learning_rate/{m:g}x": rate * m for m in sorted({m for _, m in config.rules}) if m > 0}
+    return {"learning_rate": rate} | {
+        f"learning_rate/{m:g}x": rate * m for m in sorted({m for _, m in config.rules}) if m > 0
+    }
 
 
 def multipliers(params: Tree, rules: Sequence[tuple[str, float]]) -> Tree:
     """Learning-rate multiplier of every parameter, in a tree like `params`; 0 = frozen.
 
-    A rule is (regular expression over the whole path "a/b/0/c", multiplier). A rule may match nothing.
+    A rule is (regular expression over the whole path "a/b/0/c", multiplier). A rule may match
+    nothing.
 
     Raises:
-        UserError: a parameter is matched by no rule or by several, a rule is not a regular expression, or its multiplier is negative.
+        UserError: a parameter is matched by no rule or by several, a rule is not a regular
+            expression, or its multiplier is negative.
     """
     compiled = []
     for pattern, multiplier in rules:
         if multiplier < 0:
-            raise UserError(f"optimizer.rules: the multiplier of {pattern!r} is {multiplier}; give 0 (frozen) or a positive number")
+            raise UserError(
+                f"optimizer.rules: the multiplier of {pattern!r} is {multiplier}; give 0 (frozen) "
+                "or a positive number"
+            )
         try:
             compiled.append((re.compile(pattern), float(multiplier)))
         except re.error as error:
-            raise UserError(f"optimizer.rules: {pattern!r} is not a regular expression ({error})") from error
+            raise UserError(
+                f"optimizer.rules: {pattern!r} is not a regular expression ({error})"
+            ) from error
 
     def multiplier_of(path, _):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        found = [(pattern.pattern, multiplier) for pattern, multiplier in compiled if pattern.fullmatch(name)]
+        found = [
+            (pattern.pattern, multiplier)
+            for pattern, multiplier in compiled
+            if pattern.fullmatch(name)
+        ]
         if len(found) != 1:
-            which = "by several: " + " and ".join(repr(pattern) for pattern, _ in found) if found else "by none of: "
+            which = (
+                "by several: " + " and ".join(repr(pattern) for pattern, _ in found)
+                if found
+                else "by none of: "
+            )
             which += "" if found else ", ".join(repr(pattern.pattern) for pattern, _ in compiled)
-            raise UserError(f"optimizer.rules must match every parameter exactly once, but {name} is matched {which}")
+            raise UserError(
+                f"optimizer.rules must match every parameter exactly once, but {name} is matched "
+                f"{which}"
+            )
         return found[0][1]
 
     return jax.tree_util.tree_map_with_path(multiplier_of, params)
 
 
-def make_optimizer(config: OptimizerConfig, params: Tree, total_steps: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: OptimizerConfig, params: Tree, total_steps: int
+) -> optax.GradientTransformationExtraArgs:
     """Clip, AdamW (0.9, 0.999, 1e-8), decay of every trained parameter, schedule and rules.
 
-    `params` gives the paths only (ShapeDtypeStructs do). Frozen parameters are not in the gradient norm, have no optimizer state and never
-    move; their gradients are not used, so that under jit the compiler drops the work of computing them. `update(..., skip=True)` moves nothing:
-    updates are 0 whatever the gradients, the state stays as it is.
+    `params` gives the paths only (ShapeDtypeStructs do). Frozen parameters are not in the gradient
+    norm, have no optimizer state and never move; their gradients are not used, so that under jit
+    the compiler drops the work of computing them. `update(..., skip=True)` moves nothing: updates
+    are 0 whatever the gradients, the state stays as it is.
     """
     scales = multipliers(params, config.rules)
     trained = jax.tree.map(lambda scale: scale > 0, scales)
-    adamw = optax.chain(_clip_by_global_norm(config.clip_norm), _adamw(make_schedule(config, total_steps), config.weight_decay))
+    adamw = optax.chain(
+        _clip_by_global_norm(config.clip_norm),
+        _adamw(make_schedule(config, total_steps), config.weight_decay),
+    )
     return optax.chain(optax.masked(adamw, trained), _scale_each(scales))
 
 
 def _adamw(schedule: Schedule, weight_decay: float) -> optax.GradientTransformationExtraArgs:
     """optax.adamw that can skip a step in place.
 
-    Skipped from outside (`where(skip, old state, new state)`), the parameter's update and the new moments both read the old moments, so XLA copies
-    these before it overwrites them: 2.7 times the time of the whole update on a CPU. Here the update reads the moments that were decided upon.
+    Skipped from outside (`where(skip, old state, new state)`), the parameter's update and the new
+    moments both read the old moments, so XLA copies these before it overwrites them: 2.7 times the
+    time of the whole update on a CPU. Here the update reads the moments that were decided upon.
     """
     b1, b2, epsilon = 0.9, 0.999, 1e-8
 
@@ -128,16 +175,25 @@ def _adamw(schedule: Schedule, weight_decay: float) -> optax.GradientTransformat
         count, rate = optax.safe_increment(state.count), schedule(state.count)
 
         def step(mean, square, param):
-            return jnp.where(skip, 0.0, -rate * (mean / (jnp.sqrt(square) + epsilon) + weight_decay * param))
+            return jnp.where(
+                skip, 0.0, -rate * (mean / (jnp.sqrt(square) + epsilon) + weight_decay * param)
+            )
 
-        updates = jax.tree.map(step, optax.tree.bias_correction(mean, b1, count), optax.tree.bias_correction(square, b2, count), params)
+        updates = jax.tree.map(
+            step,
+            optax.tree.bias_correction(mean, b1, count),
+            optax.tree.bias_correction(square, b2, count),
+            params,
+        )
         return updates, optax.ScaleByAdamState(unless_skipped(count, state.count), mean, square)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """torch.nn.utils.clip_grad_norm_: optax divides by the norm without the epsilon, and only above the limit."""
+    """torch.nn.utils.clip_grad_norm_: optax divides by the norm without the epsilon, and only above
+    the limit.
+    """
 
     def update(updates, state, params=None):
         del params
@@ -148,10 +204,14 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 
 
 def _scale_each(scales: Tree) -> optax.GradientTransformation:
-    """Each update times its own constant; a scale of 0 gives exactly 0, also from a gradient that is not finite."""
+    """Each update times its own constant; a scale of 0 gives exactly 0, also from a gradient that
+    is not finite.
+    """
 
     def update(updates, state, params=None):
         del params
-        return jax.tree.map(lambda u, scale: u * scale if scale > 0 else jnp.zeros_like(u), updates, scales), state
+        return jax.tree.map(
+            lambda u, scale: u * scale if scale > 0 else jnp.zeros_like(u), updates, scales
+        ), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -1,6 +1,7 @@
 """Drawings for people to look at: boxes and emotions on a image, and many pictures on one sheet.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; sizes are such that a picture can still be read at half its size.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; sizes are such that a
+picture can still be read at half its size.
 """
 
 import functools
@@ -18,7 +19,15 @@ from dsct_jax.evaluation.calibration import Calibration
 from dsct_jax.evaluation.results import ResultsInfo, Shown
 from dsct_jax.postprocess import Selection, Subject, select_subjects
 
-PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")  # Okabe-Ito without black
+PALETTE = (
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#CC79A7",
+    "#D55E00",
+    "#0072B2",
+)  # Okabe-Ito without black
 TRUTH_COLOR = "#FFFFFF"
 
 _MIN_SHORT_SIDE = 480  # smaller images are enlarged before drawing
@@ -28,26 +37,47 @@ _Rectangle = tuple[float, float, float, float]
 
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans-Bold.ttf")), size)
+    return ImageFont.truetype(
+        str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans-Bold.ttf")), size
+    )
 
 
 def label_lines(subject: Subject) -> list[str]:
-    """What is written at a person: the emotions with their probabilities; in brackets the likeliest one when none passed the threshold."""
+    """What is written at a person: the emotions with their probabilities; in brackets the likeliest
+    one when none passed the threshold.
+    """
     if not subject.labels:
-        likeliest = max(subject.probabilities, key=lambda name: subject.probabilities[name], default=None)
-        return [] if likeliest is None else [f"({likeliest} {subject.probabilities[likeliest]:.2f})"]
-    lines = [f"{name} {subject.probabilities[name]:.2f}" if name in subject.probabilities else name for name in subject.labels[:_MAX_LABELS]]
-    return lines + [f"+ {len(subject.labels) - _MAX_LABELS} more"] * (len(subject.labels) > _MAX_LABELS)
+        likeliest = max(
+            subject.probabilities, key=lambda name: subject.probabilities[name], default=None
+        )
+        return (
+            [] if likeliest is None else [f"({likeliest} {subject.probabilities[likeliest]:.2f})"]
+        )
+    lines = [
+        f"{name} {subject.probabilities[name]:.2f}" if name in subject.probabilities else name
+        for name in subject.labels[:_MAX_LABELS]
+    ]
+    return lines + [f"+ {len(subject.labels) - _MAX_LABELS} more"] * (
+        len(subject.labels) > _MAX_LABELS
+    )
 
 
-def draw_subjects(image: Image.Image, subjects: Sequence[Subject], *, ground_truth: Sequence[Subject] | None = None) -> Image.Image:
-    """A copy of `image` with a box and the emotions of every subject, and dashed white boxes for the annotated people when they are given.
+def draw_subjects(
+    image: Image.Image,
+    subjects: Sequence[Subject],
+    *,
+    ground_truth: Sequence[Subject] | None = None,
+) -> Image.Image:
+    """A copy of `image` with a box and the emotions of every subject, and dashed white boxes for
+    the annotated people when they are given.
 
-    A small image comes back enlarged (a whole number of times). Boxes are in pixels of `image` as given. The people of `ground_truth` need only
-    box and labels; their `scores` may be empty.
+    A small image comes back enlarged (a whole number of times). Boxes are in pixels of `image` as
+    given. The people of `ground_truth` need only box and labels; their `scores` may be empty.
     """
     factor = max(1, -(-_MIN_SHORT_SIDE // min(image.size)))
-    canvas = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
+    canvas = image.convert("RGB").resize(
+        (image.width * factor, image.height * factor), Image.Resampling.LANCZOS
+    )
     draw = ImageDraw.Draw(canvas)
     unit = min(canvas.size) / _MIN_SHORT_SIDE
     width, font = max(2, round(4 * unit)), _font(round(22 * unit))
@@ -60,14 +90,27 @@ def draw_subjects(image: Image.Image, subjects: Sequence[Subject], *, ground_tru
         draw.rectangle(box, outline="black", width=width + 2)
         draw.rectangle(_inner(box), outline=PALETTE[i % len(PALETTE)], width=width)
     for i, (box, subject) in enumerate(people):
-        _write(draw, label_lines(subject), box, canvas.size, font, PALETTE[i % len(PALETTE)], placed)
+        _write(
+            draw, label_lines(subject), box, canvas.size, font, PALETTE[i % len(PALETTE)], placed
+        )
     for box, person in truth:
-        _write(draw, [f"truth: {name}" for name in person.labels[:_MAX_LABELS]], box, canvas.size, font, TRUTH_COLOR, placed, below_first=True)
+        _write(
+            draw,
+            [f"truth: {name}" for name in person.labels[:_MAX_LABELS]],
+            box,
+            canvas.size,
+            font,
+            TRUTH_COLOR,
+            placed,
+            below_first=True,
+        )
     return canvas
 
 
 def sort_left_to_right(people: Sequence[Subject]) -> list[Subject]:
-    """So that a person keeps their colour from one drawing of an image, or frame of a film, to the next."""
+    """So that a person keeps their colour from one drawing of an image, or frame of a film, to the
+    next.
+    """
     return sorted(people, key=lambda person: person.box[0])
 
 
@@ -84,12 +127,20 @@ def _inner(box: _Rectangle) -> _Rectangle:
 
 def _dashed_rectangle(draw: ImageDraw.ImageDraw, box: _Rectangle, width: int) -> None:
     x1, y1, x2, y2 = box
-    for start, end in (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x1, y2), (x2, y2)), ((x1, y1), (x1, y2))):
+    for start, end in (
+        ((x1, y1), (x2, y1)),
+        ((x2, y1), (x2, y2)),
+        ((x1, y2), (x2, y2)),
+        ((x1, y1), (x1, y2)),
+    ):
         draw.line((*start, *end), fill="black", width=width)
         length, step = max(end[0] - start[0], end[1] - start[1]), 4 * width
         for offset in np.arange(0, length, 2 * step):
             a, b = offset / length, min(1.0, (offset + step) / length)
-            points = [(start[0] + t * (end[0] - start[0]), start[1] + t * (end[1] - start[1])) for t in (a, b)]
+            points = [
+                (start[0] + t * (end[0] - start[0]), start[1] + t * (end[1] - start[1]))
+                for t in (a, b)
+            ]
             draw.line((*points[0], *points[1]), fill=TRUTH_COLOR, width=width)
 
 
@@ -104,7 +155,9 @@ def _write(
     *,
     below_first: bool = False,
 ) -> None:
-    """Writes the lines on a panel of `color` at the box, where it covers the least of the panels already placed."""
+    """Writes the lines on a panel of `color` at the box, where it covers the least of the panels
+    already placed.
+    """
     if not lines:
         return
     padding, spacing = font.size / 5, round(font.size * 1.2)
@@ -114,15 +167,27 @@ def _write(
     room = max(0.0, canvas[0] - width), max(0.0, canvas[1] - height)
     left = min(max(0.0, x1), room[0])
     above, below = (left, y1 - height), (left, y2 + 1)
-    corners = [*((below, above) if below_first else (above, below)), (left, y1), (left, y2 - height), (x2 + 1, y1), (x1 - width, y1)]
-    corners = [(x, y) for x, y in corners if 0 <= x <= room[0] and 0 <= y <= room[1]] or [(left, min(max(0.0, y1), room[1]))]
+    corners = [
+        *((below, above) if below_first else (above, below)),
+        (left, y1),
+        (left, y2 - height),
+        (x2 + 1, y1),
+        (x1 - width, y1),
+    ]
+    corners = [(x, y) for x, y in corners if 0 <= x <= room[0] and 0 <= y <= room[1]] or [
+        (left, min(max(0.0, y1), room[1]))
+    ]
     panels = [(x, y, x + width, y + height) for x, y in corners]
-    panel = min(panels, key=lambda candidate: sum(_overlap(candidate, other) for other in placed))  # the first of equals
+    panel = min(
+        panels, key=lambda candidate: sum(_overlap(candidate, other) for other in placed)
+    )  # the first of equals
     placed.append(panel)
     draw.rectangle(panel, fill=color, outline="black")
     ink = "white" if color in ("#0072B2", "#D55E00", "#009E73") else "black"
     for i, line in enumerate(lines):
-        draw.text((panel[0] + padding, panel[1] + padding / 2 + i * spacing), line, fill=ink, font=font)
+        draw.text(
+            (panel[0] + padding, panel[1] + padding / 2 + i * spacing), line, fill=ink, font=font
+        )
 
 
 def _overlap(a: _Rectangle, b: _Rectangle) -> float:
@@ -130,9 +195,15 @@ def _overlap(a: _Rectangle, b: _Rectangle) -> float:
 
 
 def contact_sheet(
-    images: Sequence[Image.Image], columns: int, *, captions: Sequence[str] | None = None, tile: int = 480, legend: str | None = None
+    images: Sequence[Image.Image],
+    columns: int,
+    *,
+    captions: Sequence[str] | None = None,
+    tile: int = 480,
+    legend: str | None = None,
 ) -> Image.Image:
-    """All images on one white sheet, `columns` a row, each scaled to fit a `tile` x `tile` square, with a caption below and a legend on top.
+    """All images on one white sheet, `columns` a row, each scaled to fit a `tile` x `tile` square,
+    with a caption below and a legend on top.
 
     Raises:
         ValueError: no images, no columns, or another number of captions than images.
@@ -147,7 +218,11 @@ def contact_sheet(
     rows = [fitted[start : start + columns] for start in range(0, len(fitted), columns)]
     heights = [max(image.height for image in row) + (line if captions else 0) for row in rows]
     top = (line + margin) if legend else margin
-    sheet = Image.new("RGB", (margin + columns * (tile + margin), top + sum(heights) + margin * len(rows)), "white")
+    sheet = Image.new(
+        "RGB",
+        (margin + columns * (tile + margin), top + sum(heights) + margin * len(rows)),
+        "white",
+    )
     draw = ImageDraw.Draw(sheet)
     if legend:
         draw.text((margin, margin), legend, fill="black", font=font)
@@ -156,7 +231,9 @@ def contact_sheet(
             x = margin + c * (tile + margin)
             sheet.paste(image, (x + (tile - image.width) // 2, top))
             if captions:
-                draw.text((x, top + image.height), captions[r * columns + c], fill="black", font=font)
+                draw.text(
+                    (x, top + image.height), captions[r * columns + c], fill="black", font=font
+                )
         top += heights[r] + margin
     return sheet
 
@@ -176,10 +253,12 @@ def draw_batch(
     subject_logit: bool,
     calibration: Calibration | None = None,
 ) -> list[Image.Image]:
-    """Every real image of a batch, without its padding, with the predicted people and the annotated ones.
+    """Every real image of a batch, without its padding, with the predicted people and the annotated
+    ones.
 
-    `logits` [b q k+1] and `boxes` [b q 4] are those of the last decoder layer; `batch` holds host arrays. `calibration` says who is a person and,
-    where classes are independent, which emotions apply.
+    `logits` [b q k+1] and `boxes` [b q 4] are those of the last decoder layer; `batch` holds host
+    arrays. `calibration` says who is a person and, where classes are independent, which emotions
+    apply.
     """
     pictures = []
     for i in np.flatnonzero(np.asarray(batch.real)):
@@ -196,13 +275,17 @@ def draw_batch(
             min_confidence=None if calibration is None else calibration.min_confidence,
         )
         valid = np.asarray(batch.targets.valid[i])
-        people = cxcywh_to_xyxy(np.asarray(batch.targets.boxes[i])[valid]) * np.array([width, height] * 2)
+        people = cxcywh_to_xyxy(np.asarray(batch.targets.boxes[i])[valid]) * np.array(
+            [width, height] * 2
+        )
         labels = np.asarray(batch.targets.labels[i])[valid]
         truth = [
             Subject(
                 box=tuple(box.tolist()),
                 probabilities={},
-                labels=tuple(name for name, present in zip(class_names, row, strict=True) if present),
+                labels=tuple(
+                    name for name, present in zip(class_names, row, strict=True) if present
+                ),
                 paper_score=1.0,
             )
             for box, row in zip(people, labels, strict=True)
@@ -212,7 +295,17 @@ def draw_batch(
     return pictures
 
 
-def draw_shown(shown: Sequence[Shown], about: ResultsInfo, calibration: Calibration | None) -> list[Image.Image]:
-    """Drawings of images that `collect_results` kept, with the people that `calibration` finds (None: at the defaults)."""
-    names: dict[str, Any] = {name: getattr(about, name) for name in ("class_names", "multi_label", "subject_logit")}
-    return [picture for batch, logits, boxes in shown for picture in draw_batch(batch, logits, boxes, calibration=calibration, **names)]
+def draw_shown(
+    shown: Sequence[Shown], about: ResultsInfo, calibration: Calibration | None
+) -> list[Image.Image]:
+    """Drawings of images that `collect_results` kept, with the people that `calibration` finds
+    (None: at the defaults).
+    """
+    names: dict[str, Any] = {
+        name: getattr(about, name) for name in ("class_names", "multi_label", "subject_logit")
+    }
+    return [
+        picture
+        for batch, logits, boxes in shown
+        for picture in draw_batch(batch, logits, boxes, calibration=calibration, **names)
+    ]

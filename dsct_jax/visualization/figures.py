@@ -1,4 +1,6 @@
-"""The paper's figures as drawings: numbers of `inside` -> matplotlib figures. Colours are Okabe and Ito's; text can be read at half the size."""
+"""The paper's figures as drawings: numbers of `inside` -> matplotlib figures. Colours are Okabe and
+Ito's; text can be read at half the size.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,11 +20,17 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 NOBODY = "nobody"  # the label of a person found where none is annotated
 _GREY = "#9A9A9A"
 _FONT = 15
-_SHOWN_SHARE = 0.98  # of the attention: the samples beyond carry next to nothing and would hide the others
+_SHOWN_SHARE = (
+    0.98  # of the attention: the samples beyond carry next to nothing and would hide the others
+)
 
 
-def _panels(images: Sequence[Image.Image], columns: int, *, width: float = 4.6) -> tuple[Figure, np.ndarray]:
-    """A figure with a row of panels for each image, as high as it is, and room for headings and a legend."""
+def _panels(
+    images: Sequence[Image.Image], columns: int, *, width: float = 4.6
+) -> tuple[Figure, np.ndarray]:
+    """A figure with a row of panels for each image, as high as it is, and room for headings and a
+    legend.
+    """
     aspects = [image.height / image.width for image in images]
     height = sum(width * aspect + 0.35 for aspect in aspects) + 0.9
     figure = Figure(figsize=(width * columns, height), dpi=100, layout="constrained")
@@ -32,7 +40,11 @@ def _panels(images: Sequence[Image.Image], columns: int, *, width: float = 4.6) 
 def _show(axes: Axes, image: Image.Image, title: str = "", *, faded: float = 0.0) -> None:
     """The image without ticks, `faded` towards white so that marks stand out."""
     pixels = np.asarray(image.convert("RGB"), np.float32) / 255
-    axes.imshow(pixels * (1 - faded) + faded, extent=(0, image.width, image.height, 0), interpolation="lanczos")
+    axes.imshow(
+        pixels * (1 - faded) + faded,
+        extent=(0, image.width, image.height, 0),
+        interpolation="lanczos",
+    )
     axes.set_xlim(0, image.width)
     axes.set_ylim(image.height, 0)
     axes.set_xticks([])
@@ -44,24 +56,52 @@ def _show(axes: Axes, image: Image.Image, title: str = "", *, faded: float = 0.0
 def _box(axes: Axes, box: Sequence[float], color: str) -> None:
     x1, y1, x2, y2 = box
     for edge, width in (("black", 4.5), (color, 2.5)):
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=width))
+        axes.add_patch(
+            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=width)
+        )
 
 
 def _star(axes: Axes, point: np.ndarray, color: str = REFERENCE) -> None:
-    axes.plot(*point, marker="*", markersize=19, color=color, markeredgecolor="black", markeredgewidth=1.2, clip_on=False, zorder=5)
+    axes.plot(
+        *point,
+        marker="*",
+        markersize=19,
+        color=color,
+        markeredgecolor="black",
+        markeredgewidth=1.2,
+        clip_on=False,
+        zorder=5,
+    )
 
 
 def _legend(figure: Figure, entries: Mapping[str, tuple[str, str]]) -> None:
     """Below everything: name -> (marker, colour)."""
     handles = [
-        Line2D([], [], marker=marker, color=color, markeredgecolor="black", linestyle="none", markersize=12, label=name)
+        Line2D(
+            [],
+            [],
+            marker=marker,
+            color=color,
+            markeredgecolor="black",
+            linestyle="none",
+            markersize=12,
+            label=name,
+        )
         for name, (marker, color) in entries.items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(2, len(handles)), fontsize=_FONT, frameon=False)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(2, len(handles)),
+        fontsize=_FONT,
+        frameon=False,
+    )
 
 
 def activation_figure(introspections: Sequence[Introspection], *, stage: str) -> Figure:
-    """Fig. 7: each image, and how strongly each level answers to it; `stage` backbone or encoder. Each map has its own scale, dark = least."""
+    """Fig. 7: each image, and how strongly each level answers to it; `stage` backbone or encoder.
+    Each map has its own scale, dark = least.
+    """
     maps = [getattr(one, stage) for one in introspections]
     figure, panels = _panels([one.image for one in introspections], 1 + len(maps[0]), width=3.6)
     figure.suptitle(f"Activation after the {stage}", fontsize=_FONT + 2)
@@ -72,19 +112,26 @@ def activation_figure(introspections: Sequence[Introspection], *, stage: str) ->
             _show(axes, one.image.convert("L"), title)
             span = (level - level.min()) / max(float(np.ptp(level)), 1e-12)
             extent = (0, one.image.width, one.image.height, 0)
-            heat = axes.imshow(span, extent=extent, cmap="cividis", alpha=0.7, interpolation="bilinear")
+            heat = axes.imshow(
+                span, extent=extent, cmap="cividis", alpha=0.7, interpolation="bilinear"
+            )
     bar = figure.colorbar(heat, ax=list(panels[:, -1]), shrink=0.8)
     bar.set_ticks([0, 1], labels=["least", "most"], fontsize=_FONT - 2)
     return figure
 
 
 def sampling_figure(introspections: Sequence[Introspection], *, layer: int) -> Figure:
-    """Fig. 8 and 9: where each subject query samples, and where it does together with the context queries fused into it.
+    """Fig. 8 and 9: where each subject query samples, and where it does together with the context
+    queries fused into it.
 
-    A dot's area is its attention weight (times the weight of its context query), the strongest in a panel being equally large everywhere.
+    A dot's area is its attention weight (times the weight of its context query), the strongest in a
+    panel being equally large everywhere.
     """
     figure, panels = _panels([one.image for one in introspections], 3)
-    figure.suptitle(f"Sampling points, decoder layer {layer % len(introspections[0].layers) + 1}", fontsize=_FONT + 2)
+    figure.suptitle(
+        f"Sampling points, decoder layer {layer % len(introspections[0].layers) + 1}",
+        fontsize=_FONT + 2,
+    )
     headings = ("people found", "subject queries alone", "with their context queries")
     for position, (row, one) in enumerate(zip(panels, introspections, strict=True)):
         titles = ("", "", "") if position else headings
@@ -99,15 +146,28 @@ def sampling_figure(introspections: Sequence[Introspection], *, layer: int) -> F
             _dots(row[1], seen.subject_samples[query], seen.subject_weights[query], color)
             points, weights = contextual_samples(seen, int(query))
             _dots(row[2], points, weights, color)
-    _legend(figure, {"reference point (colour: person)": ("*", "white"), "sampling point, area = weight": ("o", "white")})
+    _legend(
+        figure,
+        {
+            "reference point (colour: person)": ("*", "white"),
+            "sampling point, area = weight": ("o", "white"),
+        },
+    )
     return figure
 
 
 def contextual_samples(layer: Layer, query: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points [n 2] and weights [n] of a subject query and of all context queries fused into it (Eq. 8: the subject itself counts 1)."""
+    """Points [n 2] and weights [n] of a subject query and of all context queries fused into it (Eq.
+    8: the subject itself counts 1).
+    """
     chosen = layer.context_weights[query] > 0
-    points = np.concatenate([layer.subject_samples[query], layer.context_samples[chosen].reshape(-1, 2)])
-    own, context = layer.subject_weights[query], layer.context_sample_weights[chosen] * layer.context_weights[query][chosen, None]
+    points = np.concatenate(
+        [layer.subject_samples[query], layer.context_samples[chosen].reshape(-1, 2)]
+    )
+    own, context = (
+        layer.subject_weights[query],
+        layer.context_sample_weights[chosen] * layer.context_weights[query][chosen, None],
+    )
     return points, np.concatenate([own, context.reshape(-1)])
 
 
@@ -116,28 +176,63 @@ def _dots(axes: Axes, points: np.ndarray, weights: np.ndarray, color: str) -> No
     enough = int(np.searchsorted(weights[order].cumsum(), _SHOWN_SHARE * weights.sum())) + 1
     kept = order[:enough]
     areas = 12 + 130 * weights[kept] / weights.max()
-    axes.scatter(points[kept, 0], points[kept, 1], s=areas, color=color, edgecolors="black", linewidths=0.6, alpha=0.8, zorder=3)
+    axes.scatter(
+        points[kept, 0],
+        points[kept, 1],
+        s=areas,
+        color=color,
+        edgecolors="black",
+        linewidths=0.6,
+        alpha=0.8,
+        zorder=3,
+    )
 
 
 def context_figure(one: Introspection, *, person: int) -> Figure:
-    """Fig. 4 and 10: for one person, the context queries that each layer selects by distance and by relevance, and the weight each is given."""
+    """Fig. 4 and 10: for one person, the context queries that each layer selects by distance and by
+    relevance, and the weight each is given.
+    """
     figure, panels = _panels([one.image] * 2, len(one.layers), width=4.2)
     subject, query = one.subjects[person], int(one.queries[person])
     labels = ", ".join(subject.labels) or "no emotion above the threshold"
-    figure.suptitle(f"Context queries selected for person {person + 1} ({labels})", fontsize=_FONT + 2)
+    figure.suptitle(
+        f"Context queries selected for person {person + 1} ({labels})", fontsize=_FONT + 2
+    )
     rows = (("distance", "spatial", SPATIAL), ("relevance", "semantic", SEMANTIC))
     for column, layer in enumerate(one.layers):
         for axes, (reason, field, color) in zip(panels[:, column], rows, strict=True):
             selected = getattr(layer, field)[query]
             share = layer.context_weights[query][selected].sum()
             heading = f"{share:.0%} of the weight" if selected.any() else "not fused here"
-            _show(axes, one.image, (f"layer {column + 1}\n" if field == "spatial" else "") + heading, faded=0.35)
+            _show(
+                axes,
+                one.image,
+                (f"layer {column + 1}\n" if field == "spatial" else "") + heading,
+                faded=0.35,
+            )
             _box(axes, subject.box, "white")
             rest = one.context_points[~selected]
-            axes.scatter(rest[:, 0], rest[:, 1], s=14, color=_GREY, edgecolors="black", linewidths=0.4, zorder=2)
+            axes.scatter(
+                rest[:, 0],
+                rest[:, 1],
+                s=14,
+                color=_GREY,
+                edgecolors="black",
+                linewidths=0.4,
+                zorder=2,
+            )
             weights = layer.context_weights[query][selected]
             x, y = one.context_points[selected].T
-            axes.scatter(x, y, s=40 + 500 * weights, color=color, edgecolors="black", linewidths=1, alpha=0.85, zorder=3)
+            axes.scatter(
+                x,
+                y,
+                s=40 + 500 * weights,
+                color=color,
+                edgecolors="black",
+                linewidths=1,
+                alpha=0.85,
+                zorder=3,
+            )
             _star(axes, layer.subject_points[query])
             if column == 0:
                 axes.set_ylabel(f"by {reason}", fontsize=_FONT)
@@ -153,8 +248,12 @@ def context_figure(one: Introspection, *, person: int) -> Figure:
     return figure
 
 
-def embedding_figure(introspections: Sequence[Introspection], labels: Sequence[str], *, source: str) -> Figure:
-    """Principal components of the subjects' embeddings, one point a person; `labels` one for each subject of all introspections in order, NOBODY in grey."""
+def embedding_figure(
+    introspections: Sequence[Introspection], labels: Sequence[str], *, source: str
+) -> Figure:
+    """Principal components of the subjects' embeddings, one point a person; `labels` one for each
+    subject of all introspections in order, NOBODY in grey.
+    """
     embeddings = np.concatenate([one.embeddings for one in introspections])
     scores, shares = principal_components(embeddings)
     figure = Figure(figsize=(11.5, 7.5), dpi=100, layout="constrained")
@@ -162,10 +261,24 @@ def embedding_figure(introspections: Sequence[Introspection], labels: Sequence[s
     names = sorted(set(labels), key=lambda name: (name == NOBODY, name))
     for number, name in enumerate(names):
         chosen = np.array([label == name for label in labels])
-        color, marker = (_GREY, ".") if name == NOBODY else (PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)])
+        color, marker = (
+            (_GREY, ".")
+            if name == NOBODY
+            else (PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)])
+        )
         text = f"{name} ({chosen.sum()})"
         x, y = scores[chosen].T
-        axes.scatter(x, y, s=70, color=color, marker=marker, edgecolors="black", linewidths=0.6, alpha=0.85, label=text)
+        axes.scatter(
+            x,
+            y,
+            s=70,
+            color=color,
+            marker=marker,
+            edgecolors="black",
+            linewidths=0.6,
+            alpha=0.85,
+            label=text,
+        )
     axes.set_title(f"Subject embeddings after the last layer, by {source}", fontsize=_FONT + 1)
     axes.set_xlabel(f"first principal component, {shares[0]:.0%} of the variance", fontsize=_FONT)
     axes.set_ylabel(f"second, {shares[1]:.0%}", fontsize=_FONT)
@@ -175,16 +288,28 @@ def embedding_figure(introspections: Sequence[Introspection], labels: Sequence[s
 
 
 def loss_figure(runs: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]]) -> Figure:
-    """Fig. 12: classification and localisation loss of the last layer over the steps of training; runs: name -> series of metrics.jsonl."""
+    """Fig. 12: classification and localisation loss of the last layer over the steps of training;
+    runs: name -> series of metrics.jsonl.
+    """
     figure = Figure(figsize=(13, 5.2), dpi=100, layout="constrained")
     panels = figure.subplots(1, 2)
-    terms: dict[str, tuple[str, ...]] = {"classification": ("loss_class",), "localisation, L1 + GIoU": ("loss_bbox", "loss_giou")}
+    terms: dict[str, tuple[str, ...]] = {
+        "classification": ("loss_class",),
+        "localisation, L1 + GIoU": ("loss_bbox", "loss_giou"),
+    }
     styles = ("-", "--", "-.", ":")
     for axes, (title, names) in zip(panels, terms.items(), strict=True):
         for number, (run, series) in enumerate(runs.items()):
             steps = series[f"train/{names[0]}"][0]
             values = np.sum([series[f"train/{name}"][1] for name in names], axis=0)
-            axes.plot(steps, values, color=PALETTE[-1 - number % len(PALETTE)], linestyle=styles[number % len(styles)], linewidth=2.5, label=run)
+            axes.plot(
+                steps,
+                values,
+                color=PALETTE[-1 - number % len(PALETTE)],
+                linestyle=styles[number % len(styles)],
+                linewidth=2.5,
+                label=run,
+            )
         axes.set_title(f"Training loss: {title}", fontsize=_FONT + 1)
         axes.set_xlabel("step", fontsize=_FONT)
         axes.set_ylim(bottom=0)

@@ -1,7 +1,9 @@
-"""Tables of (PyTorch name, our parameter, layout), read in both directions: weights of others in, ours out.
+"""Tables of (PyTorch name, our parameter, layout), read in both directions: weights of others in,
+ours out.
 
-A placeholder such as {i} stands for a number and takes the same value on both sides. Every name must be matched by exactly one rule, and
-every parameter that a table knows must be supplied: anything else is an error that names the tensor, never a silent gap.
+A placeholder such as {i} stands for a number and takes the same value on both sides. Every name
+must be matched by exactly one rule, and every parameter that a table knows must be supplied:
+anything else is an error that names the tensor, never a silent gap.
 """
 
 import dataclasses
@@ -14,10 +16,15 @@ import numpy as np
 from dsct_jax.boxes import AnyArray
 from dsct_jax.errors import UserError
 
-# How a tensor lies: same = as it is; linear = (out, in) <-> (in, out); conv = (out, in, h, w) <-> (h, w, in, out). A number behind a colon says
-# that the tensor is that third of ours, along the last axis: query, key and value, which we keep packed.
+# How a tensor lies: same = as it is; linear = (out, in) <-> (in, out); conv = (out, in, h, w) <->
+# (h, w, in, out). A number behind a colon says that the tensor is that third of ours, along the
+# last axis: query, key and value, which we keep packed.
 _TO_OURS = {"same": lambda x: x, "linear": lambda x: x.T, "conv": lambda x: x.transpose(2, 3, 1, 0)}
-_TO_TORCH = {"same": lambda x: x, "linear": lambda x: x.T, "conv": lambda x: x.transpose(3, 2, 0, 1)}
+_TO_TORCH = {
+    "same": lambda x: x,
+    "linear": lambda x: x.T,
+    "conv": lambda x: x.transpose(3, 2, 0, 1),
+}
 _RANKS = {"linear": 2, "conv": 4}
 _QKV = 3
 
@@ -32,9 +39,15 @@ class TensorLayout:
     title: str
     marker: str  # regex: a file with such a name is of this kind
     rules: tuple[Rule, ...]
-    spellings: tuple[tuple[str, str], ...] = ()  # (regex, replacement), tried on the start of a name: other spellings of the names in `rules`
+    spellings: tuple[
+        tuple[str, str], ...
+        # (regex, replacement), tried on the start of a name: other spellings of the names in
+        # `rules`
+    ] = ()
     left_out: str = r"(?!)"  # regex: tensors that have no place in our model
-    repeated: str = r"(?!)"  # regex (prefix).(number).(rest): copies of entry 0, which they must equal
+    repeated: str = (
+        r"(?!)"  # regex (prefix).(number).(rest): copies of entry 0, which they must equal
+    )
 
 
 def _norm(torch: str, ours: str) -> list[Rule]:
@@ -42,11 +55,16 @@ def _norm(torch: str, ours: str) -> list[Rule]:
 
 
 def _batch_norm(torch: str, ours: str) -> list[Rule]:
-    return _norm(torch, ours) + [(f"{torch}.running_{x}", f"{ours}/{x}", "same") for x in ("mean", "var")]
+    return _norm(torch, ours) + [
+        (f"{torch}.running_{x}", f"{ours}/{x}", "same") for x in ("mean", "var")
+    ]
 
 
 def _linear(torch: str, ours: str) -> list[Rule]:
-    return [(f"{torch}.weight", f"{ours}/kernel", "linear"), (f"{torch}.bias", f"{ours}/bias", "same")]
+    return [
+        (f"{torch}.weight", f"{ours}/kernel", "linear"),
+        (f"{torch}.bias", f"{ours}/bias", "same"),
+    ]
 
 
 def _deformable_attention(torch: str, ours: str) -> list[Rule]:
@@ -58,7 +76,10 @@ def resnet_rules(torch: str, ours: str) -> list[Rule]:
     """torchvision's ResNet below the prefix `torch` (ending in a dot, or empty)."""
     block = f"{torch}layer{{s}}.{{i}}"
     mine = f"{ours}/layer{{s}}/{{i}}"
-    rules = [(f"{torch}conv1.weight", f"{ours}/stem/conv/kernel", "conv"), *_batch_norm(f"{torch}bn1", f"{ours}/stem/norm")]
+    rules = [
+        (f"{torch}conv1.weight", f"{ours}/stem/conv/kernel", "conv"),
+        *_batch_norm(f"{torch}bn1", f"{ours}/stem/norm"),
+    ]
     for c in range(3):
         rules.append((f"{block}.conv{c + 1}.weight", f"{mine}/convs/{c}/kernel", "conv"))
         rules += _batch_norm(f"{block}.bn{c + 1}", f"{mine}/norms/{c}")
@@ -87,13 +108,27 @@ _ORIGINAL_TRANSFORMER: tuple[Rule, ...] = (
     *_input_projections(""),
     ("transformer.level_embed", "level_embed", "same"),
     *_original_layer("encoder"),
-    *_deformable_attention("transformer.encoder.layers.{i}.self_attn", "encoder/{i}/self_attention"),
+    *_deformable_attention(
+        "transformer.encoder.layers.{i}.self_attn", "encoder/{i}/self_attention"
+    ),
     *_original_layer("decoder"),
     *_norm("transformer.decoder.layers.{i}.norm3", "decoder/{i}/norm3"),
-    *_deformable_attention("transformer.decoder.layers.{i}.cross_attn", "decoder/{i}/cross_attention"),
-    ("transformer.decoder.layers.{i}.self_attn.in_proj_weight", "decoder/{i}/self_attention/in_proj/kernel", "linear"),
-    ("transformer.decoder.layers.{i}.self_attn.in_proj_bias", "decoder/{i}/self_attention/in_proj/bias", "same"),
-    *_linear("transformer.decoder.layers.{i}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
+    *_deformable_attention(
+        "transformer.decoder.layers.{i}.cross_attn", "decoder/{i}/cross_attention"
+    ),
+    (
+        "transformer.decoder.layers.{i}.self_attn.in_proj_weight",
+        "decoder/{i}/self_attention/in_proj/kernel",
+        "linear",
+    ),
+    (
+        "transformer.decoder.layers.{i}.self_attn.in_proj_bias",
+        "decoder/{i}/self_attention/in_proj/bias",
+        "same",
+    ),
+    *_linear(
+        "transformer.decoder.layers.{i}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"
+    ),
     *_linear("transformer.reference_points", "reference_points"),
     ("query_embed.weight", "context_queries", "same"),
 )
@@ -101,12 +136,24 @@ _ORIGINAL_TRANSFORMER: tuple[Rule, ...] = (
 
 def _hugging_face_layer(stack: str, norms: Mapping[str, str]) -> list[Rule]:
     torch, ours = f"model.{stack}.layers.{{i}}", f"{stack}/{{i}}"
-    rules = [rule for theirs, mine in norms.items() for rule in _norm(f"{torch}.{theirs}", f"{ours}/{mine}")]
-    return rules + _linear(f"{torch}.fc1", f"{ours}/feedforward/linear1") + _linear(f"{torch}.fc2", f"{ours}/feedforward/linear2")
+    rules = [
+        rule
+        for theirs, mine in norms.items()
+        for rule in _norm(f"{torch}.{theirs}", f"{ours}/{mine}")
+    ]
+    return (
+        rules
+        + _linear(f"{torch}.fc1", f"{ours}/feedforward/linear1")
+        + _linear(f"{torch}.fc2", f"{ours}/feedforward/linear2")
+    )
 
 
 def _packed_projections(torch: str, ours: str) -> list[Rule]:
-    return [(theirs, mine, f"{how}:{i}") for i, part in enumerate("qkv") for theirs, mine, how in _linear(f"{torch}.{part}_proj", ours)]
+    return [
+        (theirs, mine, f"{how}:{i}")
+        for i, part in enumerate("qkv")
+        for theirs, mine, how in _linear(f"{torch}.{part}_proj", ours)
+    ]
 
 
 _HF_BACKBONE = "model.backbone.conv_encoder.model."
@@ -116,9 +163,15 @@ _HF_RESNET_SPELLINGS = (
     (rf"{_HF_BACKBONE}embedder\.embedder\.convolution\.", rf"{_HF_BACKBONE}conv1."),
     (rf"{_HF_BACKBONE}embedder\.embedder\.normalization\.", rf"{_HF_BACKBONE}bn1."),
     *(
-        (rf"{_HF_BACKBONE}encoder\.stages\.{s}\.layers\.(\d+)\.{theirs}\.", rf"{_HF_BACKBONE}layer{s + 1}.\1.{name}.")
+        (
+            rf"{_HF_BACKBONE}encoder\.stages\.{s}\.layers\.(\d+)\.{theirs}\.",
+            rf"{_HF_BACKBONE}layer{s + 1}.\1.{name}.",
+        )
         for s in range(4)
-        for theirs, name in [(r"shortcut\.convolution", "downsample.0"), (r"shortcut\.normalization", "downsample.1")]
+        for theirs, name in [
+            (r"shortcut\.convolution", "downsample.0"),
+            (r"shortcut\.normalization", "downsample.1"),
+        ]
         + [(rf"layer\.{c}\.convolution", f"conv{c + 1}") for c in range(3)]
         + [(rf"layer\.{c}\.normalization", f"bn{c + 1}") for c in range(3)]
     ),
@@ -145,17 +198,35 @@ HUGGING_FACE = TensorLayout(
         *resnet_rules(_HF_BACKBONE, "backbone"),
         *_input_projections("model."),
         ("model.level_embed", "level_embed", "same"),
-        *_hugging_face_layer("encoder", {"self_attn_layer_norm": "norm1", "final_layer_norm": "norm2"}),
+        *_hugging_face_layer(
+            "encoder", {"self_attn_layer_norm": "norm1", "final_layer_norm": "norm2"}
+        ),
         *_deformable_attention("model.encoder.layers.{i}.self_attn", "encoder/{i}/self_attention"),
-        *_hugging_face_layer("decoder", {"encoder_attn_layer_norm": "norm1", "self_attn_layer_norm": "norm2", "final_layer_norm": "norm3"}),
-        *_deformable_attention("model.decoder.layers.{i}.encoder_attn", "decoder/{i}/cross_attention"),
-        *_packed_projections("model.decoder.layers.{i}.self_attn", "decoder/{i}/self_attention/in_proj"),
-        *_linear("model.decoder.layers.{i}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
+        *_hugging_face_layer(
+            "decoder",
+            {
+                "encoder_attn_layer_norm": "norm1",
+                "self_attn_layer_norm": "norm2",
+                "final_layer_norm": "norm3",
+            },
+        ),
+        *_deformable_attention(
+            "model.decoder.layers.{i}.encoder_attn", "decoder/{i}/cross_attention"
+        ),
+        *_packed_projections(
+            "model.decoder.layers.{i}.self_attn", "decoder/{i}/self_attention/in_proj"
+        ),
+        *_linear(
+            "model.decoder.layers.{i}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"
+        ),
         *_linear("model.reference_points", "reference_points"),
         ("model.query_position_embeddings.weight", "context_queries", "same"),
     ),
     spellings=(
-        (r"(?=(backbone|encoder|decoder|input_proj|query_position_embeddings|level_embed|reference_points)\b)", "model."),  # the bare model
+        (
+            r"(?=(backbone|encoder|decoder|input_proj|query_position_embeddings|level_embed|reference_points)\b)",
+            "model.",
+        ),  # the bare model
         (r"model\.backbone\.model\.", _HF_BACKBONE),  # as transformers 5 holds it in memory
         (r"(model\.(?:en|de)coder\.layers\.\d+)\.mlp\.", r"\1."),
         (r"(model\.decoder\.layers\.\d+\.self_attn)\.o_proj\.", r"\1.out_proj."),
@@ -168,7 +239,11 @@ RELEASED: tuple[Rule, ...] = (
     *_ORIGINAL_TRANSFORMER,
     ("query_embed_dsct.weight", "subject_queries", "same"),
     *_linear("class_embed_dsct.0", "class_head"),
-    *(rule for i in range(3) for rule in _linear(f"bbox_embed_dsct.0.layers.{i}", f"box_head/layer{i}")),
+    *(
+        rule
+        for i in range(3)
+        for rule in _linear(f"bbox_embed_dsct.0.layers.{i}", f"box_head/layer{i}")
+    ),
 )
 
 DSCT = TensorLayout(
@@ -176,7 +251,8 @@ DSCT = TensorLayout(
     marker=r"query_embed_dsct\.weight|class_embed_dsct\.0\.weight",
     rules=RELEASED,
     left_out=r".*\.num_batches_tracked",
-    repeated=r"(class_embed_dsct|bbox_embed_dsct)\.([1-9]\d*)\.(.+)",  # their modules list the one shared head once a decoder layer
+    # their modules list the one shared head once a decoder layer
+    repeated=r"(class_embed_dsct|bbox_embed_dsct)\.([1-9]\d*)\.(.+)",
 )
 
 LAYOUTS = (DSCT, HUGGING_FACE, DEFORMABLE_DETR, TORCHVISION)
@@ -190,19 +266,30 @@ class Translation:
     taken: tuple[str, ...]  # names in the file
     left_out: tuple[str, ...]  # names in the file that have no place in our model
     unmatched: tuple[str, ...]  # our paths that this kind of file does not have
-    problems: tuple[str, ...]  # one text for each tensor that is unknown, missing, doubled or of another shape
+    problems: tuple[
+        str, ...
+    ]  # one text for each tensor that is unknown, missing, doubled or of another shape
 
 
 def detect_layout(names: Iterable[str]) -> TensorLayout | None:
     """Which of the four kinds of file has these names; None when it is none of them."""
     names = list(names)
-    return next((layout for layout in LAYOUTS if any(re.fullmatch(layout.marker, name) for name in names)), None)
+    return next(
+        (layout for layout in LAYOUTS if any(re.fullmatch(layout.marker, name) for name in names)),
+        None,
+    )
 
 
-def from_torch(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, layout: TensorLayout = DSCT) -> dict[str, np.ndarray]:
+def from_torch(
+    state: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    layout: TensorLayout = DSCT,
+) -> dict[str, np.ndarray]:
     """PyTorch tensors by name -> our arrays by path, float32: the whole model.
 
-    `shapes` are our paths and their shapes: each must be supplied once and fit. Raises UserError naming every tensor that is unknown, missing,
+    `shapes` are our paths and their shapes: each must be supplied once and fit. Raises UserError
+        naming every tensor that is unknown, missing,
     doubled or of another shape; nothing is returned then.
     """
     found = translate(state, shapes, layout=layout)
@@ -214,12 +301,21 @@ def require_fit(problems: Sequence[str]) -> None:
     """Raises UserError that names the problems, unless there are none."""
     if problems:
         more = "; ..." if len(problems) > NAMED_PROBLEMS else ""
-        raise UserError(f"weights: {len(problems)} tensors do not fit the model: {'; '.join(problems[:NAMED_PROBLEMS])}{more}")
+        raise UserError(
+            f"weights: {len(problems)} tensors do not fit the model: "
+            f"{'; '.join(problems[:NAMED_PROBLEMS])}{more}"
+        )
 
 
-def translate(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, layout: TensorLayout) -> Translation:
-    """PyTorch tensors by name -> our arrays, and an account of every tensor. `shapes` are our paths and their shapes; raises nothing."""
-    pieces: dict[str, dict[int, tuple[str, np.ndarray]]] = {}  # path -> third (0 where whole) -> (name, array)
+def translate(
+    state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, layout: TensorLayout
+) -> Translation:
+    """PyTorch tensors by name -> our arrays, and an account of every tensor. `shapes` are our paths
+    and their shapes; raises nothing.
+    """
+    pieces: dict[
+        str, dict[int, tuple[str, np.ndarray]]
+    ] = {}  # path -> third (0 where whole) -> (name, array)
     left_out: list[str] = []
     problems: list[str] = []
     for name, tensor in state.items():
@@ -238,11 +334,21 @@ def translate(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, .
         thirds = pieces.get(path, {})
         expected = {third for _, _, third in _torch_names(path, layout)}
         if expected and (lacking := expected - thirds.keys()):
-            told = any(text.endswith(f" at {path}") for text in problems)  # of another shape, which is said already
-            part = "" if len(expected) == 1 else f" (its {', '.join(('query', 'key', 'value')[i] for i in sorted(lacking))} part)"
+            told = any(
+                text.endswith(f" at {path}") for text in problems
+            )  # of another shape, which is said already
+            part = (
+                ""
+                if len(expected) == 1
+                else f" (its {', '.join(('query', 'key', 'value')[i] for i in sorted(lacking))} part)"
+            )
             problems += [] if told else [f"{path} is missing{part}"]
         elif expected:
-            array = thirds[0][1] if len(thirds) == 1 else np.concatenate([thirds[i][1] for i in range(_QKV)], -1)
+            array = (
+                thirds[0][1]
+                if len(thirds) == 1
+                else np.concatenate([thirds[i][1] for i in range(_QKV)], -1)
+            )
             arrays[path] = np.ascontiguousarray(array, np.float32).reshape(shape)
     taken = tuple(name for path in arrays for name, _ in pieces[path].values())
     unmatched = tuple(path for path in shapes if not has_rule(path, layout))
@@ -274,21 +380,35 @@ def _place(
     return None
 
 
-def to_torch(parameters: Mapping[str, AnyArray], *, num_decoder_layers: int, layout: TensorLayout = DSCT) -> dict[str, np.ndarray]:
+def to_torch(
+    parameters: Mapping[str, AnyArray], *, num_decoder_layers: int, layout: TensorLayout = DSCT
+) -> dict[str, np.ndarray]:
     """Our arrays by path -> PyTorch tensors by name, shared heads repeated for every decoder layer.
 
-    Raises UserError naming the paths that this kind of file has no name for; `has_rule` tells them beforehand.
+    Raises UserError naming the paths that this kind of file has no name for; `has_rule` tells them
+    beforehand.
     """
     state: dict[str, np.ndarray] = {}
     if nameless := [path for path in parameters if not has_rule(path, layout)]:
-        raise UserError(f"weights: {layout.title} has no name for {', '.join(nameless[:NAMED_PROBLEMS])}")
+        raise UserError(
+            f"weights: {layout.title} has no name for {', '.join(nameless[:NAMED_PROBLEMS])}"
+        )
     for path, array in parameters.items():
         found = _torch_names(path, layout)
         for name, how, third in found:
-            piece = np.asarray(array) if len(found) == 1 else np.split(np.asarray(array), _QKV, axis=-1)[third]
+            piece = (
+                np.asarray(array)
+                if len(found) == 1
+                else np.split(np.asarray(array), _QKV, axis=-1)[third]
+            )
             tensor = np.array(_TO_TORCH[how](piece), order="C")
-            copies = [re.sub(r"\.0\.", f".{i}.", name, count=1) for i in range(1, num_decoder_layers)]
-            state |= {name: tensor, **{copy: tensor for copy in copies if re.fullmatch(layout.repeated, copy)}}
+            copies = [
+                re.sub(r"\.0\.", f".{i}.", name, count=1) for i in range(1, num_decoder_layers)
+            ]
+            state |= {
+                name: tensor,
+                **{copy: tensor for copy in copies if re.fullmatch(layout.repeated, copy)},
+            }
     return state
 
 

@@ -1,8 +1,11 @@
-"""Tensor files without PyTorch: .pth and .safetensors are read and written here, third-party files without running what is in them.
+"""Tensor files without PyTorch: .pth and .safetensors are read and written here, third-party files
+without running what is in them.
 
-A `.pth` file is a pickle that describes tensors, and raw bytes a storage: in a zip archive (PyTorch >= 1.6), or one after the other in a plain
-file (before; torchvision's and Deformable DETR's oldest weights). The unpickler here knows tensors and plain containers only: any other name in
-the pickle is refused, or kept as an inert `Opaque` where released files carry it.
+A `.pth` file is a pickle that describes tensors, and raw bytes a storage: in a zip archive (PyTorch
+    >= 1.6), or one after the other in a plain
+file (before; torchvision's and Deformable DETR's oldest weights). The unpickler here knows tensors
+and plain containers only: any other name in the pickle is refused, or kept as an inert `Opaque`
+where released files carry it.
 """
 
 import dataclasses
@@ -43,7 +46,9 @@ _SAFETENSORS_TYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32, "I16": np.int16,
     "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
-_PLAIN_FILE_START = b"".join(pickle.dumps(number, protocol=2) for number in (0x1950A86A20F9469CFC6C, 1001))  # magic number and protocol
+_PLAIN_FILE_START = b"".join(
+    pickle.dumps(number, protocol=2) for number in (0x1950A86A20F9469CFC6C, 1001)
+)  # magic number and protocol
 
 # What a pickle or an archive that was damaged or forged can raise.
 _UNREADABLE = (
@@ -62,7 +67,9 @@ _UNREADABLE = (
 
 
 class Opaque:
-    """Stands for an object that carries no weights, such as the training script's arguments; it keeps nothing and does nothing."""
+    """Stands for an object that carries no weights, such as the training script's arguments; it
+    keeps nothing and does nothing.
+    """
 
     def __init__(self, *_: Any):
         pass
@@ -72,7 +79,9 @@ class Opaque:
 
 
 class _Rebuild:
-    """A function that a pickle may call and may not change: functions and partials can be given another body by a crafted file."""
+    """A function that a pickle may call and may not change: functions and partials can be given
+    another body by a crafted file.
+    """
 
     __slots__ = ("_function",)
 
@@ -116,14 +125,24 @@ class _View:
     def cut(self, numbers: np.ndarray) -> np.ndarray:
         """The tensor, from the numbers of its storage."""
         count = math.prod(self.size)
-        last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True)) if count else self.offset
-        if min(self.offset, *self.size, *self.stride, 0) < 0 or count > numbers.size or (count and last >= numbers.size):
+        last = (
+            self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
+            if count
+            else self.offset
+        )
+        if (
+            min(self.offset, *self.size, *self.stride, 0) < 0
+            or count > numbers.size
+            or (count and last >= numbers.size)
+        ):
             raise pickle.UnpicklingError("a tensor reaches outside its storage")
         strides = tuple(s * numbers.itemsize for s in self.stride)
         return np.lib.stride_tricks.as_strided(numbers[self.offset :], self.size, strides).copy()
 
 
-def _view(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> _View:
+def _view(
+    storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> _View:
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
     return _View(storage, offset, tuple(size), tuple(stride))
@@ -153,14 +172,20 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, storage_type, key, _, count, *view = pid
-        if kind != "storage" or storage_type not in STORAGE_TYPES or any(part is not None for part in view):
+        if (
+            kind != "storage"
+            or storage_type not in STORAGE_TYPES
+            or any(part is not None for part in view)
+        ):
             raise pickle.UnpicklingError(f"unknown reference {kind!r}")
         self.storages[str(key)] = _Storage(str(storage_type), str(key), int(count))
         return self.storages[str(key)]
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Tensors by name of a `.pth` (also `.pt`, `.bin`) or `.safetensors` file; raises UserError when it cannot be read or is neither."""
+    """Tensors by name of a `.pth` (also `.pt`, `.bin`) or `.safetensors` file; raises UserError
+    when it cannot be read or is neither.
+    """
     if path.suffix in PTH_SUFFIXES:
         return read_pth(path)[0]
     if path.suffix == ".safetensors":
@@ -171,21 +196,32 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 def read_pth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(tensors by name, texts by name) of a `.pth` file.
 
-    The tensors are those of the entry 'model' or 'state_dict' where there is one, otherwise of the whole file; the texts stand beside that entry.
+    The tensors are those of the entry 'model' or 'state_dict' where there is one, otherwise of the
+    whole file; the texts stand beside that entry.
 
-    Raises UserError when the file is no such file or holds anything that is not a tensor or a plain container.
+    Raises UserError when the file is no such file or holds anything that is not a tensor or a plain
+    container.
     """
     try:
         with path.open("rb") as file:
-            tensors, texts = _from_archive(path, file) if zipfile.is_zipfile(file) else _from_plain_file(path, file)
+            tensors, texts = (
+                _from_archive(path, file)
+                if zipfile.is_zipfile(file)
+                else _from_plain_file(path, file)
+            )
     except (zipfile.BadZipFile, StopIteration):
-        raise UserError(f"{path}: not a .pth file, or cut short; copy it again, or save it again with torch.save") from None
+        raise UserError(
+            f"{path}: not a .pth file, or cut short; copy it again, or save it again with "
+            "torch.save"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UserError:
         raise
     except _UNREADABLE as error:
-        raise UserError(f"{path}: refused, {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise UserError(
+            f"{path}: refused, {' '.join(str(error).split()) or type(error).__name__}"
+        ) from None
     if not tensors:
         raise UserError(f"{path}: holds no tensors by name")
     return tensors, texts
@@ -195,21 +231,33 @@ def _from_archive(path: Path, file: io.BufferedReader) -> _Content:
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         if len(set(names)) < len(names):
-            raise pickle.UnpicklingError(f"it holds {next(name for name in names if names.count(name) > 1)!r} twice")
+            raise pickle.UnpicklingError(
+                f"it holds {next(name for name in names if names.count(name) > 1)!r} twice"
+            )
         description = next(name for name in names if name.endswith("data.pkl"))
         root = description.removesuffix("data.pkl")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
-            raise UserError(f"{path}: written on a big-endian machine; save it again on another one")
+            raise UserError(
+                f"{path}: written on a big-endian machine; save it again on another one"
+            )
         views, texts = _named_views(_Unpickler(io.BytesIO(archive.read(description))).load())
         tensors = {
-            name: view.cut(np.frombuffer(archive.read(f"{root}data/{view.storage.key}"), STORAGE_TYPES[view.storage.kind], view.storage.count))
+            name: view.cut(
+                np.frombuffer(
+                    archive.read(f"{root}data/{view.storage.key}"),
+                    STORAGE_TYPES[view.storage.kind],
+                    view.storage.count,
+                )
+            )
             for name, view in views.items()
         }
         return tensors, texts
 
 
 def _from_plain_file(path: Path, file: io.BufferedReader) -> _Content:
-    """Five pickles (a magic number, a protocol, the machine, the content, the storages' keys), then a count and the numbers of each storage."""
+    """Five pickles (a magic number, a protocol, the machine, the content, the storages' keys), then
+    a count and the numbers of each storage.
+    """
     file.seek(0)
     if file.read(len(_PLAIN_FILE_START)) != _PLAIN_FILE_START:
         raise zipfile.BadZipFile
@@ -233,12 +281,17 @@ def _named_views(content: Any) -> tuple[dict[str, _View], dict[str, str]]:
     if not isinstance(content, dict):
         return {}, {}
     texts = {str(name): text for name, text in content.items() if isinstance(text, str)}
-    model = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)), content)
+    model = next(
+        (content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)),
+        content,
+    )
     return {str(name): view for name, view in model.items() if isinstance(view, _View)}, texts
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(tensors by name, metadata) of a `.safetensors` file; raises UserError when it is damaged, cut short, or names a tensor twice."""
+    """(tensors by name, metadata) of a `.safetensors` file; raises UserError when it is damaged,
+    cut short, or names a tensor twice.
+    """
     try:
         content = path.read_bytes()
         entries = safetensors.deserialize(content)
@@ -255,13 +308,19 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     tensors = {}
     for name, entry in entries:
         if entry["dtype"] not in _SAFETENSORS_TYPES:
-            raise UserError(f"{path}: {name} has numbers of type {entry['dtype']}, which are no weights")
-        tensors[name] = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[entry["dtype"]]).reshape(entry["shape"])
+            raise UserError(
+                f"{path}: {name} has numbers of type {entry['dtype']}, which are no weights"
+            )
+        tensors[name] = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[entry["dtype"]]).reshape(
+            entry["shape"]
+        )
     return tensors, header.get("__metadata__") or {}
 
 
 def _doubled_name(content: bytes) -> str | None:
-    """The name that comes twice in the header of a `.safetensors` file, which its library reports as a wrong offset."""
+    """The name that comes twice in the header of a `.safetensors` file, which its library reports
+    as a wrong offset.
+    """
     doubled: list[str] = []
 
     def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -270,25 +329,44 @@ def _doubled_name(content: bytes) -> str | None:
         return dict(pairs)
 
     try:
-        json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")], object_pairs_hook=collect)
+        json.loads(
+            content[8 : 8 + int.from_bytes(content[:8], "little")], object_pairs_hook=collect
+        )
     except ValueError:
         return None
     return doubled[0] if doubled else None
 
 
 _DATE = (1980, 1, 1, 0, 0, 0)  # of every entry of an archive; the first that the format knows
-_SAFETENSORS_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.int32): "I32", np.dtype(np.int64): "I64"}
-_STORAGE_TYPES = {np.dtype(np.float32): "FloatStorage", np.dtype(np.float16): "HalfStorage", np.dtype(np.int64): "LongStorage"}
+_SAFETENSORS_NAMES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.int64): "I64",
+}
+_STORAGE_TYPES = {
+    np.dtype(np.float32): "FloatStorage",
+    np.dtype(np.float16): "HalfStorage",
+    np.dtype(np.int64): "LongStorage",
+}
 _ALIGNMENT = 8  # bytes; of the header's end, as safetensors wants it
 
 
-def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Arrays by name and texts by name, both sorted: the library itself leaves the order of the texts to chance."""
+def write_safetensors(
+    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Arrays by name and texts by name, both sorted: the library itself leaves the order of the
+    texts to chance.
+    """
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     start = 0
     ordered = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
     for name, array in ordered.items():
-        header[name] = {"dtype": _SAFETENSORS_NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [start, start + array.nbytes]}
+        header[name] = {
+            "dtype": _SAFETENSORS_NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [start, start + array.nbytes],
+        }
         start += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
@@ -303,11 +381,14 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name in sorted(arrays):
             with archive.open(zipfile.ZipInfo(f"{name}.npy", _DATE), "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, np.asarray(arrays[name], order="C"), allow_pickle=False)
+                np.lib.format.write_array(
+                    file, np.asarray(arrays[name], order="C"), allow_pickle=False
+                )
 
 
 def write_pth(path: Path, tensors: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> None:
-    """A `.pth` that `torch.load(path, weights_only=True)` reads: {"model": tensors by name, and each of `notes` under its name}.
+    """A `.pth` that `torch.load(path, weights_only=True)` reads: {"model": tensors by name, and
+    each of `notes` under its name}.
 
     Tensors that are one array are one storage, as PyTorch keeps them.
     """
@@ -316,16 +397,21 @@ def write_pth(path: Path, tensors: Mapping[str, np.ndarray], notes: Mapping[str,
     for name, tensor in tensors.items():
         key, _ = storages.setdefault(id(tensor), (str(len(storages)), tensor))
         entries.append((name, _pickled_tensor(tensor, key)))
-    content = [("model", _pickled_dict(entries)), *((name, _pickled_text(text)) for name, text in notes.items())]
+    content = [
+        ("model", _pickled_dict(entries)),
+        *((name, _pickled_text(text)) for name, text in notes.items()),
+    ]
     files = {"data.pkl": b"\x80\x02" + _pickled_dict(content) + b".", "byteorder": b"little"}
-    files |= {f"data/{key}": np.asarray(tensor, order="C").tobytes() for key, tensor in storages.values()}
+    files |= {
+        f"data/{key}": np.asarray(tensor, order="C").tobytes() for key, tensor in storages.values()
+    }
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in (files | {"version": b"3\n"}).items():
             archive.writestr(zipfile.ZipInfo(f"archive/{name}", _DATE), data)
 
 
-# The opcodes of pickle protocol 2 that a file of tensors needs. Written out because Python's pickler writes a function's name only after importing
-# it, and `torch._utils` may not be there.
+# The opcodes of pickle protocol 2 that a file of tensors needs. Written out because Python's
+# pickler writes a function's name only after importing it, and `torch._utils` may not be there.
 
 
 def _pickled_text(text: str) -> bytes:
@@ -353,8 +439,25 @@ def _pickled_dict(entries: Iterable[tuple[str, bytes]]) -> bytes:
 def _pickled_tensor(tensor: np.ndarray, key: str) -> bytes:
     """_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, backward_hooks)."""
     kind = _pickled_name("torch", _STORAGE_TYPES[tensor.dtype])
-    storage = _pickled_tuple([_pickled_text("storage"), kind, _pickled_text(key), _pickled_text("cpu"), _pickled_int(tensor.size)]) + b"Q"
+    storage = (
+        _pickled_tuple(
+            [
+                _pickled_text("storage"),
+                kind,
+                _pickled_text(key),
+                _pickled_text("cpu"),
+                _pickled_int(tensor.size),
+            ]
+        )
+        + b"Q"
+    )
     strides = [int(np.prod(tensor.shape[i + 1 :])) for i in range(tensor.ndim)]
-    size, stride = (_pickled_tuple(map(_pickled_int, numbers)) for numbers in (tensor.shape, strides))
+    size, stride = (
+        _pickled_tuple(map(_pickled_int, numbers)) for numbers in (tensor.shape, strides)
+    )
     hooks = _pickled_name("collections", "OrderedDict") + b")R"
-    return _pickled_name("torch._utils", "_rebuild_tensor_v2") + _pickled_tuple([storage, _pickled_int(0), size, stride, b"\x89", hooks]) + b"R"
+    return (
+        _pickled_name("torch._utils", "_rebuild_tensor_v2")
+        + _pickled_tuple([storage, _pickled_int(0), size, stride, b"\x89", hooks])
+        + b"R"
+    )

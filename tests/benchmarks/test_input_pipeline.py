@@ -1,4 +1,6 @@
-"""The throughput bench: every row is measured and told, and torch is asked for only when it is wanted."""
+"""The throughput bench: every row is measured and told, and torch is asked for only when it is
+wanted.
+"""
 
 import json
 
@@ -12,7 +14,13 @@ def test_the_command_measures_every_row(tmp_path, monkeypatch, capsys):
     argv = ["--images=4", "--rounds=1", "--seconds=0.1", "--workers", "0"]
     assert main([*argv, f"--output={tmp_path / 'table'}"]) == 0
     rows = json.loads((tmp_path / "table.json").read_text())
-    assert [row["what"] for row in rows] == ["decode", "decode, prepared", "augment", "pipeline", "pipeline, prepared"]
+    assert [row["what"] for row in rows] == [
+        "decode",
+        "decode, prepared",
+        "augment",
+        "pipeline",
+        "pipeline, prepared",
+    ]
     assert all(row["images_per_s"][0] > 1 for row in rows)
     assert capsys.readouterr().out == (tmp_path / "table.md").read_text() == format_rows(rows)
 
@@ -28,7 +36,9 @@ def test_the_table_compares_with_torch_at_the_same_workers():
     assert lines[6] == "| a | data wait | 2 | 2.0 % (1.0 to 3.0) |  |"
 
 
-@pytest.mark.parametrize("wrong", [["--images=2"], ["--rounds=0"], ["--workers", "-1"], ["--rounds=many"]])
+@pytest.mark.parametrize(
+    "wrong", [["--images=2"], ["--rounds=0"], ["--workers", "-1"], ["--rounds=many"]]
+)
 def test_mistakes(wrong, capsys):
     assert main(wrong) == 2
     error = capsys.readouterr().err

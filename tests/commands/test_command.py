@@ -1,4 +1,6 @@
-"""Command lines of the data commands: a configuration with its overrides, and mistakes told in one line."""
+"""Command lines of the data commands: a configuration with its overrides, and mistakes told in one
+line.
+"""
 
 from pathlib import Path
 
@@ -11,7 +13,9 @@ DEBUG = Path(__file__).parents[2] / "configs/debug.py"
 
 
 def test_overrides_change_the_data_section_and_the_classes():
-    config = data_config(DEBUG, ["--config.data.train=7", "--config.data.cache=True", "--config.multi_label=True"])
+    config = data_config(
+        DEBUG, ["--config.data.train=7", "--config.data.cache=True", "--config.multi_label=True"]
+    )
     assert (config.train, config.val, config.cache, config.multi_label) == ("7", "4", True, True)
     assert config.class_names == ("Anger", "Fear", "Happy", "Sad") and config.buckets == ((80, 80),)
 
@@ -37,7 +41,12 @@ def test_a_command_adds_its_own_flags():
 def test_mistakes_are_one_line_and_status_2(argv, says, capsys):
     assert run_command(lambda: parse(config_parser("command", None), argv) and None) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and says in captured.err and captured.err.count("\n") == 1 and not captured.out
+    assert (
+        captured.err.startswith("error: ")
+        and says in captured.err
+        and captured.err.count("\n") == 1
+        and not captured.out
+    )
 
 
 def test_status_of_a_command(capsys):

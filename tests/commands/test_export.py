@@ -1,4 +1,6 @@
-"""Exports: the golden model through every format, in processes that know nothing of ours, and the same bytes twice."""
+"""Exports: the golden model through every format, in processes that know nothing of ours, and the
+same bytes twice.
+"""
 
 import json
 import os
@@ -27,7 +29,8 @@ ROOT = Path(__file__).parents[2]
 SIZE = (90, 97)  # of the golden batch
 ONE_DEVICE = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
-# Runs an artifact in a process where Flax and this package cannot be imported; the arrays come and go as files.
+# Runs an artifact in a process where Flax and this package cannot be imported; the arrays come and
+# go as files.
 ALONE = """
 import json, sys
 class Blocked:
@@ -51,12 +54,16 @@ for batch in (1, 7):
 @pytest.fixture(scope="module")
 def state(golden):
     arrays = golden("model_small")
-    return {name.removeprefix("state/"): arrays[name] for name in arrays if name.startswith("state/")}
+    return {
+        name.removeprefix("state/"): arrays[name] for name in arrays if name.startswith("state/")
+    }
 
 
 @pytest.fixture(scope="module")
 def model(state, tmp_path_factory):
-    model = dsct_jax.load(write_state(tmp_path_factory.mktemp("pth") / "x.pth", state), small_config())
+    model = dsct_jax.load(
+        write_state(tmp_path_factory.mktemp("pth") / "x.pth", state), small_config()
+    )
     model.calibration = Calibration(model.class_names, 1.5, (0.25,) * 26, "val", 100, "step 3")
     return model
 
@@ -69,7 +76,12 @@ def stablehlo(model, tmp_path_factory):
 
 def golden_batch(golden):
     arrays = golden("model_small")
-    return arrays["batch"].transpose(0, 2, 3, 1), arrays["mask"], arrays["pred_logits"], arrays["pred_boxes"]
+    return (
+        arrays["batch"].transpose(0, 2, 3, 1),
+        arrays["mask"],
+        arrays["pred_logits"],
+        arrays["pred_boxes"],
+    )
 
 
 def assert_golden(logits, boxes, golden) -> None:
@@ -85,12 +97,23 @@ def test_stablehlo_alone_at_batch_1_and_7(stablehlo, golden, tmp_path):
     images, mask, logits, boxes = golden_batch(golden)
     np.save(tmp_path / "images.npy", images)
     np.save(tmp_path / "mask.npy", mask)
-    arguments = [str(folder), str(tmp_path / "images.npy"), str(tmp_path / "mask.npy"), str(tmp_path / "out")]
-    subprocess.run([sys.executable, "-c", ALONE, *arguments], cwd=tmp_path, env=ONE_DEVICE, check=True)
+    arguments = [
+        str(folder),
+        str(tmp_path / "images.npy"),
+        str(tmp_path / "mask.npy"),
+        str(tmp_path / "out"),
+    ]
+    subprocess.run(
+        [sys.executable, "-c", ALONE, *arguments], cwd=tmp_path, env=ONE_DEVICE, check=True
+    )
     for batch in (1, 7):
         answer = np.load(tmp_path / f"out{batch}.npz")
-        np.testing.assert_allclose(answer["logits"], np.resize(logits, (batch, *logits.shape[1:])), rtol=0, atol=1e-5)
-        np.testing.assert_allclose(answer["boxes"], np.resize(boxes, (batch, *boxes.shape[1:])), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            answer["logits"], np.resize(logits, (batch, *logits.shape[1:])), rtol=0, atol=1e-5
+        )
+        np.testing.assert_allclose(
+            answer["boxes"], np.resize(boxes, (batch, *boxes.shape[1:])), rtol=0, atol=1e-5
+        )
 
 
 def test_what_is_recorded(stablehlo, model):
@@ -101,7 +124,9 @@ def test_what_is_recorded(stablehlo, model):
     assert about["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
     assert about["platforms"] == ["cpu", "cuda", "tpu"]
     assert about["subject_logit"] is True
-    artifact = jax.export.deserialize(bytearray((stablehlo[0] / "model_90x97.stablehlo").read_bytes()))
+    artifact = jax.export.deserialize(
+        bytearray((stablehlo[0] / "model_90x97.stablehlo").read_bytes())
+    )
     assert artifact.platforms == ("cpu", "cuda", "tpu")
     assert jax.config.jax_traceback_in_locations_limit != 0  # put back
 
@@ -114,7 +139,12 @@ def test_the_same_bytes_whatever_the_process(stablehlo, model, tmp_path):
     )
     (tmp_path / "again").mkdir()
     arguments = [str(tmp_path / "m.safetensors"), str(tmp_path / "again")]
-    subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, env={**ONE_DEVICE, "PYTHONHASHSEED": "5"}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=ROOT,
+        env={**ONE_DEVICE, "PYTHONHASHSEED": "5"},
+        check=True,
+    )
     for name in ("model_90x97.stablehlo", "weights.npz"):
         assert (tmp_path / "again" / name).read_bytes() == (stablehlo[0] / name).read_bytes(), name
     assert str(ROOT).encode() not in (tmp_path / "again" / "model_90x97.stablehlo").read_bytes()
@@ -129,10 +159,19 @@ def test_the_example_runs_alone(stablehlo, model, tmp_path):
     height, width = SIZE
     image = np.random.default_rng(0).integers(0, 256, (height, 80, 3), np.uint8)
     np.save(tmp_path / "photo.npy", image)
-    (tmp_path / "sitecustomize.py").write_text(ALONE.split("import jax")[0])  # blocks Flax and this package
+    (tmp_path / "sitecustomize.py").write_text(
+        ALONE.split("import jax")[0]
+    )  # blocks Flax and this package
     environment = {**ONE_DEVICE, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "examples" / "run_exported.py"), str(stablehlo[0]), "photo.npy"]
-    said = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "run_exported.py"),
+        str(stablehlo[0]),
+        "photo.npy",
+    ]
+    said = subprocess.run(
+        command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    ).stdout
     from dsct_jax.preprocess import normalize
 
     mask = np.zeros((2, height, width), bool)  # a batch of two, as compiled before
@@ -142,14 +181,19 @@ def test_the_example_runs_alone(stablehlo, model, tmp_path):
     out = model(images, mask)
     query = np.asarray(out.logits[-1, 0, :, -1]).argmax()
     assert model.class_names[np.asarray(out.logits[-1, 0, query, :-1]).argmax()] in said
-    shown = [float(number) for number in said.split("(cx, cy, w, h) = [")[1].split("]")[0].split(",")]
+    shown = [
+        float(number) for number in said.split("(cx, cy, w, h) = [")[1].split("]")[0].split(",")
+    ]
     np.testing.assert_allclose(shown, out.boxes[-1, 0, query], rtol=0, atol=1e-4)
 
 
 def test_safetensors(model, golden, tmp_path):
     from safetensors import safe_open
 
-    assert "largest difference to the checkpoint: 0 in" in export(model, tmp_path, format="safetensors")[0]
+    assert (
+        "largest difference to the checkpoint: 0 in"
+        in export(model, tmp_path, format="safetensors")[0]
+    )
     with safe_open(str(tmp_path / "model.safetensors"), framework="numpy") as file:
         assert json.loads(file.metadata()["class_names"]) == list(model.class_names)
         assert json.loads(file.metadata()["config"])["model"]["hidden_dim"] == 64
@@ -159,19 +203,31 @@ def test_safetensors(model, golden, tmp_path):
 
 
 def test_ours_to_the_released_layout_and_back_is_bit_identical(model, state, golden, tmp_path):
-    assert "largest difference to the checkpoint: 0 in" in export(model, tmp_path, format="torch")[0]
+    assert (
+        "largest difference to the checkpoint: 0 in" in export(model, tmp_path, format="torch")[0]
+    )
     written, texts = read_pth(tmp_path / "model.pth")
-    heads = {name.replace(".0.", ".1.", 1): value for name, value in state.items() if "embed_dsct" in name and ".0." in name}
+    heads = {
+        name.replace(".0.", ".1.", 1): value
+        for name, value in state.items()
+        if "embed_dsct" in name and ".0." in name
+    }
     assert written.keys() == (state | heads).keys()  # what the authors' code lists
     for name, value in (state | heads).items():
-        np.testing.assert_array_equal(written[name].view(np.uint32), value.view(np.uint32), err_msg=name)
+        np.testing.assert_array_equal(
+            written[name].view(np.uint32), value.view(np.uint32), err_msg=name
+        )
         assert written[name].shape == value.shape
     assert json.loads(texts["class_names"]) == list(model.class_names)
     back = dsct_jax.load(tmp_path / "model.pth")  # with the configuration written in it
     for ours, theirs in ((back.params, model.params), (back.frozen, model.frozen)):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
-            np.testing.assert_array_equal(np.asarray(ours[name]).view(np.uint32), np.asarray(value).view(np.uint32), err_msg=name)
+            np.testing.assert_array_equal(
+                np.asarray(ours[name]).view(np.uint32),
+                np.asarray(value).view(np.uint32),
+                err_msg=name,
+            )
     images, mask, *_ = golden_batch(golden)
     out = back(images, mask)
     assert_golden(out.logits[-1], out.boxes[-1], golden)
@@ -187,10 +243,19 @@ def test_torch_loads_what_was_written(model, state, tmp_path):
         for name, value in state.items():
             np.testing.assert_array_equal(content["model"][name].numpy(), value)
     shared = content["model"]
-    assert shared["class_embed_dsct.0.weight"].data_ptr() == shared["class_embed_dsct.1.weight"].data_ptr()
+    assert (
+        shared["class_embed_dsct.0.weight"].data_ptr()
+        == shared["class_embed_dsct.1.weight"].data_ptr()
+    )
     module = torch.nn.Linear(64, 27)  # as the authors' code does with the whole model
     prefix = "class_embed_dsct.0."
-    module.load_state_dict({name.removeprefix(prefix): value for name, value in shared.items() if name.startswith(prefix)})
+    module.load_state_dict(
+        {
+            name.removeprefix(prefix): value
+            for name, value in shared.items()
+            if name.startswith(prefix)
+        }
+    )
     assert (tmp_path / "model.pth").read_bytes().startswith(b"PK")
 
 
@@ -211,7 +276,10 @@ def test_what_the_authors_code_has_not_is_refused(tmp_path):
 def test_the_paper_variant_is_written_with_a_note(model, tmp_path):
     config = small_config(fusion="paper", semantic_selection="smallest")
     other = Model(Network(model_config(config)), model.params, model.frozen, config)
-    assert "the authors' code loads it, but computes fusion=released" in export(other, tmp_path, format="torch")[0]
+    assert (
+        "the authors' code loads it, but computes fusion=released"
+        in export(other, tmp_path, format="torch")[0]
+    )
 
 
 def test_what_differs_from_the_checkpoint_is_not_kept(model, tmp_path, monkeypatch):
@@ -220,13 +288,19 @@ def test_what_differs_from_the_checkpoint_is_not_kept(model, tmp_path, monkeypat
     def spoilt(arrays, name):
         return {**arrays, name: arrays[name] + np.float32(0.01)}
 
-    monkeypatch.setattr("dsct_jax.commands.export.write_npz", lambda path, arrays: write_npz(path, spoilt(arrays, "params/class_head/bias")))
+    monkeypatch.setattr(
+        "dsct_jax.commands.export.write_npz",
+        lambda path, arrays: write_npz(path, spoilt(arrays, "params/class_head/bias")),
+    )
     with pytest.raises(UserError, match=r"differs from the checkpoint by 0\.01"):
         export(model, tmp_path, format="stablehlo", sizes=[SIZE])
     monkeypatch.setattr(
-        "dsct_jax.commands.export.write_pth", lambda path, arrays, notes: write_pth(path, spoilt(arrays, "query_embed.weight"), notes)
+        "dsct_jax.commands.export.write_pth",
+        lambda path, arrays, notes: write_pth(path, spoilt(arrays, "query_embed.weight"), notes),
     )
-    with pytest.raises(UserError, match=r"differs from the checkpoint by 0\.01 \(params/context_queries\)"):
+    with pytest.raises(
+        UserError, match=r"differs from the checkpoint by 0\.01 \(params/context_queries\)"
+    ):
         export(model, tmp_path, format="torch")
     assert list(tmp_path.iterdir()) == []
 
@@ -236,23 +310,45 @@ def test_a_run_of_eight_devices_on_a_machine_with_one(model, tmp_path, golden):
     mesh = make_mesh()
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    params = {name: jax.device_put(value, spread if value.ndim and value.shape[0] % 8 == 0 else replicated) for name, value in model.params.items()}
-    assert any(len({str(shard.index) for shard in value.addressable_shards}) == 8 for value in params.values())  # really in eight parts
+    params = {
+        name: jax.device_put(
+            value, spread if value.ndim and value.shape[0] % 8 == 0 else replicated
+        )
+        for name, value in model.params.items()
+    }
+    assert any(
+        len({str(shard.index) for shard in value.addressable_shards}) == 8
+        for value in params.values()
+    )  # really in eight parts
     fixed = {name: value for name, value in params.items() if name.startswith("backbone/stem")}
     trained = {name: value for name, value in params.items() if name not in fixed}
     average = {name: value + 1 for name, value in trained.items()}
-    state = TrainState(jax.numpy.int32(3), trained, fixed, jax.device_put(model.frozen, replicated), {}, average)
-    state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, replicated), state)
+    state = TrainState(
+        jax.numpy.int32(3), trained, fixed, jax.device_put(model.frozen, replicated), {}, average
+    )
+    state = jax.tree.map(
+        lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, replicated), state
+    )
     checkpoints = Checkpoints(tmp_path / "run", metadata={"config": model.config})
     checkpoints.save(state)
     checkpoints.close()
-    Calibration(model.class_names, 2.0, None, "val", 10, "step 3").save(tmp_path / "run" / "thresholds.json")
-    arguments = [f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'out'}", "--format=safetensors"]
+    Calibration(model.class_names, 2.0, None, "val", 10, "step 3").save(
+        tmp_path / "run" / "thresholds.json"
+    )
+    arguments = [
+        f"--checkpoint={tmp_path / 'run'}",
+        f"--output={tmp_path / 'out'}",
+        "--format=safetensors",
+    ]
     program = "import jax, sys; assert len(jax.devices()) == 1; from dsct_jax.commands.export import main; sys.exit(main(sys.argv[1:]))"
-    subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, env=ONE_DEVICE, check=True)
+    subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, env=ONE_DEVICE, check=True
+    )
     exported = dsct_jax.load(tmp_path / "out" / "model.safetensors")
     for name, value in model.params.items():  # the moving average, where there is one
-        np.testing.assert_array_equal(exported.params[name], value if name in fixed else average[name], err_msg=name)
+        np.testing.assert_array_equal(
+            exported.params[name], value if name in fixed else average[name], err_msg=name
+        )
     last, _, _ = load_weights(tmp_path / "run", ema=False)
     np.testing.assert_array_equal(last["class_head/bias"], model.params["class_head/bias"])
     assert exported.calibration.temperature == 2.0
@@ -268,13 +364,19 @@ def test_onnx(model, golden, tmp_path):
     assert "largest difference to the checkpoint" in report[0]
     images, mask, *_ = golden_batch(golden)
     assert_golden(*onnx_session(tmp_path / "model_90x97.onnx")(images, mask), golden)
-    texts = {entry.key: entry.value for entry in onnx.load(str(tmp_path / "model_90x97.onnx")).metadata_props}
+    texts = {
+        entry.key: entry.value
+        for entry in onnx.load(str(tmp_path / "model_90x97.onnx")).metadata_props
+    }
     assert json.loads(texts["class_names"]) == list(model.class_names)
 
 
 def test_mistakes_are_one_line(model, tmp_path, capsys):
     model.save(tmp_path / "m.safetensors")
-    checkpoint, output = f"--checkpoint={tmp_path / 'm.safetensors'}", f"--output={tmp_path / 'out'}"
+    checkpoint, output = (
+        f"--checkpoint={tmp_path / 'm.safetensors'}",
+        f"--output={tmp_path / 'out'}",
+    )
     for arguments, says in (
         ([f"--checkpoint={tmp_path / 'x'}", output, "--format=torch"], "no such file"),
         ([checkpoint, output, "--format=tflite"], "none of stablehlo"),

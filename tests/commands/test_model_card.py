@@ -1,4 +1,6 @@
-"""The model card: every number in it comes from the run's files, and what a run cannot know is asked for."""
+"""The model card: every number in it comes from the run's files, and what a run cannot know is
+asked for.
+"""
 
 import json
 
@@ -25,10 +27,16 @@ METRICS = {
 
 @pytest.fixture
 def run(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(small_config() | {"init_from": "r50_deformable_detr.pth"}))
-    (tmp_path / "env.json").write_text(json.dumps({"versions": {"jax": "0.10.2"}, "commit": "abc123"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(small_config() | {"init_from": "r50_deformable_detr.pth"})
+    )
+    (tmp_path / "env.json").write_text(
+        json.dumps({"versions": {"jax": "0.10.2"}, "commit": "abc123"})
+    )
     (tmp_path / "metrics_test.json").write_text(json.dumps(METRICS))
-    (tmp_path / "thresholds.json").write_text(json.dumps({"temperature": 1.25, "thresholds": [0.3] * 26, "split": "val"}))
+    (tmp_path / "thresholds.json").write_text(
+        json.dumps({"temperature": 1.25, "thresholds": [0.3] * 26, "split": "val"})
+    )
     return tmp_path
 
 
@@ -50,7 +58,11 @@ def test_numbers_come_from_the_run(run):
 
 def test_without_intervals_and_thresholds_it_says_so(run):
     (run / "thresholds.json").unlink()
-    (run / "metrics_test.json").write_text(json.dumps({key: value for key, value in METRICS.items() if key not in ("intervals", "resamples")}))
+    (run / "metrics_test.json").write_text(
+        json.dumps(
+            {key: value for key, value in METRICS.items() if key not in ("intervals", "resamples")}
+        )
+    )
     card = model_card(run)
     assert "No intervals" in card
     assert "Nothing was fitted on validation: a class counts above 0.5." in card

@@ -1,4 +1,6 @@
-"""What the figures are made of is where it is in the image, and the command draws every figure or says in one line why not."""
+"""What the figures are made of is where it is in the image, and the command draws every figure or
+says in one line why not.
+"""
 
 import json
 
@@ -21,7 +23,14 @@ from dsct_jax.inference.introspection import principal_components
 from dsct_jax.inference.load import Model, load, model_config
 from dsct_jax.model.build import Network
 from dsct_jax.postprocess import Selection, Subject
-from dsct_jax.visualization.figures import NOBODY, activation_figure, contextual_samples, embedding_figure, loss_figure, sampling_figure
+from dsct_jax.visualization.figures import (
+    NOBODY,
+    activation_figure,
+    contextual_samples,
+    embedding_figure,
+    loss_figure,
+    sampling_figure,
+)
 
 EVERYBODY = Selection(min_confidence=0.0, nms=1.0)
 
@@ -31,9 +40,13 @@ def make_checkpoint(path, seed=0, **changes):
     config["model"] |= changes
     functions = Network(model_config(config))
     params, frozen = functions.init(seed)
-    # The initial offsets and weights are the same for every query; noise makes the queries differ, so that a mix-up shows.
+    # The initial offsets and weights are the same for every query; noise makes the queries differ,
+    # so that a mix-up shows.
     rng = np.random.default_rng(seed)
-    params = {name: value + 0.05 * rng.standard_normal(value.shape).astype(np.float32) for name, value in params.items()}
+    params = {
+        name: value + 0.05 * rng.standard_normal(value.shape).astype(np.float32)
+        for name, value in params.items()
+    }
     Model(functions, params, frozen, config).save(path)
     return path
 
@@ -47,7 +60,20 @@ def checkpoint(tmp_path_factory):
 def samples(tmp_path_factory):
     """Three built-in scenes as files, with truth.json."""
     folder = tmp_path_factory.mktemp("samples")
-    assert run_command(lambda: write_samples(["--config=configs/debug.py", "-n", "3", "--config.data.test=3", f"--output={folder}"])) == 0
+    assert (
+        run_command(
+            lambda: write_samples(
+                [
+                    "--config=configs/debug.py",
+                    "-n",
+                    "3",
+                    "--config.data.test=3",
+                    f"--output={folder}",
+                ]
+            )
+        )
+        == 0
+    )
     return folder
 
 
@@ -63,28 +89,42 @@ def test_a_look_agrees_with_prediction(scene):
     model, image, seen = scene
     people = visualize._answers(model, [image], EVERYBODY)[0]
     assert len(people) == len(seen.subjects) == 4
-    np.testing.assert_allclose([one.box for one in seen.subjects], [one.box for one in people], atol=1e-2)
+    np.testing.assert_allclose(
+        [one.box for one in seen.subjects], [one.box for one in people], atol=1e-2
+    )
     assert sorted(seen.queries.tolist()) == [0, 1, 2, 3]
 
 
 def test_points_are_in_pixels_of_the_image_without_its_padding(scene):
-    """The box head predicts relative to the reference point: with an untouched canvas both must be in the same coordinates."""
+    """The box head predicts relative to the reference point: with an untouched canvas both must be
+    in the same coordinates.
+    """
     model, image, seen = scene
-    queries = np.concatenate([np.asarray(model.params["context_queries"]), np.asarray(model.params["subject_queries"])])
-    kernel, bias = (np.asarray(model.params[f"reference_points/{name}"]) for name in ("kernel", "bias"))
-    points = jax.nn.sigmoid(queries[:, : queries.shape[1] // 2] @ kernel + bias) * np.array([image.width, image.height])
+    queries = np.concatenate(
+        [np.asarray(model.params["context_queries"]), np.asarray(model.params["subject_queries"])]
+    )
+    kernel, bias = (
+        np.asarray(model.params[f"reference_points/{name}"]) for name in ("kernel", "bias")
+    )
+    points = jax.nn.sigmoid(queries[:, : queries.shape[1] // 2] @ kernel + bias) * np.array(
+        [image.width, image.height]
+    )
     np.testing.assert_allclose(seen.context_points, points[:6], rtol=1e-4)
     np.testing.assert_allclose(seen.layers[0].subject_points, points[6:], rtol=1e-4)
 
 
 def test_samples_surround_their_reference_point_in_pixels(checkpoint, samples):
-    """With offsets of one pixel of a level, a sample lies one cell of that level from the reference point, on every canvas."""
+    """With offsets of one pixel of a level, a sample lies one cell of that level from the reference
+    point, on every canvas.
+    """
     model = load(checkpoint)
     for name in model.params:
         if name.endswith("sampling_offsets/kernel"):
             model.params[name] = model.params[name] * 0
         if name.endswith("sampling_offsets/bias"):
-            model.params[name] = model.params[name] * 0 + np.tile(np.array([1.0, 0.0], np.float32), model.params[name].size // 2)
+            model.params[name] = model.params[name] * 0 + np.tile(
+                np.array([1.0, 0.0], np.float32), model.params[name].size // 2
+            )
     image = Image.open(samples / "test_00000.png")
     seen = introspect(model, image, selection=EVERYBODY)
     layer = seen.layers[-1]
@@ -94,7 +134,11 @@ def test_samples_surround_their_reference_point_in_pixels(checkpoint, samples):
     heads, levels, points = 2, 4, 2
     cells = [-(-pixels.shape[1] // 2 ** (3 + level)) for level in range(levels)]
     step = np.array([pixels.shape[1] / cell for cell in cells]) * image.width / size[1]
-    ratios = np.array([round(size[1] * cell / pixels.shape[1] + 0.499) / cell for cell in cells]) * pixels.shape[1] / size[1]
+    ratios = (
+        np.array([round(size[1] * cell / pixels.shape[1] + 0.499) / cell for cell in cells])
+        * pixels.shape[1]
+        / size[1]
+    )
     expected = np.broadcast_to((step / ratios)[None, :, None], (heads, levels, points)).reshape(-1)
     np.testing.assert_allclose(offsets[0, :, 0], expected, rtol=0.15)
 
@@ -103,7 +147,11 @@ def test_selections_and_weights_are_those_of_the_fusion(scene):
     _, _, seen = scene
     for layer in seen.layers:
         assert (layer.spatial.sum(1) == 2).all()
-        distance = np.linalg.norm((layer.subject_points[:, None] - seen.context_points) / [seen.image.width, seen.image.height], axis=-1)
+        distance = np.linalg.norm(
+            (layer.subject_points[:, None] - seen.context_points)
+            / [seen.image.width, seen.image.height],
+            axis=-1,
+        )
         assert layer.spatial.shape == distance.shape == (4, 6)
         np.testing.assert_allclose(layer.context_weights.sum(1), 1, atol=1e-5)
         assert (layer.context_weights[~(layer.spatial | layer.semantic)] == 0).all()
@@ -111,13 +159,18 @@ def test_selections_and_weights_are_those_of_the_fusion(scene):
         points, weights = contextual_samples(layer, 0)
         chosen = (layer.context_weights[0] > 0).sum()
         assert len(points) == len(weights) == (1 + chosen) * layer.subject_samples.shape[1]
-        np.testing.assert_allclose(weights.sum(), 2, atol=1e-5)  # the subject itself, and its context
+        np.testing.assert_allclose(
+            weights.sum(), 2, atol=1e-5
+        )  # the subject itself, and its context
 
 
 def test_the_columns_have_their_headings_once(scene):
     _, _, seen = scene
     for figure, headings in (
-        (sampling_figure([seen, seen], layer=0), ["people found", "subject queries alone", "with their context queries"]),
+        (
+            sampling_figure([seen, seen], layer=0),
+            ["people found", "subject queries alone", "with their context queries"],
+        ),
         (activation_figure([seen, seen], stage="encoder"), ["image"]),
     ):
         titles = [axes.get_title() for axes in figure.axes]
@@ -128,7 +181,11 @@ def test_the_columns_have_their_headings_once(scene):
 def test_nobody_is_the_last_entry_of_the_legend(scene):
     _, _, seen = scene
     figure = embedding_figure([seen], ["Sad", NOBODY, "Fear", "Sad"], source="annotated emotion")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Fear (1)", "Sad (2)", "nobody (1)"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "Fear (1)",
+        "Sad (2)",
+        "nobody (1)",
+    ]
 
 
 def test_activation_leaves_the_padding_out():
@@ -170,7 +227,9 @@ def test_only_the_right_person_with_the_right_emotion_is_right():
     assert not visualize._is_right(truth, [])
 
 
-@pytest.mark.parametrize("figure", ["predictions", "activation", "sampling", "context", "embeddings", "beside"])
+@pytest.mark.parametrize(
+    "figure", ["predictions", "activation", "sampling", "context", "embeddings", "beside"]
+)
 def test_every_figure_is_drawn(figure, checkpoint, samples, tmp_path, capsys):
     paths = [str(samples / "test_00000.png")] if figure == "context" else [str(samples)]
     extra = ["--min-confidence=0", "--nms=1"]
@@ -181,7 +240,9 @@ def test_every_figure_is_drawn(figure, checkpoint, samples, tmp_path, capsys):
     if figure == "activation":
         extra.append("--stage=encoder")
     output = tmp_path / "new folder/figure.png"
-    assert main([figure, *paths, f"--checkpoint={checkpoint}", f"--output={output}", *extra]) == 0, capsys.readouterr().err
+    assert (
+        main([figure, *paths, f"--checkpoint={checkpoint}", f"--output={output}", *extra]) == 0
+    ), capsys.readouterr().err
     picture = np.asarray(Image.open(output).convert("L"))
     assert min(picture.shape) > 300
     assert picture.std() > 20  # something is drawn on it
@@ -190,7 +251,15 @@ def test_every_figure_is_drawn(figure, checkpoint, samples, tmp_path, capsys):
 def test_losses_are_those_of_the_log(tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
-    lines = [{"step": 10 * i, "train/loss_class": 3.0 - i, "train/loss_bbox": 0.2, "train/loss_giou": 0.1 * i} for i in range(3)]
+    lines = [
+        {
+            "step": 10 * i,
+            "train/loss_class": 3.0 - i,
+            "train/loss_bbox": 0.2,
+            "train/loss_giou": 0.1 * i,
+        }
+        for i in range(3)
+    ]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert main(["losses", str(run), f"--output={tmp_path / 'losses.png'}"]) == 0
     figure = loss_figure({"run": visualize.read_metrics(run / "metrics.jsonl")})
@@ -212,42 +281,86 @@ def test_losses_are_those_of_the_log(tmp_path, capsys):
         (["context", "{empty}"], "{empty}: the folder holds no image or video"),
         (["sampling", "{image}", "--checkpoint={nowhere}"], "{nowhere}: no such file or directory"),
         (["sampling", "{image}", "--config=configs/demo.py"], "{checkpoint}: "),
-        (["predictions", "{image}", "--ground-truth={nowhere}"], "--ground-truth={nowhere}: no such file"),
-        (["predictions", "{image}", "--ground-truth={text}"], "--ground-truth={text}: not COCO-style annotations for 4 classes"),
+        (
+            ["predictions", "{image}", "--ground-truth={nowhere}"],
+            "--ground-truth={nowhere}: no such file",
+        ),
+        (
+            ["predictions", "{image}", "--ground-truth={text}"],
+            "--ground-truth={text}: not COCO-style annotations for 4 classes",
+        ),
         (["beside", "{image}"], "--compare-with is missing"),
-        (["beside", "{image}", "--compare-with={checkpoint}", "--names=one"], "--names=one: must be two names"),
-        (["beside", "{image}", "--compare-with={checkpoint}", "--compare-config=configs/demo.py"], "{checkpoint}: weights of another model"),
+        (
+            ["beside", "{image}", "--compare-with={checkpoint}", "--names=one"],
+            "--names=one: must be two names",
+        ),
+        (
+            [
+                "beside",
+                "{image}",
+                "--compare-with={checkpoint}",
+                "--compare-config=configs/demo.py",
+            ],
+            "{checkpoint}: weights of another model",
+        ),
         (["sampling", "{image}", "--layer=3"], "--layer=3: the decoder has layers 1 to 2"),
         (["sampling", "{image}", "--min-confidence=1"], "{image}: nobody was found in it"),
         (["context", "{image}", "--person=9", "--min-confidence=0"], "--person=9: "),
         (["embeddings", "{image}", "--min-confidence=1"], "embeddings: 0 people were found"),
         (["losses", "{nowhere}"], "{nowhere}/metrics.jsonl: no such file"),
-        (["context", "{image}", "--output=figure.jpg"], "--output=figure.jpg: must be the name of a .png file"),
+        (
+            ["context", "{image}", "--output=figure.jpg"],
+            "--output=figure.jpg: must be the name of a .png file",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, checkpoint, samples, tmp_path, capsys):
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty").mkdir()
-    places = {"text": tmp_path / "text.png", "nowhere": tmp_path / "nowhere", "empty": tmp_path / "empty"}
+    places = {
+        "text": tmp_path / "text.png",
+        "nowhere": tmp_path / "nowhere",
+        "empty": tmp_path / "empty",
+    }
     (tmp_path / "video.mp4").touch()
-    places |= {"video": tmp_path / "video.mp4", "image": samples / "test_00000.png", "checkpoint": checkpoint}
-    given = [f"--checkpoint={checkpoint}", f"--output={tmp_path / 'figure.png'}", *(argument.format(**places) for argument in arguments[1:])]
+    places |= {
+        "video": tmp_path / "video.mp4",
+        "image": samples / "test_00000.png",
+        "checkpoint": checkpoint,
+    }
+    given = [
+        f"--checkpoint={checkpoint}",
+        f"--output={tmp_path / 'figure.png'}",
+        *(argument.format(**places) for argument in arguments[1:]),
+    ]
     assert main([arguments[0], *given]) == 2
-    error = capsys.readouterr().err.split("\r")[-1]  # on a slow machine it comes after a progress bar
+    error = capsys.readouterr().err.split("\r")[
+        -1
+    ]  # on a slow machine it comes after a progress bar
     assert error.startswith(f"error: {message.format(**places)}")
     assert error.count("\n") == 1
 
 
 def test_a_model_without_context_has_no_context_figure(tmp_path, samples, capsys):
     checkpoint = make_checkpoint(tmp_path / "plain.safetensors", num_context_queries=0)
-    arguments = [f"--checkpoint={checkpoint}", f"--output={tmp_path / 'x.png'}", "--min-confidence=0"]
+    arguments = [
+        f"--checkpoint={checkpoint}",
+        f"--output={tmp_path / 'x.png'}",
+        "--min-confidence=0",
+    ]
     assert main(["context", str(samples / "test_00000.png"), *arguments]) == 2
     assert "has no context queries" in capsys.readouterr().err
     assert main(["sampling", str(samples / "test_00000.png"), *arguments]) == 0
 
 
 def test_a_split_that_is_too_small_is_one_line(tmp_path, capsys):
-    arguments = ["--config=configs/debug.py", "-n", "9", "--config.data.test=3", f"--output={tmp_path}"]
+    arguments = [
+        "--config=configs/debug.py",
+        "-n",
+        "9",
+        "--config.data.test=3",
+        f"--output={tmp_path}",
+    ]
     assert run_command(lambda: write_samples(arguments)) == 2
     assert "built-in scenes test has 3 images" in capsys.readouterr().err
     with pytest.raises(UserError, match="invalid choice: 'holdout'"):
@@ -261,10 +374,22 @@ def test_the_weight_of_the_fusion_is_split_between_its_selections(scene):
     layer = seen.layers[1]
     expected = []
     for query in seen.queries:
-        offsets = (seen.context_points - layer.subject_points[query]) / [seen.image.width, seen.image.height]
-        total = sum(w * np.hypot(*o) for w, o in zip(layer.context_weights[query], offsets, strict=True))
+        offsets = (seen.context_points - layer.subject_points[query]) / [
+            seen.image.width,
+            seen.image.height,
+        ]
+        total = sum(
+            w * np.hypot(*o) for w, o in zip(layer.context_weights[query], offsets, strict=True)
+        )
         alone = sum(
-            w for w, near, alike in zip(layer.context_weights[query], layer.spatial[query], layer.semantic[query], strict=True) if alike > near
+            w
+            for w, near, alike in zip(
+                layer.context_weights[query],
+                layer.spatial[query],
+                layer.semantic[query],
+                strict=True,
+            )
+            if alike > near
         )
         expected.append([max(layer.context_weights[query]), alone, total])
     np.testing.assert_allclose(measured, expected, rtol=1e-5, atol=1e-7)

@@ -1,4 +1,6 @@
-"""python -m data check on folders with everything that can be wrong, and on data with which nothing is."""
+"""python -m data check on folders with everything that can be wrong, and on data with which nothing
+is.
+"""
 
 import json
 from pathlib import Path
@@ -18,7 +20,13 @@ def image(seed: int, size: tuple[int, int] = (96, 72)) -> Image.Image:
     """Smooth noise: a picture with structure at every scale, as images have."""
     rng = np.random.default_rng(seed)
     picture = sum(
-        np.asarray(Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC), float) / weight
+        np.asarray(
+            Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).resize(
+                size, Image.Resampling.BICUBIC
+            ),
+            float,
+        )
+        / weight
         for side, weight in ((3, 2), (6, 4), (12, 8), (24, 8))
     )
     return Image.fromarray(picture.astype(np.uint8))
@@ -46,24 +54,56 @@ def folder(tmp_path) -> Path:
 
 def check(folder: Path, *more: str, config: str = "caer_s_r50") -> int:
     names = [f"--config.data.{split}={split}.txt" for split in ("train", "val", "test")]
-    return main([f"--config={ROOT}/configs/{config}.py", f"--config.data.data_dir={folder}", *names, "--workers=2", *more])
+    return main(
+        [
+            f"--config={ROOT}/configs/{config}.py",
+            f"--config.data.data_dir={folder}",
+            *names,
+            "--workers=2",
+            *more,
+        ]
+    )
 
 
 def test_nothing_amiss(folder, capsys):
     assert check(folder) == 0
     printed = capsys.readouterr()
-    assert "protocol caer_s: CAER-S" in printed.out and "nothing found amiss" in printed.out and not printed.err
+    assert (
+        "protocol caer_s: CAER-S" in printed.out
+        and "nothing found amiss" in printed.out
+        and not printed.err
+    )
     rows = {
         line.split()[0]: line.split()[1:]
         for line in printed.out.splitlines()
         if line.startswith(("train ", "val ", "test ", "all ", "Anger ", "commonest "))
     }
-    assert rows["train"] == ["14", "-", "14", "-", "1.00", "1.00"] and rows["all"] == ["28", "~69982", "28", "~69982", "1.00", "1.00"]
-    assert rows["Anger"] == ["2", "14.3%", "1", "14.3%", "1", "14.3%"] and rows["commonest"] == ["14.3%"] * 3
+    assert rows["train"] == ["14", "-", "14", "-", "1.00", "1.00"] and rows["all"] == [
+        "28",
+        "~69982",
+        "28",
+        "~69982",
+        "1.00",
+        "1.00",
+    ]
+    assert (
+        rows["Anger"] == ["2", "14.3%", "1", "14.3%", "1", "14.3%"]
+        and rows["commonest"] == ["14.3%"] * 3
+    )
 
 
 def test_built_in_scenes_have_no_duplicates(capsys):
-    assert main([f"--config={ROOT}/configs/debug.py", "--config.data.train=120", "--config.data.val=30", "--config.data.test=30"]) == 0
+    assert (
+        main(
+            [
+                f"--config={ROOT}/configs/debug.py",
+                "--config.data.train=120",
+                "--config.data.val=30",
+                "--config.data.test=30",
+            ]
+        )
+        == 0
+    )
     assert "protocol custom" in capsys.readouterr().out
 
 
@@ -72,8 +112,16 @@ def test_everything_that_can_be_wrong_is_told(folder, capsys):
     (folder / "train/Anger/0001.png").write_bytes(b"no image")
     cut = (folder / "train/Fear/0000.png").read_bytes()
     (folder / "train/Fear/0000.png").write_bytes(cut[: len(cut) // 2])
-    save(folder, "test/Sad/0000.png", Image.open(folder / "train/Sad/0000.png"), compress_level=1)  # other bytes, the same pixels
-    save(folder, "val/Happy/0000.png", ImageEnhance.Brightness(Image.open(folder / "train/Happy/0001.png").convert("RGB")).enhance(1.1))
+    save(
+        folder, "test/Sad/0000.png", Image.open(folder / "train/Sad/0000.png"), compress_level=1
+    )  # other bytes, the same pixels
+    save(
+        folder,
+        "val/Happy/0000.png",
+        ImageEnhance.Brightness(Image.open(folder / "train/Happy/0001.png").convert("RGB")).enhance(
+            1.1
+        ),
+    )
     save(folder, "train/Neutral/0001.png", Image.open(folder / "train/Neutral/0000.png"))
     with (folder / "val.txt").open("a") as file:
         file.write("val/Sad/0000.png,Sad,-5,10,20,30\nval/Sad/0000.png,Sad,200,10,220,30\n")
@@ -93,22 +141,55 @@ def test_everything_that_can_be_wrong_is_told(folder, capsys):
         "4 finding(s) that matter",
     ):
         assert line in out, line
-    assert "train/Anger/0000.png: no such image file" in out and "train/Fear/0000.png: cannot be read" in out
-    assert "val/Sad/0000.png, person 2, x1 y1 x2 y2 = [200.0, 10.0, 220.0, 30.0] of a 96x72 image" in out
+    assert (
+        "train/Anger/0000.png: no such image file" in out
+        and "train/Fear/0000.png: cannot be read" in out
+    )
+    assert (
+        "val/Sad/0000.png, person 2, x1 y1 x2 y2 = [200.0, 10.0, 220.0, 30.0] of a 96x72 image"
+        in out
+    )
     report = json.loads((folder / "report.json").read_text())
-    assert report["protocol"] == "caer_s" and report["splits"]["train"]["missing"] == 1 and report["splits"]["test"]["labels"]["Sad"] == 1
+    assert (
+        report["protocol"] == "caer_s"
+        and report["splits"]["train"]["missing"] == 1
+        and report["splits"]["test"]["labels"]["Sad"] == 1
+    )
     assert sum(finding["matters"] for finding in report["findings"]) == 4
 
 
 def test_counts_of_the_released_head_box_json_must_be_right(tmp_path, capsys):
     save(tmp_path, "mscoco/images/a.jpg", image(1))
-    annotations = [{"id": 0, "image_id": 1, "category_id": 3, "bbox": [10, 10, 20, 20], "iscrowd": 0, "area": 400}]
+    annotations = [
+        {
+            "id": 0,
+            "image_id": 1,
+            "category_id": 3,
+            "bbox": [10, 10, 20, 20],
+            "iscrowd": 0,
+            "area": 400,
+        }
+    ]
     images = [{"id": 1, "file_name": "mscoco/images/a.jpg", "width": 72, "height": 96}]
-    (tmp_path / "test.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": []}))
-    assert main([f"--config={ROOT}/configs/emotic_r50.py", f"--config.data.data_dir={tmp_path}", "--split=test"]) == 1
+    (tmp_path / "test.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": []})
+    )
+    assert (
+        main(
+            [
+                f"--config={ROOT}/configs/emotic_r50.py",
+                f"--config.data.data_dir={tmp_path}",
+                "--split=test",
+            ]
+        )
+        == 1
+    )
     out = capsys.readouterr().out
     assert "protocol emotic_head_dsct" in out and "guessing: mAP" in out
-    assert "! test: 1 images, where emotic_head_dsct has 3682" in out and "! test: 1 people, where emotic_head_dsct has 5369" in out
+    assert (
+        "! test: 1 images, where emotic_head_dsct has 3682" in out
+        and "! test: 1 people, where emotic_head_dsct has 5369" in out
+    )
     assert "- test: 1 images annotated with width and height exchanged" in out
 
 
@@ -130,10 +211,18 @@ def test_what_cannot_be_used_at_all_is_one_line_and_status_2(folder, arguments, 
 def test_what_fingerprints_survive_and_tell_apart(tmp_path):
     original = image(5, (320, 240))
     original.save(tmp_path / "low.jpg", quality=40)
-    versions = [original, Image.open(tmp_path / "low.jpg").convert("RGB"), original.resize((160, 120)), ImageEnhance.Contrast(original).enhance(0.8)]
+    versions = [
+        original,
+        Image.open(tmp_path / "low.jpg").convert("RGB"),
+        original.resize((160, 120)),
+        ImageEnhance.Contrast(original).enhance(0.8),
+    ]
     others = [image(seed, (320, 240)) for seed in range(10, 40)]
     prints = [fingerprint(image) for image in versions + others]
-    assert duplicate_groups(near_groups(prints)) == [[0, 1, 2, 3]] and duplicate_groups(exact_groups(prints)) == []
+    assert (
+        duplicate_groups(near_groups(prints)) == [[0, 1, 2, 3]]
+        and duplicate_groups(exact_groups(prints)) == []
+    )
     again = fingerprint(original.copy())
     assert again.exact == prints[0].exact and (again.bits == prints[0].bits).all()
     assert len(duplicate_groups(near_groups(prints, near=127))) == 1 and len(near_groups([])) == 0
@@ -144,4 +233,7 @@ def test_chains_of_likeness_are_one_group():
     first, second, third = (np.zeros(4, np.uint64) for _ in range(3))
     second[0], third[0] = 0xFF, 0xFFFF  # 8 bits from one to the next
     prints = [type(prints[0])(b"", bits) for bits in (first, third, second)]
-    assert duplicate_groups(near_groups(prints, near=8)) == [[0, 1, 2]] and duplicate_groups(near_groups(prints, near=7)) == []
+    assert (
+        duplicate_groups(near_groups(prints, near=8)) == [[0, 1, 2]]
+        and duplicate_groups(near_groups(prints, near=7)) == []
+    )

@@ -21,17 +21,25 @@ from data.tools.build_ncaer_s import choose_frames, main
 from data.tools.faces import largest_face, make_detector
 from dsct_jax.errors import UserError
 
-with_opencv = pytest.mark.skipif(importlib.util.find_spec("cv2") is None, reason="OpenCV is not installed (the video extra)")
+with_opencv = pytest.mark.skipif(
+    importlib.util.find_spec("cv2") is None, reason="OpenCV is not installed (the video extra)"
+)
 
 
 def make_config(root: Path, **changes: Any) -> DataConfig:
     config = ncaer_s_r50.get_config()
-    values = config.data.to_dict() | {"data_dir": str(root), "class_names": base.CAER_S_CLASSES, "multi_label": config.multi_label}
+    values = config.data.to_dict() | {
+        "data_dir": str(root),
+        "class_names": base.CAER_S_CLASSES,
+        "multi_label": config.multi_label,
+    }
     return DataConfig(**(values | changes))
 
 
 def write(root: Path, name: str, crop: str | None) -> None:
-    image, text = (root / kind / f"{name}{suffix}" for kind, suffix in (("images", ".jpg"), ("crop", ".txt")))
+    image, text = (
+        root / kind / f"{name}{suffix}" for kind, suffix in (("images", ".jpg"), ("crop", ".txt"))
+    )
     for file in (image, text):
         file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (40, 30), (90, 120, 150)).save(image)
@@ -47,19 +55,37 @@ def one_line(call) -> str:
 
 
 def test_folders(tmp_path):
-    for name, crop in {"Sad/b": "1,2,11,12\n", "Sad/a": "-4,2,11.5,12", "Anger/c": "0,0,0,0\n", "Anger/d": "0,0,0,0\n3,4,8,9\n"}.items():
+    for name, crop in {
+        "Sad/b": "1,2,11,12\n",
+        "Sad/a": "-4,2,11.5,12",
+        "Anger/c": "0,0,0,0\n",
+        "Anger/d": "0,0,0,0\n3,4,8,9\n",
+    }.items():
         write(tmp_path, f"train/{name}", crop)
     (tmp_path / "images/train/Sad/notes.md").write_text("no image")
     records, report = read_ncaer_s(make_config(tmp_path), "train")
-    assert [record.name for record in records] == ["images/train/Anger/d.jpg", "images/train/Sad/a.jpg", "images/train/Sad/b.jpg"]
+    assert [record.name for record in records] == [
+        "images/train/Anger/d.jpg",
+        "images/train/Sad/a.jpg",
+        "images/train/Sad/b.jpg",
+    ]
     assert [record.labels.argmax(1).tolist() for record in records] == [[0], [5], [5]]
-    assert [record.boxes.tolist() for record in records] == [[[3, 4, 8, 9]], [[0, 2, 11.5, 12]], [[1, 2, 11, 12]]]
+    assert [record.boxes.tolist() for record in records] == [
+        [[3, 4, 8, 9]],
+        [[0, 2, 11.5, 12]],
+        [[1, 2, 11, 12]],
+    ]
     assert (report.without_people, report.clipped, report.protocol) == (1, 1, "ncaer_s")
 
 
 @pytest.mark.parametrize(
     ("crop", "says"),
-    [(None, "train/Sad/a.txt: no such file"), ("", "is empty"), ("1,2,3", "a.txt:1: needs x1,y1,x2,y2"), ("1,2,3,x", "a.txt:1: needs x1,y1,x2,y2")],
+    [
+        (None, "train/Sad/a.txt: no such file"),
+        ("", "is empty"),
+        ("1,2,3", "a.txt:1: needs x1,y1,x2,y2"),
+        ("1,2,3,x", "a.txt:1: needs x1,y1,x2,y2"),
+    ],
 )
 def test_crops_that_cannot_be_used(tmp_path, crop, says):
     write(tmp_path, "train/Sad/a", crop)
@@ -67,12 +93,18 @@ def test_crops_that_cannot_be_used(tmp_path, crop, says):
 
 
 def test_folders_that_cannot_be_used(tmp_path):
-    assert "images/train: no such folder" in one_line(lambda: read_ncaer_s(make_config(tmp_path), "train"))
+    assert "images/train: no such folder" in one_line(
+        lambda: read_ncaer_s(make_config(tmp_path), "train")
+    )
     (tmp_path / "images/train").mkdir(parents=True)
     assert "no usable image" in one_line(lambda: read_ncaer_s(make_config(tmp_path), "train"))
     write(tmp_path, "train/Joy/a", "1,2,3,4")
-    assert "class 'Joy' is not in config.class_names" in one_line(lambda: read_ncaer_s(make_config(tmp_path), "train"))
-    assert "config.data.source='ncaer_s'" in one_line(lambda: make_config(tmp_path, multi_label=True))
+    assert "class 'Joy' is not in config.class_names" in one_line(
+        lambda: read_ncaer_s(make_config(tmp_path), "train")
+    )
+    assert "config.data.source='ncaer_s'" in one_line(
+        lambda: make_config(tmp_path, multi_label=True)
+    )
 
 
 @given(st.integers(1, 500), st.integers(1, 20), st.integers(0, 2**32 - 1))
@@ -85,16 +117,25 @@ def test_one_frame_of_each_part(count, parts, seed):
 
 
 def test_the_largest_face_inside_the_image():
-    faces = np.array([[0, 0, 10, 10, 0.9], [30, 20, 300, 300, 0.8], [5, 5, 4, 4, 1], [np.nan, 0, 50, 50, 1]], np.float32)
+    faces = np.array(
+        [[0, 0, 10, 10, 0.9], [30, 20, 300, 300, 0.8], [5, 5, 4, 4, 1], [np.nan, 0, 50, 50, 1]],
+        np.float32,
+    )
     faces[0, 2] = 9
     assert largest_face(faces, 30, 40) == (30, 20, 40, 30)  # 10x10 of it; the first is 9x10
-    assert largest_face(faces[:1], 30, 40) == (0, 0, 9, 10) and largest_face(faces[2:], 30, 40) is None
+    assert (
+        largest_face(faces[:1], 30, 40) == (0, 0, 9, 10) and largest_face(faces[2:], 30, 40) is None
+    )
     assert largest_face(np.zeros((0, 5), np.float32), 30, 40) is None
-    assert "(2, 4), and must return an array [n 5]" in one_line(lambda: largest_face(np.zeros((2, 4), np.float32), 30, 40))
+    assert "(2, 4), and must return an array [n 5]" in one_line(
+        lambda: largest_face(np.zeros((2, 4), np.float32), 30, 40)
+    )
 
 
 def test_detectors_that_do_not_exist():
-    assert "must be haar, yunet:MODEL.onnx or MODULE:NAME" in one_line(lambda: make_detector("retina"))
+    assert "must be haar, yunet:MODEL.onnx or MODULE:NAME" in one_line(
+        lambda: make_detector("retina")
+    )
     assert "cannot be loaded" in one_line(lambda: make_detector("no_such_module:detect"))
     assert "cannot be loaded" in one_line(lambda: make_detector("json:no_such_name"))
     assert make_detector("json:loads") is json.loads
@@ -120,38 +161,69 @@ def write_video(path: Path, seed: int, *, bright: bool = True) -> None:
 
 @pytest.fixture
 def caer(tmp_path, monkeypatch) -> Path:
-    """Videos in CAER's folders, two classes in three splits; one test video is in train again, one shows no face; and a detector in a module."""
+    """Videos in CAER's folders, two classes in three splits; one test video is in train again, one
+    shows no face; and a detector in a module.
+    """
     videos = tmp_path / "CAER"
-    for split, label, number in (("train", "Happy", 1), ("train", "Sad", 2), ("train", "Sad", 3), ("validation", "Sad", 4), ("test", "Happy", 5)):
+    for split, label, number in (
+        ("train", "Happy", 1),
+        ("train", "Sad", 2),
+        ("train", "Sad", 3),
+        ("validation", "Sad", 4),
+        ("test", "Happy", 5),
+    ):
         write_video(videos / split / label / f"{number:04}.avi", number, bright=number != 3)
     (videos / "train/Happy/0009.avi").write_bytes((videos / "test/Happy/0005.avi").read_bytes())
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # for the workers, as the working directory changes
+    monkeypatch.setenv(
+        "PYTHONPATH", str(Path(__file__).parents[2])
+    )  # for the workers, as the working directory changes
     (tmp_path / "bright_detector.py").write_text(
-        "import numpy as np\n\n\ndef detect(image):\n    rows, columns = np.nonzero(image.min(-1) > 200)\n"
-        "    return np.array([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1, 1]] if len(rows) else np.zeros((0, 5)), np.float32)\n"
+        "import numpy as np\n\n\ndef detect(image):\n    rows, columns = np.nonzero(image.min(-1) "
+        "> 200)\n"
+        "    return np.array([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1, 1]] "
+        "if len(rows) else np.zeros((0, 5)), np.float32)\n"
     )
     monkeypatch.chdir(tmp_path)
     return videos
 
 
 def build(videos: Path, output: Path, *more: str) -> int:
-    return main([f"--videos={videos}", f"--output={output}", "--parts=3", "--detector=bright_detector:detect", "--workers=2", *more])
+    return main(
+        [
+            f"--videos={videos}",
+            f"--output={output}",
+            "--parts=3",
+            "--detector=bright_detector:detect",
+            "--workers=2",
+            *more,
+        ]
+    )
 
 
 @with_opencv
 def test_build_and_read_back(caer, tmp_path, capsys):
     assert build(caer, tmp_path / "built") == 0
     out = capsys.readouterr().out
-    assert "train: 3 videos, 9 images, 6 with a face" in out and "left out: train/Happy/0009.avi is the same video as test/Happy/0005.avi" in out
+    assert (
+        "train: 3 videos, 9 images, 6 with a face" in out
+        and "left out: train/Happy/0009.avi is the same video as test/Happy/0005.avi" in out
+    )
     rows = list(csv.DictReader((tmp_path / "built/manifest.csv").read_text().splitlines()))
     assert len(rows) == 15 and len({row["image_hash"] for row in rows}) == 15
-    by_split = {split: {row["video_hash"] for row in rows if row["split"] == split} for split in ("train", "val", "test")}
-    assert [len(hashes) for hashes in by_split.values()] == [3, 1, 1] and len(set.union(*by_split.values())) == 5
+    by_split = {
+        split: {row["video_hash"] for row in rows if row["split"] == split}
+        for split in ("train", "val", "test")
+    }
+    assert [len(hashes) for hashes in by_split.values()] == [3, 1, 1] and len(
+        set.union(*by_split.values())
+    ) == 5
     for row in rows:
         part, frame, number = int(row["part"]), int(row["frame"]), int(Path(row["video"]).stem)
         assert FRAMES * part // 3 <= frame < FRAMES * (part + 1) // 3
         ground = np.asarray(Image.open(tmp_path / "built/images" / row["image"]))[40:].mean()
-        assert abs(ground - (6 * frame + number % 5)) < 2.5  # the very frame that the manifest names
+        assert (
+            abs(ground - (6 * frame + number % 5)) < 2.5
+        )  # the very frame that the manifest names
     records, report = read_ncaer_s(make_config(tmp_path / "built"), "train")
     assert len(records) == 6 and report.without_people == 3
     np.testing.assert_allclose(records[0].boxes, [[24, 8, 48, 32]], atol=1)
@@ -165,9 +237,17 @@ def test_the_same_whatever_the_workers_and_after_an_interruption(caer, tmp_path,
     half = tmp_path / "half"
     half.mkdir()
     (half / "settings.json").write_bytes((tmp_path / "one/settings.json").read_bytes())
-    (half / "manifest.part.csv").write_bytes(b"".join(lines[:5]) + lines[5][:20])  # one video, one line of the next and a torn one
-    assert build(caer, half) == 0 and (half / "manifest.csv").read_bytes() == whole and not (half / "manifest.part.csv").exists()
-    assert len(list((half / "images").rglob("*.jpg"))) == 12  # the first video's images were made before the interruption
+    (half / "manifest.part.csv").write_bytes(
+        b"".join(lines[:5]) + lines[5][:20]
+    )  # one video, one line of the next and a torn one
+    assert (
+        build(caer, half) == 0
+        and (half / "manifest.csv").read_bytes() == whole
+        and not (half / "manifest.part.csv").exists()
+    )
+    assert (
+        len(list((half / "images").rglob("*.jpg"))) == 12
+    )  # the first video's images were made before the interruption
     capsys.readouterr()
     assert build(caer, half, "--seed=1") == 2
     assert "holds a build of other settings" in capsys.readouterr().err
@@ -206,9 +286,28 @@ def test_mistakes(tmp_path, arguments, says, monkeypatch, capsys):
     monkeypatch.setattr(build_ncaer_s, "opencv", lambda: None)
     videos = tmp_path / "CAER/train/Sad"
     videos.mkdir(parents=True)
-    assert main([f"--videos={tmp_path / 'CAER'}", f"--output={tmp_path / 'built'}", "--detector=json:loads", *arguments]) == 2
+    assert (
+        main(
+            [
+                f"--videos={tmp_path / 'CAER'}",
+                f"--output={tmp_path / 'built'}",
+                "--detector=json:loads",
+                *arguments,
+            ]
+        )
+        == 2
+    )
     assert says in capsys.readouterr().err
-    assert main([f"--videos={tmp_path / 'CAER'}", f"--output={tmp_path / 'built'}", "--detector=json:loads"]) == 2
+    assert (
+        main(
+            [
+                f"--videos={tmp_path / 'CAER'}",
+                f"--output={tmp_path / 'built'}",
+                "--detector=json:loads",
+            ]
+        )
+        == 2
+    )
     assert "holds no" in capsys.readouterr().err
 
 
@@ -238,7 +337,10 @@ class YunetStandIn:
 
 def test_yunet_boxes_have_corners_and_colours_are_in_opencvs_order(monkeypatch, tmp_path):
     create = SimpleNamespace(create=lambda model, config, size, score: YunetStandIn())
-    monkeypatch.setattr("data.tools.faces.opencv", lambda: SimpleNamespace(FaceDetectorYN=create, error=RuntimeError))
+    monkeypatch.setattr(
+        "data.tools.faces.opencv",
+        lambda: SimpleNamespace(FaceDetectorYN=create, error=RuntimeError),
+    )
     (tmp_path / "face.onnx").write_bytes(b"")
     detect = make_detector(f"yunet:{tmp_path / 'face.onnx'}")
     image = np.zeros((48, 64, 3), np.uint8)

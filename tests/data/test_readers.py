@@ -1,4 +1,6 @@
-"""Annotation files of every kind, written here from scratch, and read back exactly; and each bad input with its one line."""
+"""Annotation files of every kind, written here from scratch, and read back exactly; and each bad
+input with its one line.
+"""
 
 import json
 from pathlib import Path
@@ -22,7 +24,11 @@ from dsct_jax.errors import UserError
 
 
 def make_config(root: Path, **changes: Any) -> DataConfig:
-    values = base.get_config().data.to_dict() | {"data_dir": str(root), "class_names": ("calm", "glad", "sad"), "multi_label": False}
+    values = base.get_config().data.to_dict() | {
+        "data_dir": str(root),
+        "class_names": ("calm", "glad", "sad"),
+        "multi_label": False,
+    }
     return DataConfig(**(values | changes))
 
 
@@ -31,14 +37,30 @@ def write_image(root: Path, name: str, width: int = 40, height: int = 30) -> Non
     Image.new("RGB", (width, height), (90, 120, 150)).save(root / name)
 
 
-def write_coco(root: Path, people: list[tuple[int, Any, list[float]]], *, categories: list | None = None, num_images: int = 2) -> dict:
+def write_coco(
+    root: Path,
+    people: list[tuple[int, Any, list[float]]],
+    *,
+    categories: list | None = None,
+    num_images: int = 2,
+) -> dict:
     """train.json with images a/0.png ... of 40x30 and (image id, category_id, bbox) people."""
     for number in range(num_images):
         write_image(root, f"a/{number}.png")
     document = {
-        "images": [{"id": 10 + number, "file_name": f"a/{number}.png", "width": 40, "height": 30} for number in range(num_images)],
+        "images": [
+            {"id": 10 + number, "file_name": f"a/{number}.png", "width": 40, "height": 30}
+            for number in range(num_images)
+        ],
         "annotations": [
-            {"id": number, "image_id": image, "category_id": category, "bbox": box, "iscrowd": 0, "area": box[2] * box[3]}
+            {
+                "id": number,
+                "image_id": image,
+                "category_id": category,
+                "bbox": box,
+                "iscrowd": 0,
+                "area": box[2] * box[3],
+            }
             for number, (image, category, box) in enumerate(people)
         ],
         "categories": categories if categories is not None else [],
@@ -57,8 +79,12 @@ def one_line(call) -> str:
 def test_plain_ids_without_categories_are_class_numbers(tmp_path):
     write_coco(tmp_path, [(10, 2, [1, 2, 10, 20]), (11, 0, [0, 0, 5, 5]), (10, 1, [20.5, 3, 4, 4])])
     records, report = read_coco(make_config(tmp_path), "train")
-    assert [record.image_id for record in records] == [0, 1] and [record.name for record in records] == ["a/0.png", "a/1.png"]
-    np.testing.assert_array_equal(records[0].boxes, np.array([[1, 2, 11, 22], [20.5, 3, 24.5, 7]], np.float32))
+    assert [record.image_id for record in records] == [0, 1] and [
+        record.name for record in records
+    ] == ["a/0.png", "a/1.png"]
+    np.testing.assert_array_equal(
+        records[0].boxes, np.array([[1, 2, 11, 22], [20.5, 3, 24.5, 7]], np.float32)
+    )
     np.testing.assert_array_equal(records[0].labels, np.array([[0, 0, 1], [0, 1, 0]], np.float32))
     np.testing.assert_array_equal(records[1].labels, np.array([[1, 0, 0]], np.float32))
     assert (records[0].width, records[0].height) == (40, 30) and records[0].load().size == (40, 30)
@@ -73,7 +99,9 @@ def test_categories_map_by_name_whatever_their_ids(tmp_path):
 
 
 def test_lists_of_ids_are_several_labels(tmp_path):
-    write_coco(tmp_path, [(10, [2, 0], [1, 2, 3, 4]), (10, 1, [1, 2, 3, 4]), (10, [], [1, 2, 3, 4])])
+    write_coco(
+        tmp_path, [(10, [2, 0], [1, 2, 3, 4]), (10, 1, [1, 2, 3, 4]), (10, [], [1, 2, 3, 4])]
+    )
     records, report = read_coco(make_config(tmp_path, multi_label=True), "train")
     assert records[0].labels.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
     assert report.unlabelled == 1 and len(records[1].boxes) == 0
@@ -81,9 +109,24 @@ def test_lists_of_ids_are_several_labels(tmp_path):
 
 def test_emotic_bit_masks(tmp_path):
     affection, yearning, both = 2**25, 1, 2**25 + 1
-    write_coco(tmp_path, [(10, affection, [1, 2, 3, 4]), (10, yearning, [1, 2, 3, 4]), (11, both, [1, 2, 3, 4]), (11, 0, [1, 2, 3, 4])])
-    records, report = read_coco(make_config(tmp_path, class_names=EMOTIC_CLASSES, multi_label=True, label_format="bits"), "train")
-    names = [[EMOTIC_CLASSES[index] for index in np.flatnonzero(row)] for record in records for row in record.labels]
+    write_coco(
+        tmp_path,
+        [
+            (10, affection, [1, 2, 3, 4]),
+            (10, yearning, [1, 2, 3, 4]),
+            (11, both, [1, 2, 3, 4]),
+            (11, 0, [1, 2, 3, 4]),
+        ],
+    )
+    records, report = read_coco(
+        make_config(tmp_path, class_names=EMOTIC_CLASSES, multi_label=True, label_format="bits"),
+        "train",
+    )
+    names = [
+        [EMOTIC_CLASSES[index] for index in np.flatnonzero(row)]
+        for record in records
+        for row in record.labels
+    ]
     assert names == [["Affection"], ["Yearning"], ["Affection", "Yearning"], []]
     assert report.unlabelled == 1
 
@@ -91,27 +134,54 @@ def test_emotic_bit_masks(tmp_path):
 @settings(deadline=None)
 @given(st.integers(0, 2**26 - 1))
 def test_decode_bits_reads_the_padded_binary_string_from_the_left(mask):
-    assert decode_bits(mask, 26) == [index for index, bit in enumerate(format(mask, "026b")) if bit == "1"]
+    assert decode_bits(mask, 26) == [
+        index for index, bit in enumerate(format(mask, "026b")) if bit == "1"
+    ]
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(*[st.floats(-200, 200, width=32)] * 4), min_size=1, max_size=5), st.integers(1, 100), st.integers(1, 100))
+@given(
+    st.lists(st.tuples(*[st.floats(-200, 200, width=32)] * 4), min_size=1, max_size=5),
+    st.integers(1, 100),
+    st.integers(1, 100),
+)
 def test_clipping_keeps_exactly_the_part_inside(boxes, height, width):
     given_boxes = np.array(boxes, np.float32)
     clipped = clip_boxes(given_boxes, height, width)
-    assert (clipped >= 0).all() and (clipped[:, [0, 2]] <= width).all() and (clipped[:, [1, 3]] <= height).all()
-    inside = (given_boxes >= 0).all(1) & (given_boxes[:, 2] <= width) & (given_boxes[:, 3] <= height)
+    assert (
+        (clipped >= 0).all()
+        and (clipped[:, [0, 2]] <= width).all()
+        and (clipped[:, [1, 3]] <= height).all()
+    )
+    inside = (
+        (given_boxes >= 0).all(1) & (given_boxes[:, 2] <= width) & (given_boxes[:, 3] <= height)
+    )
     ordered = (given_boxes[:, 0] < given_boxes[:, 2]) & (given_boxes[:, 1] < given_boxes[:, 3])
     np.testing.assert_array_equal(clipped[inside & ordered], given_boxes[inside & ordered])
-    meets = ordered & (given_boxes[:, 0] < width) & (given_boxes[:, 1] < height) & (given_boxes[:, 2] > 0) & (given_boxes[:, 3] > 0)
+    meets = (
+        ordered
+        & (given_boxes[:, 0] < width)
+        & (given_boxes[:, 1] < height)
+        & (given_boxes[:, 2] > 0)
+        & (given_boxes[:, 3] > 0)
+    )
     np.testing.assert_array_equal(has_area(clipped), meets)
 
 
 def test_boxes_at_and_beyond_the_border_are_clipped_or_dropped_and_counted(tmp_path):
-    boxes = [[-5, -5, 10, 10], [35, 25, 20, 20], [50, 5, 10, 10], [5, 5, 0, 10], [5, 5, -3, 10], [0, 0, 40, 30]]
+    boxes = [
+        [-5, -5, 10, 10],
+        [35, 25, 20, 20],
+        [50, 5, 10, 10],
+        [5, 5, 0, 10],
+        [5, 5, -3, 10],
+        [0, 0, 40, 30],
+    ]
     write_coco(tmp_path, [(10, 0, box) for box in boxes])
     records, report = read_coco(make_config(tmp_path), "train")
-    np.testing.assert_array_equal(records[0].boxes, np.array([[0, 0, 5, 5], [35, 25, 40, 30], [0, 0, 40, 30]], np.float32))
+    np.testing.assert_array_equal(
+        records[0].boxes, np.array([[0, 0, 5, 5], [35, 25, 40, 30], [0, 0, 40, 30]], np.float32)
+    )
     assert len(records[0].labels) == 3
     assert (report.people, report.clipped, report.dropped) == (3, 2, 3)
     assert "a/0.png" in report.first_dropped and "50.0, 5.0, 60.0, 15.0" in report.first_dropped
@@ -176,11 +246,15 @@ def test_documents_that_do_not_hold_together(tmp_path):
         (tmp_path / "train.json").write_text(json.dumps(document))
         return one_line(lambda: read_coco(make_config(tmp_path), "train"))
 
-    assert "annotation 0 names image_id 77" in read(lambda d: d["annotations"][0].update(image_id=77))
+    assert "annotation 0 names image_id 77" in read(
+        lambda d: d["annotations"][0].update(image_id=77)
+    )
     assert "two images have the id 11" in read(lambda d: d["images"][0].update(id=11))
     assert "images[1] needs an id" in read(lambda d: d["images"][1].pop("id"))
     assert "needs a bbox" in read(lambda d: d["annotations"][0].update(bbox=[1, 2, 3]))
-    assert "category 'joy' is not in config.class_names" in read(lambda d: d.update(categories=[{"id": 0, "name": "joy"}]))
+    assert "category 'joy' is not in config.class_names" in read(
+        lambda d: d.update(categories=[{"id": 0, "name": "joy"}])
+    )
     assert "max_targets=16" in read(lambda d: d.update(annotations=d["annotations"] * 17))
 
 
@@ -195,7 +269,9 @@ def test_missing_and_damaged_images_stop_the_run_or_are_counted(tmp_path, damage
     assert [record.name for record in records] == ["a/1.png"] and records[0].image_id == 0
     assert (report.unreadable, report.first_unreadable) == (1, "a/0.png")
     (tmp_path / "a/1.png").unlink()
-    assert "no usable image" in one_line(lambda: read_coco(make_config(tmp_path, skip_corrupt=True), "train"))
+    assert "no usable image" in one_line(
+        lambda: read_coco(make_config(tmp_path, skip_corrupt=True), "train")
+    )
 
 
 def caer_config(root: Path, **changes: Any) -> DataConfig:
@@ -216,7 +292,9 @@ def test_caer_s_box_list(tmp_path):
     records, report = read_caer_s(caer_config(tmp_path, train="train.txt"), "train")
     assert [np.argmax(record.labels, 1).tolist() for record in records] == [[0], [3, 3], [5]]
     np.testing.assert_array_equal(records[0].boxes, np.array([[0, 3, 20, 25]], np.float32))
-    np.testing.assert_array_equal(records[1].boxes, np.array([[1, 2, 11, 12], [20, 2, 31.5, 12]], np.float32))
+    np.testing.assert_array_equal(
+        records[1].boxes, np.array([[1, 2, 11, 12], [20, 2, 31.5, 12]], np.float32)
+    )
     assert report.people == 4 and report.clipped == 1 and records[0].load().size == (40, 30)
 
 
@@ -285,35 +363,64 @@ def test_several_lists_each_with_the_folder_its_paths_start_from(tmp_path):
         write_image(tmp_path, name)
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists/train.txt").write_text("Anger/0001.png,Anger,1,2,3,4\n")
-    (tmp_path / "test/val.txt").write_text("Sad\\0003.png,Sad,1,2,3,4\n./Happy/0004.png,Happy,1,2,3,4\n")  # a list that lies in test/
-    config = caer_config(tmp_path, train="Train:lists/train.txt, test:test/val.txt", val="test:test/val.txt")
+    (tmp_path / "test/val.txt").write_text(
+        "Sad\\0003.png,Sad,1,2,3,4\n./Happy/0004.png,Happy,1,2,3,4\n"
+    )  # a list that lies in test/
+    config = caer_config(
+        tmp_path, train="Train:lists/train.txt, test:test/val.txt", val="test:test/val.txt"
+    )
     records, report = read_caer_s(config, "train")
-    assert [record.name for record in records] == ["Train/Anger/0001.png", "test/Sad/0003.png", "test/./Happy/0004.png"]
+    assert [record.name for record in records] == [
+        "Train/Anger/0001.png",
+        "test/Sad/0003.png",
+        "test/./Happy/0004.png",
+    ]
     assert report.protocol == "caer_s" and str(tmp_path / "lists/train.txt") in report.source
     assert len(read_caer_s(config, "val")[0]) == 2
-    message = one_line(lambda: read_caer_s(caer_config(tmp_path, train="test:lists/train.txt"), "train"))
-    assert "lists/train.txt: " in message and "test/Anger/0001.png: no such image file" in message and "config.data.train=ROOT:train.txt" in message
-    assert "cannot be mixed" in one_line(lambda: read_caer_s(caer_config(tmp_path, train="a.json,b.txt"), "train"))
+    message = one_line(
+        lambda: read_caer_s(caer_config(tmp_path, train="test:lists/train.txt"), "train")
+    )
+    assert (
+        "lists/train.txt: " in message
+        and "test/Anger/0001.png: no such image file" in message
+        and "config.data.train=ROOT:train.txt" in message
+    )
+    assert "cannot be mixed" in one_line(
+        lambda: read_caer_s(caer_config(tmp_path, train="a.json,b.txt"), "train")
+    )
     for value in ("", "test:", "a.txt,,b.txt"):
-        assert "must be an annotation file, or ROOT:FILE" in one_line(lambda value=value: read_caer_s(caer_config(tmp_path, train=value), "train"))
+        assert "must be an annotation file, or ROOT:FILE" in one_line(
+            lambda value=value: read_caer_s(caer_config(tmp_path, train=value), "train")
+        )
 
 
 def test_json_whose_names_start_in_a_folder_of_the_split(tmp_path):
     """The released code reads CAER-S 'val' from the train folder."""
     write_coco(tmp_path / "train", [(10, 2, [1, 2, 10, 20])])
     (tmp_path / "train/train.json").rename(tmp_path / "val.json")
-    for reader, config in ((read_coco, make_config(tmp_path, val="train:val.json")), (read_caer_s, caer_config(tmp_path, val="train:val.json"))):
+    for reader, config in (
+        (read_coco, make_config(tmp_path, val="train:val.json")),
+        (read_caer_s, caer_config(tmp_path, val="train:val.json")),
+    ):
         records, _ = reader(config, "val")
-        assert [record.name for record in records] == ["train/a/0.png", "train/a/1.png"] and records[0].load().size == (40, 30)
+        assert [record.name for record in records] == [
+            "train/a/0.png",
+            "train/a/1.png",
+        ] and records[0].load().size == (40, 30)
 
 
 def test_paths_of_other_systems_and_absolute_ones(tmp_path):
     def files(value: str) -> list[tuple[str, str, str]]:
         config = make_config(tmp_path, train=value)
-        return [(str(file.path), str(file.root), file.prefix) for file in config.annotation_files("train")]
+        return [
+            (str(file.path), str(file.root), file.prefix)
+            for file in config.annotation_files("train")
+        ]
 
     top = str(tmp_path)
-    assert files("train.json") == [(f"{top}/train.json", top, "")] and files(":train.json") == [(f"{top}/train.json", top, "")]
+    assert files("train.json") == [(f"{top}/train.json", top, "")] and files(":train.json") == [
+        (f"{top}/train.json", top, "")
+    ]
     assert files("images:a/train.json") == [(f"{top}/a/train.json", f"{top}/images", "images/")]
     assert files("/elsewhere/train.json") == [("/elsewhere/train.json", top, "")]
     assert files("C:train.json")[0][0].endswith("C:train.json")  # a drive, not a folder
@@ -323,7 +430,9 @@ def test_protocols(tmp_path):
     write_coco(tmp_path, [(10, 2**25, [1, 2, 3, 4])])
     bits = {"class_names": EMOTIC_CLASSES, "multi_label": True, "label_format": "bits"}
     assert read_coco(make_config(tmp_path, **bits), "train")[1].protocol == "emotic_head_dsct"
-    assert read_coco(make_config(tmp_path, **bits, protocol="custom"), "train")[1].protocol == "custom"
+    assert (
+        read_coco(make_config(tmp_path, **bits, protocol="custom"), "train")[1].protocol == "custom"
+    )
     write_coco(tmp_path, [(10, 2, [1, 2, 3, 4])])
     assert read_coco(make_config(tmp_path), "train")[1].protocol == "custom"
     assert "config.data.protocol='mine'" in one_line(lambda: make_config(tmp_path, protocol="mine"))

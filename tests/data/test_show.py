@@ -22,7 +22,9 @@ def test_a_sheet_has_a_pair_for_each_image_and_is_the_same_every_time():
     sheet = sample_sheet(scenes(), "train", count=5, seed=3)
     again = sample_sheet(scenes(), "train", count=5, seed=3)
     np.testing.assert_array_equal(np.asarray(sheet), np.asarray(again))
-    assert not np.array_equal(np.asarray(sheet), np.asarray(sample_sheet(scenes(), "train", count=5, seed=4)))
+    assert not np.array_equal(
+        np.asarray(sheet), np.asarray(sample_sheet(scenes(), "train", count=5, seed=4))
+    )
     width, height = sheet.size
     rows = np.asarray(sheet).min(2) < 250  # not white
     columns = [rows[:, start : start + 360].mean() for start in range(9, width, 369)]
@@ -37,7 +39,8 @@ def test_more_images_than_there_are_is_all_of_them():
 def test_evaluation_is_only_resized():
     plain = dataclasses.replace(scenes(), flip_probability=1.0, color_jitter=1.0)
     np.testing.assert_array_equal(
-        np.asarray(sample_sheet(plain, "test", count=2, seed=0)), np.asarray(sample_sheet(scenes(), "test", count=2, seed=0))
+        np.asarray(sample_sheet(plain, "test", count=2, seed=0)),
+        np.asarray(sample_sheet(scenes(), "test", count=2, seed=0)),
     )
 
 
@@ -45,7 +48,10 @@ def test_evaluation_is_only_resized():
     ("transform", "text"),
     [
         (Transform((96, 128)), "128x96"),
-        (Transform((96, 128), flip=True, crop_resize=(120, 160), crop=(3, 4, 50, 60)), "128x96, flipped, crop 60x50"),
+        (
+            Transform((96, 128), flip=True, crop_resize=(120, 160), crop=(3, 4, 50, 60)),
+            "128x96, flipped, crop 60x50",
+        ),
         (Transform((96, 128), saturation=0.0, contrast=1.1), "128x96, grey"),
         (Transform((96, 128), contrast=1.1), "128x96, colours"),
     ],
@@ -60,7 +66,11 @@ def test_the_command(tmp_path, capsys):
     assert main([*argv, f"--output={output}"]) == 0
     with Image.open(output) as sheet:
         assert sheet.width > 2000
-    for wrong, says in ((["-n", "0"], "--count=0"), ([f"--output={tmp_path / 'sheet.xyz'}"], "sheet.xyz"), (["--split=all"], "--split")):
+    for wrong, says in (
+        (["-n", "0"], "--count=0"),
+        ([f"--output={tmp_path / 'sheet.xyz'}"], "sheet.xyz"),
+        (["--split=all"], "--split"),
+    ):
         assert main([*argv, *wrong]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and says in error

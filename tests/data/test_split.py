@@ -34,7 +34,9 @@ def test_groups_are_never_divided_and_no_split_overflows(groups, seed):
     for group in set(groups):
         assert len(set(chosen[np.array(groups) == group])) == 1
     largest = np.bincount(groups).max()
-    assert (np.bincount(chosen, minlength=3) <= len(groups) * np.array([0.7, 0.1, 0.2]) + largest).all()
+    assert (
+        np.bincount(chosen, minlength=3) <= len(groups) * np.array([0.7, 0.1, 0.2]) + largest
+    ).all()
 
 
 def test_seeds_divide_differently_and_always_the_same_way():
@@ -46,11 +48,15 @@ def test_seeds_divide_differently_and_always_the_same_way():
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """10 scenes of 3 frames that look alike, of 3 classes, in a train and a test list; two lines name a file again."""
+    """10 scenes of 3 frames that look alike, of 3 classes, in a train and a test list; two lines
+    name a file again.
+    """
     lists: dict[str, list[str]] = {"train": [], "test": []}
     for scene in range(10):
         rng = np.random.default_rng(scene)
-        picture = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((64, 48), Image.Resampling.BICUBIC)
+        picture = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize(
+            (64, 48), Image.Resampling.BICUBIC
+        )
         for frame in range(3):
             split = "test" if frame == 2 else "train"
             name = f"{split}/{CLASSES[scene % 3]}/{scene:02}{frame}.png"
@@ -65,28 +71,67 @@ def folder(tmp_path) -> Path:
 
 def divide(folder: Path, *more: str) -> int:
     lists = ["--config.data.train=train.txt", "--config.data.test=test.txt"]
-    return main([f"--config={CONFIG}", f"--config.data.data_dir={folder}", *lists, f"--output={folder / 'splits'}", "--workers=2", *more])
+    return main(
+        [
+            f"--config={CONFIG}",
+            f"--config.data.data_dir={folder}",
+            *lists,
+            f"--output={folder / 'splits'}",
+            "--workers=2",
+            *more,
+        ]
+    )
 
 
 def read_back(folder: Path) -> dict[str, dict[str, tuple[list, list]]]:
-    overrides = [f"--config.data.data_dir={folder}", *(f"--config.data.{split}=splits/{split}.json" for split in SPLITS)]
+    overrides = [
+        f"--config.data.data_dir={folder}",
+        *(f"--config.data.{split}=splits/{split}.json" for split in SPLITS),
+    ]
     config = data_config(CONFIG, overrides)
-    return {split: {record.name: (record.boxes.tolist(), record.labels.tolist()) for record in read_split(config, split)[0]} for split in SPLITS}
+    return {
+        split: {
+            record.name: (record.boxes.tolist(), record.labels.tolist())
+            for record in read_split(config, split)[0]
+        }
+        for split in SPLITS
+    }
 
 
 def test_the_papers_division_and_what_was_read_comes_back(folder, capsys):
     assert divide(folder) == 0
     assert "30 images (2 listed more than once) in 30 groups" in capsys.readouterr().out
     found = read_back(folder)
-    assert all(abs(len(found[split]) - expected) < len(CLASSES) for split, expected in zip(SPLITS, (21, 3, 6), strict=True))
+    assert all(
+        abs(len(found[split]) - expected) < len(CLASSES)
+        for split, expected in zip(SPLITS, (21, 3, 6), strict=True)
+    )
     together = found["train"] | found["val"] | found["test"]
     assert len(together) == 30
-    config = data_config(CONFIG, [f"--config.data.data_dir={folder}", "--config.data.train=train.txt", "--config.data.test=test.txt"])
-    given_records = {record.name: record for split in ("train", "test") for record in read_split(config, split)[0]}
+    config = data_config(
+        CONFIG,
+        [
+            f"--config.data.data_dir={folder}",
+            "--config.data.train=train.txt",
+            "--config.data.test=test.txt",
+        ],
+    )
+    given_records = {
+        record.name: record
+        for split in ("train", "test")
+        for record in read_split(config, split)[0]
+    }
     for name, record in given_records.items():
         assert together[name] == (record.boxes[:1].tolist(), record.labels[:1].tolist())
     info = json.loads((folder / "splits/val.json").read_text())["info"]
-    assert info == {"by": "image", "seed": 0, "shares": [70, 10, 20], "near": 24, "from": ["train", "test"], "split": "val"}
+    assert info == {
+        "by": "image",
+        "seed": 0,
+        "shares": [70, 10, 20],
+        "near": 24,
+        "from": ["train", "test"],
+        "split": "val",
+    }
 
 
 def test_by_content_frames_of_a_scene_stay_together(folder, capsys):
@@ -98,10 +143,18 @@ def test_by_content_frames_of_a_scene_stay_together(folder, capsys):
 
 
 def test_by_clip_a_file_says_what_belongs_together(folder, capsys):
-    names = [line.split(",")[0] for split in ("train", "test") for line in (folder / f"{split}.txt").read_text().split()]
-    (folder / "clips.csv").write_text("".join(f"{name},clip {Path(name).stem[:2]}\n" for name in names))
+    names = [
+        line.split(",")[0]
+        for split in ("train", "test")
+        for line in (folder / f"{split}.txt").read_text().split()
+    ]
+    (folder / "clips.csv").write_text(
+        "".join(f"{name},clip {Path(name).stem[:2]}\n" for name in names)
+    )
     assert divide(folder, "--by=clip", f"--clips={folder / 'clips.csv'}") == 0
-    scenes = {split: {Path(name).stem[:2] for name in found} for split, found in read_back(folder).items()}
+    scenes = {
+        split: {Path(name).stem[:2] for name in found} for split, found in read_back(folder).items()
+    }
     assert sum(map(len, scenes.values())) == 10
     (folder / "clips.csv").write_text(f"{names[0]},a\n")
     assert divide(folder, "--by=clip", f"--clips={folder / 'clips.csv'}") == 2

@@ -30,7 +30,9 @@ FITTED = Calibration(NAMES, 1.25, (0.1 + 0.2, 0.75), "val", 12, "step 6", 0.1 + 
 @settings(deadline=None, max_examples=100)
 @given(st.data(), st.integers(1, 20))
 def test_no_threshold_has_a_better_f1(data, n):
-    probabilities = data.draw(hnp.arrays(np.float64, (n, 1), elements=st.sampled_from([0.0, 0.2, 0.2 + 1e-9, 0.7, 1.0])))
+    probabilities = data.draw(
+        hnp.arrays(np.float64, (n, 1), elements=st.sampled_from([0.0, 0.2, 0.2 + 1e-9, 0.7, 1.0]))
+    )
     labels = data.draw(hnp.arrays(bool, (n, 1)))
     (threshold,) = fit_thresholds(probabilities, labels)
     assert 0 <= threshold <= 1
@@ -48,7 +50,9 @@ def test_no_threshold_has_a_better_f1(data, n):
 @settings(deadline=None, max_examples=100)
 @given(st.data(), st.integers(1, 12), st.integers(0, 5))
 def test_no_certainty_finds_people_better(data, n, missed):
-    confidences = data.draw(hnp.arrays(np.float64, n, elements=st.sampled_from([0.0, 0.05, 0.2, 0.7, 1.0])))
+    confidences = data.draw(
+        hnp.arrays(np.float64, n, elements=st.sampled_from([0.0, 0.05, 0.2, 0.7, 1.0]))
+    )
     finds = data.draw(hnp.arrays(bool, n))
     people = int(finds.sum()) + missed
     cut = fit_min_confidence(confidences, finds, people=people)
@@ -59,12 +63,17 @@ def test_no_certainty_finds_people_better(data, n, missed):
     def f1(chosen):
         return 2 * (finds & chosen).sum() / (chosen.sum() + people)
 
-    assert f1(confidences >= cut) >= max(f1(confidences > level) for level in [0.0, *np.unique(confidences)]) - 1e-12
+    assert (
+        f1(confidences >= cut)
+        >= max(f1(confidences > level) for level in [0.0, *np.unique(confidences)]) - 1e-12
+    )
 
 
 def test_a_file_of_an_older_version_has_no_certainty():
     text = FITTED.to_json().replace(', "min_confidence": 0.2', "")
-    assert parse_calibration(text, class_names=NAMES, where="here") == dataclasses.replace(FITTED, min_confidence=None)
+    assert parse_calibration(text, class_names=NAMES, where="here") == dataclasses.replace(
+        FITTED, min_confidence=None
+    )
 
 
 @pytest.mark.parametrize("multi_label", [True, False])
@@ -75,19 +84,31 @@ def test_the_temperature_that_made_the_labels_is_found(multi_label):
         labels = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
     else:
         exponentials = np.exp(logits)
-        drawn = (rng.random((len(logits), 1)) > (exponentials / exponentials.sum(-1, keepdims=True)).cumsum(-1)).sum(-1)
+        drawn = (
+            rng.random((len(logits), 1))
+            > (exponentials / exponentials.sum(-1, keepdims=True)).cumsum(-1)
+        ).sum(-1)
         labels = np.eye(4, dtype=bool)[np.minimum(drawn, 3)]
-    assert fit_temperature(3 * logits, labels, multi_label=multi_label) == pytest.approx(3, rel=0.05)
-    assert negative_log_likelihood(logits, labels, multi_label=multi_label) < negative_log_likelihood(3 * logits, labels, multi_label=multi_label)
+    assert fit_temperature(3 * logits, labels, multi_label=multi_label) == pytest.approx(
+        3, rel=0.05
+    )
+    assert negative_log_likelihood(
+        logits, labels, multi_label=multi_label
+    ) < negative_log_likelihood(3 * logits, labels, multi_label=multi_label)
 
 
 def test_errors_by_hand():
-    probabilities, labels = np.array([[0.9], [0.9], [0.2], [0.2]]), np.array([[True], [False], [False], [False]])
+    probabilities, labels = (
+        np.array([[0.9], [0.9], [0.2], [0.2]]),
+        np.array([[True], [False], [False], [False]]),
+    )
     errors = calibration_errors(probabilities, labels, multi_label=True)
     assert errors["ece"] == pytest.approx((2 * 0.4 + 2 * 0.2) / 4)
     assert errors["brier"] == pytest.approx((0.01 + 0.81 + 0.04 + 0.04) / 4)
     assert [(entry["count"], entry["true"]) for entry in errors["bins"]] == [(2, 0.0), (2, 0.5)]
-    certain = calibration_errors(np.array([[1.0, 0.0]]), np.array([[True, False]]), multi_label=False)
+    certain = calibration_errors(
+        np.array([[1.0, 0.0]]), np.array([[True, False]]), multi_label=False
+    )
     assert (certain["ece"], certain["brier"], certain["bins"][0]["high"]) == (0.0, 0.0, 1.0)
 
 
@@ -112,7 +133,10 @@ def test_a_run_without_a_fit_and_a_fit_of_other_weights(tmp_path, caplog):
     [
         ("{", "not what a calibration writes"),
         ("{}", "not what a calibration writes"),
-        (FITTED.to_json().replace("glad", "sad"), "fitted for the classes calm, sad, not for calm, glad"),
+        (
+            FITTED.to_json().replace("glad", "sad"),
+            "fitted for the classes calm, sad, not for calm, glad",
+        ),
         (FITTED.to_json().replace("1.25", "0.0"), "temperature=0.0 must be more than 0"),
         (FITTED.to_json().replace("0.75", "7.5"), r"thresholds must be 2 numbers in \[0, 1\]"),
         (FITTED.to_json().replace(": 0.2}", ": 1.2}"), r"min_confidence=1.2 must lie in \[0, 1\]"),

@@ -1,4 +1,6 @@
-"""Evaluating a checkpoint through train.py: what it leaves behind, thresholds from validation to prediction, and several processes."""
+"""Evaluating a checkpoint through train.py: what it leaves behind, thresholds from validation to
+prediction, and several processes.
+"""
 
 import dataclasses
 import json
@@ -54,7 +56,9 @@ def workdir(tmp_path_factory, one_device):
 
 def save(workdir, config, mesh):
     run = train.RunConfig.from_mapping(config)
-    _, state = initial_state(*Network(run.model).init(run.seed), run.optimizer, total_steps=1, mesh=mesh)
+    _, state = initial_state(
+        *Network(run.model).init(run.seed), run.optimizer, total_steps=1, mesh=mesh
+    )
     checkpoints = Checkpoints(workdir, metadata={"config": config, "versions": {}})
     checkpoints.save(state)
     checkpoints.close()
@@ -62,9 +66,19 @@ def save(workdir, config, mesh):
 
 def test_what_an_evaluation_leaves_behind(workdir):
     names = {path.name for path in workdir.iterdir()}
-    kinds = ("metrics_{}.json", "metrics_{}.md", "metrics_{}.png", "predictions_{}.npz", "predictions_{}.png")
-    assert names == {"checkpoints", "thresholds.json"} | {kind.format(split) for kind in kinds for split in ("val", "test")}
-    val, test = (json.loads((workdir / f"metrics_{split}.json").read_text()) for split in ("val", "test"))
+    kinds = (
+        "metrics_{}.json",
+        "metrics_{}.md",
+        "metrics_{}.png",
+        "predictions_{}.npz",
+        "predictions_{}.png",
+    )
+    assert names == {"checkpoints", "thresholds.json"} | {
+        kind.format(split) for kind in kinds for split in ("val", "test")
+    }
+    val, test = (
+        json.loads((workdir / f"metrics_{split}.json").read_text()) for split in ("val", "test")
+    )
     assert (val["num_images"], test["num_images"]) == (4, IMAGES)
     assert (test["split"], test["protocol"], test["checkpoint"]) == ("test", "custom", "step 0")
     assert "macro_f1_fitted" in test
@@ -78,22 +92,36 @@ def test_a_chosen_checkpoint(workdir, tmp_path, one_device):
     checkpoints = Checkpoints(tmp_path, metadata={"config": config, "versions": {}})
     params, frozen, _ = load_weights(tmp_path)
     run = train.RunConfig.from_mapping(config)
-    _, state = initial_state({name: value * 0 for name, value in params.items()}, frozen, run.optimizer, total_steps=1, mesh=one_device)
+    _, state = initial_state(
+        {name: value * 0 for name, value in params.items()},
+        frozen,
+        run.optimizer,
+        total_steps=1,
+        mesh=one_device,
+    )
     checkpoints.save(dataclasses.replace(state, step=state.step + 5), progress={"best_step": 0})
     checkpoints.close()
     chosen = train.evaluate_checkpoint(config, tmp_path, "test", step=best_step(tmp_path))
     expected = json.loads((workdir / "metrics_test.json").read_text())
-    assert chosen["checkpoint"] == "step 0" and chosen["mAP"] == expected["mAP"] and chosen["mean_iou"] == expected["mean_iou"]
+    assert (
+        chosen["checkpoint"] == "step 0"
+        and chosen["mAP"] == expected["mAP"]
+        and chosen["mean_iou"] == expected["mean_iou"]
+    )
     assert train.evaluate_checkpoint(config, tmp_path, "test")["checkpoint"] == "step 5"
 
 
 def test_the_numbers_come_again_from_the_file_alone(workdir, tmp_path):
     assert evaluate_main([str(workdir / "predictions_test.npz"), f"--output={tmp_path}"]) == 0
-    assert json.loads((tmp_path / "metrics_test.json").read_text()) == json.loads((workdir / "metrics_test.json").read_text())
+    assert json.loads((tmp_path / "metrics_test.json").read_text()) == json.loads(
+        (workdir / "metrics_test.json").read_text()
+    )
 
 
 def test_a_loaded_model_decides_with_the_fitted_thresholds(workdir, tmp_path):
-    fitted = read_calibration(workdir / "thresholds.json", class_names=("Anger", "Fear", "Happy", "Sad"))
+    fitted = read_calibration(
+        workdir / "thresholds.json", class_names=("Anger", "Fear", "Happy", "Sad")
+    )
     assert (fitted.split, fitted.checkpoint) == ("val", "step 0")
     model = dsct_jax.load(workdir)
     assert (model.thresholds, model.min_confidence) == (fitted.thresholds, fitted.min_confidence)
@@ -105,14 +133,18 @@ def test_a_loaded_model_decides_with_the_fitted_thresholds(workdir, tmp_path):
     assert len(ours) == 4
     for subject in ours:
         assert set(subject.labels) == {
-            name for name, cut in zip(model.class_names, fitted.thresholds, strict=True) if subject.probabilities[name] > cut
+            name
+            for name, cut in zip(model.class_names, fitted.thresholds, strict=True)
+            if subject.probabilities[name] > cut
         }
 
 
 def test_thresholds_of_other_weights_are_not_used(workdir, tmp_path, one_device, caplog):
     save(tmp_path, small_config(), one_device)
     assert dsct_jax.load(tmp_path).thresholds is None
-    Calibration(("Anger", "Fear", "Happy", "Sad"), 1.0, (0.5,) * 4, "val", 9, "step 700").save(tmp_path / "thresholds.json")
+    Calibration(("Anger", "Fear", "Happy", "Sad"), 1.0, (0.5,) * 4, "val", 9, "step 700").save(
+        tmp_path / "thresholds.json"
+    )
     with caplog.at_level("WARNING"):
         assert dsct_jax.load(tmp_path).thresholds is None
     assert "fitted for step 700, not for step 0" in caplog.text
@@ -144,10 +176,23 @@ def test_two_processes_count_every_image_once(workdir, tmp_path, one_device):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"}
-    commands = [[sys.executable, "-c", PROCESS, str(number), str(port), str(tmp_path)] for number in range(2)]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
+    }
+    commands = [
+        [sys.executable, "-c", PROCESS, str(number), str(port), str(tmp_path)]
+        for number in range(2)
+    ]
     processes = [
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command in commands
     ]
     try:
         outputs = [process.communicate(timeout=240)[0] for process in processes]
@@ -155,10 +200,14 @@ def test_two_processes_count_every_image_once(workdir, tmp_path, one_device):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
-    first, second = (json.loads((tmp_path / f"process{number}.json").read_text()) for number in range(2))
+    first, second = (
+        json.loads((tmp_path / f"process{number}.json").read_text()) for number in range(2)
+    )
     assert first == second
     alone = json.loads((workdir / "metrics_test.json").read_text())
     assert first["num_images"] == IMAGES
     assert first.keys() == alone.keys()
-    np.testing.assert_allclose([first["mAP"], first["mean_iou"]], [alone["mAP"], alone["mean_iou"]], rtol=1e-5)
+    np.testing.assert_allclose(
+        [first["mAP"], first["mean_iou"]], [alone["mAP"], alone["mean_iou"]], rtol=1e-5
+    )
     assert sum("numbers:" in output for output in outputs) == 1

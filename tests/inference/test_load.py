@@ -1,4 +1,6 @@
-"""Loading a model from a released .pth, a .safetensors file and a run directory: the same answers, and one line for what cannot be loaded."""
+"""Loading a model from a released .pth, a .safetensors file and a run directory: the same answers,
+and one line for what cannot be loaded.
+"""
 
 import json
 import subprocess
@@ -26,7 +28,9 @@ ROOT = Path(__file__).parents[2]
 def small_config(**model: Any) -> dict[str, Any]:
     """The configuration of tests/golden/model_small.npz."""
     config = base.get_config()
-    config.model.update(json.loads((Path(__file__).parents[1] / "golden" / "model_small.json").read_text()))
+    config.model.update(
+        json.loads((Path(__file__).parents[1] / "golden" / "model_small.json").read_text())
+    )
     config.model.update(model)
     return to_builtins(config)
 
@@ -34,7 +38,9 @@ def small_config(**model: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def pth(golden, tmp_path_factory):
     arrays = golden("model_small")
-    state = {name.removeprefix("state/"): arrays[name] for name in arrays if name.startswith("state/")}
+    state = {
+        name.removeprefix("state/"): arrays[name] for name in arrays if name.startswith("state/")
+    }
     return write_state(tmp_path_factory.mktemp("released") / "checkpoint.pth", state)
 
 
@@ -62,16 +68,22 @@ def test_through_safetensors(released, golden, tmp_path):
     model = dsct_jax.load(tmp_path / "x.safetensors")
     assert model.config == released.config
     assert_golden(model, golden)
-    other = dsct_jax.load(str(tmp_path / "x.safetensors"), small_config(semantic_selection="smallest"))  # the same weights, read otherwise
+    other = dsct_jax.load(
+        str(tmp_path / "x.safetensors"), small_config(semantic_selection="smallest")
+    )  # the same weights, read otherwise
     assert other.functions.config.semantic_selection == "smallest"
 
 
 def test_a_run_directory(released, tmp_path):
     config = small_config()
     mesh = make_mesh(jax.devices()[:1])
-    fixed = {name: value for name, value in released.params.items() if name.startswith("backbone/stem")}
+    fixed = {
+        name: value for name, value in released.params.items() if name.startswith("backbone/stem")
+    }
     trained = {name: value for name, value in released.params.items() if name not in fixed}
-    state = replicate(TrainState(jnp.int32(3), trained, fixed, released.frozen, {"count": jnp.int32(3)}), mesh)
+    state = replicate(
+        TrainState(jnp.int32(3), trained, fixed, released.frozen, {"count": jnp.int32(3)}), mesh
+    )
     checkpoints = Checkpoints(tmp_path / "run", metadata={"config": config})
     checkpoints.save(state)
     checkpoints.close()
@@ -109,7 +121,10 @@ def test_a_pth_with_the_configuration_of_another_model(pth):
         (lambda config: config.pop("class_names"), "config.class_names: missing"),
         (lambda config: config.pop("multi_label"), "config.multi_label: missing"),
         (lambda config: config["data"].pop("buckets"), "config.data.buckets: missing"),
-        (lambda config: config["model"].update(hiden_dim=3), "did you mean config.model.hidden_dim?"),
+        (
+            lambda config: config["model"].update(hiden_dim=3),
+            "did you mean config.model.hidden_dim?",
+        ),
         (lambda config: config["model"].update(hidden_dim="64"), "config.model.hidden_dim='64'"),
     ],
 )
@@ -128,7 +143,9 @@ def test_files_that_cannot_be_loaded(released, tmp_path):
     assert "neither a run directory nor" in refused(tmp_path / "x.onnx")
     (tmp_path / "x.pth").write_text("no archive")
     assert "not a .pth file" in refused(tmp_path / "x.pth", small_config())
-    evil = write_pth(tmp_path / "evil.pth", Call(Global("os", "system"), f"touch {tmp_path / 'executed'}"))
+    evil = write_pth(
+        tmp_path / "evil.pth", Call(Global("os", "system"), f"touch {tmp_path / 'executed'}")
+    )
     assert "os.system" in refused(evil, small_config())
     assert not (tmp_path / "executed").exists()
 
@@ -144,16 +161,28 @@ def test_safetensors_that_cannot_be_loaded(released, tmp_path):
         assert "cut short" in refused(path)
     save_file({"a": np.ones(3)}, str(path))
     assert "no configuration" in refused(path)
-    save_file({"params/a": np.ones(3, np.float32)}, str(path), metadata={"config": json.dumps(small_config())})
+    save_file(
+        {"params/a": np.ones(3, np.float32)},
+        str(path),
+        metadata={"config": json.dumps(small_config())},
+    )
     assert "another model" in refused(path)
     save_file({"a": np.ones(3)}, str(path), metadata={"config": "{"})
     assert "configuration in it is damaged" in refused(path)
 
 
-# --- the package's own names --------------------------------------------------------------------------------------------------------------------
+# --- the package's own names ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", ["", "import dsct_jax.predict", "import dsct_jax.load, dsct_jax.predict", "from dsct_jax.predict import main"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "",
+        "import dsct_jax.predict",
+        "import dsct_jax.load, dsct_jax.predict",
+        "from dsct_jax.predict import main",
+    ],
+)
 def test_load_and_predict_are_functions_whatever_was_imported_first(first):
     program = f"import dsct_jax\n{first}\nimport types\nassert type(dsct_jax.load) is type(dsct_jax.predict) is types.FunctionType\n"
     program += "from dsct_jax import predict, load\nfrom dsct_jax.predict import find_inputs\nassert predict is dsct_jax.predict\n"

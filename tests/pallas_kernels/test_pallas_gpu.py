@@ -1,4 +1,6 @@
-"""The GPU kernels: on any machine they lower for CUDA; on a GPU they are right. There: JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu"""
+"""The GPU kernels: on any machine they lower for CUDA; on a GPU they are right. There:
+JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu
+"""
 
 import contextlib
 import functools
@@ -10,7 +12,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import pallas_gpu, xla
-from pallas_kernels.deformable_attention import chosen_implementation, deformable_attention_from_offsets
+from pallas_kernels.deformable_attention import (
+    chosen_implementation,
+    deformable_attention_from_offsets,
+)
 from pallas_kernels.workloads import PATTERNS, WORKLOADS
 
 
@@ -34,9 +39,17 @@ def forward_and_gradients(function, spatial_shapes):
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_lowers_for_cuda(name, dtype):
     workload = WORKLOADS[name]
-    arguments = {key: jax.ShapeDtypeStruct(shape, dtype if key == "value" else jnp.float32) for key, shape in workload.shapes().items()}
-    cotangent = jax.ShapeDtypeStruct((*workload.shapes()["logits"][:2], workload.heads * workload.head_size), dtype)
-    run = forward_and_gradients(functools.partial(pallas_gpu.deformable_attention_from_offsets, partitioned=False), workload.spatial_shapes)
+    arguments = {
+        key: jax.ShapeDtypeStruct(shape, dtype if key == "value" else jnp.float32)
+        for key, shape in workload.shapes().items()
+    }
+    cotangent = jax.ShapeDtypeStruct(
+        (*workload.shapes()["logits"][:2], workload.heads * workload.head_size), dtype
+    )
+    run = forward_and_gradients(
+        functools.partial(pallas_gpu.deformable_attention_from_offsets, partitioned=False),
+        workload.spatial_shapes,
+    )
     with a_gpu_to_lower_for():
         text = run.trace(arguments, cotangent).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("xla.gpu.triton") == 2
@@ -48,17 +61,23 @@ def test_lowers_for_cuda(name, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_right_on_the_gpu(name, dtype, pattern):
-    """Against the portable path in float64, which the CPU tests hold against the definition. All gradients, atomic additions included."""
+    """Against the portable path in float64, which the CPU tests hold against the definition. All
+    gradients, atomic additions included.
+    """
     workload = WORKLOADS[name]
     arguments = {key: jnp.asarray(x) for key, x in workload.inputs(pattern, seed=1).items()}
     arguments["value"] = arguments["value"].astype(dtype)
     assert chosen_implementation(arguments["value"], arguments["offsets"]) == "pallas_gpu"
     shape = (*arguments["logits"].shape[:2], workload.heads * workload.head_size)
     cotangent = jnp.asarray(np.random.default_rng(2).normal(size=shape), dtype)
-    found = forward_and_gradients(deformable_attention_from_offsets, workload.spatial_shapes)(arguments, cotangent)
+    found = forward_and_gradients(deformable_attention_from_offsets, workload.spatial_shapes)(
+        arguments, cotangent
+    )
     with jax.enable_x64(True):
         exact = {key: jnp.asarray(x, jnp.float64) for key, x in arguments.items()}
-        answers = forward_and_gradients(xla.deformable_attention_from_offsets, workload.spatial_shapes)(exact, jnp.asarray(cotangent, jnp.float64))
+        answers = forward_and_gradients(
+            xla.deformable_attention_from_offsets, workload.spatial_shapes
+        )(exact, jnp.asarray(cotangent, jnp.float64))
         answers = {key: np.asarray(x) for key, x in answers.items()}
     for key, answer in answers.items():
         if pattern == "initial" and key in ("offsets", "reference_points"):
@@ -70,10 +89,19 @@ def test_right_on_the_gpu(name, dtype, pattern):
 
 @pytest.mark.gpu
 def test_addresses_shared_by_many_points_are_added_up():
-    """Every point of every query on one pixel: the case that the interpreter's atomic addition gets wrong."""
+    """Every point of every query on one pixel: the case that the interpreter's atomic addition gets
+    wrong.
+    """
     value = jnp.ones((1, 4, 1, 32), jnp.float32)
     offsets, logits = jnp.zeros((1, 4096, 1, 1, 4, 2)), jnp.zeros((1, 4096, 1, 1, 4))
-    run = forward_and_gradients(functools.partial(deformable_attention_from_offsets, implementation="pallas_gpu"), ((2, 2),))
-    arguments = {"value": value, "reference_points": jnp.full((1, 4096, 1, 2), 0.25), "offsets": offsets, "logits": logits}
+    run = forward_and_gradients(
+        functools.partial(deformable_attention_from_offsets, implementation="pallas_gpu"), ((2, 2),)
+    )
+    arguments = {
+        "value": value,
+        "reference_points": jnp.full((1, 4096, 1, 2), 0.25),
+        "offsets": offsets,
+        "logits": logits,
+    }
     found = run(arguments, jnp.ones((1, 4096, 32)))
     np.testing.assert_allclose(found["value"][0, :, 0, 0], [4096, 0, 0, 0], rtol=1e-5)

@@ -1,4 +1,6 @@
-"""Checkpoints: exact there and back, on any number of devices, and what remains readable when files are unfinished, half removed or damaged."""
+"""Checkpoints: exact there and back, on any number of devices, and what remains readable when files
+are unfinished, half removed or damaged.
+"""
 
 import dataclasses
 import json
@@ -22,21 +24,39 @@ from dsct_jax.training.checkpoint import Checkpoints, best_step, load_weights, p
 from dsct_jax.training.step import TrainState
 
 ROOT = Path(__file__).parents[2]
-METADATA = {"config": {"class_names": ("a", "b"), "multi_label": False, "model": {"hidden_dim": 8, "fusion": "paper"}, "train": {"epochs": 2}}}
+METADATA = {
+    "config": {
+        "class_names": ("a", "b"),
+        "multi_label": False,
+        "model": {"hidden_dim": 8, "fusion": "paper"},
+        "train": {"epochs": 2},
+    }
+}
 OPTIMIZER = optax.adamw(1e-3)
 
 
 def state_at(step: int, *, devices: int = 1, width: int = 3) -> TrainState:
     """A state whose every number depends on `step`."""
     rng = np.random.default_rng(step)
-    params = {"a/0/kernel": jnp.float32(rng.standard_normal((5, width))), "a.b/bias": jnp.float32(rng.standard_normal(20000))}
+    params = {
+        "a/0/kernel": jnp.float32(rng.standard_normal((5, width))),
+        "a.b/bias": jnp.float32(rng.standard_normal(20000)),
+    }
     opt_state = jax.tree.map(lambda x: x + step, OPTIMIZER.init(params))
-    state = TrainState(jnp.int32(step), params, {"fixed/scale": jnp.float32([step, 2])}, {"mean": jnp.ones(4)}, opt_state)
+    state = TrainState(
+        jnp.int32(step),
+        params,
+        {"fixed/scale": jnp.float32([step, 2])},
+        {"mean": jnp.ones(4)},
+        opt_state,
+    )
     return replicate(state, make_mesh(jax.devices()[:devices]))
 
 
 def equal(one: Any, other: Any) -> bool:
-    return jax.tree.structure(one) == jax.tree.structure(other) and all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
+    return jax.tree.structure(one) == jax.tree.structure(other) and all(
+        map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +89,10 @@ def test_the_newest_state_comes_back_exactly(saved, devices):
     like = state_at(0, devices=devices)
     state = restored(saved, like)
     assert equal(state, state_at(2))
-    assert all(leaf.sharding == other.sharding for leaf, other in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True))
+    assert all(
+        leaf.sharding == other.sharding
+        for leaf, other in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True)
+    )
 
 
 def test_from_eight_devices_to_one_to_two(tmp_path):
@@ -86,15 +109,31 @@ def test_arrays_that_are_spread_over_devices_stay_so_and_others_are_few(tmp_path
     mesh = make_mesh(jax.devices()[:8])
     spread = jax.device_put(state_at(1, devices=8), state_sharding(state_at(1), mesh, rules=FSDP))
     assert not spread.params["a.b/bias"].is_fully_replicated
-    for number, like in enumerate((spread, state_at(0), spread, state_at(0, devices=2))):  # whole -> whole is tested above
+    for number, like in enumerate(
+        (spread, state_at(0), spread, state_at(0, devices=2))
+    ):  # whole -> whole is tested above
         checkpoints = Checkpoints(tmp_path, metadata=METADATA)
         state = checkpoints.restore(like) if number else spread
         assert equal(state, dataclasses.replace(state_at(1), step=jnp.int32(max(number, 1))))
-        assert all(leaf.sharding == other.sharding for leaf, other in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True))
+        assert all(
+            leaf.sharding == other.sharding
+            for leaf, other in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True)
+        )
         checkpoints.save(dataclasses.replace(state, step=jnp.int32(number + 1)))
         checkpoints.close()
-    arrays = [json.loads((tmp_path / f"checkpoints/{step}/training/_METADATA").read_text())["tree_metadata"] for step in (3, 4)]
-    expected = {"packed.step.int32", "packed.skipped.int32", "packed.skipped_total.int32", "packed.opt_state.float32", "packed.opt_state.int32"}
+    arrays = [
+        json.loads((tmp_path / f"checkpoints/{step}/training/_METADATA").read_text())[
+            "tree_metadata"
+        ]
+        for step in (3, 4)
+    ]
+    expected = {
+        "packed.step.int32",
+        "packed.skipped.int32",
+        "packed.skipped_total.int32",
+        "packed.opt_state.float32",
+        "packed.opt_state.int32",
+    }
     assert {name.strip("(',)") for name in arrays[1]} == expected
     assert len(arrays[0]) == len(expected) + 2  # both moments of the spread array
 
@@ -161,7 +200,9 @@ def test_an_unfinished_checkpoint_is_never_the_newest(workdir):
     shutil.copytree(workdir / "checkpoints" / "2", unfinished)
     assert equal(restored(workdir, state_at(0)), state_at(2))
     end = time.monotonic() + 20
-    while unfinished.exists() and time.monotonic() < end:  # the run that continues tidies up, in the background
+    while (
+        unfinished.exists() and time.monotonic() < end
+    ):  # the run that continues tidies up, in the background
         time.sleep(0.05)
     assert not unfinished.exists()
 
@@ -174,13 +215,23 @@ def test_a_kill_while_an_old_checkpoint_is_removed(workdir):
 
 @pytest.fixture
 def unfinished_reads(monkeypatch):
-    """Reads still under way when orbax gives up have nobody to tell (dsct_jax/runtime.py); pytest would take that for a failure."""
+    """Reads still under way when orbax gives up have nobody to tell (dsct_jax/runtime.py); pytest
+    would take that for a failure.
+    """
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
 
 
 @pytest.mark.usefixtures("unfinished_reads")
 @pytest.mark.parametrize(
-    "place", ["model/ocdbt.process_0/d/*", "model/d/*", "model/_METADATA", "model/manifest.ocdbt", "metadata/metadata", "layout/metadata"]
+    "place",
+    [
+        "model/ocdbt.process_0/d/*",
+        "model/d/*",
+        "model/_METADATA",
+        "model/manifest.ocdbt",
+        "metadata/metadata",
+        "layout/metadata",
+    ],
 )
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(workdir, place, caplog):
     for path in damaged(workdir / "checkpoints" / "2", place):
@@ -193,7 +244,11 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(workdir, pla
     assert equal(state, state_at(1))
     assert metadata["config"]["model"]["hidden_dim"] == 8
     (line,) = told(caplog)
-    assert line.startswith("checkpoint 2 is damaged (") and line.endswith("the one before is taken") and "\n" not in line
+    assert (
+        line.startswith("checkpoint 2 is damaged (")
+        and line.endswith("the one before is taken")
+        and "\n" not in line
+    )
     checkpoints.save(state_at(2))  # the run comes by again
     checkpoints.close()
     assert equal(restored(workdir, state_at(0)), state_at(2))
@@ -202,7 +257,11 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(workdir, pla
 
 def told(caplog) -> list[str]:
     """Our own lines, without orbax's."""
-    return [record.getMessage() for record in caplog.records if record.name == "dsct_jax.training.checkpoint"]
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "dsct_jax.training.checkpoint"
+    ]
 
 
 def damaged(checkpoint: Path, place: str) -> list[Path]:
@@ -215,7 +274,10 @@ def damaged(checkpoint: Path, place: str) -> list[Path]:
 def test_when_every_checkpoint_is_damaged(workdir):
     for path in damaged(workdir / "checkpoints", "*/metadata/metadata"):
         path.write_text("{")
-    for read in (lambda: Checkpoints(workdir, metadata=METADATA).restore_newest(state_at(0)), lambda: load_weights(workdir)):
+    for read in (
+        lambda: Checkpoints(workdir, metadata=METADATA).restore_newest(state_at(0)),
+        lambda: load_weights(workdir),
+    ):
         with pytest.raises(UserError, match=r"checkpoints/1: this checkpoint is damaged"):
             read()
 
@@ -234,7 +296,9 @@ def test_the_best_checkpoint_is_kept_however_old(tmp_path):
 
 
 def test_a_full_disk_while_saving_loses_nothing(workdir):
-    """In a process of its own, which may write no file larger than 20 kB: the error of a full disk, in the middle of the array."""
+    """In a process of its own, which may write no file larger than 20 kB: the error of a full disk,
+    in the middle of the array.
+    """
     script = f"""
 import resource, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
@@ -249,8 +313,12 @@ try:
 except UserError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert "a checkpoint could not be written (" in done.stdout and "make room" in done.stdout, done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert "a checkpoint could not be written (" in done.stdout and "make room" in done.stdout, (
+        done.stdout + done.stderr
+    )
     assert done.stdout.count("\n") == 1
     assert equal(restored(workdir, state_at(0)), state_at(2))
 
@@ -260,6 +328,10 @@ def test_a_checkpoint_of_another_model(saved):
         restored(saved, state_at(0), model={"hidden_dim": 8, "fusion": "released"})
     with pytest.raises(UserError, match=r"config.class_names: \('a', 'b'\) -> \('a', 'c'\)"):
         restored(saved, state_at(0), class_names=("a", "c"))
-    with pytest.raises(UserError, match=r"weights of another model \(params.a.0.kernel and 0 more differ\)"):
+    with pytest.raises(
+        UserError, match=r"weights of another model \(params.a.0.kernel and 0 more differ\)"
+    ):
         restored(saved, state_at(0, width=4))
-    assert int(restored(saved, state_at(0), train={"epochs": 9}).step) == 2  # a longer run is the same model
+    assert (
+        int(restored(saved, state_at(0), train={"epochs": 9}).step) == 2
+    )  # a longer run is the same model

@@ -1,4 +1,6 @@
-"""One run as several processes: the numbers of a single one, files of process 0 alone, and words for flags that do not fit."""
+"""One run as several processes: the numbers of a single one, files of process 0 alone, and words
+for flags that do not fit.
+"""
 
 import json
 import os
@@ -16,18 +18,37 @@ from dsct_jax.runtime import detect_launcher, init_distributed
 from dsct_jax.training.checkpoint import load_weights
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = ["--config=configs/debug.py", "--config.train.batch_size=8", "--config.train.eval_batch_size=8", "--config.data.train=16"]
-SETTINGS += ["--config.train.steps=10", "--config.train.eval_every=5.0", "--config.train.checkpoint_every=5.0", "--config.data.test=11"]
-# Of these small images a fourth level is a few cells, which the norm over groups of few channels makes signs: gradients of rounding noise.
+SETTINGS = [
+    "--config=configs/debug.py",
+    "--config.train.batch_size=8",
+    "--config.train.eval_batch_size=8",
+    "--config.data.train=16",
+]
+SETTINGS += [
+    "--config.train.steps=10",
+    "--config.train.eval_every=5.0",
+    "--config.train.checkpoint_every=5.0",
+    "--config.data.test=11",
+]
+# Of these small images a fourth level is a few cells, which the norm over groups of few channels
+# makes signs: gradients of rounding noise.
 SETTINGS += ["--config.model.num_levels=3"]
-# A bias in front of a normalisation has no gradient but rounding noise, which Adam turns into steps of the learning rate.
+# A bias in front of a normalisation has no gradient but rounding noise, which Adam turns into steps
+# of the learning rate.
 NOISE = re.compile(r"input_proj/\d/conv/bias|.*/in_proj/bias")
 
 
 def start(workdir: Path, *more: str, devices: int) -> subprocess.Popen[str]:
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "train.py", *SETTINGS, f"--workdir={workdir}", *more]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[str]:
@@ -41,18 +62,31 @@ def start_two(workdir: Path, *more: str, devices: int = 4) -> list[subprocess.Po
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     several = [f"--coordinator={address}", "--num_processes=2"]
-    return [start(workdir, *more, *several, f"--process_id={number}", devices=devices) for number in range(2)]
+    return [
+        start(workdir, *more, *several, f"--process_id={number}", devices=devices)
+        for number in range(2)
+    ]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Work directories after ten steps on one device, and in two processes of four (tests/training/test_step.py has one process of eight)."""
+    """Work directories after ten steps on one device, and in two processes of four
+    (tests/training/test_step.py has one process of eight).
+    """
     folder = tmp_path_factory.mktemp("distributed")
     workdirs = {name: folder / name for name in ("one", "two_processes")}
     finish(start(workdirs["one"], devices=1))
     spoken, silent = finish(*start_two(workdirs["two_processes"]))
-    assert "8 device(s)" in spoken and "process 0 of 2, the only one that writes" in spoken and "step 10/10" in spoken
-    assert not [line for line in silent.splitlines() if line.startswith(("step", "train:", "validation", "debug"))]
+    assert (
+        "8 device(s)" in spoken
+        and "process 0 of 2, the only one that writes" in spoken
+        and "step 10/10" in spoken
+    )
+    assert not [
+        line
+        for line in silent.splitlines()
+        if line.startswith(("step", "train:", "validation", "debug"))
+    ]
     return workdirs
 
 
@@ -62,7 +96,9 @@ def lines_of(workdir: Path) -> list[dict[str, float]]:
 
 def same(workdir: Path, other: Path) -> None:
     """Losses within 1e-5, relative, and the weights, averaged where the run keeps an average."""
-    expected, found = ([line for line in lines_of(run) if "train/total" in line] for run in (workdir, other))
+    expected, found = (
+        [line for line in lines_of(run) if "train/total" in line] for run in (workdir, other)
+    )
     assert [line["step"] for line in expected] == list(range(1, 11))
     for one, two in zip(expected, found, strict=True):
         assert one.keys() == two.keys() and one["step"] == two["step"]
@@ -70,10 +106,15 @@ def same(workdir: Path, other: Path) -> None:
             if key.startswith(("train/loss", "train/total")):
                 assert two[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
     for ema in (True, False):
-        (params, frozen, _), (params2, frozen2, _) = load_weights(workdir, ema=ema), load_weights(other, ema=ema)
+        (params, frozen, _), (params2, frozen2, _) = (
+            load_weights(workdir, ema=ema),
+            load_weights(other, ema=ema),
+        )
         for path, value in (params | frozen).items():
             if not NOISE.fullmatch(path):
-                np.testing.assert_allclose((params2 | frozen2)[path], value, rtol=0, atol=1e-5, err_msg=path)
+                np.testing.assert_allclose(
+                    (params2 | frozen2)[path], value, rtol=0, atol=1e-5, err_msg=path
+                )
 
 
 def test_the_same_losses_and_parameters(runs):
@@ -82,28 +123,49 @@ def test_the_same_losses_and_parameters(runs):
 
 @pytest.mark.slow
 def test_state_that_is_spread_over_two_processes(tmp_path):
-    """Parameters, average and optimizer in four places on two machines: trained, saved and taken up again there, and read by one process alone."""
-    # Layers that are large enough to be spread; and no drop of the learning rate, so that five steps are the beginning of ten.
-    changed = ["--config.model.feedforward_dim=512", "--config.train.ema_decay=0.9", "--config.optimizer.drop_at=1.0"]
+    """Parameters, average and optimizer in four places on two machines: trained, saved and taken up
+    again there, and read by one process alone.
+    """
+    # Layers that are large enough to be spread; and no drop of the learning rate, so that five
+    # steps are the beginning of ten.
+    changed = [
+        "--config.model.feedforward_dim=512",
+        "--config.train.ema_decay=0.9",
+        "--config.optimizer.drop_at=1.0",
+    ]
     finish(start(tmp_path / "one", *changed, devices=1))
     changed += ["--config.train.fsdp=True"]
     finish(*start_two(tmp_path / "spread", *changed, "--config.train.steps=5", devices=2))
-    parts = [tmp_path / "spread" / "checkpoints" / "5" / part / "ocdbt.process_1" / "d" for part in ("model", "training")]
+    parts = [
+        tmp_path / "spread" / "checkpoints" / "5" / part / "ocdbt.process_1" / "d"
+        for part in ("model", "training")
+    ]
     assert all(any(part.iterdir()) for part in parts)  # each process writes what it holds
     spoken, _ = finish(*start_two(tmp_path / "spread", *changed, devices=2))
     assert "steps 5 to 10" in spoken
     same(tmp_path / "one", tmp_path / "spread")
-    assert "steps 10 to 12" in finish(start(tmp_path / "spread", *changed, "--config.train.steps=12", devices=1))[0]
+    assert (
+        "steps 10 to 12"
+        in finish(start(tmp_path / "spread", *changed, "--config.train.steps=12", devices=1))[0]
+    )
 
 
 @pytest.mark.slow
 def test_two_processes_go_on_where_one_stopped_and_evaluate_every_image_once(runs, tmp_path):
     spoken, _ = finish(*start_two(runs["two_processes"], "--mode=eval", "--split=test"))
     finish(start(runs["one"], "--mode=eval", "--split=test", devices=1))
-    metrics, metrics2 = (json.loads((runs[name] / "metrics_test.json").read_text()) for name in ("one", "two_processes"))
-    assert metrics2["num_images"] == metrics["num_images"] == 11 and metrics2["num_people"] == metrics["num_people"] > 0
+    metrics, metrics2 = (
+        json.loads((runs[name] / "metrics_test.json").read_text())
+        for name in ("one", "two_processes")
+    )
+    assert (
+        metrics2["num_images"] == metrics["num_images"] == 11
+        and metrics2["num_people"] == metrics["num_people"] > 0
+    )
     assert metrics2["mean_iou"] == pytest.approx(metrics["mean_iou"], abs=1e-4)
-    spoken, _ = finish(*start_two(runs["one"], "--config.train.steps=12"))  # a checkpoint of one process on one device
+    spoken, _ = finish(
+        *start_two(runs["one"], "--config.train.steps=12")
+    )  # a checkpoint of one process on one device
     assert "steps 10 to 12" in spoken
     assert [line["step"] for line in lines_of(runs["one"])][-1] == 12
 
@@ -112,7 +174,10 @@ def test_two_processes_go_on_where_one_stopped_and_evaluate_every_image_once(run
     ("environment", "launcher"),
     [
         ({}, None),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, None),  # inside an allocation, but not started by srun
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},
+            None,
+        ),  # inside an allocation, but not started by srun
         ({"SLURM_STEP_NODELIST": "node1", "SLURM_NTASKS": "1"}, None),
         ({"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "8"}, "Slurm"),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, None),

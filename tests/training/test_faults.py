@@ -1,4 +1,6 @@
-"""Kills at random moments, SIGTERM, and damaged files, each against a whole run: no saved step is lost, and the curve is that of an unbroken one."""
+"""Kills at random moments, SIGTERM, and damaged files, each against a whole run: no saved step is
+lost, and the curve is that of an unbroken one.
+"""
 
 import json
 import os
@@ -26,16 +28,34 @@ STEP_OF_ANY_LINE = re.compile(r"^step \d+/", re.MULTILINE)
 STEPS = 40  # of a whole run
 TWO_STEPS = 100  # of two processes, which look for a signal once a second
 START_SECONDS, SAVE_SECONDS = 8.0, 0.04  # about what a start takes, and the writing of a checkpoint
-# Lines, validations and checkpoints at different steps, so that a kill falls between any two of them.
-SETTINGS = ["--config=configs/debug.py", "--config.train.log_every=5", "--config.train.eval_every=2.0", "--config.train.checkpoint_every=1.0"]
+# Lines, validations and checkpoints at different steps, so that a kill falls between any two of
+# them.
+SETTINGS = [
+    "--config=configs/debug.py",
+    "--config.train.log_every=5",
+    "--config.train.eval_every=2.0",
+    "--config.train.checkpoint_every=1.0",
+]
 
 
 def start(workdir: Path, steps: int, *more: str, devices: int = 1) -> subprocess.Popen[str]:
     """The run as a process group of its own, as schedulers and terminals start it."""
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
-    command = [sys.executable, "train.py", *SETTINGS, f"--config.train.steps={steps}", f"--workdir={workdir}", *more]
-    environment, pipes = ENVIRONMENT | {"XLA_FLAGS": flags}, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True, **pipes)
+    command = [
+        sys.executable,
+        "train.py",
+        *SETTINGS,
+        f"--config.train.steps={steps}",
+        f"--workdir={workdir}",
+        *more,
+    ]
+    environment, pipes = (
+        ENVIRONMENT | {"XLA_FLAGS": flags},
+        {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
+    )
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, start_new_session=True, **pipes
+    )
 
 
 def start_two(workdir: Path, steps: int) -> list[subprocess.Popen[str]]:
@@ -43,7 +63,16 @@ def start_two(workdir: Path, steps: int) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start(workdir, steps, f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}") for i in range(2)]
+    return [
+        start(
+            workdir,
+            steps,
+            f"--coordinator=127.0.0.1:{port}",
+            "--num_processes=2",
+            f"--process_id={i}",
+        )
+        for i in range(2)
+    ]
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:
@@ -69,25 +98,40 @@ def read_to(process: subprocess.Popen[str], step: int) -> str:
 
 def lines_of(workdir: Path) -> list[dict]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))} for line in lines]
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))}
+        for line in lines
+    ]
 
 
 def saved_steps(workdir: Path) -> list[int]:
     folder = workdir / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    return (
+        sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+        if folder.is_dir()
+        else []
+    )
 
 
 def same(workdir: Path, other: Path) -> None:
     """The same curve and the same weights, bit for bit."""
     assert lines_of(workdir) == lines_of(other)
-    for ours, theirs in zip(load_weights(workdir)[0].values(), load_weights(other)[0].values(), strict=True):
+    for ours, theirs in zip(
+        load_weights(workdir)[0].values(), load_weights(other)[0].values(), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def unfinished(workdir: Path) -> list[str]:
-    """Checkpoints that are being written, or were when the run was killed: their directories bear another name until they are whole."""
+    """Checkpoints that are being written, or were when the run was killed: their directories bear
+    another name until they are whole.
+    """
     folder = workdir / "checkpoints"
-    return [path.name for path in folder.iterdir() if not path.name.isdigit()] if folder.is_dir() else []
+    return (
+        [path.name for path in folder.iterdir() if not path.name.isdigit()]
+        if folder.is_dir()
+        else []
+    )
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
@@ -111,7 +155,9 @@ def stop_while_saving(workdir: Path, process: subprocess.Popen[str], draw: rando
 
 
 def killed(workdir: Path, moment: str, draw: random.Random, *, steps: int) -> str:
-    """Starts the run and kills it, "starting", "saving" or "between" two checkpoints; returns where the kill really fell."""
+    """Starts the run and kills it, "starting", "saving" or "between" two checkpoints; returns where
+    the kill really fell.
+    """
     before = saved_steps(workdir)
     newest = max(before, default=0)
     process = start(workdir, steps)
@@ -120,7 +166,9 @@ def killed(workdir: Path, moment: str, draw: random.Random, *, steps: int) -> st
         time.sleep(draw.random() * START_SECONDS)
     else:
         said = read_until(process, STARTED.search)
-        wait_for(lambda: not unfinished(workdir), process)  # what an earlier kill left half-written is removed in the background
+        wait_for(
+            lambda: not unfinished(workdir), process
+        )  # what an earlier kill left half-written is removed in the background
         said += read_to(process, newest + 1)
         if moment == "saving":
             stop_while_saving(workdir, process, draw)
@@ -141,7 +189,9 @@ def killed(workdir: Path, moment: str, draw: random.Random, *, steps: int) -> st
     return "between two checkpoints" if after else "before the first checkpoint"
 
 
-def killed_again_and_again(workdir: Path, moments: list[str], *, steps: int, seed: int) -> Counter[str]:
+def killed_again_and_again(
+    workdir: Path, moments: list[str], *, steps: int, seed: int
+) -> Counter[str]:
     """Kills a run at these moments, then lets it end; returns how many kills fell where."""
     draw = random.Random(seed)
     fell = Counter(killed(workdir, moment, draw, steps=steps) for moment in moments)
@@ -159,7 +209,9 @@ def unbroken(tmp_path_factory) -> Path:
 
 
 def test_kills_at_random_moments(unbroken, tmp_path):
-    fell = killed_again_and_again(tmp_path / "run", ["starting", "saving", "between"], steps=STEPS, seed=0)
+    fell = killed_again_and_again(
+        tmp_path / "run", ["starting", "saving", "between"], steps=STEPS, seed=0
+    )
     assert fell["in mid-save"] == 1, fell
     same(tmp_path / "run", unbroken)
 
@@ -172,7 +224,10 @@ def test_twenty_kills_at_random_moments(tmp_path, seed):
     moments = ["starting", *moments]  # nothing is saved yet
     finish(start(tmp_path / "unbroken", 200))
     fell = killed_again_and_again(tmp_path / "run", moments, steps=200, seed=seed)
-    print(f"seed {seed}: {dict(fell)}, checkpoint after the last: {max(saved_steps(tmp_path / 'run'))}")
+    print(
+        f"seed {seed}: {dict(fell)}, checkpoint after the last: "
+        f"{max(saved_steps(tmp_path / 'run'))}"
+    )
     assert fell.total() == 20
     assert fell["in mid-save"] >= 5 and fell["between two checkpoints"] >= 3, fell
     same(tmp_path / "run", tmp_path / "unbroken")
@@ -183,7 +238,11 @@ def test_sigterm_saves_and_leaves(unbroken, tmp_path):
     read_to(process, 2)
     process.send_signal(signal.SIGTERM)
     stdout = finish(process)
-    (step,) = re.findall(r"^asked to stop: saved at step (\d+); the same command continues from there$", stdout, re.MULTILINE)
+    (step,) = re.findall(
+        r"^asked to stop: saved at step (\d+); the same command continues from there$",
+        stdout,
+        re.MULTILINE,
+    )
     assert saved_steps(tmp_path / "run")[-1] == int(step)
     assert f"steps {step} to {STEPS}" in finish(start(tmp_path / "run", STEPS))
     same(tmp_path / "run", unbroken)
@@ -199,7 +258,9 @@ def test_a_cut_checkpoint_costs_the_steps_since_the_one_before(unbroken, tmp_pat
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     stdout = finish(start(tmp_path / "run", STEPS))
-    told = [line for line in stdout.splitlines() if line.startswith(f"checkpoint {newest} is damaged (")]
+    told = [
+        line for line in stdout.splitlines() if line.startswith(f"checkpoint {newest} is damaged (")
+    ]
     assert len(told) == 1 and told[0].endswith("the one before is taken")
     assert f"steps {before} to {STEPS}" in stdout
     same(tmp_path / "run", unbroken)
@@ -237,8 +298,14 @@ def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(unbroken
         both = start_two(tmp_path / "run", TWO_STEPS)
         read_to(both[0], newest + 2)
         both[told].send_signal(signal.SIGTERM)
-        steps = [re.search(r"^asked to stop: saved at step (\d+);", finish(process), re.MULTILINE)[1] for process in both]
-        assert steps[0] == steps[1] and newest < int(steps[0]) == saved_steps(tmp_path / "run")[-1] < TWO_STEPS
+        steps = [
+            re.search(r"^asked to stop: saved at step (\d+);", finish(process), re.MULTILINE)[1]
+            for process in both
+        ]
+        assert (
+            steps[0] == steps[1]
+            and newest < int(steps[0]) == saved_steps(tmp_path / "run")[-1] < TWO_STEPS
+        )
     spoken, _ = [finish(process) for process in start_two(tmp_path / "run", TWO_STEPS)]
     assert f"steps {steps[0]} to {TWO_STEPS}" in spoken
     same(tmp_path / "run", unbroken_two)
@@ -270,7 +337,9 @@ WORKERS = "--config.data.num_workers=2"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("send", [os.killpg, os.kill])  # to the whole group, as schedulers do, or to the run alone
+@pytest.mark.parametrize(
+    "send", [os.killpg, os.kill]
+)  # to the whole group, as schedulers do, or to the run alone
 def test_sigterm_leaves_no_data_worker_behind(unbroken, tmp_path, send):
     process = start(tmp_path / "run", STEPS, WORKERS)
     read_to(process, 4)

@@ -1,4 +1,6 @@
-"""The optimizer against PyTorch's AdamW written out in NumPy, the schedules, and the rules over parameter paths."""
+"""The optimizer against PyTorch's AdamW written out in NumPy, the schedules, and the rules over
+parameter paths.
+"""
 
 import re
 
@@ -10,16 +12,28 @@ import pytest
 
 from configs.base import get_config
 from dsct_jax.errors import UserError
-from dsct_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer, make_schedule, multipliers
+from dsct_jax.training.optimizer import (
+    OptimizerConfig,
+    learning_rates,
+    make_optimizer,
+    make_schedule,
+    multipliers,
+)
 
 RULES = ((r"backbone/stem/.*", 0.0), (r"backbone/layer\d/.*", 0.1), (r"(?!backbone/).*", 1.0))
-SHAPES = {"backbone": {"stem": {"kernel": (3, 2)}, "layer2": {"kernel": (2, 4)}}, "decoder": {0: {"bias": (5,)}, 10: {"bias": (1,)}}, "scale": ()}
+SHAPES = {
+    "backbone": {"stem": {"kernel": (3, 2)}, "layer2": {"kernel": (2, 4)}},
+    "decoder": {0: {"bias": (5,)}, 10: {"bias": (1,)}},
+    "scale": (),
+}
 
 
 def draw(seed, factor=1.0):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda shape: jnp.asarray(rng.standard_normal(shape) * factor, jnp.float32), SHAPES, is_leaf=lambda node: isinstance(node, tuple)
+        lambda shape: jnp.asarray(rng.standard_normal(shape) * factor, jnp.float32),
+        SHAPES,
+        is_leaf=lambda node: isinstance(node, tuple),
     )
 
 
@@ -35,7 +49,9 @@ class TorchAdamW:
     def step(self, gradients, clip_norm, factor):
         self.step_count += 1
         gradients = [np.asarray(g, np.float64) for g in jax.tree.leaves(gradients)]
-        norm = np.sqrt(sum((g**2).sum() for g, rate in zip(gradients, self.rates, strict=True) if rate))
+        norm = np.sqrt(
+            sum((g**2).sum() for g, rate in zip(gradients, self.rates, strict=True) if rate)
+        )
         clip = min(1.0, clip_norm / (norm + 1e-6))
         for i, (g, rate) in enumerate(zip(gradients, self.rates, strict=True)):
             if not rate:
@@ -45,12 +61,16 @@ class TorchAdamW:
             self.mean[i] = 0.9 * self.mean[i] + 0.1 * clip * g
             self.square[i] = 0.999 * self.square[i] + 0.001 * (clip * g) ** 2
             root = np.sqrt(self.square[i]) / np.sqrt(1 - 0.999**self.step_count) + 1e-8
-            self.params[i] = self.params[i] - rate / (1 - 0.9**self.step_count) * self.mean[i] / root
+            self.params[i] = (
+                self.params[i] - rate / (1 - 0.9**self.step_count) * self.mean[i] / root
+            )
         return norm
 
 
 def test_steps_equal_torch_adamw_across_the_drop_with_and_without_clipping():
-    config = OptimizerConfig(learning_rate=0.05, weight_decay=0.3, clip_norm=1.0, drop_at=0.5, rules=RULES)
+    config = OptimizerConfig(
+        learning_rate=0.05, weight_decay=0.3, clip_norm=1.0, drop_at=0.5, rules=RULES
+    )
     params, total_steps = draw(0), 8
     scales = multipliers(params, RULES)
     reference = TorchAdamW(params, [0.05 * scale for scale in jax.tree.leaves(scales)], 0.3)
@@ -71,11 +91,15 @@ def test_steps_equal_torch_adamw_across_the_drop_with_and_without_clipping():
         for ours, theirs in zip(jax.tree.leaves(params), reference.params, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=2e-6)
     assert {True, False} == set(clipped)
-    np.testing.assert_array_equal(params["backbone"]["stem"]["kernel"], start["backbone"]["stem"]["kernel"])
+    np.testing.assert_array_equal(
+        params["backbone"]["stem"]["kernel"], start["backbone"]["stem"]["kernel"]
+    )
 
 
 def test_without_rules_it_is_adamw_of_optax_and_a_skipped_step_moves_nothing():
-    config = OptimizerConfig(learning_rate=0.05, weight_decay=0.3, clip_norm=float("inf"), warmup_steps=3)
+    config = OptimizerConfig(
+        learning_rate=0.05, weight_decay=0.3, clip_norm=float("inf"), warmup_steps=3
+    )
     ours, params = make_optimizer(config, draw(0), 10), draw(0)
     theirs = optax.adamw(make_schedule(config, 10), weight_decay=0.3)
     expected, state, their_state = params, ours.init(params), theirs.init(params)
@@ -84,8 +108,13 @@ def test_without_rules_it_is_adamw_of_optax_and_a_skipped_step_moves_nothing():
         gradients = draw(100 + index)
         if skip:
             before = state
-            updates, state = ours.update(jax.tree.map(lambda g: g * jnp.nan, gradients), state, params, skip=jnp.bool_(True))
-            assert all(np.array_equal(*leaves) for leaves in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True))
+            updates, state = ours.update(
+                jax.tree.map(lambda g: g * jnp.nan, gradients), state, params, skip=jnp.bool_(True)
+            )
+            assert all(
+                np.array_equal(*leaves)
+                for leaves in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True)
+            )
             assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
         else:
             updates, state = ours.update(gradients, state, params, skip=jnp.bool_(False))
@@ -104,13 +133,20 @@ def test_a_step_that_may_be_skipped_copies_nothing():
         updates, state = optimizer.update(gradients, state, params, skip=skip)
         return optax.apply_updates(params, updates), state
 
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, optimizer.init(params), params, jnp.bool_(False)).compile().as_text()
+    compiled = (
+        jax.jit(step, donate_argnums=(0, 1))
+        .lower(params, optimizer.init(params), params, jnp.bool_(False))
+        .compile()
+        .as_text()
+    )
     assert "input_output_alias" in compiled
     assert not re.findall(r"f32\[\d+.*\]\S* copy\(.*", compiled)
 
 
 def test_clipping_has_the_epsilon_of_torch():
-    """At a norm equal to the limit PyTorch already shrinks a little; Adam hides a constant factor, so the first moment is looked at."""
+    """At a norm equal to the limit PyTorch already shrinks a little; Adam hides a constant factor,
+    so the first moment is looked at.
+    """
     config = OptimizerConfig(clip_norm=1e-6, rules=((".*", 1.0),))
     params = {"a": jnp.zeros(1)}
     optimizer = make_optimizer(config, params, 10)
@@ -175,12 +211,19 @@ def test_learning_rates_of_a_step_by_multiplier():
     config = OptimizerConfig(learning_rate=2e-4, drop_at=0.8, rules=get_config().optimizer.rules)
     for step, rate in ((0, 2e-4), (90, 2e-5)):
         found = learning_rates(config, 100, step)
-        assert found == pytest.approx({"learning_rate": rate, "learning_rate/0.1x": rate / 10, "learning_rate/1x": rate}, rel=1e-6)
+        assert found == pytest.approx(
+            {"learning_rate": rate, "learning_rate/0.1x": rate / 10, "learning_rate/1x": rate},
+            rel=1e-6,
+        )
 
 
 def test_cosine_schedule_ends_at_zero():
-    schedule = make_schedule(OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_steps=10), 110)
-    np.testing.assert_allclose([schedule(s) for s in (0, 5, 10, 60, 110, 500)], [0, 0.5, 1, 0.5, 0, 0], atol=1e-6)
+    schedule = make_schedule(
+        OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_steps=10), 110
+    )
+    np.testing.assert_allclose(
+        [schedule(s) for s in (0, 5, 10, 60, 110, 500)], [0, 0.5, 1, 0.5, 0, 0], atol=1e-6
+    )
 
 
 def test_a_wrong_setting_is_named():
@@ -192,5 +235,9 @@ def test_a_wrong_setting_is_named():
 
 def test_no_clipping_on_request():
     optimizer = make_optimizer(OptimizerConfig(clip_norm=float("inf")), {"a": jnp.zeros(1)}, 10)
-    _, state = optimizer.update({"a": jnp.full(1, 1e6)}, optimizer.init({"a": jnp.zeros(1)}), {"a": jnp.zeros(1)})
-    np.testing.assert_allclose(next(leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.float32), 1e5, rtol=1e-6)
+    _, state = optimizer.update(
+        {"a": jnp.full(1, 1e6)}, optimizer.init({"a": jnp.zeros(1)}), {"a": jnp.zeros(1)}
+    )
+    np.testing.assert_allclose(
+        next(leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.float32), 1e5, rtol=1e-6
+    )

@@ -1,4 +1,6 @@
-"""bfloat16 follows float32: the loss of a hundred steps on the built-in scenes stays within the band that docs/training_step.md states."""
+"""bfloat16 follows float32: the loss of a hundred steps on the built-in scenes stays within the
+band that docs/training_step.md states.
+"""
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ from configs import debug
 from dsct_jax.config import to_builtins
 
 STEPS = 100
-BAND = 0.02  # of the mean over ten steps; measured: 0.8 % at most (three seeds), 0.2 % where only the last bit of the start differs
+# of the mean over ten steps; measured: 0.8 % at most (three seeds), 0.2 % where only the last bit
+# of the start differs
+BAND = 0.02
 
 
 def config() -> dict:
@@ -17,7 +21,9 @@ def config() -> dict:
     config.model.dropout = 0.0
     config.loss.class_loss = "softmax"
     config.matcher.cost_class = 0.0
-    config.optimizer.update(learning_rate=1e-3, clip_norm=5.0, warmup_steps=20, rules=((r".*", 1.0),))
+    config.optimizer.update(
+        learning_rate=1e-3, clip_norm=5.0, warmup_steps=20, rules=((r".*", 1.0),)
+    )
     config.data.update(train="32", cache=True)
     config.train.batch_size = 4
     return to_builtins(config)
@@ -25,7 +31,9 @@ def config() -> dict:
 
 @pytest.mark.slow  # its programs take most of the time
 def test_bfloat16_follows_float32_for_a_hundred_steps():
-    exact, rounded = (smoothed(trainer(config(), dtype, STEPS)(seed=0)) for dtype in ("float32", "bfloat16"))
+    exact, rounded = (
+        smoothed(trainer(config(), dtype, STEPS)(seed=0)) for dtype in ("float32", "bfloat16")
+    )
     assert exact[-1] < 0.8 * exact[0]
     assert not np.array_equal(rounded, exact)
     np.testing.assert_allclose(rounded, exact, rtol=BAND)

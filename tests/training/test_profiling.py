@@ -23,15 +23,46 @@ def outermost(spans: list[tuple[float, float]]) -> int:
 
 
 def test_the_steps_that_were_asked_for_are_recorded(tmp_path):
-    command = [sys.executable, "train.py", "--config=configs/debug.py", f"--workdir={tmp_path}", "--config.train.steps=6", "--profile=3:2"]
+    command = [
+        sys.executable,
+        "train.py",
+        "--config=configs/debug.py",
+        f"--workdir={tmp_path}",
+        "--config.train.steps=6",
+        "--profile=3:2",
+    ]
     flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"profile of steps 3 to 4: {tmp_path / 'profile'}" in done.stdout
     (traces,) = (tmp_path / "profile" / "plugins" / "profile").iterdir()
     (packed,), (planes,) = traces.glob("*.trace.json.gz"), traces.glob("*.xplane.pb")
     shown = json.loads(gzip.decompress(packed.read_bytes()))["traceEvents"]
-    recorded = [event for plane in ProfileData.from_file(str(planes)).planes for line in plane.lines for event in line.events]
+    recorded = [
+        event
+        for plane in ProfileData.from_file(str(planes)).planes
+        for line in plane.lines
+        for event in line.events
+    ]
     for half in HALVES:
-        assert outermost([(event["ts"], event["ts"] + event["dur"]) for event in shown if event.get("name") == half]) == 2
-        assert outermost([(event.start_ns, event.end_ns) for event in recorded if event.name == half]) == 2
+        assert (
+            outermost(
+                [
+                    (event["ts"], event["ts"] + event["dur"])
+                    for event in shown
+                    if event.get("name") == half
+                ]
+            )
+            == 2
+        )
+        assert (
+            outermost([(event.start_ns, event.end_ns) for event in recorded if event.name == half])
+            == 2
+        )

@@ -1,4 +1,6 @@
-"""Training steps: the released trajectory, the same numbers however a batch is spread or cut, what is communicated, kept, skipped and planned."""
+"""Training steps: the released trajectory, the same numbers however a batch is spread or cut, what
+is communicated, kept, skipped and planned.
+"""
 
 import functools
 import json
@@ -24,7 +26,11 @@ from dsct_jax.training.step import StepConfig, initial_state, make_train_step
 from dsct_jax.weights.rules import from_torch, to_torch
 
 RULES = get_config().optimizer.rules
-SMALL = DSCTConfig(num_classes=26, dropout=0.0, **json.loads((Path(__file__).parents[1] / "golden" / "model_small.json").read_text()))
+SMALL = DSCTConfig(
+    num_classes=26,
+    dropout=0.0,
+    **json.loads((Path(__file__).parents[1] / "golden" / "model_small.json").read_text()),
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +39,26 @@ def trajectory(golden):
     arrays, weights = golden("train_trajectory"), golden("model_small")
     functions, mesh = Network(SMALL), make_mesh(jax.devices()[:1])
     shapes = functions.param_shapes | functions.frozen_shapes
-    flat = from_torch({k.removeprefix("state/"): v for k, v in weights.items() if k.startswith("state/")}, shapes)
+    flat = from_torch(
+        {k.removeprefix("state/"): v for k, v in weights.items() if k.startswith("state/")}, shapes
+    )
     learning_rate, weight_decay, clip = (float(x) for x in arrays["lr_wd_clip"])
-    config = OptimizerConfig(learning_rate=learning_rate, weight_decay=weight_decay, clip_norm=clip, rules=RULES)
-    params, frozen = ({k: flat[k] for k in names} for names in (functions.param_shapes, functions.frozen_shapes))
+    config = OptimizerConfig(
+        learning_rate=learning_rate, weight_decay=weight_decay, clip_norm=clip, rules=RULES
+    )
+    params, frozen = (
+        {k: flat[k] for k in names} for names in (functions.param_shapes, functions.frozen_shapes)
+    )
     optimizer, state = initial_state(params, frozen, config, total_steps=1000, mesh=mesh)
-    step = make_train_step(functions, optimizer, loss=LossConfig(), matcher=MatcherConfig(), multi_label=True, mesh=mesh, seed=0)
+    step = make_train_step(
+        functions,
+        optimizer,
+        loss=LossConfig(),
+        matcher=MatcherConfig(),
+        multi_label=True,
+        mesh=mesh,
+        seed=0,
+    )
     metrics = []
     for i in range(12):
         state, terms = step(state, shard_batch(trajectory_batch(arrays, i % 4), mesh))
@@ -47,16 +67,31 @@ def trajectory(golden):
 
 
 def trajectory_batch(arrays, index) -> Batch:
-    """Batch `index`, padded to its largest image as the released code pads; people padded to 4, so that fewer programs are compiled."""
+    """Batch `index`, padded to its largest image as the released code pads; people padded to 4, so
+    that fewer programs are compiled.
+    """
     images = [arrays[f"b{index}_image_{i}"].transpose(1, 2, 0) for i in range(2)]
     sizes = np.array([x.shape[:2] for x in images], np.int32)
     canvas = np.zeros((2, *sizes.max(0), 3), np.float32)
     for i, image in enumerate(images):
         canvas[i, : image.shape[0], : image.shape[1]] = image
-    boxes, labels, valid = np.zeros((2, 4, 4), np.float32), np.zeros((2, 4, 26), np.float32), np.zeros((2, 4), bool)
+    boxes, labels, valid = (
+        np.zeros((2, 4, 4), np.float32),
+        np.zeros((2, 4, 26), np.float32),
+        np.zeros((2, 4), bool),
+    )
     count = arrays[f"b{index}_valid"].shape[1]
-    boxes[:, :count], labels[:, :count], valid[:, :count] = (arrays[f"b{index}_{name}"] for name in ("tgt_boxes", "tgt_labels", "valid"))
-    return Batch(canvas, sizes, Targets(boxes, labels, valid), np.arange(2, dtype=np.int32), sizes, np.ones(2, bool))
+    boxes[:, :count], labels[:, :count], valid[:, :count] = (
+        arrays[f"b{index}_{name}"] for name in ("tgt_boxes", "tgt_labels", "valid")
+    )
+    return Batch(
+        canvas,
+        sizes,
+        Targets(boxes, labels, valid),
+        np.arange(2, dtype=np.int32),
+        sizes,
+        np.ones(2, bool),
+    )
 
 
 def test_trajectory_losses_and_gradient_norms(trajectory):
@@ -65,19 +100,34 @@ def test_trajectory_losses_and_gradient_norms(trajectory):
     np.testing.assert_allclose([m["grad_norm"] for m in metrics], arrays["grad_norm"], rtol=1e-4)
     names = {"loss_ce": "loss_class", "loss_bbox": "loss_bbox", "loss_giou": "loss_giou"}
     for column, theirs in enumerate(arrays["term_names"]):
-        base, _, layer = str(theirs).rpartition("_") if str(theirs)[-1].isdigit() else (str(theirs), "", "")
+        base, _, layer = (
+            str(theirs).rpartition("_") if str(theirs)[-1].isdigit() else (str(theirs), "", "")
+        )
         if base in names:
             ours = names[base] + (f"/{layer}" if layer else "")
-            np.testing.assert_allclose([m[ours] for m in metrics], arrays["terms"][:, column], rtol=1e-5, atol=1e-6, err_msg=ours)
+            np.testing.assert_allclose(
+                [m[ours] for m in metrics],
+                arrays["terms"][:, column],
+                rtol=1e-5,
+                atol=1e-6,
+                err_msg=ours,
+            )
 
 
 def test_trajectory_parameters(trajectory):
     arrays, state, _ = trajectory
     final = to_torch({**state.params, **state.fixed}, num_decoder_layers=2)
     for key in (k for k in arrays if k.startswith("final/")):
-        np.testing.assert_allclose(final[key.removeprefix("final/")], arrays[key], rtol=0, atol=3e-5, err_msg=key)
-    for name, group, norm in zip(arrays["param_names"], arrays["param_group"], arrays["final_sumsq_f64"], strict=True):
-        assert np.isclose(np.sum(np.square(final[str(name)], dtype=np.float64)), norm, rtol=1e-4), (name, group)
+        np.testing.assert_allclose(
+            final[key.removeprefix("final/")], arrays[key], rtol=0, atol=3e-5, err_msg=key
+        )
+    for name, group, norm in zip(
+        arrays["param_names"], arrays["param_group"], arrays["final_sumsq_f64"], strict=True
+    ):
+        assert np.isclose(np.sum(np.square(final[str(name)], dtype=np.float64)), norm, rtol=1e-4), (
+            name,
+            group,
+        )
     assert set(to_torch(state.fixed, num_decoder_layers=2)) == set(arrays["frozen_names"])
 
 
@@ -85,10 +135,14 @@ TINY = DSCTConfig(
     num_classes=3,
     backbone="small",
     norm="group",
-    hidden_dim=64,  # with 32, the groups of the input projection's norm are single channels and its bias has no gradient
+    # with 32, the groups of the input projection's norm are single channels and its bias has no
+    # gradient
+    hidden_dim=64,
     num_heads=2,
     feedforward_dim=32,
-    num_levels=3,  # of images of 64 pixels a fourth is a single cell, which the norm over 2 channels makes a sign: a gradient of rounding noise
+    # of images of 64 pixels a fourth is a single cell, which the norm over 2 channels makes a sign:
+    # a gradient of rounding noise
+    num_levels=3,
     num_points=2,
     num_encoder_layers=1,
     num_decoder_layers=2,
@@ -107,29 +161,56 @@ def synthetic_batch(b: int, seed: int) -> Batch:
     boxes = rng.uniform(0.2, 0.6, (b, 3, 4)).astype(np.float32)
     valid = rng.random((b, 3)) < 0.6
     valid[0] = False  # an image with no person
-    return Batch(images, sizes, Targets(boxes, labels, valid), np.arange(b, dtype=np.int32), sizes, np.ones(b, bool))
+    return Batch(
+        images,
+        sizes,
+        Targets(boxes, labels, valid),
+        np.arange(b, dtype=np.int32),
+        sizes,
+        np.ones(b, bool),
+    )
 
 
 RUNS: dict[str, dict] = {
     "1 device": {"devices": 1},
     "8 devices": {"devices": 8},
     "2 devices, 4 parts of the batch": {"devices": 2, "accumulate": 4},
-    "8 devices that share the state, matched on the device": {"devices": 8, "shard_rules": FSDP, "shard_min_size": 512, "implementation": "device"},
+    "8 devices that share the state, matched on the device": {
+        "devices": 8,
+        "shard_rules": FSDP,
+        "shard_min_size": 512,
+        "implementation": "device",
+    },
 }
 DECAY = 0.9
-SEED = 8  # Adam makes a whole step of the rounding noise of a gradient near zero: with this seed none is that near in ten steps, with some one is
+# Adam makes a whole step of the rounding noise of a gradient near zero: with this seed none is that
+# near in ten steps, with some one is
+SEED = 8
 
 
 @functools.cache
 def ten_steps(name: str):
-    """Ten steps on 32 images each: what makes steps, the state, its params after each step, the losses."""
+    """Ten steps on 32 images each: what makes steps, the state, its params after each step, the
+    losses.
+    """
     options = dict(RUNS[name])
     mesh = make_mesh(jax.devices()[: options.pop("devices")])
     matcher = MatcherConfig(implementation=options.pop("implementation", "scipy"))
     functions, step_config = Network(TINY), StepConfig(ema_decay=DECAY, **options)
     optimizer_config = OptimizerConfig(clip_norm=1.0, rules=RULES)
-    optimizer, state = initial_state(*functions.init(3), optimizer_config, total_steps=1000, mesh=mesh, step_config=step_config)
-    step = make_train_step(functions, optimizer, loss=LossConfig(), matcher=matcher, multi_label=False, mesh=mesh, seed=SEED, step_config=step_config)
+    optimizer, state = initial_state(
+        *functions.init(3), optimizer_config, total_steps=1000, mesh=mesh, step_config=step_config
+    )
+    step = make_train_step(
+        functions,
+        optimizer,
+        loss=LossConfig(),
+        matcher=matcher,
+        multi_label=False,
+        mesh=mesh,
+        seed=SEED,
+        step_config=step_config,
+    )
     losses, params = [], [jax.device_get(state.params)]
     for i in range(10):
         state, terms = step(state, shard_batch(synthetic_batch(32, i), mesh))
@@ -147,7 +228,9 @@ def test_every_way_of_spreading_a_batch_trains_the_same(name):
     ema, other_ema = jax.device_get((state.ema, other_state.ema))
     for path, value in params[-1].items():
         if path.endswith("self_attention/in_proj/bias"):
-            continue  # softmax ignores the bias of the keys: its gradient is rounding noise, which Adam turns into whole steps
+            # softmax ignores the bias of the keys: its gradient is rounding noise, which Adam turns
+            # into whole steps
+            continue
         np.testing.assert_allclose(other_params[-1][path], value, rtol=0, atol=1e-5, err_msg=path)
         np.testing.assert_allclose(other_ema[path], ema[path], rtol=0, atol=1e-5, err_msg=path)
 
@@ -210,7 +293,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_counts():
         state, terms = step(state, shard_batch(bad, step.mesh))
         assert terms["nonfinite"] == 1
         assert (state.skipped, state.skipped_total, state.step) == (count, count, 10 + count)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state, state.ema)), before)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get((state.params, state.opt_state, state.ema)),
+        before,
+    )
     state, terms = step(state, shard_batch(good, step.mesh))
     assert (terms["nonfinite"], state.skipped, state.skipped_total) == (0, 0, 2)
     assert np.isfinite(terms["total"])
@@ -221,7 +308,9 @@ def test_metrics_name_every_term_of_every_layer_and_every_part():
     _, terms = jax.eval_shape(step.second_half, *second_half_arguments(step, state))
     for name in ("loss_class", "loss_bbox", "loss_giou", "cardinality_error"):
         assert {name, f"{name}/0"} <= set(terms)
-    assert {"total", "class_error", "matched_iou", "grad_norm", "num_boxes", "nonfinite"} <= set(terms)
+    assert {"total", "class_error", "matched_iou", "grad_norm", "num_boxes", "nonfinite"} <= set(
+        terms
+    )
     parts = {path.split("/")[0] for path in state.params}
     assert {f"grad_norm/{part}" for part in parts} <= set(terms)
     assert {value.dtype for value in terms.values()} == {np.dtype(np.float32)}
@@ -233,17 +322,32 @@ def second_half_arguments(step, state):
     return state, forward, batch, jax.ShapeDtypeStruct(forward.cost.shape[:3], np.int32)
 
 
-@pytest.mark.parametrize("name", ["8 devices", "2 devices, 4 parts of the batch", "8 devices that share the state, matched on the device"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "8 devices",
+        "2 devices, 4 parts of the batch",
+        "8 devices that share the state, matched on the device",
+    ],
+)
 def test_plan_of_a_step(name):
     step, state, _, _ = ten_steps(name)
     plan = make_plan(step, state, [(64, 64)], batch_size=32, max_targets=3, num_classes=3)
-    assert sum(module.trained for module in plan.modules) == sum(value.size for value in state.params.values())
-    assert {"backbone/stem", "encoder", "decoder", "class_head"} <= {module.name for module in plan.modules}
+    assert sum(module.trained for module in plan.modules) == sum(
+        value.size for value in state.params.values()
+    )
+    assert {"backbone/stem", "encoder", "decoder", "class_head"} <= {
+        module.name for module in plan.modules
+    }
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert plan.state_bytes < 0.4 * whole if "share" in name else plan.state_bytes == whole
     (bucket,) = plan.buckets
-    expected = {1: ["first_half", "second_half"], 4: ["first_half", "add_gradients", "update"]}[step.config.accumulate]
-    assert [program.name for program in bucket.programs] == (["whole_on_device"] if "matched" in name else expected)
+    expected = {1: ["first_half", "second_half"], 4: ["first_half", "add_gradients", "update"]}[
+        step.config.accumulate
+    ]
+    assert [program.name for program in bucket.programs] == (
+        ["whole_on_device"] if "matched" in name else expected
+    )
     assert all(program.flops > 0 and program.argument_bytes > 0 for program in bucket.programs[:2])
     assert bucket.peak_bytes > plan.state_bytes
     assert bucket.peak_bytes >= max(program.live_bytes for program in bucket.programs)
@@ -255,7 +359,9 @@ def test_dropout_depends_on_the_image_not_on_its_place():
     keys = jax.random.split(jax.random.key(0), 4)
     x = jnp.ones((4, 7, 143))  # an odd number of entries: two come out of one random number
     whole = dropout(x, 0.25, DropoutNoise(keys))
-    parts = jnp.concatenate([dropout(x[:2], 0.25, DropoutNoise(keys[:2])), dropout(x[2:], 0.25, DropoutNoise(keys[2:]))])
+    parts = jnp.concatenate(
+        [dropout(x[:2], 0.25, DropoutNoise(keys[:2])), dropout(x[2:], 0.25, DropoutNoise(keys[2:]))]
+    )
     np.testing.assert_array_equal(whole, parts)
     assert abs(float((whole == 0).mean()) - 0.25) < 0.03
     np.testing.assert_allclose(whole[whole > 0], 1 / 0.75, rtol=1e-6)
@@ -267,5 +373,7 @@ def test_dropout_is_fair_and_fresh():
     first, second = (np.asarray(noise.keep((2, 200, 251), 0.1)) for _ in range(2))
     masks = np.concatenate([first, second]).reshape(4, -1)  # two images, twice
     halves = masks.reshape(8, -1)  # the upper and the lower bits of the random numbers
-    np.testing.assert_allclose(halves.mean(1), 0.9, atol=5 * np.sqrt(0.09 / halves.shape[1]))  # five standard deviations
+    np.testing.assert_allclose(
+        halves.mean(1), 0.9, atol=5 * np.sqrt(0.09 / halves.shape[1])
+    )  # five standard deviations
     assert abs(np.corrcoef(halves) - np.eye(8)).max() < 5 / np.sqrt(halves.shape[1])

@@ -1,7 +1,8 @@
-"""The run from the command line: what two steps leave behind, what a kill costs, and the one line that each bad input gets.
+"""The run from the command line: what two steps leave behind, what a kill costs, and the one line
+that each bad input gets.
 
-The whole program runs in processes of its own, with the shared compilation cache; what concerns the loop alone runs here with a step that only
-counts.
+The whole program runs in processes of its own, with the shared compilation cache; what concerns the
+loop alone runs here with a step that only counts.
 """
 
 import contextlib
@@ -31,8 +32,13 @@ from dsct_jax.training.checkpoint import load_weights
 
 ROOT = Path(__file__).parents[2]
 DEBUG = "--config=configs/debug.py"
-EIGHT = ["--config.train.batch_size=8", "--config.train.eval_batch_size=8"]  # the tests' own process has 8 devices
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device; compiled in a third of the time
+EIGHT = [
+    "--config.train.batch_size=8",
+    "--config.train.eval_batch_size=8",
+]  # the tests' own process has 8 devices
+ENVIRONMENT = os.environ | {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0"
+}  # one device; compiled in a third of the time
 
 
 def command(*arguments: str) -> list[str]:
@@ -41,7 +47,9 @@ def command(*arguments: str) -> list[str]:
 
 def run(arguments: list[str], *, killed: bool = False) -> str:
     """The stdout of a process that ends well, or by SIGKILL."""
-    done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == (-signal.SIGKILL if killed else 0), done.stdout + done.stderr
     return done.stdout
 
@@ -49,7 +57,10 @@ def run(arguments: list[str], *, killed: bool = False) -> str:
 def lines_of(workdir: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))} for line in lines]
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))}
+        for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +72,21 @@ def unbroken(tmp_path_factory):
 
 def test_a_run_leaves_everything_behind(unbroken):
     workdir, stdout = unbroken
-    files = {"checkpoints", "compilations.jsonl", "config.json", "env.json", "metrics.jsonl", "tensorboard", "val_predictions.png"}
+    files = {
+        "checkpoints",
+        "compilations.jsonl",
+        "config.json",
+        "env.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "val_predictions.png",
+    }
     assert {path.name for path in workdir.iterdir()} == files
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4", "6"]
     assert [path for path in (workdir / "tensorboard").iterdir() if path.stat().st_size > 500]
-    assert to_builtins(json.loads((workdir / "config.json").read_text())) == read_config(ROOT / "configs" / "debug.py")
+    assert to_builtins(json.loads((workdir / "config.json").read_text())) == read_config(
+        ROOT / "configs" / "debug.py"
+    )
     environment = json.loads((workdir / "env.json").read_text())
     assert environment["versions"].keys() >= {"jax", "flax", "python"}
     assert environment["devices"] == {"platform": "cpu", "kind": "cpu", "count": 1}
@@ -84,7 +105,9 @@ def test_every_logged_number_is_finite(unbroken):
 def test_what_should_move_moved_and_what_is_frozen_stayed(unbroken):
     workdir, _ = unbroken
     after, frozen, _ = load_weights(workdir)
-    before, statistics = Network(model_config(read_config(ROOT / "configs" / "debug.py"))).init(seed=0)
+    before, statistics = Network(model_config(read_config(ROOT / "configs" / "debug.py"))).init(
+        seed=0
+    )
     assert after.keys() == before.keys()
     assert frozen.keys() == statistics.keys() == set()  # group norm: no statistics
     moved = {name for name in after if not np.array_equal(after[name], before[name])}
@@ -95,20 +118,42 @@ def test_what_should_move_moved_and_what_is_frozen_stayed(unbroken):
 
 def test_a_line_tells_how_fast_how_large_and_how_far(unbroken):
     line = json.loads((unbroken[0] / "metrics.jsonl").read_text().splitlines()[0])
-    assert {"time/images_per_s", "time/data_wait", "time/step_seconds_p50", "time/step_seconds_p90", "time/step_seconds_p99"} <= line.keys()
-    assert {"memory/process_mib", "train/learning_rate", "train/learning_rate/0.1x", "train/grad_norm/backbone", "train/nonfinite"} <= line.keys()
-    np.testing.assert_allclose(line["train/learning_rate/0.1x"], 0.1 * line["train/learning_rate"], rtol=1e-6)
+    assert {
+        "time/images_per_s",
+        "time/data_wait",
+        "time/step_seconds_p50",
+        "time/step_seconds_p90",
+        "time/step_seconds_p99",
+    } <= line.keys()
+    assert {
+        "memory/process_mib",
+        "train/learning_rate",
+        "train/learning_rate/0.1x",
+        "train/grad_norm/backbone",
+        "train/nonfinite",
+    } <= line.keys()
+    np.testing.assert_allclose(
+        line["train/learning_rate/0.1x"], 0.1 * line["train/learning_rate"], rtol=1e-6
+    )
     assert 100 < line["memory/process_mib"] < 20000
 
 
 def test_every_program_is_told_and_each_half_is_compiled_once_a_bucket(unbroken):
-    programs = [json.loads(line) for line in (unbroken[0] / "compilations.jsonl").read_text().splitlines()]
+    programs = [
+        json.loads(line) for line in (unbroken[0] / "compilations.jsonl").read_text().splitlines()
+    ]
     in_steps = [program for program in programs if program["bucket"] == "2x80x80x3"]
     assert {program["step"] for program in in_steps} == {1}
-    halves = [program["program"] for program in in_steps if program["program"] in ("jit(_predict)", "jit(_finish_whole)")]
+    halves = [
+        program["program"]
+        for program in in_steps
+        if program["program"] in ("jit(_predict)", "jit(_finish_whole)")
+    ]
     assert sorted(halves) == ["jit(_finish_whole)", "jit(_predict)"]
     assert all(program["seconds"] > 0 for program in in_steps)
-    assert {program["step"] for program in programs if program["bucket"] == "validation"} <= {2}  # the first one
+    assert {program["step"] for program in programs if program["bucket"] == "validation"} <= {
+        2
+    }  # the first one
 
 
 def test_evaluation_repeats_the_last_validation(unbroken):
@@ -116,7 +161,9 @@ def test_evaluation_repeats_the_last_validation(unbroken):
     stdout = run(command(DEBUG, f"--workdir={workdir}", "--mode=eval", "--split=val"))
     metrics = json.loads((workdir / "metrics_val.json").read_text())
     last = lines_of(workdir)[-1]
-    expected = {name.removeprefix("val/"): value for name, value in last.items() if name.startswith("val/")}
+    expected = {
+        name.removeprefix("val/"): value for name, value in last.items() if name.startswith("val/")
+    }
     assert len(expected) > 5
     assert {name: metrics[name] for name in expected} == expected
     assert "mean_iou" in stdout
@@ -150,26 +197,35 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(unbroken, tmp_path):
     left = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert "2" in left
     assert "4" not in left
-    assert any(name.startswith("4.") for name in left), "the kill came before or after the checkpoint, not in the middle"
+    assert any(name.startswith("4.") for name in left), (
+        "the kill came before or after the checkpoint, not in the middle"
+    )
 
     run([sys.executable, "-c", KILLED_RUN, "5", *arguments], killed=True)  # an epoch has two steps
     assert lines_of(workdir)[-1]["step"] == 5
 
     stdout = run(command(*arguments))
-    assert "steps 2 to 6" in stdout or "steps 4 to 6" in stdout  # checkpoint 4 was being written in the background when the kill came
+    assert (
+        "steps 2 to 6" in stdout or "steps 4 to 6" in stdout
+    )  # checkpoint 4 was being written in the background when the kill came
     assert "settings changed" not in stdout
     assert lines_of(workdir) == lines_of(unbroken[0])
-    for ours, theirs in zip(load_weights(workdir)[0].values(), load_weights(unbroken[0])[0].values(), strict=True):
+    for ours, theirs in zip(
+        load_weights(workdir)[0].values(), load_weights(unbroken[0])[0].values(), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
 
 
-# --- the loop, with a step that only counts -----------------------------------------------------------------------------------------------------
+# --- the loop, with a step that only counts -------------------------------------------------------
 
 
 def only_count(functions, optimizer, **_):
     def step(state, batch):
         number = int(state.step) + 1
-        return dataclasses.replace(state, step=jnp.int32(number)), {"total": jnp.float32(number), "nonfinite": jnp.float32(0)}
+        return dataclasses.replace(state, step=jnp.int32(number)), {
+            "total": jnp.float32(number),
+            "nonfinite": jnp.float32(0),
+        }
 
     return step
 
@@ -183,7 +239,9 @@ def model_functions(config):
 
 @pytest.fixture
 def counting(monkeypatch):
-    """train.main on one device, with a step that only counts and a model that answers nothing in particular."""
+    """train.main on one device, with a step that only counts and a model that answers nothing in
+    particular.
+    """
 
     def eval_step(params, frozen, batch):
         b = len(batch.real)
@@ -207,16 +265,33 @@ def test_a_longer_schedule_goes_on_from_the_end(counting, tmp_path, capsys):
     assert "steps 3 to 5" in out
     assert "settings changed since the last start: config.train.steps: 3 -> 5" in out
     lines = lines_of(tmp_path / "run")
-    assert [line["step"] for line in lines if "train/total" in line] == [2, 3, 4, 5]  # every second step, and the last one
+    assert [line["step"] for line in lines if "train/total" in line] == [
+        2,
+        3,
+        4,
+        5,
+    ]  # every second step, and the last one
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 5
 
 
 def test_lines_between_checkpoints_are_means(counting, tmp_path):
-    arguments = ["--config.train.steps=7", "--config.train.log_every=2", "--config.train.checkpoint_every=2.5"]
+    arguments = [
+        "--config.train.steps=7",
+        "--config.train.log_every=2",
+        "--config.train.checkpoint_every=2.5",
+    ]
     assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *arguments]) == 0
-    lines = [(line["step"], line["train/total"]) for line in lines_of(tmp_path / "run") if "train/total" in line]
+    lines = [
+        (line["step"], line["train/total"])
+        for line in lines_of(tmp_path / "run")
+        if "train/total" in line
+    ]
     assert lines == [(2, 1.5), (4, 3.5), (5, 5.0), (6, 6.0), (7, 7.0)]
-    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [2, 5, 7]  # 2: the best validation
+    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        2,
+        5,
+        7,
+    ]  # 2: the best validation
 
 
 def losing(first: int, last: int):
@@ -229,28 +304,61 @@ def losing(first: int, last: int):
             state, terms = step(state, batch)
             if not first <= state.step <= last:
                 return dataclasses.replace(state, skipped=jnp.int32(0)), terms
-            return dataclasses.replace(state, skipped=state.skipped + 1), {"total": jnp.float32(np.nan), "nonfinite": jnp.float32(1)}
+            return dataclasses.replace(state, skipped=state.skipped + 1), {
+                "total": jnp.float32(np.nan),
+                "nonfinite": jnp.float32(1),
+            }
 
         return lost
 
     return make
 
 
-def test_a_loss_that_stays_lost_stops_the_run_before_anything_is_overwritten(counting, monkeypatch, tmp_path, capsys):
+def test_a_loss_that_stays_lost_stops_the_run_before_anything_is_overwritten(
+    counting, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(train, "make_train_step", losing(3, 99))
-    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.epochs=5", "--config.train.max_skipped=0"]) == 2
-    assert one_error(capsys, "step 3", "not finite, 1 step(s) in a row", "config.optimizer.learning_rate", "not_finite_step3_process0.npz")
+    assert (
+        counting(
+            [
+                DEBUG,
+                f"--workdir={tmp_path / 'run'}",
+                "--config.train.epochs=5",
+                "--config.train.max_skipped=0",
+            ]
+        )
+        == 2
+    )
+    assert one_error(
+        capsys,
+        "step 3",
+        "not finite, 1 step(s) in a row",
+        "config.optimizer.learning_rate",
+        "not_finite_step3_process0.npz",
+    )
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
     assert [line["step"] for line in lines_of(tmp_path / "run")][-1] == 2
     with np.load(tmp_path / "run" / "not_finite_step3_process0.npz") as batch:
-        assert batch["images"].shape == (2, 80, 80, 3) and batch["boxes"].shape == (2, 4, 4) and set(batch["image_ids"]) <= {0, 1, 2, 3}
+        assert (
+            batch["images"].shape == (2, 80, 80, 3)
+            and batch["boxes"].shape == (2, 4, 4)
+            and set(batch["image_ids"]) <= {0, 1, 2, 3}
+        )
 
 
 def test_single_steps_that_are_lost_are_skipped_and_counted(counting, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "make_train_step", losing(3, 3))
-    arguments = ["--config.train.steps=6", "--config.train.log_every=2", "--config.train.checkpoint_every=50.0"]
+    arguments = [
+        "--config.train.steps=6",
+        "--config.train.log_every=2",
+        "--config.train.checkpoint_every=50.0",
+    ]
     assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *arguments]) == 0
-    lines = [(line["step"], line["train/total"], line["train/nonfinite"]) for line in lines_of(tmp_path / "run") if "train/total" in line]
+    lines = [
+        (line["step"], line["train/total"], line["train/nonfinite"])
+        for line in lines_of(tmp_path / "run")
+        if "train/total" in line
+    ]
     assert lines == [(2, 1.5, 0), (4, 4.0, 0.5), (6, 5.5, 0)]
 
 
@@ -266,17 +374,30 @@ def test_sigterm_saves_and_the_same_command_goes_on(counting, monkeypatch, tmp_p
 
         return stopped
 
-    arguments = [DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.steps=6", "--config.train.checkpoint_every=50.0"]
+    arguments = [
+        DEBUG,
+        f"--workdir={tmp_path / 'run'}",
+        "--config.train.steps=6",
+        "--config.train.checkpoint_every=50.0",
+    ]
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(train, "make_train_step", told_to_stop)
     assert counting(arguments) == 0
-    assert "asked to stop: saved at step 3; the same command continues from there" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "3"]  # 2: the best validation
+    assert (
+        "asked to stop: saved at step 3; the same command continues from there"
+        in capsys.readouterr().out
+    )
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "2",
+        "3",
+    ]  # 2: the best validation
     assert signal.getsignal(signal.SIGTERM) is before
     monkeypatch.setattr(train, "make_train_step", only_count)
     assert counting(arguments) == 0
     assert "steps 3 to 6" in capsys.readouterr().out
-    assert [line["train/total"] for line in lines_of(tmp_path / "run") if "train/total" in line] == [1, 2, 3, 4, 5, 6]
+    assert [
+        line["train/total"] for line in lines_of(tmp_path / "run") if "train/total" in line
+    ] == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_interrupt_that_a_callback_swallows_is_not_lost(counting, monkeypatch, tmp_path, capsys):
@@ -286,7 +407,9 @@ def test_an_interrupt_that_a_callback_swallows_is_not_lost(counting, monkeypatch
         def swallowing(state, batch):
             state, terms = step(state, batch)
             if state.step == 3:
-                with contextlib.suppress(KeyboardInterrupt):  # as Python does with what is raised inside a callback of its garbage collector
+                with contextlib.suppress(
+                    KeyboardInterrupt
+                ):  # as Python does with what is raised inside a callback of its garbage collector
                     os.kill(os.getpid(), signal.SIGINT)
                     time.sleep(1)
             return state, terms
@@ -306,49 +429,85 @@ def test_starting_from_the_weights_of_another_run(counting, tmp_path, capsys):
     assert counting([DEBUG, f"--workdir={first}", "--config.train.steps=1", "--config.seed=7"]) == 0
     capsys.readouterr()
     other_classes = "--config.class_names=('Sad','Happy','Fear','Anger')"
-    arguments = [DEBUG, f"--workdir={second}", "--config.train.steps=1", f"--config.init_from={first}", other_classes]
+    arguments = [
+        DEBUG,
+        f"--workdir={second}",
+        "--config.train.steps=1",
+        f"--config.init_from={first}",
+        other_classes,
+    ]
     assert counting(arguments) == 0
     out = capsys.readouterr().out
     assert "re-initialised: class_head" in out and (second / "init_from.txt").read_text() in out
     (theirs, _, _), (ours, _, _) = load_weights(first), load_weights(second)
     for path, value in ours.items():
         assert path.startswith("class_head") or np.array_equal(value, theirs[path]), path
-    assert not np.array_equal(ours["class_head/kernel"], theirs["class_head/kernel"])  # number 0 is another class now
+    assert not np.array_equal(
+        ours["class_head/kernel"], theirs["class_head/kernel"]
+    )  # number 0 is another class now
     assert counting([*arguments[:2], "--config.train.steps=2", *arguments[3:]]) == 0
     assert "steps 1 to 2" in capsys.readouterr().out  # a run that continues has its own weights
-    assert counting([DEBUG, f"--workdir={tmp_path / 'third'}", "--config.init_from=/nowhere.pth"]) == 2
+    assert (
+        counting([DEBUG, f"--workdir={tmp_path / 'third'}", "--config.init_from=/nowhere.pth"]) == 2
+    )
     assert one_error(capsys, "/nowhere.pth")
 
 
 def test_a_plan_needs_neither_a_workdir_nor_data(counting, monkeypatch, capsys):
     asked = {}
-    monkeypatch.setattr(train, "make_plan", lambda step, state, buckets, **sizes: asked.update(sizes, buckets=buckets))
+    monkeypatch.setattr(
+        train,
+        "make_plan",
+        lambda step, state, buckets, **sizes: asked.update(sizes, buckets=buckets),
+    )
     monkeypatch.setattr(train, "format_plan", lambda plan: "the plan")
     assert counting([DEBUG, "--mode=plan", "--config.data.data_dir=/nowhere"]) == 0
     assert asked == {"batch_size": 2, "max_targets": 4, "num_classes": 4, "buckets": ((80, 80),)}
     assert "the plan" in capsys.readouterr().out
 
 
-def test_the_best_validation_is_kept_and_no_better_one_ends_the_run(counting, monkeypatch, tmp_path, capsys):
+def test_the_best_validation_is_kept_and_no_better_one_ends_the_run(
+    counting, monkeypatch, tmp_path, capsys
+):
     values = iter([0.3, 0.5, 0.4, 0.45, 0.9])
-    monkeypatch.setattr(train, "evaluate", lambda *_, **__: {"accuracy": next(values), "mean_iou": 1.0})
-    settings = ["--config.train.epochs=9", "--config.train.early_stopping=2", "--config.train.keep_checkpoints=1"]
+    monkeypatch.setattr(
+        train, "evaluate", lambda *_, **__: {"accuracy": next(values), "mean_iou": 1.0}
+    )
+    settings = [
+        "--config.train.epochs=9",
+        "--config.train.early_stopping=2",
+        "--config.train.keep_checkpoints=1",
+    ]
     assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
     out = capsys.readouterr().out
-    assert "stopped early: accuracy has not improved in 2 validations since step 4 (config.train.early_stopping=2)" in out
+    assert (
+        "stopped early: accuracy has not improved in 2 validations since step 4 "
+        "(config.train.early_stopping=2)" in out
+    )
     assert "best validation: accuracy 0.500 at step 4" in out
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["4", "8"]
     assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0  # remembered
     assert "stopped early" in capsys.readouterr().out
-    assert counting([DEBUG, f"--workdir={tmp_path / 'other'}", "--config.train.best_metric=mAPP"]) == 2
+    assert (
+        counting([DEBUG, f"--workdir={tmp_path / 'other'}", "--config.train.best_metric=mAPP"]) == 2
+    )
     assert one_error(capsys, "config.train.best_metric='mAPP'", "accuracy")
 
 
-def test_a_stop_between_two_lines_leaves_the_curve_as_it_is(counting, monkeypatch, tmp_path, capsys):
-    settings = ["--config.train.steps=9", "--config.train.log_every=5", "--config.train.eval_every=2.0", "--config.train.checkpoint_every=4.0"]
+def test_a_stop_between_two_lines_leaves_the_curve_as_it_is(
+    counting, monkeypatch, tmp_path, capsys
+):
+    settings = [
+        "--config.train.steps=9",
+        "--config.train.log_every=5",
+        "--config.train.eval_every=2.0",
+        "--config.train.checkpoint_every=4.0",
+    ]
     assert counting([DEBUG, f"--workdir={tmp_path / 'unbroken'}", *settings]) == 0
     for asked in (3, 4, 7):  # 4: a validation is due, and is made up for
-        monkeypatch.setattr(train.Preemption, "reached", lambda self, step, asked=asked: step == asked)
+        monkeypatch.setattr(
+            train.Preemption, "reached", lambda self, step, asked=asked: step == asked
+        )
         assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
         assert f"asked to stop: saved at step {asked};" in capsys.readouterr().out
         assert (tmp_path / "run" / "checkpoints" / str(asked)).is_dir()
@@ -359,7 +518,17 @@ def test_a_stop_between_two_lines_leaves_the_curve_as_it_is(counting, monkeypatc
 
 def test_weights_and_biases_only_where_it_is_asked_for(counting, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.wandb=emotions", "--config.train.steps=1"]) == 2
+    assert (
+        counting(
+            [
+                DEBUG,
+                f"--workdir={tmp_path / 'run'}",
+                "--config.train.wandb=emotions",
+                "--config.train.steps=1",
+            ]
+        )
+        == 2
+    )
     assert one_error(capsys, "config.train.wandb='emotions'", "pip install wandb")
     logged = []
 
@@ -373,7 +542,17 @@ def test_weights_and_biases_only_where_it_is_asked_for(counting, monkeypatch, tm
     fake = types.ModuleType("wandb")
     fake.init = lambda **about: logged.append(about["project"]) or FakeRun()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.wandb=emotions", "--config.train.steps=1"]) == 0
+    assert (
+        counting(
+            [
+                DEBUG,
+                f"--workdir={tmp_path / 'run'}",
+                "--config.train.wandb=emotions",
+                "--config.train.steps=1",
+            ]
+        )
+        == 0
+    )
     assert logged == ["emotions", (1, 1.0), (1, None), "finished"]
 
 
@@ -382,11 +561,16 @@ def test_weights_and_biases_only_where_it_is_asked_for(counting, monkeypatch, tm
     [
         (["--config.model.fusion=released"], ["config.model.fusion: 'paper' -> 'released'"]),
         (["--config.model.hidden_dim=64"], ["config.model.hidden_dim: 32 -> 64"]),
-        (["--config.multi_label=True", "--config.train.seed=1"], ["--config.train.seed: unknown field"]),
+        (
+            ["--config.multi_label=True", "--config.train.seed=1"],
+            ["--config.train.seed: unknown field"],
+        ),
         (["--config.multi_label=True"], ["config.multi_label: False -> True"]),
     ],
 )
-def test_the_checkpoint_of_another_model_is_refused_and_kept(counting, changes, says, tmp_path_factory, capsys):
+def test_the_checkpoint_of_another_model_is_refused_and_kept(
+    counting, changes, says, tmp_path_factory, capsys
+):
     workdir = tmp_path_factory.getbasetemp() / "another_model"
     arguments = [DEBUG, f"--workdir={workdir}", "--config.train.steps=1"]
     if not workdir.exists():
@@ -398,7 +582,7 @@ def test_the_checkpoint_of_another_model_is_refused_and_kept(counting, changes, 
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
 
 
-# --- bad input: one line, exit status 2 ---------------------------------------------------------------------------------------------------------
+# --- bad input: one line, exit status 2 -----------------------------------------------------------
 
 
 def one_error(capsys, *needles: str) -> str:
@@ -413,7 +597,10 @@ def one_error(capsys, *needles: str) -> str:
 
 
 def write_config(path: Path, body: str) -> str:
-    path.write_text(f"from configs import debug\n\n\ndef get_config():\n    config = debug.get_config()\n    {body}\n    return config\n")
+    path.write_text(
+        "from configs import debug\n\n\ndef get_config():\n    config = debug.get_config()\n    "
+        f"{body}\n    return config\n"
+    )
     return f"--config={path}"
 
 
@@ -423,9 +610,15 @@ def write_config(path: Path, body: str) -> str:
         (["--config=configs/nope.py"], ["configs/nope.py", "no such file"]),
         (["--mode=train"], ["--config is missing"]),
         ([DEBUG, "--config.model.foo=1"], ["--config.model.foo: unknown field", "hidden_dim"]),
-        ([DEBUG, "--config.modle.hidden_dim=64"], ["--config.modle", "did you mean --config.model?"]),
+        (
+            [DEBUG, "--config.modle.hidden_dim=64"],
+            ["--config.modle", "did you mean --config.model?"],
+        ),
         ([DEBUG, "--config.train.epochs=many"], ["--config.train.epochs=many"]),
-        ([DEBUG, "--config.data.buckets=(80,80)"], ["config.data.buckets=(80, 80)", "a list, each entry (a whole number, a whole number)"]),
+        (
+            [DEBUG, "--config.data.buckets=(80,80)"],
+            ["config.data.buckets=(80, 80)", "a list, each entry (a whole number, a whole number)"],
+        ),
         ([DEBUG, "--config.train.log_every=0"], ["config.train.log_every=0", "at least 1"]),
         ([DEBUG, "--config.train.eval_every=0.0"], ["config.train.eval_every=0.0", "more than 0"]),
         ([DEBUG, "--config.data.train=0"], ["config.data.train='0'", "number of images"]),
@@ -438,11 +631,19 @@ def write_config(path: Path, body: str) -> str:
         ([DEBUG, "--mode=eval", "--split=tset"], ["--split", "'tset'", "'test'"]),
         ([DEBUG, "--mode=eval"], ["no checkpoints/ here", "--workdir"]),
         ([DEBUG, "--mode=eval", "--checkpoint=best"], ["no checkpoints/ here", "--workdir"]),
-        ([DEBUG, "--mode=eval", "--checkpoint=bset"], ["--checkpoint=bset", "newest, best or the step"]),
+        (
+            [DEBUG, "--mode=eval", "--checkpoint=bset"],
+            ["--checkpoint=bset", "newest, best or the step"],
+        ),
     ],
 )
 def test_a_command_that_cannot_be_used(arguments, says, tmp_path, capsys):
-    assert train.main([*arguments, f"--workdir={tmp_path / 'run'}", *(EIGHT if DEBUG in arguments else [])]) == 2
+    assert (
+        train.main(
+            [*arguments, f"--workdir={tmp_path / 'run'}", *(EIGHT if DEBUG in arguments else [])]
+        )
+        == 2
+    )
     assert one_error(capsys, *says)
     assert not (tmp_path / "run").exists()
 
@@ -450,14 +651,23 @@ def test_a_command_that_cannot_be_used(arguments, says, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("config.model.hiden_dim = 64", ["config.model.hiden_dim: unknown field", "did you mean config.model.hidden_dim?"]),
-        ("config.train.epoch = 3", ["config.train.epoch: unknown field", "did you mean config.train.epochs?"]),
+        (
+            "config.model.hiden_dim = 64",
+            ["config.model.hiden_dim: unknown field", "did you mean config.model.hidden_dim?"],
+        ),
+        (
+            "config.train.epoch = 3",
+            ["config.train.epoch: unknown field", "did you mean config.train.epochs?"],
+        ),
         ("config.sede = 3", ["config.sede: unknown field", "did you mean config.seed?"]),
         ("config.data.train = 4", ["x.py, line 6", "4 is of original type <class 'int'>"]),
         ("config.modle.hidden_dim = 4", ["x.py, line 6", "modle"]),
         ("del config.train", ["config.train: missing", "configs/base.py"]),
         ("del config.data.flip_probability", ["config.data.flip_probability: missing"]),
-        ("config.loss.update({'class_weights': ('heavy',)})", ["config.loss.class_weights", "a number"]),
+        (
+            "config.loss.update({'class_weights': ('heavy',)})",
+            ["config.loss.class_weights", "a number"],
+        ),
         ("return None", ["x.py", "gives no mapping"]),
         ("return (", ["x.py", "SyntaxError"]),
     ],
@@ -482,15 +692,25 @@ def test_a_workdir_that_is_none(tmp_path, capsys):
     assert one_error(capsys, "--workdir", "file/run")
 
 
-def images(root: Path, *, category: object = 1, box: object = (10, 10, 20, 20), number: int = 8) -> list[str]:
-    """A COCO-style data set of small images with one person each, for every split; the arguments that name it."""
+def images(
+    root: Path, *, category: object = 1, box: object = (10, 10, 20, 20), number: int = 8
+) -> list[str]:
+    """A COCO-style data set of small images with one person each, for every split; the arguments
+    that name it.
+    """
     root.mkdir()
     for index in range(number):
         pixels = np.random.default_rng(index).integers(0, 256, (48, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / f"{index}.png")
     document = {
-        "images": [{"id": index, "file_name": f"{index}.png", "width": 64, "height": 48} for index in range(number)],
-        "annotations": [{"id": index, "image_id": index, "category_id": category, "bbox": list(box)} for index in range(number)],
+        "images": [
+            {"id": index, "file_name": f"{index}.png", "width": 64, "height": 48}
+            for index in range(number)
+        ],
+        "annotations": [
+            {"id": index, "image_id": index, "category_id": category, "bbox": list(box)}
+            for index in range(number)
+        ],
     }
     for split in ("train", "val", "test"):
         (root / f"{split}.json").write_text(json.dumps(document))
@@ -524,9 +744,17 @@ def no_picture(root: Path) -> None:
     [
         ({}, no_split, ["train.json: no such annotation file", "config.data.data_dir"]),
         ({}, cut_json, ["train.json: not valid json", "cut short"]),
-        ({}, no_image, ["3.png: no such image file", "config.data.data_dir", "config.data.skip_corrupt"]),
+        (
+            {},
+            no_image,
+            ["3.png: no such image file", "config.data.data_dir", "config.data.skip_corrupt"],
+        ),
         ({}, no_picture, ["3.png: cannot be read as an image", "config.data.skip_corrupt"]),
-        ({"category": 9}, None, ["train.json: annotation 0", "category_id 9", "unknown category", "0, 1, 2, 3"]),
+        (
+            {"category": 9},
+            None,
+            ["train.json: annotation 0", "category_id 9", "unknown category", "0, 1, 2, 3"],
+        ),
         ({"box": (70, 5, 9, 9)}, None, ["train.json: shows no person"]),
         ({"box": (1, 2, 3)}, None, ["train.json: annotation 0 needs a bbox"]),
     ],
@@ -541,7 +769,11 @@ def test_data_that_cannot_be_used(data, spoil, says, tmp_path, capsys):
 
 
 def test_a_missing_data_dir(tmp_path, capsys):
-    arguments = ["--config.data.source=coco", f"--config.data.data_dir={tmp_path / 'nowhere'}", "--config.data.train=train.json"]
+    arguments = [
+        "--config.data.source=coco",
+        f"--config.data.data_dir={tmp_path / 'nowhere'}",
+        "--config.data.train=train.json",
+    ]
     assert train.main([DEBUG, f"--workdir={tmp_path / 'run'}", *EIGHT, *arguments]) == 2
     assert one_error(capsys, "nowhere/train.json", "config.data.data_dir")
 
@@ -553,12 +785,23 @@ def test_boxes_without_area_are_dropped_and_counted(counting, tmp_path, capsys):
     document["annotations"][2]["bbox"] = [70, 5, 9, 9]
     document["annotations"][5]["bbox"] = [5, 5, 0, 9]
     path.write_text(json.dumps(document))
-    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *arguments, "--config.train.steps=1"]) == 0
-    assert "8 images, 6 people; 2 boxes dropped, outside the image or without area (first: 2.png" in capsys.readouterr().out
+    assert (
+        counting([DEBUG, f"--workdir={tmp_path / 'run'}", *arguments, "--config.train.steps=1"])
+        == 0
+    )
+    assert (
+        "8 images, 6 people; 2 boxes dropped, outside the image or without area (first: 2.png"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_damaged_image_stops_the_run_or_is_counted_at_the_end(counting, tmp_path, capsys):
-    arguments = [DEBUG, f"--workdir={tmp_path / 'run'}", *images(tmp_path / "data"), "--config.train.steps=3"]
+    arguments = [
+        DEBUG,
+        f"--workdir={tmp_path / 'run'}",
+        *images(tmp_path / "data"),
+        "--config.train.steps=3",
+    ]
     damage(tmp_path / "data" / "4.png")
     assert counting(arguments) == 2
     assert one_error(capsys, "4.png", "config.data.skip_corrupt=True")
@@ -566,8 +809,14 @@ def test_a_damaged_image_stops_the_run_or_is_counted_at_the_end(counting, tmp_pa
     assert counting([*arguments, "--config.data.skip_corrupt=True"]) == 0
     out = capsys.readouterr().out
     assert "7 images, 7 people; 1 images left out, missing or damaged (first: 3.png)" in out
-    assert "left out: 2 image(s) that could not be opened and 1 with damaged pixels" in out  # the two: 3.png in train and in val
-    assert [line["step"] for line in lines_of(tmp_path / "run") if "train/total" in line] == [1, 2, 3]
+    assert (
+        "left out: 2 image(s) that could not be opened and 1 with damaged pixels" in out
+    )  # the two: 3.png in train and in val
+    assert [line["step"] for line in lines_of(tmp_path / "run") if "train/total" in line] == [
+        1,
+        2,
+        3,
+    ]
     assert counting([*arguments, "--config.data.skip_corrupt=True", "--mode=eval"]) == 0
     out = capsys.readouterr().out
     assert "left out: 1 image(s) that could not be opened and 1 with damaged pixels" in out
@@ -575,7 +824,9 @@ def test_a_damaged_image_stops_the_run_or_is_counted_at_the_end(counting, tmp_pa
 
 
 def test_an_unreadable_last_checkpoint_is_named(counting, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # as in tests/training/test_checkpoint.py
+    monkeypatch.setattr(
+        sys, "unraisablehook", lambda _: None
+    )  # as in tests/training/test_checkpoint.py
     arguments = [DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.steps=2"]
     assert counting(arguments) == 0
     for path in (tmp_path / "run" / "checkpoints" / "2" / "model").rglob("*"):
@@ -588,7 +839,12 @@ def test_an_unreadable_last_checkpoint_is_named(counting, monkeypatch, tmp_path,
 
 def test_the_process_ends_with_status_2_and_one_line(tmp_path):
     done = subprocess.run(
-        command(DEBUG, f"--workdir={tmp_path}", "--config.model.foo=1"), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+        command(DEBUG, f"--workdir={tmp_path}", "--config.model.foo=1"),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert done.stdout == ""

@@ -10,7 +10,13 @@ from dsct_jax.batch import Batch, Targets
 from dsct_jax.commands.report import main, metrics_table, read_metrics
 from dsct_jax.errors import UserError
 from dsct_jax.postprocess import Subject
-from dsct_jax.visualization.drawing import PALETTE, contact_sheet, draw_batch, draw_subjects, label_lines
+from dsct_jax.visualization.drawing import (
+    PALETTE,
+    contact_sheet,
+    draw_batch,
+    draw_subjects,
+    label_lines,
+)
 
 GREY = (90, 90, 90)
 
@@ -48,8 +54,13 @@ def test_a_small_image_is_enlarged_and_its_boxes_with_it():
 
 def test_every_subject_has_its_colour_and_its_text():
     image = Image.new("RGB", (640, 480), GREY)
-    people = [subject((60 + 190 * i, 200, 200 + 190 * i, 400), "Happy", Happy=0.8) for i in range(3)]
-    with_text, without = draw_subjects(image, people), draw_subjects(image, [subject(person.box) for person in people])
+    people = [
+        subject((60 + 190 * i, 200, 200 + 190 * i, 400), "Happy", Happy=0.8) for i in range(3)
+    ]
+    with_text, without = (
+        draw_subjects(image, people),
+        draw_subjects(image, [subject(person.box) for person in people]),
+    )
     for i in range(3):
         assert bounds(with_text, rgb(PALETTE[i]))[1] < 195  # the panel is above the box
     changed = ImageChops.difference(with_text, without).getbbox()
@@ -57,11 +68,17 @@ def test_every_subject_has_its_colour_and_its_text():
     assert changed[3] <= 205
 
 
-@pytest.mark.parametrize("box", [(0, 0, 640, 480), (0, 0, 30, 30), (600, 440, 640, 480), (0, 440, 40, 480), (300, 0, 340, 480)])
+@pytest.mark.parametrize(
+    "box",
+    [(0, 0, 640, 480), (0, 0, 30, 30), (600, 440, 640, 480), (0, 440, 40, 480), (300, 0, 340, 480)],
+)
 def test_text_stays_inside_the_image(box):
     image = Image.new("RGB", (640, 480), GREY)
     drawn = draw_subjects(image, [subject(box, "Doubt/Confusion", **{"Doubt/Confusion": 0.8})])
-    panel = np.asarray(ImageChops.difference(drawn, draw_subjects(image, [subject(box)])).convert("L")) > 0
+    panel = (
+        np.asarray(ImageChops.difference(drawn, draw_subjects(image, [subject(box)])).convert("L"))
+        > 0
+    )
     rows, columns = np.nonzero(panel)
     assert panel.sum() > 3000
     assert np.ptp(columns) > 230  # nothing of the text is cut off
@@ -70,7 +87,10 @@ def test_text_stays_inside_the_image(box):
 
 def test_panels_of_close_people_do_not_cover_each_other():
     image = Image.new("RGB", (640, 480), GREY)
-    people = [subject((200, 200, 300, 300), "Happy", Happy=0.8), subject((210, 203, 310, 303), "Sad", Sad=0.7)]
+    people = [
+        subject((200, 200, 300, 300), "Happy", Happy=0.8),
+        subject((210, 203, 310, 303), "Sad", Sad=0.7),
+    ]
     both = draw_subjects(image, people)
     alone = draw_subjects(image, [subject(people[0].box), people[1]])
     for color in (PALETTE[0], PALETTE[1]):
@@ -80,7 +100,9 @@ def test_panels_of_close_people_do_not_cover_each_other():
 
 
 def test_labels_say_what_is_known():
-    assert label_lines(subject((0, 0, 1, 1), "a", "b", "c", "d", "e", a=0.9, b=0.8, c=0.7, d=0.6, e=0.55)) == [
+    assert label_lines(
+        subject((0, 0, 1, 1), "a", "b", "c", "d", "e", a=0.9, b=0.8, c=0.7, d=0.6, e=0.55)
+    ) == [
         "a 0.90",
         "b 0.80",
         "c 0.70",
@@ -93,7 +115,9 @@ def test_labels_say_what_is_known():
 
 def test_annotated_people_are_dashed_white():
     image = Image.new("RGB", (640, 480), GREY)
-    drawn = np.asarray(draw_subjects(image, [], ground_truth=[subject((100, 100, 400, 300), "Sad")]))
+    drawn = np.asarray(
+        draw_subjects(image, [], ground_truth=[subject((100, 100, 400, 300), "Sad")])
+    )
     edge = (drawn[99:103, 110:390] == 255).all(-1).any(0)
     assert 0.3 < edge.mean() < 0.7
     assert (drawn[305:330, 100:250] == 255).all(-1).mean() > 0.3  # its panel is below
@@ -101,7 +125,12 @@ def test_annotated_people_are_dashed_white():
 
 def test_contact_sheet_shows_every_picture_once():
     colors = [(250, 10 * i, 3) for i in range(7)]
-    sheet = contact_sheet([Image.new("RGB", (100 + 20 * i, 150), color) for i, color in enumerate(colors)], 3, captions=list("abcdefg"), tile=120)
+    sheet = contact_sheet(
+        [Image.new("RGB", (100 + 20 * i, 150), color) for i, color in enumerate(colors)],
+        3,
+        captions=list("abcdefg"),
+        tile=120,
+    )
     corners = [bounds(sheet, color) for color in colors]
     for left, upper, right, lower in corners:
         assert max(right - left, lower - upper) == 120
@@ -121,7 +150,9 @@ def test_a_batch_is_drawn_without_padding_and_filler():
         images=images,
         sizes=np.array([[50, 80]] * 2, np.int32),
         targets=Targets(
-            boxes=np.broadcast_to(box, (2, 3, 4)), labels=np.eye(3, dtype=np.float32)[None].repeat(2, 0), valid=np.array([[True, False, False]] * 2)
+            boxes=np.broadcast_to(box, (2, 3, 4)),
+            labels=np.eye(3, dtype=np.float32)[None].repeat(2, 0),
+            valid=np.array([[True, False, False]] * 2),
         ),
         image_ids=np.arange(2),
         original_sizes=np.array([[500, 800]] * 2, np.int32),
@@ -129,22 +160,44 @@ def test_a_batch_is_drawn_without_padding_and_filler():
     )
     logits = np.array([[[3, -3, -3, 4], [-3, 3, -3, -4]]] * 2, np.float32)
     boxes = np.broadcast_to(np.array([0.25, 0.5, 0.3, 0.4], np.float32), (2, 2, 4))
-    (picture,) = draw_batch(batch, logits, boxes, class_names=("a", "b", "c"), multi_label=True, subject_logit=True)
+    (picture,) = draw_batch(
+        batch, logits, boxes, class_names=("a", "b", "c"), multi_label=True, subject_logit=True
+    )
     assert picture.size == (80 * 10, 50 * 10)
     left, _, right, lower = bounds(picture, rgb(PALETTE[0]))
-    np.testing.assert_allclose((left, right, lower), (80, 320, 350), atol=3)  # the second query is not sure enough
+    np.testing.assert_allclose(
+        (left, right, lower), (80, 320, 350), atol=3
+    )  # the second query is not sure enough
     white = bounds(picture, (255, 255, 255))
     np.testing.assert_allclose(white[:3], (200, 125, 600), atol=10)
 
 
-# --- the report of a run -------------------------------------------------------------------------------------------------------------------------
+# --- the report of a run --------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run(tmp_path):
-    lines = [{"step": step, "train/total": 10 / step, "train/loss_bbox": 1 / step, "train/loss_class": 2 / step} for step in range(1, 6)]
-    lines += [{"step": step, "val/mean_iou": 0.1 * step, "val/macro_f1": 0.5 - 0.1 * step, "val/chance_mAP": 0.2} for step in (2, 4)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "tra')
+    lines = [
+        {
+            "step": step,
+            "train/total": 10 / step,
+            "train/loss_bbox": 1 / step,
+            "train/loss_class": 2 / step,
+        }
+        for step in range(1, 6)
+    ]
+    lines += [
+        {
+            "step": step,
+            "val/mean_iou": 0.1 * step,
+            "val/macro_f1": 0.5 - 0.1 * step,
+            "val/chance_mAP": 0.2,
+        }
+        for step in (2, 4)
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "tra'
+    )
     return tmp_path
 
 
@@ -170,7 +223,10 @@ def test_losses_are_best_when_low(run):
     [
         (None, "metrics.jsonl: no such file; give the --workdir"),
         ("", "holds no metrics yet"),
-        ('{"step": 1, "a": 1}\n{"st\n{"step": 3, "a": 1}\n', "line 2: not a JSON object with a step"),
+        (
+            '{"step": 1, "a": 1}\n{"st\n{"step": 3, "a": 1}\n',
+            "line 2: not a JSON object with a step",
+        ),
     ],
 )
 def test_report_of_what_is_no_run_is_one_line(tmp_path, capsys, text, message):
