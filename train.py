@@ -154,11 +154,11 @@ def train(
     val_data = build_dataset(run, "val", training=False)
     schedule = Schedule.of(run.train, train_data.steps_per_epoch)
     functions = Network(run.model)
-    params, frozen = initial_params(functions, run, config, workdir)
+    params, norm_stats = initial_params(functions, run, config, workdir)
     set_compilation_cache(workdir / "compiled")
     optimizer, state = initial_state(
         params,
-        frozen,
+        norm_stats,
         run.optimizer,
         total_steps=schedule.total,
         mesh=mesh,
@@ -277,15 +277,17 @@ def initial_params(
     """Random values, and those of config.init_from in their place; what was taken is printed and
     kept in init_from.txt.
     """
-    params, frozen = functions.init(run.seed)
+    params, norm_stats = functions.init(run.seed)
     if not run.init_from or newest_step(workdir) is not None:  # a run that continues has its own
-        return params, frozen
-    params, frozen, lines = load_pretrained(run.init_from, functions, params, frozen, config)
+        return params, norm_stats
+    params, norm_stats, lines = load_pretrained(
+        run.init_from, functions, params, norm_stats, config
+    )
     if jax.process_index() == 0:
         print("\n".join(lines), flush=True)
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "init_from.txt").write_text("\n".join(lines) + "\n")
-    return params, frozen
+    return params, norm_stats
 
 
 def train_step(
@@ -318,10 +320,10 @@ def validate(
     """Metrics of the weights as they are, averaged if the run keeps an average; and whether they
     are the best, which `best` then knows.
     """
-    weights = (state.ema or state.params) | state.fixed
+    weights = (state.ema or state.params) | state.frozen_params
     keep = DRAWN_IN_TRAINING if jax.process_index() == 0 else 0
     results, shown = collect(
-        partial(eval_step, weights, state.frozen), data, "val", run=run, mesh=mesh, keep=keep
+        partial(eval_step, weights, state.norm_stats), data, "val", run=run, mesh=mesh, keep=keep
     )
     metrics = evaluate(results)
     logbook.write(
@@ -422,11 +424,11 @@ def evaluate_checkpoint(
     """
     run, mesh = RunConfig.from_mapping(config), make_mesh()
     run.train.require_divisible(mesh.size)
-    params, frozen, metadata = load_weights(workdir, step)
+    params, norm_stats, metadata = load_weights(workdir, step)
     require_same_model(metadata["config"], config, str(workdir))
     functions = Network(run.model)
     require_same_shapes(
-        functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(workdir)
+        functions.param_shapes | functions.norm_stats_shapes, {**params, **norm_stats}, str(workdir)
     )
     step = newest_step(workdir) if step is None else step
     calibration = (
@@ -435,7 +437,7 @@ def evaluate_checkpoint(
         else None
     )
     data = build_dataset(run, split, training=False)
-    predict = partial(make_eval_step(functions, mesh=mesh), *replicate((params, frozen), mesh))
+    predict = partial(make_eval_step(functions, mesh=mesh), *replicate((params, norm_stats), mesh))
     results, shown = collect(
         predict, data, split, run=run, mesh=mesh, keep=DRAWN_IMAGES, checkpoint=f"step {step}"
     )

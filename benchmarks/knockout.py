@@ -113,12 +113,12 @@ def _answers(
     """
     with mock.patch.object(decoder, "subject_context_fusion", fusion):
         forward = jax.jit(
-            lambda params, frozen, batch: model.functions.bind(params, frozen)(
+            lambda params, norm_stats, batch: model.functions.bind(params, norm_stats)(
                 *model_input(batch), return_details=return_details
             )
         )
         for batch in data.iterator():
-            predictions = jax.device_get(forward(model.params, model.frozen, batch))
+            predictions = jax.device_get(forward(model.params, model.norm_stats, batch))
             for i in np.flatnonzero(batch.real):
                 size = np.tile(batch.original_sizes[i][::-1], 2)
                 boxes = predictions.boxes[-1, i], batch.targets.boxes[i][batch.targets.valid[i]]

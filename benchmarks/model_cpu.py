@@ -51,7 +51,7 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
     config, mesh = to_builtins(get_config()), make_mesh()
     config["model"]["remat"] = "none"
     functions = Network(model_config(config))
-    params, frozen = functions.init(0)
+    params, norm_stats = functions.init(0)
     rng = np.random.default_rng(0)
     sizes = np.array([[HEIGHT, WIDTH]], np.int32)
     labels = (rng.random((1, 16, 26)) < 0.2).astype(np.float32)
@@ -68,12 +68,14 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
                 *model_input(batch), implementation=implementation
             )
         )
-        return timed(lambda: jax.block_until_ready(forward(params, frozen, batch)), runs)
+        return timed(lambda: jax.block_until_ready(forward(params, norm_stats, batch)), runs)
     if mode == "forward":
         step = make_eval_step(functions, mesh=mesh)
-        return timed(lambda: jax.block_until_ready(step(params, frozen, batch)), runs)
+        return timed(lambda: jax.block_until_ready(step(params, norm_stats, batch)), runs)
     optimizer_config = dataclass_from_dict(OptimizerConfig, "optimizer", config["optimizer"])
-    optimizer, state = initial_state(params, frozen, optimizer_config, total_steps=1000, mesh=mesh)
+    optimizer, state = initial_state(
+        params, norm_stats, optimizer_config, total_steps=1000, mesh=mesh
+    )
     step = make_train_step(
         functions,
         optimizer,

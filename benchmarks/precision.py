@@ -51,7 +51,7 @@ def trainer(config: Mapping[str, Any], dtype: str, steps: int) -> Callable[..., 
         data = make_dataset(
             run.data, "train", batch_size=run.train.batch_size, seed=seed, training=True
         )
-        params, frozen = functions.init(seed)
+        params, norm_stats = functions.init(seed)
         if nudged:
             params = {
                 path: np.nextafter(np.asarray(value), np.float32(np.inf))
@@ -59,7 +59,7 @@ def trainer(config: Mapping[str, Any], dtype: str, steps: int) -> Callable[..., 
             }
         total_steps = run.train.steps or round(run.train.epochs * data.steps_per_epoch)
         optimizer, state = initial_state(
-            params, frozen, run.optimizer, total_steps=total_steps, mesh=mesh
+            params, norm_stats, run.optimizer, total_steps=total_steps, mesh=mesh
         )
         options: dict[str, Any] = {
             "loss": run.loss,

@@ -125,7 +125,7 @@ def measure_parts(state: TrainState, step: TrainStep, batch: Batch, runs: int) -
     functions, optimizer, remat = step.functions, step.optimizer, step.functions.config.remat
 
     def model_of(params: FlatParams, batch: Batch):
-        return functions.bind(params | state.fixed, state.frozen), *model_input(batch)
+        return functions.bind(params | state.frozen_params, state.norm_stats), *model_input(batch)
 
     def backbone(params: FlatParams, batch: Batch):
         model, images, _ = model_of(params, batch)

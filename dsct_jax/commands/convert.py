@@ -43,9 +43,9 @@ def convert(
         config = read_native(source)[2]
     functions = Network(model_config(config))
     fresh = functions.init(require(config, "seed", int))
-    params, frozen, report = load_pretrained(source, functions, *fresh, config, strict=strict)
+    params, norm_stats, report = load_pretrained(source, functions, *fresh, config, strict=strict)
     output.mkdir(parents=True, exist_ok=True)
-    Model(functions, params, frozen, config).save(output / MODEL_FILE)
+    Model(functions, params, norm_stats, config).save(output / MODEL_FILE)
     (output / REPORT_FILE).write_text("\n".join(report) + "\n")
     return report
 

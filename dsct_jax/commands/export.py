@@ -157,13 +157,13 @@ def write_stablehlo(
     def forward(
         weights: dict[str, jax.Array], images: jax.Array, padding_mask: jax.Array
     ) -> dict[str, jax.Array]:
-        params, frozen = (
+        params, norm_stats = (
             {name: weights[f"{part}/{name}"] for name in names} for part, names in parts.items()
         )
-        predictions = functions.bind(params, frozen)(images, padding_mask, implementation="xla")
+        predictions = functions.bind(params, norm_stats)(images, padding_mask, implementation="xla")
         return {"logits": predictions.logits[-1], "boxes": predictions.boxes[-1]}
 
-    parts = {"params": list(model.params), "frozen": list(model.frozen)}
+    parts = {"params": list(model.params), "frozen": list(model.norm_stats)}
     weight_specs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
     paths = {size: directory / _name(size, "stablehlo") for size in sizes}
     for size, path in paths.items():
@@ -216,7 +216,7 @@ def write_torch(model: Model, path: Path, notes: Mapping[str, Any]) -> list[str]
     config = model.functions.config
     write_pth(
         path,
-        to_torch(model.params | model.frozen, num_decoder_layers=config.num_decoder_layers),
+        to_torch(model.params | model.norm_stats, num_decoder_layers=config.num_decoder_layers),
         _texts(notes),
     )
     if (config.fusion, config.semantic_selection) == ("released", "largest"):

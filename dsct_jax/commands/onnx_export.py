@@ -47,7 +47,7 @@ def write_onnx(
     )  # it tells of every optional plugin that it does without
 
     def forward(images: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        predictions = model.functions.bind(model.params, model.frozen)(
+        predictions = model.functions.bind(model.params, model.norm_stats)(
             images, mask, implementation="reference"
         )
         return predictions.logits[-1], predictions.boxes[-1]

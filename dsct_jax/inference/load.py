@@ -42,7 +42,7 @@ class Model:
         self,
         functions: Network,
         params: FlatParams,
-        frozen: FlatParams,
+        norm_stats: FlatParams,
         config: Mapping[str, Any],
         *,
         calibration: Calibration | None = None,
@@ -55,13 +55,13 @@ class Model:
         self.min_confidence = (
             None if calibration is None else calibration.min_confidence
         )  # from which a query is a person, fitted too
-        self.params, self.frozen = jax.tree.map(jnp.asarray, (params, frozen))
+        self.params, self.norm_stats = jax.tree.map(jnp.asarray, (params, norm_stats))
         self.class_names: tuple[str, ...] = require(self.config, "class_names", tuple)
         self.multi_label: bool = require(self.config, "multi_label", bool)
         self.preprocessing = preprocessing_of(self.config)
 
-        def forward(params, frozen, images, mask, details):
-            return functions.bind(params, frozen)(images, mask, return_details=details)
+        def forward(params, norm_stats, images, mask, details):
+            return functions.bind(params, norm_stats)(images, mask, return_details=details)
 
         self._forward = jax.jit(forward, static_argnums=4)
 
@@ -79,12 +79,16 @@ class Model:
         context queries. Compiles once a shape.
         """
         return self._forward(
-            self.params, self.frozen, jnp.asarray(images), jnp.asarray(padding_mask), return_details
+            self.params,
+            self.norm_stats,
+            jnp.asarray(images),
+            jnp.asarray(padding_mask),
+            return_details,
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Every value on the host, as params/PATH and frozen/PATH."""
-        parts = {"params": self.params, "frozen": self.frozen}
+        parts = {"params": self.params, "frozen": self.norm_stats}
         return {
             f"{part}/{path}": np.asarray(value)
             for part, values in parts.items()
@@ -142,27 +146,27 @@ def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
                 "such as configs/emotic_r50_released.py"
             )
         functions = Network(model_config(config))
-        flat = from_torch(tensors, functions.param_shapes | functions.frozen_shapes)
-        params, frozen = (
+        flat = from_torch(tensors, functions.param_shapes | functions.norm_stats_shapes)
+        params, norm_stats = (
             {name: flat[name] for name in shapes}
-            for shapes in (functions.param_shapes, functions.frozen_shapes)
+            for shapes in (functions.param_shapes, functions.norm_stats_shapes)
         )
         return Model(
             functions,
             params,
-            frozen,
+            norm_stats,
             config,
             calibration=_parsed_calibration(texts, require(config, "class_names", tuple), path),
         )
-    params, frozen, stored = read_native(path)
+    params, norm_stats, stored = read_native(path)
     chosen = stored if config is None else config
     class_names = require(chosen, "class_names", tuple)
     functions = Network(model_config(chosen))
     require_same_shapes(
-        functions.param_shapes | functions.frozen_shapes, {**params, **frozen}, str(path)
+        functions.param_shapes | functions.norm_stats_shapes, {**params, **norm_stats}, str(path)
     )
     return Model(
-        functions, params, frozen, chosen, calibration=_read_calibration(path, class_names)
+        functions, params, norm_stats, chosen, calibration=_read_calibration(path, class_names)
     )
 
 
@@ -189,14 +193,14 @@ def _parsed_calibration(
 
 
 def read_native(path: Path) -> tuple[FlatParams, FlatParams, dict[str, Any]]:
-    """(parameters, frozen statistics, configuration) of a run directory, one of its checkpoints, or
+    """(parameters, norm statistics, configuration) of a run directory, one of its checkpoints, or
     a .safetensors file of `Model.save`.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
     if path.is_dir():
-        params, frozen, metadata = load_weights(*parse_run_path(path))
-        return params, frozen, to_builtins(metadata["config"])
+        params, norm_stats, metadata = load_weights(*parse_run_path(path))
+        return params, norm_stats, to_builtins(metadata["config"])
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: neither a run directory nor a .safetensors or .pth file")
     arrays, strings = read_safetensors(path)
@@ -205,11 +209,11 @@ def read_native(path: Path) -> tuple[FlatParams, FlatParams, dict[str, Any]]:
             f"{path}: holds no configuration; only files written by this project's Model.save can "
             "be read"
         )
-    params, frozen = (
+    params, norm_stats = (
         {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)}
         for p in ("params/", "frozen/")
     )
-    return params, frozen, _parsed_config(strings["config"], path)
+    return params, norm_stats, _parsed_config(strings["config"], path)
 
 
 def _parsed_config(text: str, path: Path) -> dict[str, Any]:

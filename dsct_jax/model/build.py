@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from dsct_jax.model.dsct import DSCT, DSCTConfig
-from dsct_jax.model.layers import FrozenStatistic
+from dsct_jax.model.layers import NormStatistic
 
 FlatParams = dict[str, Any]  # path -> array, on the device or the host
 
@@ -42,28 +42,28 @@ class Network:
     def __init__(self, config: DSCTConfig):
         self.config = config
         abstract = nnx.eval_shape(lambda: DSCT(config, rngs=nnx.Rngs(params=0)))
-        graph, params, frozen = nnx.split(abstract, nnx.Param, FrozenStatistic)  # type: ignore[misc]
+        graph, params, norm_stats = nnx.split(abstract, nnx.Param, NormStatistic)  # type: ignore[misc]
         self.graph: nnx.GraphDef = graph
         self.param_shapes = {
             k: tuple(v.shape) for k, v in flatten(nnx.to_pure_dict(params)).items()
         }
-        self.frozen_shapes = {
-            k: tuple(v.shape) for k, v in flatten(nnx.to_pure_dict(frozen)).items()
+        self.norm_stats_shapes = {
+            k: tuple(v.shape) for k, v in flatten(nnx.to_pure_dict(norm_stats)).items()
         }
-        self._abstract = (params, frozen)
+        self._abstract = (params, norm_stats)
 
     def init(self, seed: int) -> tuple[FlatParams, FlatParams]:
-        """Fresh values: (trainable parameters, frozen statistics)."""
+        """Fresh values: (trainable parameters, norm statistics)."""
 
-        _, params, frozen = nnx.split(
-            DSCT(self.config, rngs=nnx.Rngs(params=seed)), nnx.Param, FrozenStatistic
+        _, params, norm_stats = nnx.split(
+            DSCT(self.config, rngs=nnx.Rngs(params=seed)), nnx.Param, NormStatistic
         )  # type: ignore[misc]
-        return flatten(nnx.to_pure_dict(params)), flatten(nnx.to_pure_dict(frozen))
+        return flatten(nnx.to_pure_dict(params)), flatten(nnx.to_pure_dict(norm_stats))
 
-    def bind(self, params: FlatParams, frozen: FlatParams) -> DSCT:
+    def bind(self, params: FlatParams, norm_stats: FlatParams) -> DSCT:
         """The network with these values."""
         states = []
-        for abstract, flat in zip(self._abstract, (params, frozen), strict=True):
+        for abstract, flat in zip(self._abstract, (params, norm_stats), strict=True):
             state = jax.tree.map(lambda x: x, abstract)
             nnx.replace_by_pure_dict(state, unflatten(flat))
             states.append(state)

@@ -278,7 +278,7 @@ class Conv(nnx.Module):
         return x if self.bias is None else x + self.bias[...].astype(x.dtype).reshape(1, 1, 1, -1)
 
 
-class FrozenStatistic(nnx.Variable):
+class NormStatistic(nnx.Variable):
     """A value of a frozen BatchNorm: saved and loaded with the model, never trained, never decayed."""
 
 
@@ -288,10 +288,10 @@ class FrozenBatchNorm(nnx.Module):
     """
 
     def __init__(self, d: int):
-        self.scale = FrozenStatistic(jnp.ones(d))
-        self.bias = FrozenStatistic(jnp.zeros(d))
-        self.mean = FrozenStatistic(jnp.zeros(d))
-        self.var = FrozenStatistic(jnp.ones(d))
+        self.scale = NormStatistic(jnp.ones(d))
+        self.bias = NormStatistic(jnp.zeros(d))
+        self.mean = NormStatistic(jnp.zeros(d))
+        self.var = NormStatistic(jnp.ones(d))
 
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
         scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + NORM_EPSILON)

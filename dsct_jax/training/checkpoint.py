@@ -1,7 +1,7 @@
 """Checkpoints of a run (orbax): save, exact resume, and the weights alone.
 
 A checkpoint has two parts, so that prediction reads only what it needs: `model` (parameters and
-    frozen statistics) and `training` (step,
+    norm statistics) and `training` (step,
 optimizer, moving average, count of skipped steps). Both are packed (packing.py); `layout` tells
 what lies where. The position in the data and all random numbers are functions of the seed and the
 step, which the metadata tell for people too, with the configuration, the class names, the versions
@@ -65,7 +65,7 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 def _parts(state: TrainState) -> dict[str, dict[str, Any]]:
     """The arrays of each of PARTS, by name."""
-    model = {"params": state.params | state.fixed, "frozen": state.frozen}
+    model = {"params": state.params | state.frozen_params, "frozen": state.norm_stats}
     return {
         "model": _by_name(model),
         "training": _by_name({name: getattr(state, name) for name in TRAINING_FIELDS}),
@@ -224,8 +224,8 @@ class Checkpoints:
         return dataclasses.replace(
             state,
             params=fill(state.params, model, "params"),
-            fixed=fill(state.fixed, model, "params"),
-            frozen=fill(state.frozen, model, "frozen"),
+            frozen_params=fill(state.frozen_params, model, "params"),
+            norm_stats=fill(state.norm_stats, model, "frozen"),
             **{name: fill(getattr(state, name), training, name) for name in TRAINING_FIELDS},
         )
 
@@ -322,7 +322,7 @@ def require_same_shapes(expected: Mapping[str, Any], given: Mapping[str, Any], w
 def load_weights(
     workdir: Path, step: int | None = None, *, ema: bool = True
 ) -> tuple[FlatParams, FlatParams, dict[str, Any]]:
-    """Weights of a checkpoint below `workdir` as numpy: (parameters, frozen statistics, metadata).
+    """Weights of a checkpoint below `workdir` as numpy: (parameters, norm statistics, metadata).
     Any number of devices.
 
     Args:

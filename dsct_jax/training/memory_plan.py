@@ -27,7 +27,7 @@ class ModulePlan:
 
     name: str
     trained: int
-    fixed: int  # frozen by the optimizer's rules; statistics of frozen norms are not counted
+    frozen: int  # frozen by the optimizer's rules; statistics of frozen norms are not counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +110,10 @@ def format_plan(plan: Plan) -> str:
     """The plan as text: two tables and a line between them."""
     lines = [f"{'module':<24}{'trained':>14}{'frozen':>14}"]
     total = ModulePlan(
-        "all", sum(m.trained for m in plan.modules), sum(m.fixed for m in plan.modules)
+        "all", sum(m.trained for m in plan.modules), sum(m.frozen for m in plan.modules)
     )
     lines += [
-        f"{module.name:<24}{module.trained:>14,}{module.fixed:>14,}"
+        f"{module.name:<24}{module.trained:>14,}{module.frozen:>14,}"
         for module in (*plan.modules, total)
     ]
     lines += [
@@ -143,7 +143,7 @@ def format_plan(plan: Plan) -> str:
 
 def _modules(state: TrainState) -> tuple[ModulePlan, ...]:
     counts: dict[str, list[int]] = {}
-    for column, values in enumerate((state.params, state.fixed)):
+    for column, values in enumerate((state.params, state.frozen_params)):
         for path, value in values.items():
             parts = path.split("/")
             name = "/".join(parts[:2]) if parts[0] == "backbone" else parts[0]

@@ -47,8 +47,8 @@ class TrainState:
 
     step: Any  # int32 []
     params: FlatParams  # trained parameters, float32
-    fixed: FlatParams  # parameters that the optimizer's rules freeze
-    frozen: FlatParams  # statistics of frozen norms
+    frozen_params: FlatParams  # parameters that the optimizer's rules freeze
+    norm_stats: FlatParams  # statistics of frozen norms
     opt_state: Any
     ema: FlatParams = dataclasses.field(
         default_factory=dict
@@ -78,7 +78,7 @@ class StepConfig:
 
 def initial_state(
     params: FlatParams,
-    frozen: FlatParams,
+    norm_stats: FlatParams,
     config: OptimizerConfig,
     *,
     total_steps: int,
@@ -91,13 +91,15 @@ def initial_state(
     step_config = step_config or StepConfig()
     rates = multipliers(params, config.rules)
     trained = {path: value for path, value in params.items() if rates[path] > 0}
-    fixed = {path: value for path, value in params.items() if path not in trained}
+    frozen_params = {path: value for path, value in params.items() if path not in trained}
     optimizer = make_optimizer(config, trained, total_steps)
     # A step donates the state, so no two of its leaves may be one buffer, nor one that the caller
     # still holds.
     ema = jax.tree.map(np.array, trained) if step_config.ema_decay else {}
-    trained, fixed, frozen = jax.tree.map(np.array, (trained, fixed, frozen))
-    state = TrainState(_ZERO, trained, fixed, frozen, optimizer.init(trained), ema)
+    trained, frozen_params, norm_stats = jax.tree.map(
+        np.array, (trained, frozen_params, norm_stats)
+    )
+    state = TrainState(_ZERO, trained, frozen_params, norm_stats, optimizer.init(trained), ema)
     return optimizer, jax.device_put(
         state,
         state_sharding(
@@ -264,8 +266,8 @@ class TrainStep:
 
         def predict(
             params: FlatParams,
-            fixed: FlatParams,
-            frozen: FlatParams,
+            frozen_params: FlatParams,
+            norm_stats: FlatParams,
             batch: Batch,
             step: jax.Array,
             part: jax.Array | None,
@@ -283,7 +285,7 @@ class TrainStep:
             images, mask = model_input(batch)
 
             def forward(params):
-                out = self.functions.bind(params | fixed, frozen)(
+                out = self.functions.bind(params | frozen_params, norm_stats)(
                     images, mask, noise=DropoutNoise(keys)
                 )
                 return out.logits, out.boxes
@@ -302,13 +304,13 @@ class TrainStep:
                 batch.targets.valid,
                 logits,
                 boxes,
-                _PullBack.pack(pull_back, params | fixed | frozen),
+                _PullBack.pack(pull_back, params | frozen_params | norm_stats),
             )
 
         replicated, out_specs = P(), _Forward(LAYERED, BATCH, LAYERED, LAYERED, BATCH)
         in_specs = (replicated, replicated, replicated, BATCH, replicated, replicated)
         return self._shard(predict, in_specs=in_specs, out_specs=out_specs)(
-            state.params, state.fixed, state.frozen, batch, state.step, part
+            state.params, state.frozen_params, state.norm_stats, batch, state.step, part
         )
 
     def _gradients(
@@ -362,7 +364,7 @@ class TrainStep:
             LAYERED,
             P(),
         )
-        parameters = state.params | state.fixed | state.frozen
+        parameters = state.params | state.frozen_params | state.norm_stats
         return self._shard(gradients, in_specs=in_specs, out_specs=BATCH)(
             parameters, forward, batch, part, assignment, num_boxes
         )
@@ -451,8 +453,8 @@ class TrainStep:
         new = TrainState(
             step=state.step + 1,
             params=params,
-            fixed=state.fixed,
-            frozen=state.frozen,
+            frozen_params=state.frozen_params,
+            norm_stats=state.norm_stats,
             opt_state=opt_state,
             ema=ema,
             skipped=jnp.where(unsound, state.skipped + 1, 0),
@@ -534,8 +536,8 @@ def make_eval_step(
     boxes [1 b q 4].
     """
 
-    def predict(params: FlatParams, frozen: FlatParams, batch: Batch):
-        out = functions.bind(params, frozen)(*model_input(batch))
+    def predict(params: FlatParams, norm_stats: FlatParams, batch: Batch):
+        out = functions.bind(params, norm_stats)(*model_input(batch))
         return Predictions(out.logits[-1:], out.boxes[-1:])
 
     sharded = jax.shard_map(

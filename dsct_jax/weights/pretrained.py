@@ -40,12 +40,12 @@ def load_pretrained(
     path: Path | str,
     functions: Network,
     params: FlatParams,
-    frozen: FlatParams,
+    norm_stats: FlatParams,
     config: Mapping[str, Any],
     *,
     strict: bool = True,
 ) -> tuple[FlatParams, FlatParams, list[str]]:
-    """(parameters, frozen statistics, report) for the start of a training: `params` and `frozen`,
+    """(parameters, norm statistics, report) for the start of a training: `params` and `norm_stats`,
     with what the file has in their place.
 
     What the file is, is told by the names in it: a torchvision ResNet, a Deformable DETR (original
@@ -66,7 +66,7 @@ def load_pretrained(
             names the tensors. Nothing is half-loaded.
     """
     path = Path(path)
-    shapes = functions.param_shapes | functions.frozen_shapes
+    shapes = functions.param_shapes | functions.norm_stats_shapes
     if is_native(path):
         found, lines = _from_own(path, shapes, to_builtins(config))
     else:
@@ -86,7 +86,7 @@ def load_pretrained(
     report = lines + describe(found, shapes)
     return tuple(
         {name: found.arrays.get(name, value) for name, value in flat.items()}
-        for flat in (params, frozen)
+        for flat in (params, norm_stats)
     ) + (report,)  # type: ignore[return-value]
 
 
@@ -161,9 +161,9 @@ def _from_others(
 def _from_own(
     path: Path, shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any]
 ) -> tuple[Translation, list[str]]:
-    params, frozen, stored = read_native(path)
+    params, norm_stats, stored = read_native(path)
     arrays: dict[str, np.ndarray] = {
-        name: np.asarray(value) for name, value in {**params, **frozen}.items()
+        name: np.asarray(value) for name, value in {**params, **norm_stats}.items()
     }
     same_classes = stored.get("class_names") == config.get("class_names") and stored.get(
         "multi_label"

@@ -220,7 +220,7 @@ def test_ours_to_the_released_layout_and_back_is_bit_identical(model, state, gol
         assert written[name].shape == value.shape
     assert json.loads(texts["class_names"]) == list(model.class_names)
     back = dsct_jax.load(tmp_path / "model.pth")  # with the configuration written in it
-    for ours, theirs in ((back.params, model.params), (back.frozen, model.frozen)):
+    for ours, theirs in ((back.params, model.params), (back.norm_stats, model.norm_stats)):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             np.testing.assert_array_equal(
@@ -275,7 +275,7 @@ def test_what_the_authors_code_has_not_is_refused(tmp_path):
 
 def test_the_paper_variant_is_written_with_a_note(model, tmp_path):
     config = small_config(fusion="paper", semantic_selection="smallest")
-    other = Model(Network(model_config(config)), model.params, model.frozen, config)
+    other = Model(Network(model_config(config)), model.params, model.norm_stats, config)
     assert (
         "the authors' code loads it, but computes fusion=released"
         in export(other, tmp_path, format="torch")[0]
@@ -320,11 +320,18 @@ def test_a_run_of_eight_devices_on_a_machine_with_one(model, tmp_path, golden):
         len({str(shard.index) for shard in value.addressable_shards}) == 8
         for value in params.values()
     )  # really in eight parts
-    fixed = {name: value for name, value in params.items() if name.startswith("backbone/stem")}
-    trained = {name: value for name, value in params.items() if name not in fixed}
+    frozen_params = {
+        name: value for name, value in params.items() if name.startswith("backbone/stem")
+    }
+    trained = {name: value for name, value in params.items() if name not in frozen_params}
     average = {name: value + 1 for name, value in trained.items()}
     state = TrainState(
-        jax.numpy.int32(3), trained, fixed, jax.device_put(model.frozen, replicated), {}, average
+        jax.numpy.int32(3),
+        trained,
+        frozen_params,
+        jax.device_put(model.norm_stats, replicated),
+        {},
+        average,
     )
     state = jax.tree.map(
         lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, replicated), state
@@ -347,7 +354,7 @@ def test_a_run_of_eight_devices_on_a_machine_with_one(model, tmp_path, golden):
     exported = dsct_jax.load(tmp_path / "out" / "model.safetensors")
     for name, value in model.params.items():  # the moving average, where there is one
         np.testing.assert_array_equal(
-            exported.params[name], value if name in fixed else average[name], err_msg=name
+            exported.params[name], value if name in frozen_params else average[name], err_msg=name
         )
     last, _, _ = load_weights(tmp_path / "run", ema=False)
     np.testing.assert_array_equal(last["class_head/bias"], model.params["class_head/bias"])

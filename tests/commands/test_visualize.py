@@ -39,7 +39,7 @@ def make_checkpoint(path, seed=0, **changes):
     config = to_builtins(debug.get_config())
     config["model"] |= changes
     functions = Network(model_config(config))
-    params, frozen = functions.init(seed)
+    params, norm_stats = functions.init(seed)
     # The initial offsets and weights are the same for every query; noise makes the queries differ,
     # so that a mix-up shows.
     rng = np.random.default_rng(seed)
@@ -47,7 +47,7 @@ def make_checkpoint(path, seed=0, **changes):
         name: value + 0.05 * rng.standard_normal(value.shape).astype(np.float32)
         for name, value in params.items()
     }
-    Model(functions, params, frozen, config).save(path)
+    Model(functions, params, norm_stats, config).save(path)
     return path
 
 

@@ -90,11 +90,11 @@ def test_a_chosen_checkpoint(workdir, tmp_path, one_device):
     config = small_config()
     save(tmp_path, config, one_device)
     checkpoints = Checkpoints(tmp_path, metadata={"config": config, "versions": {}})
-    params, frozen, _ = load_weights(tmp_path)
+    params, norm_stats, _ = load_weights(tmp_path)
     run = train.RunConfig.from_mapping(config)
     _, state = initial_state(
         {name: value * 0 for name, value in params.items()},
-        frozen,
+        norm_stats,
         run.optimizer,
         total_steps=1,
         mesh=one_device,

@@ -77,12 +77,15 @@ def test_through_safetensors(released, golden, tmp_path):
 def test_a_run_directory(released, tmp_path):
     config = small_config()
     mesh = make_mesh(jax.devices()[:1])
-    fixed = {
+    frozen_params = {
         name: value for name, value in released.params.items() if name.startswith("backbone/stem")
     }
-    trained = {name: value for name, value in released.params.items() if name not in fixed}
+    trained = {name: value for name, value in released.params.items() if name not in frozen_params}
     state = replicate(
-        TrainState(jnp.int32(3), trained, fixed, released.frozen, {"count": jnp.int32(3)}), mesh
+        TrainState(
+            jnp.int32(3), trained, frozen_params, released.norm_stats, {"count": jnp.int32(3)}
+        ),
+        mesh,
     )
     checkpoints = Checkpoints(tmp_path / "run", metadata={"config": config})
     checkpoints.save(state)
@@ -90,7 +93,10 @@ def test_a_run_directory(released, tmp_path):
     for path in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
         model = dsct_jax.load(path)
         assert model.config == config
-        for ours, expected in ((model.params, released.params), (model.frozen, released.frozen)):
+        for ours, expected in (
+            (model.params, released.params),
+            (model.norm_stats, released.norm_stats),
+        ):
             assert ours.keys() == expected.keys()
             for name, value in expected.items():
                 np.testing.assert_array_equal(ours[name], value)

@@ -43,23 +43,23 @@ def released_state(arrays) -> dict[str, np.ndarray]:
 def small(golden):
     functions = Network(SMALL)
     flat = from_torch(
-        released_state(golden("model_small")), functions.param_shapes | functions.frozen_shapes
+        released_state(golden("model_small")), functions.param_shapes | functions.norm_stats_shapes
     )
     return (
         functions,
         {k: flat[k] for k in functions.param_shapes},
-        {k: flat[k] for k in functions.frozen_shapes},
+        {k: flat[k] for k in functions.norm_stats_shapes},
     )
 
 
 @pytest.fixture(scope="module")
 def small_output(small, golden):
-    functions, params, frozen = small
+    functions, params, norm_stats = small
     arrays = golden("model_small")
     forward = jax.jit(lambda p, f, x, m: functions.bind(p, f)(x, m, return_details=True))
     return forward(
         params,
-        frozen,
+        norm_stats,
         jnp.asarray(arrays["batch"].transpose(0, 2, 3, 1)),
         jnp.asarray(arrays["mask"]),
     )
@@ -164,9 +164,9 @@ def test_decoder_layer_and_its_gradients(case, golden):
 
 
 def test_released_names_go_there_and_back(small, golden):
-    _, params, frozen = small
+    _, params, norm_stats = small
     expected = released_state(golden("model_small"))
-    state = to_torch(params | frozen, num_decoder_layers=1)
+    state = to_torch(params | norm_stats, num_decoder_layers=1)
     assert state.keys() == expected.keys()
     for name, tensor in state.items():
         np.testing.assert_array_equal(tensor, expected[name])
@@ -175,7 +175,7 @@ def test_released_names_go_there_and_back(small, golden):
 def test_wrong_weights_are_named(small, golden):
     functions, _, _ = small
     shapes, state = (
-        functions.param_shapes | functions.frozen_shapes,
+        functions.param_shapes | functions.norm_stats_shapes,
         released_state(golden("model_small")),
     )
     lacking = {
@@ -200,7 +200,8 @@ def test_wrong_weights_are_named(small, golden):
 def test_every_released_rule_is_used_by_the_full_model():
     shapes = Network(DSCTConfig(num_classes=26))
     zeros = {
-        k: np.zeros(v, np.float32) for k, v in (shapes.param_shapes | shapes.frozen_shapes).items()
+        k: np.zeros(v, np.float32)
+        for k, v in (shapes.param_shapes | shapes.norm_stats_shapes).items()
     }
     state = to_torch(zeros, num_decoder_layers=6)
     assert len(state) == 562  # entries of the released state_dict
@@ -365,11 +366,11 @@ def test_fusion_variants_against_the_equations(rule, selection, reweighting, k_s
 def test_variants_run_and_differ(change, small, golden):
     arrays = golden("model_small")
     functions = Network(dataclasses.replace(SMALL, **change))
-    params, frozen = functions.init(1)
+    params, norm_stats = functions.init(1)
     run = jax.jit(lambda p, f, x, m: functions.bind(p, f)(x, m, return_details=True))
     out = run(
         params,
-        frozen,
+        norm_stats,
         jnp.asarray(arrays["batch"].transpose(0, 2, 3, 1)),
         jnp.asarray(arrays["mask"]),
     )
@@ -401,7 +402,7 @@ def test_refinement_adds_up_over_the_layers_and_each_layer_learns_alone(small, g
     stopped. A constant head makes it countable.
     """
     functions = Network(dataclasses.replace(SMALL, box_refinement=True))
-    _, params, frozen = small
+    _, params, norm_stats = small
     images, mask = (
         jnp.asarray(golden("model_small")["batch"].transpose(0, 2, 3, 1)),
         jnp.asarray(golden("model_small")["mask"]),
@@ -414,7 +415,7 @@ def test_refinement_adds_up_over_the_layers_and_each_layer_learns_alone(small, g
     key = "box_head/layer2/bias"
 
     def last_logits(bias):
-        out = functions.bind(constant | {key: bias}, frozen)(images, mask, return_details=True)
+        out = functions.bind(constant | {key: bias}, norm_stats)(images, mask, return_details=True)
         logits = jax.scipy.special.logit(out.boxes)
         return logits[-1].mean(), (logits, out.details)
 
@@ -450,11 +451,11 @@ def test_offsets_count_in_half_boxes():
 
 
 def test_bfloat16_keeps_places_weights_and_answers_in_float32(small, small_output, golden):
-    arrays, (_, params, frozen) = golden("model_small"), small
+    arrays, (_, params, norm_stats) = golden("model_small"), small
     functions = Network(dataclasses.replace(SMALL, compute_dtype="bfloat16"))
     images, mask = jnp.asarray(arrays["batch"].transpose(0, 2, 3, 1)), jnp.asarray(arrays["mask"])
     out = jax.jit(lambda p, f: functions.bind(p, f)(images, mask, return_details=True))(
-        params, frozen
+        params, norm_stats
     )
     assert out.logits.dtype == out.boxes.dtype == jnp.float32
     assert out.details["memory"].dtype == out.details["features"][0].dtype == jnp.bfloat16
@@ -475,7 +476,7 @@ def test_bfloat16_keeps_places_weights_and_answers_in_float32(small, small_outpu
 
 @pytest.mark.parametrize("remat", ["light", "layers", "all"])
 def test_rematerialization_keeps_less(remat, small, golden):
-    arrays, (_, params, frozen) = golden("model_small"), small
+    arrays, (_, params, norm_stats) = golden("model_small"), small
     images, mask = jnp.asarray(arrays["batch"].transpose(0, 2, 3, 1)), jnp.asarray(arrays["mask"])
     keys = jax.random.split(jax.random.key(0), 2)
 
@@ -483,7 +484,7 @@ def test_rematerialization_keeps_less(remat, small, golden):
         functions = Network(dataclasses.replace(SMALL, remat=rule))
 
         def forward(params):
-            return functions.bind(params, frozen)(images, mask, noise=DropoutNoise(keys)).logits
+            return functions.bind(params, norm_stats)(images, mask, noise=DropoutNoise(keys)).logits
 
         _, pull_back = jax.eval_shape(lambda p: jax.vjp(forward, p), params)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull_back))

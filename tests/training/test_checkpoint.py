@@ -149,11 +149,11 @@ def test_checkpoints_from_before_arrays_were_packed(tmp_path, monkeypatch):
 
 
 def test_the_weights_alone(saved):
-    params, frozen, metadata = load_weights(saved)
+    params, norm_stats, metadata = load_weights(saved)
     expected = state_at(2)
     assert params.keys() == {"a/0/kernel", "a/b/bias", "fixed/scale"}
     np.testing.assert_array_equal(params["a/0/kernel"], expected.params["a/0/kernel"])
-    np.testing.assert_array_equal(frozen["mean"], np.ones(4))
+    np.testing.assert_array_equal(norm_stats["mean"], np.ones(4))
     assert metadata["config"]["model"] == {"hidden_dim": 8, "fusion": "paper"}
 
 

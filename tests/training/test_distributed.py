@@ -106,11 +106,11 @@ def same(workdir: Path, other: Path) -> None:
             if key.startswith(("train/loss", "train/total")):
                 assert two[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
     for ema in (True, False):
-        (params, frozen, _), (params2, frozen2, _) = (
+        (params, norm_stats, _), (params2, frozen2, _) = (
             load_weights(workdir, ema=ema),
             load_weights(other, ema=ema),
         )
-        for path, value in (params | frozen).items():
+        for path, value in (params | norm_stats).items():
             if not NOISE.fullmatch(path):
                 np.testing.assert_allclose(
                     (params2 | frozen2)[path], value, rtol=0, atol=1e-5, err_msg=path

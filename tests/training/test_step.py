@@ -38,7 +38,7 @@ def trajectory(golden):
     """12 steps of the released recipe: (golden arrays, state after them, metrics of each)."""
     arrays, weights = golden("train_trajectory"), golden("model_small")
     functions, mesh = Network(SMALL), make_mesh(jax.devices()[:1])
-    shapes = functions.param_shapes | functions.frozen_shapes
+    shapes = functions.param_shapes | functions.norm_stats_shapes
     flat = from_torch(
         {k.removeprefix("state/"): v for k, v in weights.items() if k.startswith("state/")}, shapes
     )
@@ -46,10 +46,11 @@ def trajectory(golden):
     config = OptimizerConfig(
         learning_rate=learning_rate, weight_decay=weight_decay, clip_norm=clip, rules=RULES
     )
-    params, frozen = (
-        {k: flat[k] for k in names} for names in (functions.param_shapes, functions.frozen_shapes)
+    params, norm_stats = (
+        {k: flat[k] for k in names}
+        for names in (functions.param_shapes, functions.norm_stats_shapes)
     )
-    optimizer, state = initial_state(params, frozen, config, total_steps=1000, mesh=mesh)
+    optimizer, state = initial_state(params, norm_stats, config, total_steps=1000, mesh=mesh)
     step = make_train_step(
         functions,
         optimizer,
@@ -116,7 +117,7 @@ def test_trajectory_losses_and_gradient_norms(trajectory):
 
 def test_trajectory_parameters(trajectory):
     arrays, state, _ = trajectory
-    final = to_torch({**state.params, **state.fixed}, num_decoder_layers=2)
+    final = to_torch({**state.params, **state.frozen_params}, num_decoder_layers=2)
     for key in (k for k in arrays if k.startswith("final/")):
         np.testing.assert_allclose(
             final[key.removeprefix("final/")], arrays[key], rtol=0, atol=3e-5, err_msg=key
@@ -128,7 +129,7 @@ def test_trajectory_parameters(trajectory):
             name,
             group,
         )
-    assert set(to_torch(state.fixed, num_decoder_layers=2)) == set(arrays["frozen_names"])
+    assert set(to_torch(state.frozen_params, num_decoder_layers=2)) == set(arrays["frozen_names"])
 
 
 TINY = DSCTConfig(

@@ -104,12 +104,12 @@ def test_every_logged_number_is_finite(unbroken):
 
 def test_what_should_move_moved_and_what_is_frozen_stayed(unbroken):
     workdir, _ = unbroken
-    after, frozen, _ = load_weights(workdir)
+    after, norm_stats, _ = load_weights(workdir)
     before, statistics = Network(model_config(read_config(ROOT / "configs" / "debug.py"))).init(
         seed=0
     )
     assert after.keys() == before.keys()
-    assert frozen.keys() == statistics.keys() == set()  # group norm: no statistics
+    assert norm_stats.keys() == statistics.keys() == set()  # group norm: no statistics
     moved = {name for name in after if not np.array_equal(after[name], before[name])}
     still = {name for name in after if name.startswith(("backbone/stem/", "backbone/layer1/"))}
     assert still
@@ -243,7 +243,7 @@ def counting(monkeypatch):
     particular.
     """
 
-    def eval_step(params, frozen, batch):
+    def eval_step(params, norm_stats, batch):
         b = len(batch.real)
         return Predictions(jnp.zeros((1, b, 4, 5)), jnp.full((1, b, 4, 4), 0.5))
 

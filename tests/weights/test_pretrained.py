@@ -53,7 +53,7 @@ def state(golden):
 
 @pytest.fixture(scope="module")
 def ours(functions, state):
-    return from_torch(state, functions.param_shapes | functions.frozen_shapes)
+    return from_torch(state, functions.param_shapes | functions.norm_stats_shapes)
 
 
 def coco(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -244,7 +244,7 @@ def test_a_model_of_our_own(functions, fresh, ours, tmp_path):
     model = Model(
         functions,
         {k: ours[k] for k in functions.param_shapes},
-        {k: ours[k] for k in functions.frozen_shapes},
+        {k: ours[k] for k in functions.norm_stats_shapes},
         config,
     )
     model.save(tmp_path / "x.safetensors")
@@ -338,12 +338,12 @@ def test_the_encoder_of_transformers(functions, fresh, tmp_path):
     pixels = torch.tensor(images.transpose(0, 3, 1, 2)).double()
     with torch.no_grad():  # in float64: in float32 theirs is 1.3e-4 away from it, ours 7e-6
         out = theirs.double().model(pixel_values=pixels, pixel_mask=torch.tensor(~mask).long())
-    params, frozen, report = load_pretrained(
+    params, norm_stats, report = load_pretrained(
         tmp_path / "model.safetensors", functions, *fresh, small_config()
     )
     assert "Hugging Face" in report[0]
     ours = jax.jit(
-        lambda *inputs: functions.bind(params, frozen)(*inputs, return_details=True).details[
+        lambda *inputs: functions.bind(params, norm_stats)(*inputs, return_details=True).details[
             "memory"
         ]
     )
