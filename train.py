@@ -281,7 +281,12 @@ def initial_params(
     if not run.init_from or newest_step(workdir) is not None:  # a run that continues has its own
         return params, norm_stats
     params, norm_stats, lines = load_pretrained(
-        run.init_from, functions, params, norm_stats, config
+        run.init_from,
+        functions,
+        params,
+        norm_stats,
+        class_names=run.class_names,
+        multi_label=run.multi_label,
     )
     if jax.process_index() == 0:
         print("\n".join(lines), flush=True)
