@@ -333,41 +333,17 @@ def _check(arguments: argparse.Namespace) -> None:
 def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "paths",
-        nargs="*",
-        metavar="PATH",
-        help="image, video, folder of both, or quoted glob pattern",
-    )
-    parser.add_argument(
-        "--camera",
-        type=int,
-        help="number of a camera to watch, usually 0; one frame at a time, until --seconds or "
-        "Ctrl-C",
-    )
+    add = parser.add_argument
+    add("paths", nargs="*", metavar="PATH", help="image, video, folder, or quoted glob pattern")
+    add("--camera", type=int, help="number of a camera to watch, until --seconds or Ctrl-C")
     add_checkpoint(parser)
-    parser.add_output(
-        "--output",
-        folder=True,
-        required=True,
-        help="folder for predictions.json, predictions.csv, contact_sheet.png and drawn/",
-    )
+    files = "predictions.json, predictions.csv, contact_sheet.png and drawn/"
+    parser.add_output("--output", folder=True, required=True, help=f"folder for {files}")
     add_selection(parser)
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=BATCH_SIZE,
-        help="images per call of the model (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--every", type=int, default=1, help="videos: look at every N-th frame only"
-    )
-    parser.add_argument(
-        "--seconds", type=float, help="videos and camera: stop after so many seconds"
-    )
-    parser.add_argument(
-        "--skip-unreadable",
-        action="store_true",
-        help="skip and list files that are no images or videos, instead of stopping",
-    )
+    images = "images per call of the model (default: %(default)s)"
+    add("--batch-size", type=int, default=BATCH_SIZE, help=images)
+    add("--every", type=int, default=1, help="videos: look at every N-th frame only")
+    add("--seconds", type=float, help="videos and camera: stop after so many seconds")
+    skip = "skip and list files that are no images or videos, instead of stopping"
+    add("--skip-unreadable", action="store_true", help=skip)
     return parser

@@ -278,43 +278,21 @@ def _few_colors(image: Image.Image) -> Image.Image:
 def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser(description=__doc__)
-    parser.add_argument("figure", choices=FIGURES, metavar="FIGURE", help=", ".join(FIGURES))
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        metavar="PATH",
-        help="image, folder of images, or quoted glob pattern (losses: run directory)",
-    )
+    add = parser.add_argument
+    add("figure", choices=FIGURES, metavar="FIGURE", help=", ".join(FIGURES))
+    paths = "image, folder of images, or quoted glob pattern (losses: run directory)"
+    add("paths", nargs="+", metavar="PATH", help=paths)
     add_checkpoint(parser, required=False)
     parser.add_output("--output", folder=False, required=True, help="the picture, .png")
-    parser.add_argument(
-        "--ground-truth",
-        type=expanded_path,
-        help="COCO-style annotations of the images (predictions, beside, embeddings)",
-    )
-    parser.add_argument("--compare-with", type=expanded_path, help="second checkpoint (beside)")
-    parser.add_argument(
-        "--compare-config", type=expanded_path, help="its configuration; needed for .pth only"
-    )
-    parser.add_argument(
-        "--names",
-        help="what the two checkpoints are called, such as 'early fusion,late fusion' (beside)",
-    )
-    parser.add_argument(
-        "--stage",
-        choices=["backbone", "encoder"],
-        default="backbone",
-        help="whose maps are drawn (activation)",
-    )
-    parser.add_argument(
-        "--layer", type=int, default=0, help="decoder layer from 1; 0 = the last (sampling)"
-    )
-    parser.add_argument(
-        "--person",
-        type=int,
-        default=1,
-        help="whose context queries, from 1, surest first (context)",
-    )
+    truth = "COCO-style annotations of the images (predictions, beside, embeddings)"
+    add("--ground-truth", type=expanded_path, help=truth)
+    add("--compare-with", type=expanded_path, help="second checkpoint (beside)")
+    add("--compare-config", type=expanded_path, help="its configuration; needed for .pth only")
+    add("--names", help="of the two checkpoints, as 'early fusion,late fusion' (beside)")
+    stages = ["backbone", "encoder"]
+    add("--stage", choices=stages, default=stages[0], help="whose maps are drawn (activation)")
+    add("--layer", type=int, default=0, help="decoder layer from 1; 0 = the last (sampling)")
+    add("--person", type=int, default=1, help="whose context queries; 1 = the surest (context)")
     add_selection(parser)
     return parser
 

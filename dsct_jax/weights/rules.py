@@ -49,8 +49,8 @@ class TensorLayout:
     repeated: str = r"(?!)"
     repeated_per: str = ""
     # fields of config.model without which such a file does not fit, and what else its code computes
-    requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    computes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    requires: tuple[tuple[str, Any], ...] = ()
+    computes: tuple[tuple[str, Any], ...] = ()
 
 
 def _norm(torch: str, ours: str) -> list[Rule]:
@@ -169,7 +169,7 @@ TORCHVISION = TensorLayout(
     marker=r"layer1\.0\.conv1\.weight",
     rules=tuple(resnet_rules("", "backbone")),
     left_out=r"fc\.(weight|bias)|.*\.num_batches_tracked",
-    requires={"norm": "frozen_batch"},
+    requires=(("norm", "frozen_batch"),),
 )
 
 DEFORMABLE_DETR = TensorLayout(
@@ -231,8 +231,8 @@ DSCT = TensorLayout(
     # their modules list the one shared head once per decoder layer
     repeated=r"(class_embed_dsct|bbox_embed_dsct)\.([1-9]\d*)\.(.+)",
     repeated_per="decoder",
-    requires={"norm": "frozen_batch", "box_refinement": False},
-    computes={"fusion": "released", "semantic_selection": "largest"},
+    requires=(("norm", "frozen_batch"), ("box_refinement", False)),
+    computes=(("fusion", "released"), ("semantic_selection", "largest")),
 )
 
 EXPORTS = {"dsct": DSCT}  # name of a network -> the layout of its authors' code

@@ -18,9 +18,9 @@ from PIL import Image
 
 import dsct_jax
 from dsct_jax import cli
+from dsct_jax.__main__ import main
 from dsct_jax.batch import Predictions
 from dsct_jax.boxes import pairwise_iou
-from dsct_jax.__main__ import main
 from dsct_jax.commands import flags, predict
 from dsct_jax.commands.inputs import drawing_names
 from dsct_jax.commands.predict import TimedDetector
@@ -268,12 +268,15 @@ def command(monkeypatch):
     """Runs `python -m dsct_jax predict` in this process with RedFinder as the model of every
     checkpoint called "run".
     """
-    load = flags.load
-    monkeypatch.setattr(
-        flags,
-        "load",
-        lambda path, config: RedFinder() if path.name == "run" else load(path, config),
-    )
+
+    def load_model(arguments):
+        if arguments.checkpoint.name != "run":
+            return flags.load_model(arguments)
+        if arguments.config is not None:
+            read_config(arguments.config)
+        return RedFinder()
+
+    monkeypatch.setattr(predict, "load_model", load_model)
     return lambda arguments: main(["predict", *arguments])
 
 

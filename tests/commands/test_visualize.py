@@ -223,6 +223,29 @@ def test_samples_and_their_truth_belong_together(samples):
         assert 0 <= person.box[0] < person.box[2] <= width
 
 
+def test_annotated_classes_are_read_by_name(tmp_path):
+    """Ids are free: 1 is Anger and 2 is Happy here, whatever places these have in the model."""
+    document = {
+        "images": [{"id": 7, "file_name": "images/a.jpg"}],
+        "categories": [
+            {"id": 1, "name": "anger"},
+            {"id": 2, "name": "Happy"},
+            {"id": 9, "name": "person"},
+        ],
+        "annotations": [
+            {"image_id": 7, "bbox": [0, 0, 5, 5], "category_id": [1, 2]},
+            {"image_id": 7, "bbox": [5, 0, 5, 5], "category_id": 2},
+        ],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(document))
+    truth = read_ground_truth(tmp_path / "truth.json", ("Anger", "Fear", "Happy", "Sad"))
+    assert [person.labels for person in truth["a.jpg"]] == [("Anger", "Happy"), ("Happy",)]
+    document["annotations"][0]["category_id"] = 9
+    (tmp_path / "truth.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="not COCO-style annotations for 4 classes"):
+        read_ground_truth(tmp_path / "truth.json", ("Anger", "Fear", "Happy", "Sad"))
+
+
 def test_only_the_right_person_with_the_right_emotion_is_right():
     truth = Subject(box=(0.0, 0.0, 10.0, 10.0), probabilities={}, labels=("Sad",), paper_score=1.0)
     near = Subject(box=(1.0, 0.0, 10.0, 10.0), probabilities={}, labels=("Sad",), paper_score=0.9)

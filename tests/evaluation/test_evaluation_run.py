@@ -113,7 +113,9 @@ def test_a_chosen_checkpoint(workdir, tmp_path, one_device):
 
 
 def test_the_numbers_come_again_from_the_file_alone(workdir, tmp_path):
-    assert dsct_main(["evaluate", str(workdir / "predictions_test.npz"), f"--output={tmp_path}"]) == 0
+    assert (
+        dsct_main(["evaluate", str(workdir / "predictions_test.npz"), f"--output={tmp_path}"]) == 0
+    )
     assert json.loads((tmp_path / "metrics_test.json").read_text()) == json.loads(
         (workdir / "metrics_test.json").read_text()
     )
