@@ -1,18 +1,20 @@
 """Trains and evaluates a model: configuration -> data -> model -> state -> loop.
 
-    python train.py --config=configs/demo.py --workdir=runs/demo [--config.optimizer.learning_rate=1e-4 ...]
-    python train.py --config=configs/demo.py --workdir=runs/demo --mode=eval [--split=test] [--checkpoint=best]
+    python train.py --config=configs/demo.py --workdir=runs/demo [--config.section.field=value ...]
+    python train.py --config=configs/demo.py --workdir=runs/demo --mode=eval [--split=test]
+        [--checkpoint=best]
     python train.py --config=configs/demo.py --workdir=runs/demo --mode=plan
 
-The same command again continues from the newest checkpoint in the workdir. docs/training.md tells
-the rest.
+The same command again continues from the newest checkpoint in the workdir. docs/training.md has the
+rest.
 """
 
 import contextlib
 import dataclasses
 import errno
+import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,13 @@ from data.config import SPLITS, DataConfig
 from data.pipeline import Dataset, make_dataset
 from dsct_jax.batch import Batch, Predictions
 from dsct_jax.cli import Parser, run_command
-from dsct_jax.config import dataclass_from_dict, read_config, require
+from dsct_jax.config import dataclass_from_dict, read_config, require, to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import FILE as CALIBRATION_FILE
-from dsct_jax.evaluation.calibration import calibration_of_run
+from dsct_jax.evaluation.calibration import Calibration, calibration_of_run, parse_calibration
 from dsct_jax.evaluation.collect import collect_results
 from dsct_jax.evaluation.evaluate import RESAMPLES, evaluate, fit_calibration, write_evaluation
+from dsct_jax.evaluation.measures import LOWER_IS_BETTER
 from dsct_jax.evaluation.report import format_table
 from dsct_jax.evaluation.results import ResultsInfo, Shown, SplitResults
 from dsct_jax.inference.load import model_config
@@ -39,34 +42,23 @@ from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.parallel import Prefetch, make_mesh, replicate, shard_batch
 from dsct_jax.postprocess import has_subject_logit
-from dsct_jax.runtime import (
-    AUTO,
-    CompilationLog,
-    Preemption,
-    init_distributed,
-    set_compilation_cache,
-    start_process,
-)
-from dsct_jax.runtime import FILE as COMPILATIONS_FILE
+from dsct_jax.runtime import AUTO, init_distributed, start_process
 from dsct_jax.training.checkpoint import Checkpoints
 from dsct_jax.training.logbook import Logbook, versions, write_settings
 from dsct_jax.training.loop import (
     Best,
-    Loop,
     Meter,
-    NonFiniteGuard,
     Preempted,
-    Profiler,
     Schedule,
     TrainConfig,
     log_config_changes,
     parse_window,
-    stopped_early,
+    train_loop,
 )
 from dsct_jax.training.losses import LossConfig
 from dsct_jax.training.matching import MatcherConfig
 from dsct_jax.training.memory_plan import format_plan, make_plan
-from dsct_jax.training.optimizer import OptimizerConfig
+from dsct_jax.training.optimizer import OptimizerConfig, learning_rates
 from dsct_jax.training.step import (
     TrainState,
     TrainStep,
@@ -77,6 +69,7 @@ from dsct_jax.training.step import (
 from dsct_jax.visualization.drawing import contact_sheet, draw_shown
 from dsct_jax.weights.pretrained import load_pretrained
 from dsct_jax.weights.run_directory import (
+    Weights,
     best_step,
     load_weights,
     newest_step,
@@ -131,126 +124,97 @@ class RunConfig:
         parts["data"] = dataclass_from_dict(
             DataConfig, "data", require(config, "data", Mapping), **classes
         )
-        return dataclass_from_dict(
-            cls, "", {key: value for key, value in config.items() if key not in parts}, **parts
-        )
+        rest = {key: value for key, value in config.items() if key not in parts}
+        return dataclass_from_dict(cls, "", rest, **parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_mapping`, as JSON can hold it: stored with a run and its weights."""
+        config = to_builtins(dataclasses.asdict(self))
+        for section, field in (
+            ("model", "num_classes"),
+            ("data", "class_names"),
+            ("data", "multi_label"),
+        ):
+            del config[section][field]  # stands at the top level
+        return config
 
 
 def train(
-    config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] | None = None
+    run: RunConfig, workdir: Path, *, profile: tuple[int, int] | None = None
 ) -> dict[str, Any]:
     """Trains to the end of the schedule, evaluating and saving on the way; returns the last
     validation metrics.
 
     Args:
-        profile: (first step, number of steps) that jax's profiler records, below `workdir`/profile.
+        profile: (first step, last step) that jax's profiler records, below `workdir`/profile.
 
     Raises:
         Preempted: the run was asked to stop by SIGTERM, and has saved.
     """
-    run, mesh = RunConfig.from_mapping(config), make_mesh()
+    mesh = make_mesh()
     run.train.require_divisible(mesh.size)
+
+    # Data
     train_data = build_dataset(run, "train", training=True)
     val_data = build_dataset(run, "val", training=False)
     schedule = Schedule.of(run.train, train_data.steps_per_epoch)
-    functions = Network(run.model)
-    params, norm_stats = initial_params(functions, run, config, workdir)
-    set_compilation_cache(workdir / "compiled")
-    optimizer, state = initial_state(
-        params,
-        norm_stats,
-        run.optimizer,
-        total_steps=schedule.total,
-        mesh=mesh,
-        step_config=run.train.step_config,
-    )
-    metadata = {
-        "config": config,
-        "class_names": run.class_names,
-        "seed": run.seed,
-        "steps_per_epoch": schedule.epoch,
-        "versions": versions(),
-    }
 
+    # Model and state. What the run starts from, the first that applies:
+    # 1. continue: the newest checkpoint in the workdir that can be read, with everything in it;
+    # 2. init_from: the weights of config.init_from; what that file does not have, as in 3;
+    # 3. random: initial weights by config.seed.
+    network = Network(run.model)
+    params, norm_stats = network.init(run.seed)
+    if run.init_from and newest_step(workdir) is None:
+        params, norm_stats = pretrained(network, params, norm_stats, run, workdir)
+    optimizer, state = build_state(run, params, norm_stats, schedule.total, mesh)
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            contextlib.closing(
-                Checkpoints(workdir, keep=run.train.keep_checkpoints, metadata=metadata)
-            )
-        )
+        checkpoints = stack.enter_context(open_checkpoints(run, workdir, schedule))
         state, stored = checkpoints.restore_newest(state) or (state, {})
-        best, meter, progress = Best(run.best_metric), Meter(), stored.get("progress", {})
+
+        # Loop
+        start_step, progress = int(state.step), stored.get("progress", {})
+        logbook = stack.enter_context(open_logbook(run, workdir, state, stored, schedule))
+        best = Best(run.best_metric, lower_is_better=run.best_metric in LOWER_IS_BETTER)
         best.load_state(progress)
-        meter.load_state(progress.get("pending", []))
-        start_step, first = int(state.step), jax.process_index() == 0
-        changed = write_settings(config, workdir) if first else []
-        logbook = Logbook(
-            workdir,
-            start_step=start_step,
-            total_steps=schedule.total,
-            wandb=run.train.wandb,
-            config=config,
-        )
-        stack.enter_context(contextlib.closing(logbook))
-        trained = sum(value.size for value in state.params.values())
-        what = f"{run.name}: {train_data.num_images} images, {trained:,} trained parameters, {mesh.size} device(s)"
-        logbook.log(f"{what}, steps {start_step} to {schedule.total}")
-        if jax.process_count() > 1:
-            logbook.log(f"process 0 of {jax.process_count()}, the only one that writes")
-        if start_step > 0:
-            log_config_changes(logbook, changed, stored, schedule.epoch)
         validation = partial(
             validate,
             run=run,
             data=val_data,
-            eval_step=make_eval_step(functions, mesh=mesh),
+            eval_step=make_eval_step(network, mesh=mesh),
             mesh=mesh,
             logbook=logbook,
-            best=best,
         )
         if progress.get("validation_owed"):
-            validation(start_step, state)
+            best.add(start_step, validation(start_step, state)[0])
         if start_step >= schedule.total:
             logbook.log(
-                f"nothing left to train: {workdir} stands at step {start_step}; raise "
+                f"nothing left to train: {workdir} is already at step {start_step}; raise "
                 "config.train.epochs to go on, or use --mode=eval"
             )
+        if start_step >= schedule.total or best.stops(run.train, logbook):
             return {}
-        if stopped_early(best, run.train, logbook):
-            return {}
-
-        compilations = CompilationLog(workdir / COMPILATIONS_FILE if first else None)
-        stack.enter_context(contextlib.closing(compilations))
-        loop = Loop(
-            config=run.train,
-            optimizer=run.optimizer,
-            schedule=schedule,
-            workdir=workdir,
-            checkpoints=checkpoints,
-            logbook=logbook,
-            compilations=compilations,
-            guard=NonFiniteGuard(
-                workdir, limit=run.train.max_skipped, in_a_row=int(state.skipped), log=logbook.log
-            ),
-            preemption=stack.enter_context(Preemption()),
-            profiler=stack.enter_context(Profiler(profile, workdir / "profile", log=logbook.log)),
-            meter=meter,
-            best=best,
-            validate=validation,
-            max_programs=len(run.data.buckets),
-        )
         batches = Prefetch(
             train_data.iterator(start_step, schedule.total - start_step),
             lambda batch: shard_batch(batch, mesh),
         )
-        stack.enter_context(batches)
-        metrics = loop.run(train_step(functions, optimizer, run, mesh), state, batches)
+        metrics = train_loop(
+            train_step(network, optimizer, run, mesh),
+            state,
+            stack.enter_context(batches),
+            config=run.train,
+            schedule=schedule,
+            checkpoints=checkpoints,
+            logbook=logbook,
+            meter=Meter(progress.get("pending", ())),
+            best=best,
+            validate=validation,
+            learning_rates=partial(learning_rates, run.optimizer, schedule.total),
+            max_programs=len(run.data.buckets),
+            profile=profile,
+        )
         report_skipped(train_data, val_data, log=logbook.log)
-        if best.value is not None:
-            logbook.log(
-                f"best validation: {best.metric} {best.value:.3f} at step {best.step}, kept in "
-                f"{workdir / 'checkpoints' / str(best.step)}"
-            )
+        best.report(logbook)
     return metrics
 
 
@@ -271,17 +235,14 @@ def build_dataset(run: RunConfig, split: str, *, training: bool) -> Dataset:
     return data
 
 
-def initial_params(
-    functions: Network, run: RunConfig, config: Mapping[str, Any], workdir: Path
+def pretrained(
+    network: Network, params: FlatParams, norm_stats: FlatParams, run: RunConfig, workdir: Path
 ) -> tuple[FlatParams, FlatParams]:
-    """Random values, and those of config.init_from in their place; what was taken is printed and
+    """The weights of config.init_from in the place of random ones; what was taken is printed and
     kept in init_from.txt.
     """
-    params, norm_stats = functions.init(run.seed)
-    if not run.init_from or newest_step(workdir) is not None:  # a run that continues has its own
-        return params, norm_stats
     params, norm_stats, lines = load_pretrained(
-        run.init_from, functions, params, norm_stats, config
+        run.init_from, network, params, norm_stats, run.to_dict()
     )
     if jax.process_index() == 0:
         print("\n".join(lines), flush=True)
@@ -290,12 +251,69 @@ def initial_params(
     return params, norm_stats
 
 
+def build_state(
+    run: RunConfig, params: FlatParams, norm_stats: FlatParams, total_steps: int, mesh: Mesh
+) -> tuple[optax.GradientTransformationExtraArgs, TrainState]:
+    """The optimizer, and the state before step 0."""
+    step_config = run.train.step_config
+    return initial_state(
+        params,
+        norm_stats,
+        run.optimizer,
+        total_steps=total_steps,
+        mesh=mesh,
+        step_config=step_config,
+    )
+
+
+def open_checkpoints(
+    run: RunConfig, workdir: Path, schedule: Schedule
+) -> contextlib.closing[Checkpoints]:
+    """The checkpoints of a run, each of which says how it came about."""
+    metadata = {
+        "config": run.to_dict(),
+        "class_names": run.class_names,
+        "seed": run.seed,
+        "steps_per_epoch": schedule.epoch,
+        "versions": versions(),
+    }
+    return contextlib.closing(
+        Checkpoints(workdir, keep=run.train.keep_checkpoints, metadata=metadata)
+    )
+
+
+def open_logbook(
+    run: RunConfig, workdir: Path, state: TrainState, stored: Mapping[str, Any], schedule: Schedule
+) -> contextlib.closing[Logbook]:
+    """The log of a run, which says what has changed since the start before."""
+    config, start_step = run.to_dict(), int(state.step)
+    changed = write_settings(config, workdir) if jax.process_index() == 0 else []
+    logbook = Logbook(
+        workdir,
+        start_step=start_step,
+        total_steps=schedule.total,
+        validation_owed=stored.get("progress", {}).get("validation_owed", False),
+        wandb=run.train.wandb,
+        config=config,
+    )
+    trained = sum(value.size for value in state.params.values())
+    logbook.log(
+        f"{run.name}: {trained:,} trained parameters, {jax.device_count()} device(s), "
+        f"steps {start_step} to {schedule.total}"
+    )
+    if jax.process_count() > 1:
+        logbook.log(f"process 0 of {jax.process_count()}, the only one that writes")
+    if start_step > 0:
+        log_config_changes(logbook, changed, stored, schedule.epoch)
+    return contextlib.closing(logbook)
+
+
 def train_step(
-    functions: Network, optimizer: optax.GradientTransformation, run: RunConfig, mesh: Mesh
+    network: Network, optimizer: optax.GradientTransformation, run: RunConfig, mesh: Mesh
 ) -> TrainStep:
     """The step of a run."""
     return make_train_step(
-        functions,
+        network,
         optimizer,
         loss=run.loss,
         matcher=run.matcher,
@@ -312,34 +330,31 @@ def validate(
     *,
     run: RunConfig,
     data: Dataset,
-    eval_step,
+    eval_step: Callable[[FlatParams, FlatParams, Batch], Predictions],
     mesh: Mesh,
     logbook: Logbook,
-    best: Best,
-) -> tuple[dict[str, Any], bool]:
-    """Metrics of the weights as they are, averaged if the run keeps an average; and whether they
-    are the best, which `best` then knows.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics of the weights as they are, averaged if the run keeps an average; and what was fitted
+    for prediction with them, to be stored beside them.
     """
     weights = (state.ema or state.params) | state.frozen_params
-    keep = DRAWN_IN_TRAINING if jax.process_index() == 0 else 0
     results, shown = collect(
-        partial(eval_step, weights, state.norm_stats), data, "val", run=run, mesh=mesh, keep=keep
+        partial(eval_step, weights, state.norm_stats),
+        data,
+        "val",
+        run=run,
+        mesh=mesh,
+        keep=DRAWN_IN_TRAINING if jax.process_index() == 0 else 0,
+        checkpoint=f"step {step}",
     )
-    metrics = evaluate(results)
-    logbook.write(
-        step, {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)}
-    )
-    if shown:
-        logbook.image(
-            step,
-            "val/predictions",
-            contact_sheet(draw_shown(shown, results.about, fit_calibration(results)), 3),
-        )
-    logbook.log(
-        "validation: "
-        + "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics)
-    )
-    return metrics, best.add(step, metrics)
+    metrics, fitted = evaluate(results), fit_calibration(results)
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    logbook.write(step, {f"val/{name}": value for name, value in numbers.items()})
+    if pictures := draw_shown(shown, results.about, fitted):  # none where all are damaged
+        logbook.image(step, "val/predictions", contact_sheet(pictures, 3))
+    shortly = [f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics]
+    logbook.log(f"validation: {'  '.join(shortly)}")
+    return metrics, dataclasses.asdict(fitted)
 
 
 def collect(
@@ -381,90 +396,100 @@ def report_skipped(*datasets: Dataset, log) -> None:
         )
 
 
-def print_plan(config: Mapping[str, Any]) -> None:
+def print_plan(run: RunConfig) -> None:
     """What a training run would take: parameters, memory, compile time and arithmetic. Compiles
     every program; reads no data.
     """
-    run, mesh = RunConfig.from_mapping(config), make_mesh()
+    mesh = make_mesh()
     run.train.require_divisible(mesh.size)
-    functions = Network(run.model)
-    optimizer, state = initial_state(
-        *functions.init(run.seed),
-        run.optimizer,
-        total_steps=1,
-        mesh=mesh,
-        step_config=run.train.step_config,
-    )
-    sizes = {
-        "batch_size": run.train.batch_size,
-        "max_targets": run.data.max_targets,
-        "num_classes": len(run.class_names),
-    }
+    network = Network(run.model)
+    optimizer, state = build_state(run, *network.init(run.seed), 1, mesh)
     print(
         f"{run.name}: {mesh.size} {jax.devices()[0].device_kind} device(s); compiling "
         f"{len(run.data.buckets)} size(s) of images ...",
         flush=True,
     )
-    print(
-        format_plan(
-            make_plan(train_step(functions, optimizer, run, mesh), state, run.data.buckets, **sizes)
-        )
+    plan = make_plan(
+        train_step(network, optimizer, run, mesh),
+        state,
+        run.data.buckets,
+        batch_size=run.train.batch_size,
+        max_targets=run.data.max_targets,
+        num_classes=len(run.class_names),
     )
+    print(format_plan(plan))
 
 
 def evaluate_checkpoint(
-    config: Mapping[str, Any], workdir: Path, split: str, *, step: int | None = None
+    run: RunConfig, workdir: Path, split: str, *, step: int | None = None
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint (None: the newest) on a split under every protocol of
+    """Evaluates a checkpoint (None: the newest that can be read) on a split under every protocol of
     docs/evaluation.md.
 
     Prints the table; writes metrics_<split>.json, .md and .png, predictions_<split>.npz (what
     `python -m dsct_jax evaluate` reads) and predictions_<split>.png into `workdir`, and, on the
-    validation split, thresholds.json, which prediction and the other splits' evaluation use.
+    validation split, thresholds.json, for checkpoints without a validation of their own.
     """
-    run, mesh = RunConfig.from_mapping(config), make_mesh()
+    mesh = make_mesh()
     run.train.require_divisible(mesh.size)
-    params, norm_stats, metadata, step = load_weights(workdir, step)
-    require_same_model(metadata["config"], config, str(workdir))
-    functions = Network(run.model)
-    require_same_shapes(
-        functions.param_shapes | functions.norm_stats_shapes, {**params, **norm_stats}, str(workdir)
-    )
-    calibration = (
-        calibration_of_run(workdir, class_names=run.class_names, step=step)
-        if split != "val"
-        else None
-    )
+    weights = load_weights(workdir, step)
+    require_same_model(weights.metadata["config"], run.to_dict(), str(workdir))
+    network, values = Network(run.model), (weights.params, weights.norm_stats)
+    shapes = network.param_shapes | network.norm_stats_shapes
+    require_same_shapes(shapes, weights.params | weights.norm_stats, str(workdir))
+    calibration = stored_calibration(weights, workdir, run) if split != "val" else None
     data = build_dataset(run, split, training=False)
-    predict = partial(make_eval_step(functions, mesh=mesh), *replicate((params, norm_stats), mesh))
     results, shown = collect(
-        predict, data, split, run=run, mesh=mesh, keep=DRAWN_IMAGES, checkpoint=f"step {step}"
+        partial(make_eval_step(network, mesh=mesh), *replicate(values, mesh)),
+        data,
+        split,
+        run=run,
+        mesh=mesh,
+        keep=DRAWN_IMAGES,
+        checkpoint=f"step {weights.step}",
     )
     metrics = evaluate(results, calibration=calibration, resamples=RESAMPLES, seed=run.seed)
     if jax.process_index() == 0:
         print(format_table(metrics))
         report_skipped(data, log=print)
-        predictions, sheet = (
-            workdir / f"predictions_{split}.npz",
-            workdir / f"predictions_{split}.png",
-        )
-        results.save(predictions)
-        fitted = fit_calibration(results) if split == "val" else None
-        contact_sheet(draw_shown(shown, results.about, fitted or calibration), 6).save(sheet)
-        numbers = write_evaluation(metrics, workdir, suffix=f"_{split}")
-        print(
-            f"numbers: {'   '.join(map(str, numbers))}   predictions: {predictions}   drawings "
-            f"(dashed: annotated): {sheet}"
-        )
-        if fitted is not None:
-            fitted.save(workdir / CALIBRATION_FILE)
-            print(
-                "temperature and thresholds fitted for prediction and for the other splits: "
-                f"{workdir / CALIBRATION_FILE}"
-            )
-        elif calibration is None:
-            print("no thresholds fitted on validation: --mode=eval --split=val makes them")
+        write_results(results, metrics, shown, calibration, workdir)
     return metrics
+
+
+def stored_calibration(weights: Weights, workdir: Path, run: RunConfig) -> Calibration | None:
+    """What a validation fitted for exactly these weights: stored with them, or in thresholds.json."""
+    if "decoder" not in weights.metadata:
+        return calibration_of_run(workdir, class_names=run.class_names, step=weights.step)
+    text, where = json.dumps(weights.metadata["decoder"]), f"{workdir}, step {weights.step}"
+    return parse_calibration(text, class_names=run.class_names, where=where)
+
+
+def write_results(
+    results: SplitResults,
+    metrics: dict[str, Any],
+    shown: list[Shown],
+    calibration: Calibration | None,
+    workdir: Path,
+) -> None:
+    """Writes what `evaluate_checkpoint` has found, and says where it is."""
+    split = results.about.split
+    fitted = fit_calibration(results) if split == "val" else None
+    predictions, sheet = (workdir / f"predictions_{split}.{end}" for end in ("npz", "png"))
+    results.save(predictions)
+    numbers = write_evaluation(metrics, workdir, suffix=f"_{split}")
+    line = f"numbers: {'   '.join(map(str, numbers))}   predictions: {predictions}"
+    if pictures := draw_shown(shown, results.about, fitted or calibration):
+        contact_sheet(pictures, 6).save(sheet)
+        line += f"   drawings (dashed: annotated): {sheet}"
+    print(line)
+    if fitted is not None:
+        fitted.save(workdir / CALIBRATION_FILE)
+        print(
+            "temperature and thresholds fitted for prediction and for the other splits: "
+            f"{workdir / CALIBRATION_FILE}"
+        )
+    elif calibration is None:
+        print("no thresholds fitted on validation: --mode=eval --split=val makes them")
 
 
 def make_parser() -> Parser:
@@ -516,47 +541,58 @@ def resolve_step(text: str, workdir: Path) -> int | None:
     return int(text)
 
 
-def run_mode(argv: list[str] | None) -> None:
-    """Reads the command line and runs the chosen mode."""
+def run_mode(argv: list[str] | None) -> int | None:
+    """Reads the command line and runs the chosen mode; returns the exit status."""
     arguments, overrides = make_parser().parse_known_args(argv)
     for name in ("config",) if arguments.mode == "plan" else ("config", "workdir"):
         if getattr(arguments, name) is None:
-            raise UserError(
-                f"--{name} is missing"
-                + (f", but there is {overrides[0]}" if overrides else "")
-                + "; see train.py --help"
-            )
+            instead = f", but there is {overrides[0]}" if overrides else ""
+            raise UserError(f"--{name} is missing{instead}; see train.py --help")
     window, workdir = parse_window(arguments.profile), arguments.workdir
     if workdir and workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; name a directory")
-    config = override(read_config(arguments.config), overrides)
+    run = RunConfig.from_mapping(override(read_config(arguments.config), overrides))
     init_distributed(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    try:
-        if arguments.mode == "train":
-            train(config, workdir, profile=window)
-        elif arguments.mode == "plan":
-            print_plan(config)
+    if arguments.mode == "train":
+        return run_command(
+            lambda: train_or_stop(run, workdir, window),
+            interrupted="interrupted; the same command continues from the last checkpoint",
+        )
+    with full_disk_reported(workdir):
+        if arguments.mode == "plan":
+            print_plan(run)
         else:
-            evaluate_checkpoint(
-                config, workdir, arguments.split, step=resolve_step(arguments.checkpoint, workdir)
-            )
-    except Preempted as request:
-        print(request, flush=True)
+            step = resolve_step(arguments.checkpoint, workdir)
+            evaluate_checkpoint(run, workdir, arguments.split, step=step)
+    return None
+
+
+def train_or_stop(run: RunConfig, workdir: Path, profile: tuple[int, int] | None) -> None:
+    """`train`, which may end early by a request that it obeys."""
+    with full_disk_reported(workdir):
+        try:
+            train(run, workdir, profile=profile)
+        except Preempted as request:
+            print(request, flush=True)
+
+
+@contextlib.contextmanager
+def full_disk_reported(workdir: Path | None) -> Iterator[None]:
+    """Around what writes below `workdir`: a disk that is full or read-only is the user's matter."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             raise
         raise UserError(
-            f"{error.filename or workdir}: {error.strerror}; make room, then the same command "
-            "continues"
+            f"{error.filename or workdir}: {error.strerror}; make room, then run the same command "
+            "again"
         ) from error
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; a user's mistake is one line on stderr and exit status 2."""
-    return run_command(
-        lambda: run_mode(argv),
-        interrupted="interrupted; the same command continues from the last checkpoint",
-    )
+    return run_command(lambda: run_mode(argv))
 
 
 if __name__ == "__main__":
