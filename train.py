@@ -28,17 +28,17 @@ from dsct_jax.batch import Batch, Predictions
 from dsct_jax.cli import Parser, run_command
 from dsct_jax.config import dataclass_from_dict, read_config, require
 from dsct_jax.errors import UserError
-from dsct_jax.evaluation.calibration import FILE as CALIBRATION_FILE
-from dsct_jax.evaluation.calibration import calibration_of_run
+from dsct_jax.evaluation.calibration import FILE as FIT_FILE
+from dsct_jax.evaluation.calibration import fit_decoder, save_fit, with_fit_beside
 from dsct_jax.evaluation.collect import collect_results
-from dsct_jax.evaluation.evaluate import RESAMPLES, evaluate, fit_calibration, write_evaluation
+from dsct_jax.evaluation.evaluate import RESAMPLES, evaluate, write_evaluation
 from dsct_jax.evaluation.report import format_table
 from dsct_jax.evaluation.results import ResultsInfo, Shown, SplitResults
 from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.parallel import Prefetch, make_mesh, replicate, shard_batch
-from dsct_jax.postprocess import has_subject_logit
+from dsct_jax.postprocess import Decoder
 from dsct_jax.runtime import (
     AUTO,
     CompilationLog,
@@ -109,6 +109,13 @@ class RunConfig:
     def best_metric(self) -> str:
         """What the best checkpoint is best by."""
         return self.train.best_metric or ("mAP" if self.multi_label else "accuracy")
+
+    @property
+    def decoder(self) -> Decoder:
+        """How the outputs are read, before anything is fitted."""
+        return Decoder.unfitted(
+            self.class_names, multi_label=self.multi_label, class_loss=self.loss.class_loss
+        )
 
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> "RunConfig":
@@ -323,7 +330,11 @@ def validate(
     weights = (state.ema or state.params) | state.frozen_params
     keep = DRAWN_IN_TRAINING if jax.process_index() == 0 else 0
     results, shown = collect(
-        partial(eval_step, weights, state.norm_stats), data, "val", run=run, mesh=mesh, keep=keep
+        partial(eval_step, weights, state.norm_stats),
+        data,
+        ResultsInfo(run.decoder, data.report.protocol, "val"),
+        mesh=mesh,
+        keep=keep,
     )
     metrics = evaluate(results)
     logbook.write(
@@ -333,7 +344,7 @@ def validate(
         logbook.image(
             step,
             "val/predictions",
-            contact_sheet(draw_shown(shown, results.about, fit_calibration(results)), 3),
+            contact_sheet(draw_shown(shown, fit_decoder(results)), 3),
         )
     logbook.log(
         "validation: "
@@ -345,20 +356,12 @@ def validate(
 def collect(
     predict: Callable[[Batch], Predictions],
     data: Dataset,
-    split: str,
+    about: ResultsInfo,
     *,
-    run: RunConfig,
     mesh: Mesh,
     keep: int,
-    checkpoint: str = "",
 ) -> tuple[SplitResults, list[Shown]]:
-    """(what `predict` says of every image of `data`, the first `keep` images with it); `checkpoint`
-    is kept with the results, for people.
-    """
-    subject_logit = has_subject_logit(multi_label=run.multi_label, class_loss=run.loss.class_loss)
-    about = ResultsInfo(
-        run.class_names, run.multi_label, subject_logit, data.report.protocol, split, checkpoint
-    )
+    """(what `predict` says of every image of `data`, the first `keep` images with it)."""
     return collect_results(
         predict,
         data.iterator(),
@@ -431,17 +434,19 @@ def evaluate_checkpoint(
         functions.param_shapes | functions.norm_stats_shapes, {**params, **norm_stats}, str(workdir)
     )
     step = newest_step(workdir) if step is None else step
-    calibration = (
-        calibration_of_run(workdir, class_names=run.class_names, step=step)
-        if split != "val"
-        else None
-    )
+    decoder, checkpoint = run.decoder, f"step {step}"
+    if split != "val":
+        decoder = with_fit_beside(workdir, decoder, checkpoint=checkpoint)
     data = build_dataset(run, split, training=False)
     predict = partial(make_eval_step(functions, mesh=mesh), *replicate((params, norm_stats), mesh))
     results, shown = collect(
-        predict, data, split, run=run, mesh=mesh, keep=DRAWN_IMAGES, checkpoint=f"step {step}"
+        predict,
+        data,
+        ResultsInfo(decoder, data.report.protocol, split, checkpoint),
+        mesh=mesh,
+        keep=DRAWN_IMAGES,
     )
-    metrics = evaluate(results, calibration=calibration, resamples=RESAMPLES, seed=run.seed)
+    metrics = evaluate(results, resamples=RESAMPLES, seed=run.seed)
     if jax.process_index() == 0:
         print(format_table(metrics))
         report_skipped(data, log=print)
@@ -450,20 +455,21 @@ def evaluate_checkpoint(
             workdir / f"predictions_{split}.png",
         )
         results.save(predictions)
-        fitted = fit_calibration(results) if split == "val" else None
-        contact_sheet(draw_shown(shown, results.about, fitted or calibration), 6).save(sheet)
+        if split == "val":
+            decoder = fit_decoder(results)
+        contact_sheet(draw_shown(shown, decoder), 6).save(sheet)
         numbers = write_evaluation(metrics, workdir, suffix=f"_{split}")
         print(
             f"numbers: {'   '.join(map(str, numbers))}   predictions: {predictions}   drawings "
             f"(dashed: annotated): {sheet}"
         )
-        if fitted is not None:
-            fitted.save(workdir / CALIBRATION_FILE)
+        if split == "val":
+            save_fit(decoder, workdir / FIT_FILE, checkpoint=checkpoint)
             print(
                 "temperature and thresholds fitted for prediction and for the other splits: "
-                f"{workdir / CALIBRATION_FILE}"
+                f"{workdir / FIT_FILE}"
             )
-        elif calibration is None:
+        elif not decoder.fitted_on:
             print("no thresholds fitted on validation: --mode=eval --split=val makes them")
     return metrics
 

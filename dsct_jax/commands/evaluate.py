@@ -9,10 +9,11 @@ from pathlib import Path
 
 from dsct_jax.cli import Parser, run_command, writing
 from dsct_jax.errors import UserError
-from dsct_jax.evaluation.calibration import read_calibration
+from dsct_jax.evaluation.calibration import read_fit, with_fit_beside
 from dsct_jax.evaluation.evaluate import RESAMPLES, evaluate, write_evaluation
 from dsct_jax.evaluation.report import format_table
-from dsct_jax.evaluation.results import read_results
+from dsct_jax.evaluation.results import ResultsInfo, read_results
+from dsct_jax.postprocess import Decoder
 
 
 def make_parser() -> Parser:
@@ -35,8 +36,8 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--thresholds",
         type=Path,
-        help="thresholds.json fitted on validation; by default the one beside the file, if there "
-        "is one",
+        help="thresholds.json fitted on validation; by default what the file carries, or the one "
+        "beside it that was fitted to the same checkpoint",
     )
     parser.add_argument(
         "--resamples",
@@ -59,15 +60,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
         raise UserError(f"--output={arguments.output}: is a file; name a folder")
     results = read_results(arguments.predictions)
-    beside = arguments.predictions.with_name("thresholds.json")
-    path = arguments.thresholds or (beside if beside.is_file() else None)
-    calibration = (
-        None if path is None else read_calibration(path, class_names=results.about.class_names)
-    )
     metrics = evaluate(
         results,
         nms_threshold=arguments.nms,
-        calibration=calibration,
+        decoder=_fitted(results.about, arguments),
         resamples=arguments.resamples,
         seed=arguments.seed,
     )
@@ -77,6 +73,30 @@ def run(arguments: argparse.Namespace) -> None:
         with writing(arguments.output):
             paths = write_evaluation(metrics, arguments.output, suffix=suffix)
         print("\nwritten: " + "   ".join(map(str, paths)))
+
+
+def _fitted(about: ResultsInfo, arguments: argparse.Namespace) -> Decoder:
+    """What was fitted to the same weights on another split: as named, as the file carries, or as
+    thresholds.json beside it has.
+    """
+    path = arguments.thresholds
+    if path is None:
+        if about.decoder.fitted_on or about.split == "val":
+            return about.decoder
+        folder = arguments.predictions.parent
+        return with_fit_beside(folder, about.decoder, checkpoint=about.checkpoint)
+    decoder, checkpoint = read_fit(path, about.decoder)
+    if checkpoint and about.checkpoint and checkpoint != about.checkpoint:
+        raise UserError(
+            f"--thresholds={path}: fitted for {checkpoint}, but {arguments.predictions} is of "
+            f"{about.checkpoint}; evaluate that one, or fit again"
+        )
+    if decoder.fitted_on == about.split:
+        raise UserError(
+            f"--thresholds={path}: fitted on {about.split}, the split of "
+            f"{arguments.predictions} itself, where they would prove nothing; name another split"
+        )
+    return decoder
 
 
 def main(argv: Sequence[str] | None = None) -> int:

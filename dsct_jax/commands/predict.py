@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from dsct_jax.batch import Predictions
@@ -49,16 +49,7 @@ class TimedDetector:
 
     def __init__(self, model: Detector):
         self._model = model
-        self.class_names, self.multi_label, self.preprocessing = (
-            model.class_names,
-            model.multi_label,
-            model.preprocessing,
-        )
-        self.thresholds, self.min_confidence, self.config = (
-            model.thresholds,
-            model.min_confidence,
-            model.config,
-        )
+        self.decoder, self.preprocessing = model.decoder, model.preprocessing
         self._seconds: dict[tuple[int, ...], list[float]] = {}
 
     def __call__(self, images: Any, padding_mask: Any) -> Predictions:
@@ -88,7 +79,7 @@ def read_image(path: Path) -> Image.Image:
     """The RGB image in a file, upright: its EXIF orientation is applied, as every viewer does.
     Raises UserError for a file that is no image.
     """
-    return ImageOps.exif_transpose(decode_image(path))
+    return decode_image(path, upright=True)
 
 
 def predict_files(
@@ -251,6 +242,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = None if arguments.config is None else read_config(Path(arguments.config))
     start = time.monotonic()
     model = TimedDetector(load(arguments.checkpoint, config))
+    decoder = model.decoder
     print(
         f"{arguments.checkpoint}: loaded in {time.monotonic() - start:.1f} s; {len(files)} images "
         f"and {len(sources)} videos to look at",
@@ -271,20 +263,18 @@ def run(arguments: argparse.Namespace) -> None:
         )
     document = {
         "checkpoint": str(arguments.checkpoint),
-        "class_names": list(model.class_names),
-        "multi_label": model.multi_label,
+        "class_names": list(decoder.class_names),
+        "multi_label": decoder.multi_label,
         "selection": dataclasses.asdict(selection)
-        | {"min_confidence": selection.resolve_min_confidence(model.min_confidence)},
-        "thresholds": model.thresholds
-        if selection.threshold is None
-        else [selection.threshold] * len(model.class_names),
+        | {"min_confidence": decoder.resolve_min_confidence(selection)},
+        "thresholds": decoder.resolve_thresholds(selection),
         "images": list(entries.values()),
         "videos": watched,
         "unreadable": list(unreadable.values()),
     }
     write_json(output / "predictions.json", document)
     rows = [*_rows(entries.values(), watched)]
-    write_csv(output / "predictions.csv", model.class_names, rows)
+    write_csv(output / "predictions.csv", decoder.class_names, rows)
     if entries:
         _draw_sheet(list(entries.values()), output)
     pictures = len(entries) + sum(len(entry["frames"]) for entry in watched)
@@ -298,8 +288,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not rows:
         print(
             _no_people_hint(
-                selection.resolve_min_confidence(model.min_confidence),
-                fitted=model.min_confidence is not None,
+                decoder.resolve_min_confidence(selection),
+                fitted=decoder.min_confidence is not None,
             )
         )
     print(model.report())
