@@ -29,7 +29,7 @@ from dsct_jax.cli import Parser, run_command
 from dsct_jax.config import dataclass_from_dict, read_config, require
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import FILE as FIT_FILE
-from dsct_jax.evaluation.calibration import fit_decoder, save_fit, with_fit_beside
+from dsct_jax.evaluation.calibration import fit_decoder, save_fit, stored_decoder
 from dsct_jax.evaluation.collect import collect_results
 from dsct_jax.evaluation.evaluate import RESAMPLES, evaluate, write_evaluation
 from dsct_jax.evaluation.report import format_table
@@ -48,14 +48,7 @@ from dsct_jax.runtime import (
     start_process,
 )
 from dsct_jax.runtime import FILE as COMPILATIONS_FILE
-from dsct_jax.training.checkpoint import (
-    Checkpoints,
-    best_step,
-    load_weights,
-    newest_step,
-    require_same_model,
-    require_same_shapes,
-)
+from dsct_jax.training.checkpoint import Checkpoints
 from dsct_jax.training.logbook import Logbook, versions, write_settings
 from dsct_jax.training.loop import (
     Best,
@@ -83,6 +76,13 @@ from dsct_jax.training.step import (
 )
 from dsct_jax.visualization.drawing import contact_sheet, draw_shown
 from dsct_jax.weights.pretrained import load_pretrained
+from dsct_jax.weights.run_directory import (
+    best_step,
+    load_weights,
+    newest_step,
+    require_same_model,
+    require_same_shapes,
+)
 
 SHOWN_METRICS = ("mAP", "accuracy", "macro_f1", "mean_iou")  # in the line of a validation
 DRAWN_IMAGES = 24  # on the contact sheet of an evaluation
@@ -427,16 +427,15 @@ def evaluate_checkpoint(
     """
     run, mesh = RunConfig.from_mapping(config), make_mesh()
     run.train.require_divisible(mesh.size)
-    params, norm_stats, metadata = load_weights(workdir, step)
+    params, norm_stats, metadata, step = load_weights(workdir, step)
     require_same_model(metadata["config"], config, str(workdir))
     functions = Network(run.model)
     require_same_shapes(
         functions.param_shapes | functions.norm_stats_shapes, {**params, **norm_stats}, str(workdir)
     )
-    step = newest_step(workdir) if step is None else step
     decoder, checkpoint = run.decoder, f"step {step}"
     if split != "val":
-        decoder = with_fit_beside(workdir, decoder, checkpoint=checkpoint)
+        decoder = stored_decoder(decoder, metadata, workdir, step)
     data = build_dataset(run, split, training=False)
     predict = partial(make_eval_step(functions, mesh=mesh), *replicate((params, norm_stats), mesh))
     results, shown = collect(

@@ -4,10 +4,8 @@ python -m dsct_jax evaluate runs/demo/predictions_test.npz [--output=FOLDER]
 """
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
 
-from dsct_jax.cli import Parser, run_command, writing
+from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import read_fit, with_fit_beside
 from dsct_jax.evaluation.evaluate import RESAMPLES, evaluate, write_evaluation
@@ -18,13 +16,15 @@ from dsct_jax.postprocess import Decoder
 
 def make_parser() -> Parser:
     """The command's flags."""
-    parser = Parser(prog="python -m dsct_jax evaluate", description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
-        "predictions", type=Path, help="predictions_<split>.npz, as train.py --mode=eval writes it"
+        "predictions",
+        type=expanded_path,
+        help="predictions_<split>.npz, as train.py --mode=eval writes it",
     )
-    parser.add_argument(
+    parser.add_output(
         "--output",
-        type=Path,
+        folder=True,
         help="folder for metrics_<split>.json, .md and .png; without it the table is only printed",
     )
     parser.add_argument(
@@ -35,7 +35,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "--thresholds",
-        type=Path,
+        type=expanded_path,
         help="thresholds.json fitted on validation; by default what the file carries, or the one "
         "beside it that was fitted to the same checkpoint",
     )
@@ -57,8 +57,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--nms={arguments.nms} must lie in [0, 1]")
     if arguments.resamples < 0:
         raise UserError(f"--resamples={arguments.resamples} must be 0 or more")
-    if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
-        raise UserError(f"--output={arguments.output}: is a file; name a folder")
     results = read_results(arguments.predictions)
     metrics = evaluate(
         results,
@@ -70,8 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(format_table(metrics))
     if arguments.output is not None:
         suffix = f"_{results.about.split}" if results.about.split else ""
-        with writing(arguments.output):
-            paths = write_evaluation(metrics, arguments.output, suffix=suffix)
+        paths = write_evaluation(metrics, arguments.output, suffix=suffix)
         print("\nwritten: " + "   ".join(map(str, paths)))
 
 
@@ -97,8 +94,3 @@ def _fitted(about: ResultsInfo, arguments: argparse.Namespace) -> Decoder:
             f"{arguments.predictions} itself, where they would prove nothing; name another split"
         )
     return decoder
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; a user's mistake is one line on stderr and exit status 2."""
-    return run_command(lambda: run(make_parser().parse_args(argv)))

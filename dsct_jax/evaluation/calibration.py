@@ -8,6 +8,7 @@ train.py --mode=eval --split=val fitted to one of them.
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,17 @@ def read_fit(path: Path, decoder: Decoder) -> tuple[Decoder, str]:
         ) from None
     fitted = decoder.with_fit(text, where=str(path))
     return fitted, str(json.loads(text).get("checkpoint", ""))
+
+
+def stored_decoder(
+    decoder: Decoder, metadata: Mapping[str, Any], workdir: Path, step: int
+) -> Decoder:
+    """`decoder` with the fit that is stored with the checkpoint of `step`, where there is one: in
+    its `metadata`, or in thresholds.json beside it. Raises UserError for a damaged fit.
+    """
+    if "decoder" in metadata:
+        return decoder.with_fit(metadata["decoder"], where=f"{workdir}, checkpoint of step {step}")
+    return with_fit_beside(workdir, decoder, checkpoint=f"step {step}")
 
 
 def with_fit_beside(folder: Path, decoder: Decoder, *, checkpoint: str) -> Decoder:

@@ -18,13 +18,13 @@ from dsct_jax.evaluation.calibration import Calibration, calibration_of_run, par
 from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.preprocess import Preprocessing
-from dsct_jax.training.checkpoint import (
+from dsct_jax.weights.rules import from_torch
+from dsct_jax.weights.run_directory import (
     load_weights,
     newest_step,
     parse_run_path,
     require_same_shapes,
 )
-from dsct_jax.weights.rules import from_torch
 from dsct_jax.weights.tensor_files import (
     PTH_SUFFIXES,
     read_pth,
@@ -199,8 +199,8 @@ def read_native(path: Path) -> tuple[FlatParams, FlatParams, dict[str, Any]]:
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
     if path.is_dir():
-        params, norm_stats, metadata = load_weights(*parse_run_path(path))
-        return params, norm_stats, to_builtins(metadata["config"])
+        found = load_weights(*parse_run_path(path))
+        return found.params, found.norm_stats, to_builtins(found.metadata["config"])
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: neither a run directory nor a .safetensors or .pth file")
     arrays, strings = read_safetensors(path)

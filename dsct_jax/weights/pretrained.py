@@ -20,7 +20,6 @@ from dsct_jax.config import differences, to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import read_native
 from dsct_jax.model.build import FlatParams, Network
-from dsct_jax.training.checkpoint import DIRECTORY
 from dsct_jax.weights.rules import (
     DSCT,
     TORCHVISION,
@@ -30,6 +29,7 @@ from dsct_jax.weights.rules import (
     require_fit,
     translate,
 )
+from dsct_jax.weights.run_directory import DIRECTORY
 from dsct_jax.weights.tensor_files import read_safetensors, read_tensors
 
 _CLASS_HEAD = re.compile(r"class_head/.*")

@@ -19,8 +19,9 @@ from dsct_jax.evaluation.calibration import Calibration
 from dsct_jax.inference.load import Model, model_config
 from dsct_jax.model.build import Network
 from dsct_jax.parallel import make_mesh
-from dsct_jax.training.checkpoint import Checkpoints, load_weights
+from dsct_jax.training.checkpoint import Checkpoints
 from dsct_jax.training.step import TrainState
+from dsct_jax.weights.run_directory import load_weights
 from dsct_jax.weights.tensor_files import read_pth
 from tests.inference.test_load import small_config
 from tests.weights.test_tensor_files import write_state
@@ -356,7 +357,7 @@ def test_a_run_of_eight_devices_on_a_machine_with_one(model, tmp_path, golden):
         np.testing.assert_array_equal(
             exported.params[name], value if name in frozen_params else average[name], err_msg=name
         )
-    last, _, _ = load_weights(tmp_path / "run", ema=False)
+    last = load_weights(tmp_path / "run", ema=False).params
     np.testing.assert_array_equal(last["class_head/bias"], model.params["class_head/bias"])
     assert exported.calibration.temperature == 2.0
 

@@ -22,8 +22,9 @@ from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import Calibration, read_calibration
 from dsct_jax.evaluation.results import read_results
 from dsct_jax.model.build import Network
-from dsct_jax.training.checkpoint import Checkpoints, best_step, load_weights
+from dsct_jax.training.checkpoint import Checkpoints
 from dsct_jax.training.step import initial_state
+from dsct_jax.weights.run_directory import best_step, load_weights
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 5  # with batches of 2: the last one is filled up
@@ -90,7 +91,7 @@ def test_a_chosen_checkpoint(workdir, tmp_path, one_device):
     config = small_config()
     save(tmp_path, config, one_device)
     checkpoints = Checkpoints(tmp_path, metadata={"config": config, "versions": {}})
-    params, norm_stats, _ = load_weights(tmp_path)
+    params, norm_stats, *_ = load_weights(tmp_path)
     run = train.RunConfig.from_mapping(config)
     _, state = initial_state(
         {name: value * 0 for name, value in params.items()},
