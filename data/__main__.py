@@ -16,7 +16,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
-    return run_subcommand("data.tools", COMMANDS, sys.argv[1:] if argv is None else argv)
+    return run_subcommand("data.tools", COMMANDS, argv, prog="python -m data")
 
 
 if __name__ == "__main__":

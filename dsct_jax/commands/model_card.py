@@ -213,7 +213,7 @@ def _threshold_lines(config: Mapping[str, Any], thresholds: Mapping[str, Any] | 
             else "the most probable class counts"
         )
         return [f"Nothing was fitted on validation: {rule}."]
-    split = thresholds.get("split", "val")
+    split = thresholds.get("fitted_on") or thresholds.get("split", "val")
     lines = [
         f"Temperature {thresholds.get('temperature', 1):.3g}, fitted on {split}: divide the "
         "logits by it to calibrate the scores."
