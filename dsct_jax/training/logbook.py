@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,21 @@ class Logbook:
     def _write_events(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
+
+    def log_changes(
+        self, changed: Sequence[str], stored: Mapping[str, Any], *, steps_per_epoch: int
+    ) -> None:
+        """What is different from the start before: settings, and the length of an epoch as its
+        checkpoint's metadata have it.
+        """
+        if changed:
+            self.log(f"settings changed since the last start: config.{'; config.'.join(changed)}")
+        before = stored.get("steps_per_epoch", steps_per_epoch)
+        if before != steps_per_epoch:
+            self.log(
+                f"the training data or the batch size changed: {before} -> {steps_per_epoch} steps "
+                "per epoch"
+            )
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """A picture among the TensorBoard events, and as the newest of its name below `workdir`."""

@@ -14,70 +14,13 @@ import numpy as np
 
 from dsct_jax.batch import Batch
 from dsct_jax.errors import UserError
-from dsct_jax.parallel import FSDP, Prefetch
+from dsct_jax.parallel import Prefetch
 from dsct_jax.runtime import Preemption
 from dsct_jax.training.checkpoint import Checkpoints
+from dsct_jax.training.config import TrainConfig
 from dsct_jax.training.logbook import Logbook
-from dsct_jax.training.step import StepConfig, TrainState
+from dsct_jax.training.step import TrainState
 from dsct_jax.weights.run_directory import DIRECTORY
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """The `train` section of a configuration; configs/base.py explains each field."""
-
-    batch_size: int
-    eval_batch_size: int
-    epochs: float
-    steps: int
-    eval_every: float
-    checkpoint_every: float
-    keep_checkpoints: int
-    log_every: int
-    accumulate: int = 1
-    ema_decay: float = 0.0
-    fsdp: bool = False
-    max_skipped: int = 20
-    best_metric: str = ""
-    early_stopping: int = 0
-    wandb: str = ""
-
-    def __post_init__(self) -> None:
-        counts = ("batch_size", "eval_batch_size", "keep_checkpoints", "log_every", "accumulate")
-        epochs = ("epochs", "eval_every", "checkpoint_every")
-        rules: tuple[tuple[Sequence[str], Callable[[Any], bool], str], ...] = (
-            (counts, lambda value: value >= 1, "at least 1"),
-            (epochs, lambda value: 0 < value < math.inf, "more than 0"),
-            (("steps",), lambda value: value >= 0, "0 (config.train.epochs decides) or more"),
-            (("max_skipped", "early_stopping"), lambda value: value >= 0, "0 or more"),
-            (("ema_decay",), lambda value: 0 <= value < 1, "at least 0 (off) and less than 1"),
-        )
-        for fields, fits, must in rules:
-            for field in fields:
-                value = getattr(self, field)
-                if not fits(value):
-                    raise UserError(f"config.train.{field}={value} cannot be used: must be {must}")
-
-    @property
-    def step_config(self) -> StepConfig:
-        """The part that a step needs to know."""
-        rules = FSDP if self.fsdp else ()
-        return StepConfig(accumulate=self.accumulate, ema_decay=self.ema_decay, shard_rules=rules)
-
-    def require_divisible(self, devices: int) -> None:
-        """Raises UserError unless the global batch sizes are divisible by the number of devices."""
-        if self.batch_size % (devices * self.accumulate) and self.accumulate > 1:
-            parts = f"{devices} devices x config.train.accumulate={self.accumulate}"
-            raise UserError(
-                f"config.train.batch_size={self.batch_size} cannot be shared by {parts}: set it "
-                "to a multiple of their product"
-            )
-        for field in ("batch_size", "eval_batch_size"):
-            if getattr(self, field) % devices:
-                raise UserError(
-                    f"config.train.{field}={getattr(self, field)} cannot be shared by {devices} "
-                    f"devices: set it to a multiple of {devices}"
-                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -488,19 +431,3 @@ def _write_line(
     )
     speed = f"{times['images_per_s']:.1f} images/s  data wait {times['data_wait']:.0%}"
     logbook.progress(step, f"loss {train.get('total', math.nan):.3f}  {speed}", remaining)
-
-
-def log_config_changes(
-    logbook: Logbook, changed: Sequence[str], stored: Mapping[str, Any], steps_now: int
-) -> None:
-    """What is different from the start before: settings, and the length of an epoch as its
-    checkpoint's metadata have it.
-    """
-    if changed:
-        logbook.log(f"settings changed since the last start: config.{'; config.'.join(changed)}")
-    steps_before = stored.get("steps_per_epoch", steps_now)
-    if steps_before != steps_now:
-        logbook.log(
-            f"the training data or the batch size changed: {steps_before} -> {steps_now} steps "
-            "per epoch"
-        )
