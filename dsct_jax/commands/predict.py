@@ -1,8 +1,8 @@
 """Finds the people in images and videos, and their emotions; draws them and writes predictions.json
 and predictions.csv.
 
-    python -m dsct_jax predict photo.jpg folder/ 'more/*.png' film.mp4 --checkpoint=runs/demo --output=predictions
-    python -m dsct_jax predict --camera=0 --seconds=30 --checkpoint=runs/demo --output=predictions
+    python -m dsct_jax predict a.jpg folder/ 'more/*.png' b.mp4 --checkpoint=runs/demo --output=out
+    python -m dsct_jax predict --camera=0 --seconds=30 --checkpoint=runs/demo --output=out
 
 Nothing but the pictures is needed: the model finds the people itself. The library function is
 `dsct_jax.predict` (in dsct_jax/inference/predict.py).

@@ -4,13 +4,15 @@ looked at.
     python -m dsct_jax visualize FIGURE PATH... --checkpoint=runs/demo --output=figure.png
 
 FIGURE is one of
-    predictions   boxes and emotions, beside the annotated ones with --ground-truth                      (Figures 5 and 6)
-    activation    how strongly each level of the backbone (--stage=encoder: the encoder) answers  (Figure 7)
-    sampling      reference and sampling points of each person, alone and with the context        (Figures 8 and 9)
-    context       the context queries each layer selects for a person, and their weights          (Figures 4 and 10)
-    beside        the answers of two checkpoints, such as early and late fusion                   (Figure 13)
+    predictions   boxes and emotions, beside those of --ground-truth (Figures 5 and 6)
+    activation    how strongly each level of the --stage (backbone or encoder) answers (Figure 7)
+    sampling      reference and sampling points of each person, alone and with the context
+                  (Figures 8 and 9)
+    context       the context queries that each layer selects for a person, and their weights
+                  (Figures 4 and 10)
+    beside        the answers of two checkpoints, such as early and late fusion (Figure 13)
     embeddings    principal components of the embeddings of all people
-    losses        training loss of classification and localisation; PATHs are runs, no checkpoint (Figure 12)
+    losses        training loss of classification and localization; PATHs are runs (Figure 12)
 
 PATHs are images, folders or quoted patterns. --ground-truth is what `python -m data samples` writes
 beside the images (COCO style).

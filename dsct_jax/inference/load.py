@@ -17,9 +17,9 @@ from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import Calibration, calibration_of_run, parse_calibration
 from dsct_jax.model.build import FlatParams, Network, network_config
 from dsct_jax.preprocess import Preprocessing
+from dsct_jax.weights.native import parse_config, read_native
 from dsct_jax.weights.rules import from_torch
 from dsct_jax.weights.run_directory import (
-    load_weights,
     newest_step,
     parse_run_path,
     require_same_shapes,
@@ -134,7 +134,7 @@ def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
     if path.suffix in PTH_SUFFIXES and path.is_file():
         tensors, texts = read_pth(path)
         if config is None and "config" in texts:  # written by `dsct_jax.commands.export`
-            config = _parsed_config(texts["config"], path)
+            config = parse_config(texts["config"], path)
         if config is None:
             raise UserError(
                 f"{path}: a .pth file does not say which variant it is; give a configuration, "
@@ -153,7 +153,7 @@ def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
             config,
             calibration=_parsed_calibration(texts, require(config, "class_names", tuple), path),
         )
-    params, norm_stats, stored = read_native(path)
+    params, norm_stats, stored, *_ = read_native(path)
     chosen = stored if config is None else config
     class_names = require(chosen, "class_names", tuple)
     functions = Network(model_config(chosen))
@@ -185,36 +185,3 @@ def _parsed_calibration(
         if "calibration" in texts
         else None
     )
-
-
-def read_native(path: Path) -> tuple[FlatParams, FlatParams, dict[str, Any]]:
-    """(parameters, norm statistics, configuration) of a run directory, one of its checkpoints, or
-    a .safetensors file of `Model.save`.
-    """
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory")
-    if path.is_dir():
-        found = load_weights(*parse_run_path(path))
-        return found.params, found.norm_stats, to_builtins(found.metadata["config"])
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path}: neither a run directory nor a .safetensors or .pth file")
-    arrays, strings = read_safetensors(path)
-    if "config" not in strings:
-        raise UserError(
-            f"{path}: holds no configuration; only files written by this project's Model.save can "
-            "be read"
-        )
-    params, norm_stats = (
-        {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)}
-        for p in ("params/", "frozen/")
-    )
-    return params, norm_stats, _parsed_config(strings["config"], path)
-
-
-def _parsed_config(text: str, path: Path) -> dict[str, Any]:
-    try:
-        return dict(to_builtins(json.loads(text)))
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: the configuration in it is damaged ({error}); copy the file again"
-        ) from None

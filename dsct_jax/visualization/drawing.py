@@ -57,7 +57,7 @@ def draw_subjects(
     the annotated people when they are given.
 
     A small image comes back enlarged (a whole number of times). Boxes are in pixels of `image` as
-    given. The people of `ground_truth` need only box and labels; their `probabilities` may be empty.
+    given. The people of `ground_truth` need only box and labels.
     """
     factor = _enlargement(*image.size)
     size = (image.width * factor, image.height * factor)
@@ -174,7 +174,7 @@ def contact_sheet(
     Raises:
         ValueError: no columns, or another number of captions than images.
     """
-    if columns < 1 or len(captions or images) != len(images):
+    if columns < 1 or (captions is not None and len(captions) != len(images)):
         raise ValueError(f"{len(images)} images, {len(captions or ())} captions, {columns} columns")
     if not images:
         legend, columns = "no images to show", 1

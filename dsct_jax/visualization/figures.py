@@ -84,8 +84,8 @@ def activation_figure(introspections: Sequence[Introspection], *, stage: str) ->
     for position, (row, one, levels) in enumerate(zip(panels, introspections, maps, strict=True)):
         _show(row[0], one.image, "" if position else "image")
         for number, (axes, level) in enumerate(zip(row[1:], levels, strict=True), 3):
-            title = f"{'C' if stage == 'backbone' else 'level '}{number}, {level.shape[0]}x{level.shape[1]}"
-            _show(axes, one.image.convert("L"), title)
+            name, (height, width) = "C" if stage == "backbone" else "level ", level.shape
+            _show(axes, one.image.convert("L"), f"{name}{number}, {height}x{width}")
             span = (level - level.min()) / max(float(np.ptp(level)), 1e-12)
             extent = (0, one.image.width, one.image.height, 0)
             heat = axes.imshow(

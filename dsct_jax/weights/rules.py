@@ -1,4 +1,4 @@
-"""Tables of (PyTorch name, our parameter, layout), read in both directions: weights of others in,
+"""Tables of (PyTorch name, our parameter, layout), read in both directions: third-party weights in,
 ours out.
 
 A placeholder such as {i} stands for a number and takes the same value on both sides. Every name
@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,8 @@ _RANKS = {"linear": 2, "conv": 4}
 _QKV = 3
 
 Rule = tuple[str, str, str]
-NAMED_PROBLEMS = 12  # of more, an error only tells the number
+NAMED_PROBLEMS = 12  # of more, an error only gives the number
+_Pieces = dict[str, dict[int, tuple[str, np.ndarray]]]  # path -> third (0 = whole) -> (name, array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +41,16 @@ class TensorLayout:
     title: str
     marker: str  # regex: a file with such a name is of this kind
     rules: tuple[Rule, ...]
-    spellings: tuple[
-        tuple[str, str], ...
-        # (regex, replacement), tried on the start of a name: other spellings of the names in
-        # `rules`
-    ] = ()
+    # (regex, replacement), tried on the start of a name: other spellings of the names in `rules`
+    spellings: tuple[tuple[str, str], ...] = ()
     left_out: str = r"(?!)"  # regex: tensors that have no place in our model
-    repeated: str = (
-        r"(?!)"  # regex (prefix).(number).(rest): copies of entry 0, which they must equal
-    )
+    # regex (prefix).(number).(rest): copies of entry 0, which they must equal; one per layer of
+    # our `repeated_per`
+    repeated: str = r"(?!)"
+    repeated_per: str = ""
+    # fields of config.model without which such a file does not fit, and what else its code computes
+    requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    computes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _norm(torch: str, ours: str) -> list[Rule]:
@@ -95,57 +98,42 @@ def _input_projections(prefix: str) -> list[Rule]:
     ]
 
 
-def _original_layer(stack: str) -> list[Rule]:
+def _original_layer(stack: str, attention: tuple[str, str], norms: int) -> list[Rule]:
     torch, ours = f"transformer.{stack}.layers.{{i}}", f"{stack}/{{i}}"
-    rules = _norm(f"{torch}.norm1", f"{ours}/norm1") + _norm(f"{torch}.norm2", f"{ours}/norm2")
+    theirs, mine = attention
+    rules = _deformable_attention(f"{torch}.{theirs}", f"{ours}/{mine}")
+    for i in range(1, norms + 1):
+        rules += _norm(f"{torch}.norm{i}", f"{ours}/norm{i}")
     for part in ("linear1", "linear2"):
         rules += _linear(f"{torch}.{part}", f"{ours}/feedforward/{part}")
     return rules
 
 
+_THEIRS = "transformer.decoder.layers.{i}.self_attn"
+_OURS = "decoder/{i}/self_attention"
 _ORIGINAL_TRANSFORMER: tuple[Rule, ...] = (
     *resnet_rules("backbone.0.body.", "backbone"),
     *_input_projections(""),
     ("transformer.level_embed", "level_embed", "same"),
-    *_original_layer("encoder"),
-    *_deformable_attention(
-        "transformer.encoder.layers.{i}.self_attn", "encoder/{i}/self_attention"
-    ),
-    *_original_layer("decoder"),
-    *_norm("transformer.decoder.layers.{i}.norm3", "decoder/{i}/norm3"),
-    *_deformable_attention(
-        "transformer.decoder.layers.{i}.cross_attn", "decoder/{i}/cross_attention"
-    ),
-    (
-        "transformer.decoder.layers.{i}.self_attn.in_proj_weight",
-        "decoder/{i}/self_attention/in_proj/kernel",
-        "linear",
-    ),
-    (
-        "transformer.decoder.layers.{i}.self_attn.in_proj_bias",
-        "decoder/{i}/self_attention/in_proj/bias",
-        "same",
-    ),
-    *_linear(
-        "transformer.decoder.layers.{i}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"
-    ),
+    *_original_layer("encoder", ("self_attn", "self_attention"), 2),
+    *_original_layer("decoder", ("cross_attn", "cross_attention"), 3),
+    (f"{_THEIRS}.in_proj_weight", f"{_OURS}/in_proj/kernel", "linear"),
+    (f"{_THEIRS}.in_proj_bias", f"{_OURS}/in_proj/bias", "same"),
+    *_linear(f"{_THEIRS}.out_proj", f"{_OURS}/out_proj"),
     *_linear("transformer.reference_points", "reference_points"),
     ("query_embed.weight", "context_queries", "same"),
 )
 
 
-def _hugging_face_layer(stack: str, norms: Mapping[str, str]) -> list[Rule]:
+def _hugging_face_layer(stack: str, attention: tuple[str, str], norms: Sequence[str]) -> list[Rule]:
     torch, ours = f"model.{stack}.layers.{{i}}", f"{stack}/{{i}}"
-    rules = [
-        rule
-        for theirs, mine in norms.items()
-        for rule in _norm(f"{torch}.{theirs}", f"{ours}/{mine}")
-    ]
-    return (
-        rules
-        + _linear(f"{torch}.fc1", f"{ours}/feedforward/linear1")
-        + _linear(f"{torch}.fc2", f"{ours}/feedforward/linear2")
-    )
+    theirs, mine = attention
+    rules = _deformable_attention(f"{torch}.{theirs}", f"{ours}/{mine}")
+    for i, norm in enumerate(norms, 1):
+        rules += _norm(f"{torch}.{norm}", f"{ours}/norm{i}")
+    for i in (1, 2):
+        rules += _linear(f"{torch}.fc{i}", f"{ours}/feedforward/linear{i}")
+    return rules
 
 
 def _packed_projections(torch: str, ours: str) -> list[Rule]:
@@ -164,16 +152,15 @@ _HF_RESNET_SPELLINGS = (
     (rf"{_HF_BACKBONE}embedder\.embedder\.normalization\.", rf"{_HF_BACKBONE}bn1."),
     *(
         (
-            rf"{_HF_BACKBONE}encoder\.stages\.{s}\.layers\.(\d+)\.{theirs}\.",
+            rf"{_HF_BACKBONE}encoder\.stages\.{s}\.layers\.(\d+)\.{theirs}{kind}\.",
             rf"{_HF_BACKBONE}layer{s + 1}.\1.{name}.",
         )
         for s in range(4)
-        for theirs, name in [
-            (r"shortcut\.convolution", "downsample.0"),
-            (r"shortcut\.normalization", "downsample.1"),
+        for theirs, conv, norm in [
+            (r"shortcut\.", "downsample.0", "downsample.1"),
+            *((rf"layer\.{c}\.", f"conv{c + 1}", f"bn{c + 1}") for c in range(3)),
         ]
-        + [(rf"layer\.{c}\.convolution", f"conv{c + 1}") for c in range(3)]
-        + [(rf"layer\.{c}\.normalization", f"bn{c + 1}") for c in range(3)]
+        for kind, name in (("convolution", conv), ("normalization", norm))
     ),
 )
 
@@ -182,6 +169,7 @@ TORCHVISION = TensorLayout(
     marker=r"layer1\.0\.conv1\.weight",
     rules=tuple(resnet_rules("", "backbone")),
     left_out=r"fc\.(weight|bias)|.*\.num_batches_tracked",
+    requires={"norm": "frozen_batch"},
 )
 
 DEFORMABLE_DETR = TensorLayout(
@@ -199,26 +187,17 @@ HUGGING_FACE = TensorLayout(
         *_input_projections("model."),
         ("model.level_embed", "level_embed", "same"),
         *_hugging_face_layer(
-            "encoder", {"self_attn_layer_norm": "norm1", "final_layer_norm": "norm2"}
+            "encoder",
+            ("self_attn", "self_attention"),
+            ("self_attn_layer_norm", "final_layer_norm"),
         ),
-        *_deformable_attention("model.encoder.layers.{i}.self_attn", "encoder/{i}/self_attention"),
         *_hugging_face_layer(
             "decoder",
-            {
-                "encoder_attn_layer_norm": "norm1",
-                "self_attn_layer_norm": "norm2",
-                "final_layer_norm": "norm3",
-            },
+            ("encoder_attn", "cross_attention"),
+            ("encoder_attn_layer_norm", "self_attn_layer_norm", "final_layer_norm"),
         ),
-        *_deformable_attention(
-            "model.decoder.layers.{i}.encoder_attn", "decoder/{i}/cross_attention"
-        ),
-        *_packed_projections(
-            "model.decoder.layers.{i}.self_attn", "decoder/{i}/self_attention/in_proj"
-        ),
-        *_linear(
-            "model.decoder.layers.{i}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"
-        ),
+        *_packed_projections("model.decoder.layers.{i}.self_attn", f"{_OURS}/in_proj"),
+        *_linear("model.decoder.layers.{i}.self_attn.out_proj", f"{_OURS}/out_proj"),
         *_linear("model.reference_points", "reference_points"),
         ("model.query_position_embeddings.weight", "context_queries", "same"),
     ),
@@ -239,11 +218,9 @@ RELEASED: tuple[Rule, ...] = (
     *_ORIGINAL_TRANSFORMER,
     ("query_embed_dsct.weight", "subject_queries", "same"),
     *_linear("class_embed_dsct.0", "class_head"),
-    *(
-        rule
-        for i in range(3)
-        for rule in _linear(f"bbox_embed_dsct.0.layers.{i}", f"box_head/layer{i}")
-    ),
+    *_linear("bbox_embed_dsct.0.layers.0", "box_head/layer0"),
+    *_linear("bbox_embed_dsct.0.layers.1", "box_head/layer1"),
+    *_linear("bbox_embed_dsct.0.layers.2", "box_head/layer2"),
 )
 
 DSCT = TensorLayout(
@@ -251,10 +228,14 @@ DSCT = TensorLayout(
     marker=r"query_embed_dsct\.weight|class_embed_dsct\.0\.weight",
     rules=RELEASED,
     left_out=r".*\.num_batches_tracked",
-    # their modules list the one shared head once a decoder layer
+    # their modules list the one shared head once per decoder layer
     repeated=r"(class_embed_dsct|bbox_embed_dsct)\.([1-9]\d*)\.(.+)",
+    repeated_per="decoder",
+    requires={"norm": "frozen_batch", "box_refinement": False},
+    computes={"fusion": "released", "semantic_selection": "largest"},
 )
 
+EXPORTS = {"dsct": DSCT}  # name of a network -> the layout of its authors' code
 LAYOUTS = (DSCT, HUGGING_FACE, DEFORMABLE_DETR, TORCHVISION)
 
 
@@ -268,7 +249,7 @@ class Translation:
     unmatched: tuple[str, ...]  # our paths that this kind of file does not have
     problems: tuple[
         str, ...
-    ]  # one text for each tensor that is unknown, missing, doubled or of another shape
+    ]  # a text per tensor that is unknown, missing, doubled or of another shape
 
 
 def detect_layout(names: Iterable[str]) -> TensorLayout | None:
@@ -289,20 +270,19 @@ def from_torch(
     """PyTorch tensors by name -> our arrays by path, float32: the whole model.
 
     `shapes` are our paths and their shapes: each must be supplied once and fit. Raises UserError
-        naming every tensor that is unknown, missing,
-    doubled or of another shape; nothing is returned then.
+    naming every tensor that is unknown, missing, doubled or of another shape.
     """
     found = translate(state, shapes, layout=layout)
     require_fit([*found.problems, *(f"{path} is missing" for path in found.unmatched)])
     return found.arrays
 
 
-def require_fit(problems: Sequence[str]) -> None:
+def require_fit(problems: Sequence[str], *, where: str = "weights") -> None:
     """Raises UserError that names the problems, unless there are none."""
     if problems:
         more = "; ..." if len(problems) > NAMED_PROBLEMS else ""
         raise UserError(
-            f"weights: {len(problems)} tensors do not fit the model: "
+            f"{where}: {len(problems)} tensors do not fit the model: "
             f"{'; '.join(problems[:NAMED_PROBLEMS])}{more}"
         )
 
@@ -313,9 +293,7 @@ def translate(
     """PyTorch tensors by name -> our arrays, and an account of every tensor. `shapes` are our paths
     and their shapes; raises nothing.
     """
-    pieces: dict[
-        str, dict[int, tuple[str, np.ndarray]]
-    ] = {}  # path -> third (0 where whole) -> (name, array)
+    pieces: _Pieces = {}
     left_out: list[str] = []
     problems: list[str] = []
     for name, tensor in state.items():
@@ -326,29 +304,22 @@ def translate(
             left_out.append(name)
             if original not in state or not np.array_equal(state[original], tensor):
                 problems.append(f"{name} differs from {original}, which it should repeat")
-        else:
-            problem = _place(name, np.asarray(tensor), shapes, layout, pieces)
-            problems += [problem] if problem else []
+        elif problem := _place(name, np.asarray(tensor), shapes, layout, pieces):
+            problems.append(problem)
     arrays: dict[str, np.ndarray] = {}
     for path, shape in shapes.items():
         thirds = pieces.get(path, {})
         expected = {third for _, _, third in _torch_names(path, layout)}
-        if expected and (lacking := expected - thirds.keys()):
-            told = any(
-                text.endswith(f" at {path}") for text in problems
-            )  # of another shape, which is said already
-            part = (
-                ""
-                if len(expected) == 1
-                else f" (its {', '.join(('query', 'key', 'value')[i] for i in sorted(lacking))} part)"
-            )
-            problems += [] if told else [f"{path} is missing{part}"]
+        if lacking := expected - thirds.keys():
+            # unless it is there in another shape, which is said already
+            if not any(text.endswith(f" at {path}") for text in problems):
+                lost = ", ".join(("query", "key", "value")[i] for i in sorted(lacking))
+                problems.append(
+                    f"{path} is missing" + (f" (its {lost} part)" if len(expected) > 1 else "")
+                )
         elif expected:
-            array = (
-                thirds[0][1]
-                if len(thirds) == 1
-                else np.concatenate([thirds[i][1] for i in range(_QKV)], -1)
-            )
+            parts = [thirds[i][1] for i in sorted(thirds)]
+            array = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
             arrays[path] = np.ascontiguousarray(array, np.float32).reshape(shape)
     taken = tuple(name for path in arrays for name, _ in pieces[path].values())
     unmatched = tuple(path for path in shapes if not has_rule(path, layout))
@@ -360,7 +331,7 @@ def _place(
     tensor: np.ndarray,
     shapes: Mapping[str, tuple[int, ...]],
     layout: TensorLayout,
-    pieces: dict[str, dict[int, tuple[str, np.ndarray]]],
+    pieces: _Pieces,
 ) -> str | None:
     """Puts one tensor among the `pieces`; what is wrong with it otherwise."""
     found = _matches(_canonical(name, layout), layout.rules)
@@ -381,34 +352,29 @@ def _place(
 
 
 def to_torch(
-    parameters: Mapping[str, AnyArray], *, num_decoder_layers: int, layout: TensorLayout = DSCT
+    parameters: Mapping[str, AnyArray], *, layout: TensorLayout = DSCT
 ) -> dict[str, np.ndarray]:
-    """Our arrays by path -> PyTorch tensors by name, shared heads repeated for every decoder layer.
+    """Our arrays by path -> PyTorch tensors by name, shared heads repeated for every layer.
 
-    Raises UserError naming the paths that this kind of file has no name for; `has_rule` tells them
+    Raises UserError naming the paths that this kind of file has no name for; `has_rule` says so
     beforehand.
     """
-    state: dict[str, np.ndarray] = {}
     if nameless := [path for path in parameters if not has_rule(path, layout)]:
         raise UserError(
             f"weights: {layout.title} has no name for {', '.join(nameless[:NAMED_PROBLEMS])}"
         )
+    layers = {
+        path.split("/")[1] for path in parameters if path.startswith(f"{layout.repeated_per}/")
+    }
+    state: dict[str, np.ndarray] = {}
     for path, array in parameters.items():
         found = _torch_names(path, layout)
         for name, how, third in found:
-            piece = (
-                np.asarray(array)
-                if len(found) == 1
-                else np.split(np.asarray(array), _QKV, axis=-1)[third]
-            )
-            tensor = np.array(_TO_TORCH[how](piece), order="C")
-            copies = [
-                re.sub(r"\.0\.", f".{i}.", name, count=1) for i in range(1, num_decoder_layers)
-            ]
-            state |= {
-                name: tensor,
-                **{copy: tensor for copy in copies if re.fullmatch(layout.repeated, copy)},
-            }
+            thirds = np.split(np.asarray(array), _QKV, axis=-1) if len(found) > 1 else [array]
+            tensor = np.array(_TO_TORCH[how](np.asarray(thirds[third])), order="C")
+            state[name] = tensor
+            copies = [name.replace(".0.", f".{i}.", 1) for i in range(1, len(layers))]
+            state |= {copy: tensor for copy in copies if re.fullmatch(layout.repeated, copy)}
     return state
 
 

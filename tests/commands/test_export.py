@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import dsct_jax
-from dsct_jax.commands.export import export, main, parse_sizes
+from dsct_jax import __main__
+from dsct_jax.commands.export import export, parse_sizes
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import Calibration
 from dsct_jax.inference.load import Model, model_config
@@ -25,6 +26,12 @@ from dsct_jax.weights.run_directory import load_weights
 from dsct_jax.weights.tensor_files import read_pth
 from tests.inference.test_load import small_config
 from tests.weights.test_tensor_files import write_state
+
+
+def main(arguments):
+    """`python -m dsct_jax export` in this process."""
+    return __main__.main(["export", *arguments])
+
 
 ROOT = Path(__file__).parents[2]
 SIZE = (90, 97)  # of the golden batch
@@ -348,7 +355,7 @@ def test_a_run_of_eight_devices_on_a_machine_with_one(model, tmp_path, golden):
         f"--output={tmp_path / 'out'}",
         "--format=safetensors",
     ]
-    program = "import jax, sys; assert len(jax.devices()) == 1; from dsct_jax.commands.export import main; sys.exit(main(sys.argv[1:]))"
+    program = "import jax, sys; assert len(jax.devices()) == 1; from dsct_jax.__main__ import main; sys.exit(main(['export', *sys.argv[1:]]))"
     subprocess.run(
         [sys.executable, "-c", program, *arguments], cwd=ROOT, env=ONE_DEVICE, check=True
     )
@@ -387,7 +394,7 @@ def test_mistakes_are_one_line(model, tmp_path, capsys):
     )
     for arguments, says in (
         ([f"--checkpoint={tmp_path / 'x'}", output, "--format=torch"], "no such file"),
-        ([checkpoint, output, "--format=tflite"], "none of stablehlo"),
+        ([checkpoint, output, "--format=tflite"], "must be one of stablehlo"),
         ([checkpoint, output, "--format=onnx", "--batch-size=0"], "at least 1"),
         ([checkpoint, output, "--format=stablehlo", "--sizes=800"], "HEIGHTxWIDTH"),
     ):

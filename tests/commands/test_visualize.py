@@ -13,9 +13,10 @@ from PIL import Image
 from benchmarks.fusion_weights import weight_measures
 from configs import debug
 from data.tools.samples import run as write_samples
+from dsct_jax import __main__
 from dsct_jax.cli import run_command
 from dsct_jax.commands import visualize
-from dsct_jax.commands.visualize import main, read_ground_truth
+from dsct_jax.commands.visualize import read_ground_truth
 from dsct_jax.config import to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.inference import introspection as inside
@@ -31,6 +32,12 @@ from dsct_jax.visualization.figures import (
     loss_figure,
     sampling_figure,
 )
+
+
+def main(arguments):
+    """`python -m dsct_jax visualize` in this process."""
+    return __main__.main(["visualize", *arguments])
+
 
 EVERYBODY = Selection(min_confidence=0.0, nms=1.0)
 

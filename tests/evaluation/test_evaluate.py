@@ -16,7 +16,7 @@ from sklearn import metrics as sklearn_metrics
 
 from configs.base import CAER_S_CLASSES, EMOTIC_CLASSES
 from dsct_jax.boxes import cxcywh_to_xyxy, pairwise_iou
-from dsct_jax.commands.evaluate import main
+from dsct_jax.__main__ import main
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import Calibration
 from dsct_jax.evaluation.evaluate import BUCKETS, evaluate, fit_calibration, write_evaluation
@@ -562,7 +562,7 @@ def test_the_file_brings_everything_back(stored):
 
 def test_the_command_computes_the_same_from_the_file(stored, tmp_path, capsys):
     results, path = stored
-    assert main([str(path), f"--output={tmp_path / 'out'}", "--resamples=20", "--seed=4"]) == 0
+    assert main(["evaluate", str(path), f"--output={tmp_path / 'out'}", "--resamples=20", "--seed=4"]) == 0
     expected = evaluate(results, resamples=20, seed=4)
     assert json.loads((tmp_path / "out" / "metrics_test.json").read_text()) == json.loads(
         json.dumps(expected)
@@ -582,7 +582,7 @@ def test_the_command_uses_the_thresholds_beside_the_file(tmp_path, capsys):
     )
     results.save(tmp_path / "predictions_test.npz")
     fit_calibration(results).save(tmp_path / "thresholds.json")
-    assert main([str(tmp_path / "predictions_test.npz"), "--resamples=0", "--nms=0.5"]) == 0
+    assert main(["evaluate", str(tmp_path / "predictions_test.npz"), "--resamples=0", "--nms=0.5"]) == 0
     assert "macro_f1_fitted" in capsys.readouterr().out
     write_evaluation(
         evaluate(results), tmp_path / "plain", suffix=""

@@ -16,7 +16,7 @@ import pytest
 
 import dsct_jax
 import train
-from dsct_jax.commands.evaluate import main as evaluate_main
+from dsct_jax.__main__ import main as dsct_main
 from dsct_jax.config import read_config, to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import Calibration, read_calibration
@@ -113,7 +113,7 @@ def test_a_chosen_checkpoint(workdir, tmp_path, one_device):
 
 
 def test_the_numbers_come_again_from_the_file_alone(workdir, tmp_path):
-    assert evaluate_main([str(workdir / "predictions_test.npz"), f"--output={tmp_path}"]) == 0
+    assert dsct_main(["evaluate", str(workdir / "predictions_test.npz"), f"--output={tmp_path}"]) == 0
     assert json.loads((tmp_path / "metrics_test.json").read_text()) == json.loads(
         (workdir / "metrics_test.json").read_text()
     )

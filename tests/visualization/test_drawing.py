@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
+from dsct_jax.__main__ import main
 from dsct_jax.batch import Batch, Targets
-from dsct_jax.commands.report import main, metrics_table, read_metrics
+from dsct_jax.commands.report import metrics_table, read_metrics
 from dsct_jax.errors import UserError
 from dsct_jax.postprocess import Subject
 from dsct_jax.visualization.drawing import (
@@ -202,7 +203,7 @@ def run(tmp_path):
 
 
 def test_report_draws_curves_and_tables(run, capsys):
-    assert main([str(run)]) == 0
+    assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.split() == [str(run / "curves.png"), str(run / "metrics.md")]
     with Image.open(run / "curves.png") as curves:
         assert curves.width > 1500
@@ -232,7 +233,7 @@ def test_losses_are_best_when_low(run):
 def test_report_of_what_is_no_run_is_one_line(tmp_path, capsys, text, message):
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
-    assert main([str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
