@@ -26,8 +26,8 @@ from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import Network
 from dsct_jax.model.layers import REMAT
 from dsct_jax.parallel import make_mesh
+from dsct_jax.training.config import MATCHERS, MatcherConfig
 from dsct_jax.training.losses import LossConfig
-from dsct_jax.training.matching import IMPLEMENTATIONS, MatcherConfig
 from dsct_jax.training.memory_plan import format_plan, make_plan
 from dsct_jax.training.optimizer import OptimizerConfig
 from dsct_jax.training.step import initial_state, make_train_step
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--remat", choices=REMAT, default="light")
-    parser.add_argument("--matcher", choices=IMPLEMENTATIONS, default="scipy")
+    parser.add_argument("--matcher", choices=MATCHERS, default="scipy")
     args = parser.parse_args()
     config = read_config(args.config)
     config["model"] |= {"compute_dtype": args.dtype, "remat": args.remat}

@@ -7,6 +7,7 @@ from typing import TypeVar
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
+from numpy.typing import ArrayLike
 
 AnyArray = TypeVar(
     "AnyArray", Array, np.ndarray
@@ -23,6 +24,11 @@ def xyxy_to_cxcywh(boxes: Num[AnyArray, "*n 4"]) -> Num[AnyArray, "*n 4"]:
     """(x1, y1, x2, y2) -> (cx, cy, w, h)."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return _namespace(boxes).concatenate([(low + high) / 2, high - low], axis=-1)
+
+
+def to_pixels(boxes: Num[np.ndarray, "*n 4"], sizes: ArrayLike) -> Num[np.ndarray, "*n 4"]:
+    """(cx, cy, w, h) in [0, 1] of images of these (height, width) -> (x1, y1, x2, y2) in pixels."""
+    return cxcywh_to_xyxy(boxes) * np.asarray(sizes, boxes.dtype)[..., [1, 0, 1, 0]]
 
 
 def _namespace(array: AnyArray):

@@ -7,10 +7,11 @@ import argparse
 
 from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.errors import UserError
-from dsct_jax.evaluation.calibration import read_calibration
+from dsct_jax.evaluation.calibration import read_fit, with_fit_beside
 from dsct_jax.evaluation.evaluate import RESAMPLES, evaluate, write_evaluation
 from dsct_jax.evaluation.report import format_table
-from dsct_jax.evaluation.results import read_results
+from dsct_jax.evaluation.results import ResultsInfo, read_results
+from dsct_jax.postprocess import Decoder
 
 
 def make_parser() -> Parser:
@@ -22,7 +23,7 @@ def make_parser() -> Parser:
     tables = "folder for metrics_<split>.json, .md and .png; default: only print the table"
     parser.add_output("--output", folder=True, help=tables)
     add("--nms", type=float, help="suppress queries that overlap more (IoU) before the selection")
-    fitted = "thresholds.json fitted on validation; default: the one beside the file, if any"
+    fitted = "thresholds.json of validation; default: what the file carries, or the one beside it"
     add("--thresholds", type=expanded_path, help=fitted)
     images = "of the images, for the 95 %% intervals; 0 = none (default: %(default)s)"
     add("--resamples", type=int, default=RESAMPLES, help=images)
@@ -37,15 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.resamples < 0:
         raise UserError(f"--resamples={arguments.resamples} must be 0 or more")
     results = read_results(arguments.predictions)
-    beside = arguments.predictions.with_name("thresholds.json")
-    path = arguments.thresholds or (beside if beside.is_file() else None)
-    calibration = (
-        None if path is None else read_calibration(path, class_names=results.about.class_names)
-    )
     metrics = evaluate(
         results,
         nms_threshold=arguments.nms,
-        calibration=calibration,
+        decoder=_fitted(results.about, arguments),
         resamples=arguments.resamples,
         seed=arguments.seed,
     )
@@ -54,3 +50,27 @@ def run(arguments: argparse.Namespace) -> None:
         suffix = f"_{results.about.split}" if results.about.split else ""
         paths = write_evaluation(metrics, arguments.output, suffix=suffix)
         print("\nwritten: " + "   ".join(map(str, paths)))
+
+
+def _fitted(about: ResultsInfo, arguments: argparse.Namespace) -> Decoder:
+    """What was fitted to the same weights on another split: as named, as the file carries, or as
+    thresholds.json beside it has.
+    """
+    path = arguments.thresholds
+    if path is None:
+        if about.decoder.fitted_on or about.split == "val":
+            return about.decoder
+        folder = arguments.predictions.parent
+        return with_fit_beside(folder, about.decoder, checkpoint=about.checkpoint)
+    decoder, checkpoint = read_fit(path, about.decoder)
+    if checkpoint and about.checkpoint and checkpoint != about.checkpoint:
+        raise UserError(
+            f"--thresholds={path}: fitted for {checkpoint}, but {arguments.predictions} is of "
+            f"{about.checkpoint}; evaluate that one, or fit again"
+        )
+    if decoder.fitted_on == about.split:
+        raise UserError(
+            f"--thresholds={path}: fitted on {about.split}, the split of "
+            f"{arguments.predictions} itself, where they would prove nothing; name another split"
+        )
+    return decoder

@@ -39,7 +39,6 @@ from dsct_jax.commands.flags import add_checkpoint, load_model
 from dsct_jax.config import require
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model, load
-from dsct_jax.postprocess import has_subject_logit
 from dsct_jax.preprocess import MEAN, STD, Size
 from dsct_jax.weights.rules import EXPORTS, has_rule, to_torch
 from dsct_jax.weights.tensor_files import write_npz, write_pth
@@ -107,14 +106,11 @@ def description(model: Model, sizes: Sequence[Size]) -> dict[str, Any]:
     """What one must know to use the artifact, as JSON values: classes, thresholds, preprocessing,
     and how the outputs are to be read.
     """
-    loss = require(model.config, "loss", Mapping)
     return {
         "class_names": list(model.class_names),
         "multi_label": model.multi_label,
-        "subject_logit": has_subject_logit(
-            multi_label=model.multi_label, class_loss=str(loss.get("class_loss"))
-        ),
-        "calibration": None if model.calibration is None else dataclasses.asdict(model.calibration),
+        "subject_logit": model.decoder.subject_logit,
+        "decoder": model.decoder.to_dict(),
         "preprocessing": {
             "mean": list(MEAN),
             "std": list(STD),

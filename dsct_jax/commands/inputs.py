@@ -20,7 +20,7 @@ def read_image(path: Path) -> Image.Image:
     """The RGB image in a file, upright: its EXIF orientation is applied, as every viewer does.
     Raises UserError for a file that is no image.
     """
-    return ImageOps.exif_transpose(decode_image(path))
+    return decode_image(path, upright=True)
 
 
 def find_inputs(paths: Sequence[str], *, exclude: Path) -> tuple[list[Path], list[Path]]:

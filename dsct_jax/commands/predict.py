@@ -273,15 +273,14 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"none of the {len(files) + len(sources)} files could be read as an image or video"
         )
-    cut = chosen.resolve_min_confidence(model.min_confidence)
+    decoder = model.decoder
+    cut = decoder.resolve_min_confidence(chosen)
     document = {
         "checkpoint": str(arguments.checkpoint),
-        "class_names": model.class_names,
-        "multi_label": model.multi_label,
+        "class_names": list(decoder.class_names),
+        "multi_label": decoder.multi_label,
         "selection": dataclasses.asdict(chosen) | {"min_confidence": cut},
-        "thresholds": model.thresholds
-        if chosen.threshold is None
-        else [chosen.threshold] * len(model.class_names),
+        "thresholds": decoder.resolve_thresholds(chosen),
         "images": images,
         "videos": watched,
         "unreadable": unreadable,
@@ -294,7 +293,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"({(len(images) + frames) / seconds:.1f} images/s, with reading, drawing and compilation)"
     )
     if not people:
-        remedy = "" if model.min_confidence else "; train.py --mode=eval --split=val fits it"
+        remedy = "" if decoder.min_confidence else "; train.py --mode=eval --split=val fits it"
         print(
             f"no person detected above confidence {cut:.3g}; a lower --min-confidence shows what "
             f"there was{remedy}"

@@ -12,11 +12,10 @@ from jaxtyping import Bool, Float
 
 from dsct_jax.batch import Predictions
 from dsct_jax.boxes import AnyArray
-from dsct_jax.config import dataclass_from_dict, require, to_builtins
+from dsct_jax.config import require, to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import Calibration, calibration_of_run, parse_calibration
-from dsct_jax.model.build import FlatParams, Network
-from dsct_jax.model.dsct import DSCTConfig
+from dsct_jax.model.build import FlatParams, Network, network_config
 from dsct_jax.preprocess import Preprocessing
 from dsct_jax.weights.native import parse_config, read_native
 from dsct_jax.weights.rules import from_torch
@@ -116,14 +115,10 @@ def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
     return Preprocessing(short_side=short_side, max_long_side=max_long_side, buckets=buckets)
 
 
-def model_config(config: Mapping[str, Any]) -> DSCTConfig:
+def model_config(config: Mapping[str, Any]) -> Any:
     """The `model` section and the number of classes as the network's configuration."""
-    return dataclass_from_dict(
-        DSCTConfig,
-        "model",
-        require(config, "model", Mapping),
-        num_classes=len(require(config, "class_names", tuple)),
-    )
+    classes = require(config, "class_names", tuple)
+    return network_config(require(config, "model", Mapping), len(classes))
 
 
 def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:

@@ -13,9 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dsct_jax.batch import Batch
 from dsct_jax.boxes import cxcywh_to_xyxy
-from dsct_jax.evaluation.calibration import Calibration
-from dsct_jax.evaluation.results import ResultsInfo, Shown
-from dsct_jax.postprocess import Selection, Subject, select_subjects
+from dsct_jax.evaluation.results import Shown
+from dsct_jax.postprocess import Decoder, Subject
 
 # Okabe-Ito without black: the palette of all drawings and figures
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
@@ -211,33 +210,18 @@ def draw_batch(
     batch: Batch,
     logits: np.ndarray,
     boxes: np.ndarray,
-    *,
-    class_names: Sequence[str],
-    multi_label: bool,
-    subject_logit: bool,
-    calibration: Calibration | None = None,
+    decoder: Decoder,
 ) -> list[Image.Image]:
     """Every real image of a batch, without its padding, with the predicted people and the annotated
     ones.
 
     `logits` [b q k+1] and `boxes` [b q 4] are those of the last decoder layer; `batch` holds host
-    arrays. `calibration` says who is a person and, where classes are independent, which emotions
-    apply.
+    arrays. `decoder` says who is a person and which emotions apply.
     """
     pictures = []
     for i in np.flatnonzero(np.asarray(batch.real)):
         height, width = (int(side) for side in batch.sizes[i])
-        subjects = select_subjects(
-            np.asarray(logits[i]),
-            np.asarray(boxes[i]),
-            (height, width),
-            class_names=class_names,
-            multi_label=multi_label,
-            subject_logit=subject_logit,
-            selection=Selection(),
-            thresholds=None if calibration is None else calibration.thresholds,
-            min_confidence=None if calibration is None else calibration.min_confidence,
-        )
+        subjects = decoder(logits[i], boxes[i], (height, width))
         valid = np.asarray(batch.targets.valid[i])
         people = cxcywh_to_xyxy(np.asarray(batch.targets.boxes[i])[valid]) * np.array(
             [width, height] * 2
@@ -248,7 +232,7 @@ def draw_batch(
                 box=tuple(box.tolist()),
                 probabilities={},
                 labels=tuple(
-                    name for name, present in zip(class_names, row, strict=True) if present
+                    name for name, present in zip(decoder.class_names, row, strict=True) if present
                 ),
                 paper_score=1.0,
             )
@@ -259,17 +243,10 @@ def draw_batch(
     return pictures
 
 
-def draw_shown(
-    shown: Sequence[Shown], about: ResultsInfo, calibration: Calibration | None
-) -> list[Image.Image]:
-    """Drawings of images that `collect_results` kept, with the people that `calibration` finds
-    (None: at the defaults).
-    """
-    names: dict[str, Any] = {
-        name: getattr(about, name) for name in ("class_names", "multi_label", "subject_logit")
-    }
+def draw_shown(shown: Sequence[Shown], decoder: Decoder) -> list[Image.Image]:
+    """Drawings of images that `collect_results` kept, with the people that `decoder` finds."""
     return [
         picture
         for batch, logits, boxes in shown
-        for picture in draw_batch(batch, logits, boxes, calibration=calibration, **names)
+        for picture in draw_batch(batch, logits, boxes, decoder)
     ]

@@ -130,6 +130,17 @@ def best_step(workdir: Path) -> int:
     return found
 
 
+def parse_step(text: str, workdir: Path) -> int | None:
+    """--checkpoint as the step of a checkpoint, None = the newest. Raises UserError."""
+    if text in ("newest", "best"):
+        return None if text == "newest" else best_step(workdir)
+    if not text.isdecimal():
+        raise UserError(
+            f"--checkpoint={text} cannot be used: must be newest, best or the step of a checkpoint"
+        )
+    return int(text)
+
+
 def parse_run_path(path: Path) -> tuple[Path, int | None]:
     """(workdir, step) of RUN, RUN/checkpoints (both: None, the newest) or RUN/checkpoints/STEP."""
     if path.parent.name == DIRECTORY and path.name.isdecimal():
