@@ -78,6 +78,11 @@ class Subject:
     confidence: float = 1.0
 
 
+def _require_share(field: str, value: float | None) -> None:
+    if value is not None and not 0 <= value <= 1:
+        raise UserError(f"{field}={value} must lie in [0, 1]")
+
+
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """Which answers of the queries count, and which classes become labels."""
@@ -255,8 +260,3 @@ class Decoder:
                 confidence=float(confidences[query]),
             )
         return found
-
-
-def _require_share(field: str, value: float | None) -> None:
-    if value is not None and not 0 <= value <= 1:
-        raise UserError(f"{field}={value} must lie in [0, 1]")

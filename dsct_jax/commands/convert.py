@@ -17,8 +17,9 @@ from typing import Any
 from dsct_jax.cli import Parser, run_command, writing
 from dsct_jax.config import read_config, require
 from dsct_jax.errors import UserError
-from dsct_jax.inference.load import Model, model_config, read_native
+from dsct_jax.inference.load import Model, model_config
 from dsct_jax.model.build import Network
+from dsct_jax.weights.native import read_native
 from dsct_jax.weights.pretrained import is_native, load_pretrained
 
 MODEL_FILE = "model.safetensors"

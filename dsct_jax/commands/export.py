@@ -16,7 +16,6 @@ bytes.
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import shutil
@@ -33,7 +32,7 @@ import numpy as np
 
 from dsct_jax.cli import Parser, run_command, writing
 from dsct_jax.commands import onnx_export
-from dsct_jax.config import read_config, require
+from dsct_jax.config import read_config
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model, load
 from dsct_jax.preprocess import MEAN, STD, Size

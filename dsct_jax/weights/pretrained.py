@@ -18,7 +18,7 @@ import numpy as np
 
 from dsct_jax.config import differences, to_builtins
 from dsct_jax.errors import UserError
-from dsct_jax.inference.load import read_native
+from dsct_jax.weights.native import read_native
 from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.weights.rules import (
     DSCT,
@@ -161,7 +161,7 @@ def _from_others(
 def _from_own(
     path: Path, shapes: Mapping[str, tuple[int, ...]], config: dict[str, Any]
 ) -> tuple[Translation, list[str]]:
-    params, norm_stats, stored = read_native(path)
+    params, norm_stats, stored, *_ = read_native(path)
     arrays: dict[str, np.ndarray] = {
         name: np.asarray(value) for name, value in {**params, **norm_stats}.items()
     }

@@ -288,6 +288,11 @@ def _named_views(content: Any) -> tuple[dict[str, _View], dict[str, str]]:
     return {str(name): view for name, view in model.items() if isinstance(view, _View)}, texts
 
 
+def read_safetensors_texts(path: Path) -> dict[str, str]:
+    """The metadata of a `.safetensors` file; raises UserError when it is damaged."""
+    return read_safetensors(path)[1]
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(tensors by name, metadata) of a `.safetensors` file; raises UserError when it is damaged,
     cut short, or names a tensor twice.
