@@ -18,7 +18,6 @@ bytes.
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import shutil
