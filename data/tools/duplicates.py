@@ -20,10 +20,7 @@ from dsct_jax.errors import UserError
 # of 256 bits: what saving again, resizing and slight colour changes move; unrelated images differ
 # in about 128
 NEAR = 24
-_SIDE, _LOWEST = (
-    64,
-    16,
-)
+_SIDE, _LOWEST = (64, 16)
 # the image is reduced to 64x64 grey; of its cosine transform the 16x16 lowest frequencies are
 # kept
 _COSINES = np.cos(np.pi / _SIDE * (np.arange(_SIDE) + 0.5) * np.arange(_LOWEST)[:, None]).astype(
