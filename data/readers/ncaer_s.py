@@ -43,7 +43,7 @@ def read_ncaer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadRepo
 
 def _read_crop(image: Path) -> list[tuple[float, ...]]:
     path = image.with_suffix(".txt")
-    needs = "needs the face x1,y1,x2,y2 in pixels, or 0,0,0,0"
+    needs = "needs x1,y1,x2,y2 of the face in pixels, or 0,0,0,0"
     try:
         lines = path.read_text(encoding="utf-8").split()
     except FileNotFoundError:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.command import config_parser, data_config, parse
+from data.command import ConfigParser, data_config
 from dsct_jax.cli import run_command
 
 DEBUG = Path(__file__).parents[2] / "configs/debug.py"
@@ -21,10 +21,10 @@ def test_overrides_change_the_data_section_and_the_classes():
 
 
 def test_a_command_adds_its_own_flags():
-    parser = config_parser("python -m data.some", None)
+    parser = ConfigParser(None)
     parser.add_argument("-n", type=int, default=24)
-    config, arguments = parse(parser, [f"--config={DEBUG}", "-n", "3", "--config.data.test=9"])
-    assert (arguments.n, config.test) == (3, "9")
+    arguments = parser.parse_args([f"--config={DEBUG}", "-n", "3", "--config.data.test=9"])
+    assert (arguments.n, arguments.data.test) == (3, "9")
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_command_adds_its_own_flags():
     ],
 )
 def test_mistakes_are_one_line_and_status_2(argv, says, capsys):
-    assert run_command(lambda: parse(config_parser("command", None), argv) and None) == 2
+    assert run_command(lambda: ConfigParser(None).parse_args(argv) and None) == 2
     captured = capsys.readouterr()
     assert (
         captured.err.startswith("error: ")
