@@ -34,7 +34,7 @@ def read_caer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadRepor
         )
     if are_json == {True}:
         return read_coco(config, split, locate=locate)
-    builder = RecordBuilder(", ".join(str(file.path) for file in files), config, protocol="caer_s")
+    builder = RecordBuilder([file.path for file in files], config, protocol="caer_s")
     for file in files:
         faces = _read_list(file.path, builder, len(config.class_names))
         _require_root(file, list(faces), split)
@@ -66,7 +66,10 @@ def _read_list(
     """Image name -> the (x1, y1, x2, y2) box and the class number of each of its lines, in the
     order of the list.
     """
-    with reading(path, "box list", csv.Error), path.open(newline="", encoding="utf-8-sig") as file:
+    with (
+        reading(path, "a box list", csv.Error),
+        path.open(newline="", encoding="utf-8-sig") as file,
+    ):
         rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if row]
     if not rows:
         raise UserError(f"{path}: lists no images")

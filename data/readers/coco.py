@@ -41,8 +41,7 @@ def read_coco(
             annotation.
     """
     files = config.annotation_files(split)
-    sources = ", ".join(str(file.path) for file in files)
-    builder = RecordBuilder(sources, config, protocol=_protocol(config))
+    builder = RecordBuilder([file.path for file in files], config, protocol=_protocol(config))
     finder = ImageFinder(Path(config.data_dir), locate)
     for file in files:
         document = load_json(file.path)
@@ -80,7 +79,7 @@ def load_json(path: Path) -> dict[str, Any]:
     or without a byte order mark. Raises UserError naming the file.
     """
     try:
-        with reading(path, "annotation file"):
+        with reading(path, "json"):
             document = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(

@@ -29,7 +29,7 @@ def read_ncaer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadRepo
             f"{top}: no such folder; set config.data.data_dir, and config.data.{split} to the "
             "split's folder below images/ and crop/"
         )
-    builder = RecordBuilder(top, config, protocol="ncaer_s")
+    builder = RecordBuilder([top], config, protocol="ncaer_s")
     for folder in sorted(path for path in top.iterdir() if path.is_dir()):
         label = builder.class_index(folder.name, f"{folder}: class")
         for image in sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES):

@@ -123,18 +123,18 @@ class ReadReport:
 
 @contextlib.contextmanager
 def reading(path: Path, what: str, *errors: type[Exception]) -> Iterator[None]:
-    """Around what reads an annotation file: raises UserError, one line that names the file, when it
-    is missing or (`errors`) is no `what`.
+    """Around what reads an annotation file: raises UserError, naming the file, when it is missing
+    or (`errors`) is not `what`.
     """
     try:
         yield
     except FileNotFoundError:
         raise UserError(
-            f"{path}: no such {what}; set config.data.data_dir and the split's file name"
+            f"{path}: no such annotation file; set config.data.data_dir and the split's file name"
         ) from None
     except (OSError, UnicodeDecodeError, *errors) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be read as a {what} ({reason})") from None
+        raise UserError(f"{path}: cannot be read as {what} ({reason})") from None
 
 
 def clip_boxes(
@@ -182,10 +182,10 @@ class RecordBuilder:
     source.
     """
 
-    def __init__(self, source: object, config: DataConfig, *, protocol: str) -> None:
+    def __init__(self, sources: Sequence[Path], config: DataConfig, *, protocol: str) -> None:
         protocol = protocol if config.protocol == "auto" else config.protocol
         self.records: list[Record] = []
-        self.report = ReadReport(str(source), protocol=protocol)
+        self.report = ReadReport(", ".join(map(str, sources)), protocol=protocol)
         self._config = config
         self._find = class_lookup(config.class_names)
 

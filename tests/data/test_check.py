@@ -203,7 +203,7 @@ def test_counts_of_the_released_head_box_json_must_be_right(tmp_path, capsys):
     [
         (["--split=trian"], "--split: 'trian'"),
         (["--near=200"], "--near=200"),
-        (["--config.data.train=other.txt"], "other.txt: no such box list"),
+        (["--config.data.train=other.txt"], "other.txt: no such annotation file"),
         (["--config.class_names=('Anger','Disgust')"], "class 'Fear' is not in config.class_names"),
     ],
 )
