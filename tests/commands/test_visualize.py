@@ -12,15 +12,14 @@ from PIL import Image
 
 from benchmarks.fusion_weights import weight_measures
 from configs import debug
-from data.tools.samples import run as write_samples
+from data.__main__ import main as data_main
 from dsct_jax import __main__
-from dsct_jax.cli import run_command
 from dsct_jax.commands import visualize
 from dsct_jax.commands.visualize import read_ground_truth
 from dsct_jax.config import to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.inference import introspection as inside
-from dsct_jax.inference.introspection import principal_components
+from dsct_jax.inference.introspection import introspect, principal_components
 from dsct_jax.inference.load import Model, load, model_config
 from dsct_jax.model.build import Network
 from dsct_jax.postprocess import Selection, Subject
@@ -67,20 +66,8 @@ def checkpoint(tmp_path_factory):
 def samples(tmp_path_factory):
     """Three built-in scenes as files, with truth.json."""
     folder = tmp_path_factory.mktemp("samples")
-    assert (
-        run_command(
-            lambda: write_samples(
-                [
-                    "--config=configs/debug.py",
-                    "-n",
-                    "3",
-                    "--config.data.test=3",
-                    f"--output={folder}",
-                ]
-            )
-        )
-        == 0
-    )
+    arguments = ["--config=configs/debug.py", "-n", "3", "--config.data.test=3"]
+    assert data_main(["samples", *arguments, f"--output={folder}"]) == 0
     return folder
 
 
@@ -384,17 +371,11 @@ def test_a_model_without_context_has_no_context_figure(tmp_path, samples, capsys
 
 
 def test_a_split_that_is_too_small_is_one_line(tmp_path, capsys):
-    arguments = [
-        "--config=configs/debug.py",
-        "-n",
-        "9",
-        "--config.data.test=3",
-        f"--output={tmp_path}",
-    ]
-    assert run_command(lambda: write_samples(arguments)) == 2
+    samples = ["samples", "--config=configs/debug.py", f"--output={tmp_path}"]
+    assert data_main([*samples, "-n", "9", "--config.data.test=3"]) == 2
     assert "built-in scenes test has 3 images" in capsys.readouterr().err
-    with pytest.raises(UserError, match="invalid choice: 'holdout'"):
-        write_samples(["--config=configs/debug.py", "--split=holdout", f"--output={tmp_path}"])
+    assert data_main([*samples, "--split=holdout"]) == 2
+    assert "invalid choice: 'holdout'" in capsys.readouterr().err
 
 
 def test_the_weight_of_the_fusion_is_split_between_its_selections(scene):
