@@ -226,7 +226,8 @@ def pretrained(
     """The weights of config.init_from in the place of random ones; what was taken is printed and
     kept in init_from.txt.
     """
-    *values, lines = load_pretrained(run.init_from, network, params, norm_stats, run.to_dict())
+    classes = {"class_names": run.class_names, "multi_label": run.multi_label}
+    *values, lines = load_pretrained(run.init_from, network, params, norm_stats, **classes)
     if jax.process_index() == 0:
         print("\n".join(lines), flush=True)
         workdir.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,6 @@ import numpy as np
 from dsct_jax.cli import Parser
 from dsct_jax.commands import onnx_export
 from dsct_jax.commands.flags import add_checkpoint, load_model
-from dsct_jax.config import require
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model, load
 from dsct_jax.preprocess import MEAN, STD, Size
@@ -202,10 +201,9 @@ def write_torch(model: Model, path: Path, notes: Mapping[str, Any]) -> list[str]
     when that code has no such model.
     """
     config = model.functions.config
-    name = require(model.config, "model", Mapping).get("name", "dsct")
-    if name not in EXPORTS:
-        raise UserError(f"--format=torch: no other code has config.model.name={name}")
-    layout, weights = EXPORTS[name], model.params | model.norm_stats
+    if config.name not in EXPORTS:
+        raise UserError(f"--format=torch: no other code has config.model.name={config.name}")
+    layout, weights = EXPORTS[config.name], model.params | model.norm_stats
     for field, value in layout.requires:
         if (found := getattr(config, field)) != value:
             raise UserError(

@@ -133,7 +133,7 @@ def _model_lines(config: Mapping[str, Any], environment: Mapping[str, Any]) -> l
     lines = [
         "From an image to its people's boxes and apparent emotions, in JAX.",
         "",
-        f"- Network {fields.pop('name', 'dsct')}: "
+        f"- Network {fields.pop('name')}: "
         + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())
         + ".",
         f"- {parameters:,} parameters.",

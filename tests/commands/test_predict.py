@@ -433,7 +433,8 @@ def test_the_latency_leaves_the_first_call_of_a_shape_out(command, folder, tmp_p
     )
     report = timed.report()
     assert re.search(
-        r"latency of the model: \d+\.\d ms per batch of 2 \(median; 95 % below \d+\.\d ms\), \d+\.\d images/s; 1 shape",
+        r"latency of the model: \d+\.\d ms per batch of 2 \(median; 95 % below \d+\.\d ms\), "
+        r"\d+\.\d images/s; 1 shape",
         report,
     ), report
 
