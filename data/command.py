@@ -23,11 +23,8 @@ from dsct_jax.errors import UserError
 
 
 def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`config` with each --config.section.field=value applied.
-
-    Raises:
-        UserError: an argument of another form, a field that does not exist, or a value of another
-            type.
+    """`config` with each --config.section.field=value applied. Raises UserError when an argument of
+    another form, a field that does not exist, or a value of another type.
     """
     for argument in overrides:
         if not argument.startswith("--config."):
@@ -54,10 +51,8 @@ def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
 
 def data_config(path: Path, overrides: Sequence[str] = ()) -> DataConfig:
     """The data section and the classes of a configuration file, changed by arguments such as
-    --config.data.data_dir=DIR.
-
-    Raises:
-        UserError: the file or an argument cannot be used; the line names it.
+    --config.data.data_dir=DIR. Raises UserError when the file or an argument cannot be used; the
+    line names it.
     """
     config = override(read_config(path), overrides)
     classes = {

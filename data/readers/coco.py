@@ -36,9 +36,8 @@ def read_coco(
         split: train, val or test.
         locate: (folder that the names start from, file_name) -> path of an image.
 
-    Raises:
-        UserError: the json, an image or a category cannot be used; one line naming the file and the
-            annotation.
+    Raises UserError when the json, an image or a category cannot be used; one line naming the file
+    and the annotation.
     """
     files = config.annotation_files(split)
     builder = RecordBuilder([file.path for file in files], config, protocol=_protocol(config))

@@ -213,11 +213,8 @@ class RecordBuilder:
         annotated_size: tuple[int, int] | None = None,
     ) -> None:
         """One image with the (x1, y1, x2, y2) pixel boxes of its people and the class indices of
-        each; no box at all is written with NaN.
-
-        Raises:
-            UserError: the image is missing or damaged and `skip_corrupt` is not set, or it shows
-                more people than `max_targets`.
+        each; no box at all is written with NaN. Raises UserError when the image is missing or
+        damaged and `skip_corrupt` is not set, or it shows more people than `max_targets`.
         """
         report = self.report
         try:

@@ -26,10 +26,8 @@ _PAIRS = 3  # raw and transformed, per row of the sheet
 
 def sample_sheet(config: DataConfig, split: str, *, count: int, seed: int) -> Image.Image:
     """The first `count` images that a training with `seed` is shown (or an evaluation, for val and
-    test), each raw and as it goes into a batch.
-
-    Raises:
-        UserError: the data cannot be used; the line names the file.
+    test), each raw and as it goes into a batch. Raises UserError when the data cannot be used; the
+    line names the file.
     """
     records, _ = read_split(config, split)
     sizes = [(record.height, record.width) for record in records]
