@@ -69,12 +69,8 @@ class ConfigParser(Parser):
 
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description)
-        self.add_argument(
-            "--config",
-            type=expanded_path,
-            required=True,
-            help="such as configs/demo.py; --config.data.FIELD=VALUE changes a field",
-        )
+        text = "such as configs/demo.py; --config.data.FIELD=VALUE changes a field"
+        self.add_argument("--config", type=expanded_path, required=True, help=text)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """The flags, and the DataConfig as `data`. Raises UserError."""

@@ -126,13 +126,14 @@ def reading(path: Path, what: str, *errors: type[Exception]) -> Iterator[None]:
     """Around what reads an annotation file: raises UserError, naming the file, when it is missing
     or (`errors`) is not `what`.
     """
+    unusable: tuple[type[Exception], ...] = (OSError, UnicodeDecodeError, *errors)
     try:
         yield
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such annotation file; set config.data.data_dir and the split's file name"
         ) from None
-    except (OSError, UnicodeDecodeError, *errors) as error:
+    except unusable as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be read as {what} ({reason})") from None
 

@@ -235,24 +235,15 @@ def write_manifest(rows: Sequence[Row], path: Path) -> None:
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--videos",
-        type=expanded_path,
-        required=True,
-        help="folder with {train,validation,test}/<Class>/*.avi",
-    )
-    parser.add_output(
-        "--output", folder=True, required=True, help="folder for images/, crop/ and manifest.csv"
-    )
-    parser.add_argument(
-        "--parts", type=int, default=4, help="stretches of a video that give one frame each"
-    )
+    text = "folder with {train,validation,test}/<Class>/*.avi"
+    parser.add_argument("--videos", type=expanded_path, required=True, help=text)
+    text = "folder for images/, crop/ and manifest.csv"
+    parser.add_output("--output", folder=True, required=True, help=text)
+    text = "stretches of a video that give one frame each (default 4)"
+    parser.add_argument("--parts", type=int, default=4, help=text)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--detector",
-        default="haar",
-        help="haar, yunet:MODEL.onnx, or MODULE:NAME, a function of your own (data/tools/faces.py)",
-    )
+    text = "haar, yunet:MODEL.onnx, or MODULE:NAME, a function of your own (data/tools/faces.py)"
+    parser.add_argument("--detector", default="haar", help=text)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     return parser
 

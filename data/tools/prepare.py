@@ -327,23 +327,16 @@ def verify(output: Path) -> int:
 def make_parser() -> ConfigParser:
     """The command line."""
     parser = ConfigParser(__doc__)
-    parser.add_output(
-        "--output",
-        folder=True,
-        required=True,
-        help="folder of the prepared data: later config.data.data_dir",
-    )
-    parser.add_argument(
-        "--split", action="append", choices=SPLITS, help="only this one; may be given several times"
-    )
-    parser.add_argument(
-        "--short_side", type=int, help="reduce images whose short side has more pixels than this"
-    )
+    text = "folder of the prepared data: later config.data.data_dir"
+    parser.add_output("--output", folder=True, required=True, help=text)
+    text = "only this one; may be given several times"
+    parser.add_argument("--split", action="append", choices=SPLITS, help=text)
+    text = "reduce images whose short side has more pixels than this"
+    parser.add_argument("--short_side", type=int, help=text)
     parser.add_argument("--shard_images", type=int, default=256, help="images per file")
     parser.add_workers("threads")
-    parser.add_argument(
-        "--verify", action="store_true", help="only compare the files there with their checksums"
-    )
+    text = "only compare the files there with their checksums"
+    parser.add_argument("--verify", action="store_true", help=text)
     return parser
 
 

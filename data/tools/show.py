@@ -88,15 +88,10 @@ def make_parser() -> ConfigParser:
     parser = ConfigParser(__doc__)
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("-n", "--count", type=int, default=24, help="images on it (default 24)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="config.seed of the training to look at (default 0)"
-    )
-    parser.add_output(
-        "--output",
-        folder=False,
-        default=Path("samples.png"),
-        help="the picture (default samples.png)",
-    )
+    text = "config.seed of the training to look at (default 0)"
+    parser.add_argument("--seed", type=int, default=0, help=text)
+    output = Path("samples.png")
+    parser.add_output("--output", folder=False, default=output, help=f"default {output}")
     return parser
 
 
