@@ -29,15 +29,9 @@ def decode_bits(mask: int, num_classes: int) -> list[int]:
 def read_coco(
     config: DataConfig, split: str, *, locate: Callable[[Path, str], Path] = Path.__truediv__
 ) -> tuple[list[Record], ReadReport]:
-    """The records of one split, in the order of the json's `images`.
-
-    Args:
-        config: `data_dir` holds the images and the annotation files named by the split's field.
-        split: train, val or test.
-        locate: (folder that the names start from, file_name) -> path of an image.
-
-    Raises UserError when the json, an image or a category cannot be used; one line naming the file
-    and the annotation.
+    """The records of one split, in the order of the json's `images`. `locate`: (folder that the
+    names start from, file_name) -> path of an image. Raises UserError, naming file and annotation,
+    when the json, an image or a category cannot be used.
     """
     files = config.annotation_files(split)
     builder = RecordBuilder([file.path for file in files], config, protocol=_protocol(config))
@@ -101,7 +95,7 @@ def _whole(value: Any) -> Any:
     """An id as tools write it: 1, 1.0 and "1" are the same one."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, str) and value.isdecimal() and value == str(int(value)):
+    if isinstance(value, str) and len(value) < 20 and value.isdecimal():
         return int(value)
     return value
 

@@ -1,4 +1,4 @@
-"""Divides images into train, val and test anew, by chance or so that nothing alike is in two of
+"""Divides images into train, val and test, by chance or so that nothing alike is in two of
 them; writes COCO-style json, copies no image.
 
     python -m data split --config=configs/caer_s_r50.py --config.data.data_dir=DIR \\
