@@ -12,7 +12,6 @@ with --config.data.train=splits/train.json and so on (docs/datasets.md).
 """
 
 import argparse
-import csv
 import json
 import os
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from jaxtyping import Int
 from data.command import ConfigParser, require_at_least, splits_argument
 from data.config import SPLITS, DataConfig
 from data.readers.coco import to_coco
-from data.readers.records import Record
+from data.readers.records import Record, read_rows
 from data.readers.registry import read_split
 from data.tools.duplicates import NEAR, NEAR_HELP, Fingerprint, fingerprints, near_groups
 from dsct_jax.cli import expanded_path
@@ -83,15 +82,13 @@ def clip_groups(records: Sequence[Record], path: Path) -> Int[np.ndarray, " n"]:
     """A number for the clip of each image, as the lines `path,clip` of a file say. Raises UserError
     for a line or an image that is not there.
     """
+    if not path.is_file():
+        raise UserError(f"--clips={path}: no such file")
     clips: dict[str, str] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.reader(file), 1):
-                if len(row) not in (0, 2):
-                    raise UserError(f"{path}:{number}: needs path,clip and not {','.join(row)!r}")
-                clips |= {row[0].strip(): row[1].strip()} if row else {}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--clips={path}: cannot be read ({error})") from None
+    for number, row in read_rows(path, "lines path,clip"):
+        if len(row) != 2:
+            raise UserError(f"{path}:{number}: needs path,clip and not {','.join(row)!r}")
+        clips[row[0]] = row[1]
     if missing := next((record.name for record in records if record.name not in clips), None):
         raise UserError(f"--clips={path}: has no line for {missing}")
     numbers: dict[str, int] = {}
