@@ -84,7 +84,7 @@ def knocked_out_accuracies(model: Model, data: Dataset, fusion: Callable) -> dic
     for batch, i, predictions, queries in _answers(model, data, fusion):
         decided = predictions.logits[-1, i, queries, :-1].argmax(-1)
         right += (decided == batch.targets.labels[i][batch.targets.valid[i]].argmax(-1)).tolist()
-        cues += data.readers.records[batch.image_ids[i]].cues
+        cues += data.records[batch.image_ids[i]].cues
     return {"all": float(np.mean(right))} | accuracies(np.array(right), cues)
 
 

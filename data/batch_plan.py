@@ -27,6 +27,7 @@ from data.config import DataConfig
 from dsct_jax.preprocess import Size, choose_bucket, fit_bucket, resized_size, shrink_to_fit
 
 FILLER = -1  # index of a place in a batch that no image takes
+Entry = tuple[int, Transform]  # index of an image and what is done to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +89,7 @@ class BatchPlan:
         order = rng.permutation(len(self._sizes)).tolist()
         uniforms = rng.random((len(self._sizes), NUM_DRAWS))
         batches: list[PlannedBatch] = []
-        queues: dict[Size, list[tuple[int, Transform]]] = {
-            bucket: [] for bucket in self._config.buckets
-        }
+        queues: dict[Size, list[Entry]] = {bucket: [] for bucket in self._config.buckets}
         for index in order:
             height, width = self._sizes[index]
             transform = draw(self._config, height, width, uniforms[index].tolist())
@@ -106,11 +105,10 @@ class BatchPlan:
         return batches
 
     def _evaluation_pass(self) -> list[PlannedBatch]:
-        queues: dict[Size, list[tuple[int, Transform]]] = defaultdict(list)
+        queues: dict[Size, list[Entry]] = defaultdict(list)
+        limits = self._config.eval_short_side, self._config.max_long_side
         for index, (height, width) in enumerate(self._sizes):
-            wanted = resized_size(
-                height, width, self._config.eval_short_side, self._config.max_long_side
-            )
+            wanted = resized_size(height, width, *limits)
             size, bucket = fit_bucket(wanted, self._config.buckets)
             queues[bucket].append((index, Transform(size)))
         return [
@@ -119,27 +117,25 @@ class BatchPlan:
             for start in range(0, len(queue), self._batch_size)
         ]
 
-    def _mixed_batch(self, entries: Sequence[tuple[int, Transform]]) -> PlannedBatch:
+    def _mixed_batch(self, entries: Sequence[Entry]) -> PlannedBatch:
         """The remainders of several queues on one canvas: one that holds them all, else the one
         that scales them down least in total.
         """
-        bucket = choose_bucket([transform.size for _, transform in entries], self._config.buckets)
-        if bucket is None:
-            bucket = max(
-                self._config.buckets,
-                key=lambda canvas: sum(
-                    shrink_to_fit(t.size, canvas)[0] / t.size[0] for _, t in entries
-                ),
-            )
+        sizes = [transform.size for _, transform in entries]
+
+        def scale(bucket: Size) -> float:
+            return sum(shrink_to_fit(size, bucket)[0] / size[0] for size in sizes)
+
+        buckets = self._config.buckets
+        bucket = choose_bucket(sizes, buckets) or max(buckets, key=scale)
         fitted = [
             (index, dataclasses.replace(transform, size=shrink_to_fit(transform.size, bucket)))
             for index, transform in entries
         ]
         return self._batch(bucket, fitted)
 
-    def _batch(self, bucket: Size, entries: Sequence[tuple[int, Transform]]) -> PlannedBatch:
+    def _batch(self, bucket: Size, entries: Sequence[Entry]) -> PlannedBatch:
         missing = self._batch_size - len(entries)
-        indices, transforms = zip(*entries, strict=True)
-        return PlannedBatch(
-            bucket, indices + (FILLER,) * missing, transforms + (Transform(bucket),) * missing
-        )
+        filled = [*entries, *[(FILLER, Transform(bucket))] * missing]
+        indices, transforms = zip(*filled, strict=True)
+        return PlannedBatch(bucket, indices, transforms)

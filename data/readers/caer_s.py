@@ -7,23 +7,20 @@ may name files of any folder: the split is what the list says, never what the fo
 Images that no list names (no face was found) are no records.
 """
 
-import csv
 from collections import defaultdict
 from pathlib import Path
 
 from data.config import AnnotationFile, DataConfig
 from data.readers.coco import read_coco
-from data.readers.records import ReadReport, Record, RecordBuilder, reading
+from data.readers.records import ReadReport, Record, RecordBuilder, read_rows
 from dsct_jax.errors import UserError
 
 _LOOKED_FOR = 100  # images of a list; when none exists the list belongs to another root
 
 
 def read_caer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """The records of one split from `data_dir` and the split's json files or lists.
-
-    Raises:
-        UserError: a file, a line or a class name cannot be used; one line naming it.
+    """The records of one split from `data_dir` and the split's json files or lists. Raises
+    UserError: a file, a line or a class name cannot be used; one line naming it.
     """
     files = config.annotation_files(split)
     are_json = {file.path.suffix == ".json" for file in files}
@@ -66,18 +63,14 @@ def _read_list(
     """Image name -> the (x1, y1, x2, y2) box and the class number of each of its lines, in the
     order of the list.
     """
-    with (
-        reading(path, "a box list", csv.Error),
-        path.open(newline="", encoding="utf-8-sig") as file,
-    ):
-        rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if row]
+    rows = read_rows(path, "a box list")
     if not rows:
         raise UserError(f"{path}: lists no images")
     numbers = {str(index): index for index in range(num_classes)}
     faces: dict[str, list[tuple[tuple[float, ...], int]]] = defaultdict(list)
     for number, row in rows:
         try:
-            name, label, *corners = (cell.strip() for cell in row)
+            name, label, *corners = row
             x1, y1, x2, y2 = map(float, corners)
         except ValueError:
             raise UserError(

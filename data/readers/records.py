@@ -3,9 +3,11 @@ checks that all readers share.
 """
 
 import contextlib
+import csv
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -36,6 +38,11 @@ class Record:
         return decode_image(self.image) if isinstance(self.image, Path) else self.image()
 
 
+def _counted(text: str) -> Any:
+    """A number, from 0, that a report shows with this text once it is not 0."""
+    return dataclasses.field(default=0, metadata={"text": text})
+
+
 @dataclasses.dataclass
 class ReadReport:
     """What a reader counted; as text, one line that a run prints once."""
@@ -43,26 +50,28 @@ class ReadReport:
     source: str
     images: int = 0
     people: int = 0
-    clipped: int = 0  # boxes cut at the image border
-    dropped: int = 0  # boxes outside the image or without area
-    first_dropped: str = ""
-    crowds: int = 0  # annotations of groups, skipped as DETR does
-    unlabelled: int = 0  # people kept without any label
-    swapped: int = 0  # annotated width and height are exchanged; the file wins
-    resized: int = 0  # annotated size differs from the file's in another way; the file wins
-    unrated: int = 0  # people skipped because drop_unrated is set
-    without_people: int = (
-        0  # images skipped because no face was found (NCAER-S), or all are unrated
+    clipped: int = _counted("boxes cut at the image border")
+    dropped: int = _counted(
+        "boxes dropped, outside the image or without area (first: {first_dropped})"
     )
-    unreadable: int = 0  # images skipped because skip_corrupt is set
+    inverted: int = _counted("of these boxes have a negative width or height")
+    crowds: int = _counted("crowd annotations skipped")  # as DETR does
+    unlabelled: int = _counted("people without a label (kept, without a class loss)")
+    swapped: int = _counted(
+        "images annotated with width and height exchanged (the file's are used)"
+    )
+    resized: int = _counted("images whose annotated size is not the file's (the file's is used)")
+    unrated: int = _counted("people without valence, arousal or dominance skipped")
+    without_people: int = _counted("images skipped, nobody on them has a box")
+    unreadable: int = _counted("images skipped, missing or damaged (first: {first_unreadable})")
     missing: int = 0  # those of them that do not exist
-    first_unreadable: str = ""
     unreadable_images: list[str] = dataclasses.field(default_factory=list)  # the error line of each
-    inverted: int = 0  # dropped boxes whose end lies before their start
     tiny: int = 0  # boxes within the first pixel: are they divided by the image size?
     leaving: int = 0  # boxes that end far outside the image: are they x1 y1 x2 y2?
-    first_leaving: str = ""
     repeated: int = 0  # people with the box and the labels of another in the image
+    first_dropped: str = ""
+    first_unreadable: str = ""
+    first_leaving: str = ""
     first_repeated: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)  # more lines, of one reader
     suspicious: list[str] = dataclasses.field(default_factory=list)  # its more serious ones
@@ -74,30 +83,14 @@ class ReadReport:
 
     def lines(self) -> list[str]:
         """The totals, and a line for each thing that was not as annotated."""
+        values = vars(self)
         protocol = "" if self.protocol == "custom" else f", protocol {self.protocol}"
-        counts = (
-            (self.clipped, "boxes cut at the image border"),
-            (
-                self.dropped,
-                f"boxes dropped, outside the image or without area (first: {self.first_dropped})",
-            ),
-            (self.inverted, "of these boxes have a negative width or height"),
-            (self.crowds, "crowd annotations skipped"),
-            (self.unlabelled, "people without a label (kept, without a class loss)"),
-            (
-                self.swapped,
-                "images annotated with width and height exchanged (the file's are used)",
-            ),
-            (self.unrated, "people without valence, arousal or dominance skipped"),
-            (self.without_people, "images skipped, nobody on them has a box"),
-            (self.resized, "images whose annotated size is not the file's (the file's is used)"),
-            (
-                self.unreadable,
-                f"images skipped, missing or damaged (first: {self.first_unreadable})",
-            ),
-        )
         totals = f"{self.source}: {self.images} images, {self.people} people{protocol}"
-        counted = (f"{count} {text}" for count, text in counts if count)
+        counted = [
+            f"{values[field.name]} {field.metadata['text'].format(**values)}"
+            for field in dataclasses.fields(self)
+            if "text" in field.metadata and values[field.name]
+        ]
         return [totals, *counted, *self.notes, *self.suspicions()]
 
     def suspicions(self) -> list[str]:
@@ -126,15 +119,25 @@ def reading(path: Path, what: str, *errors: type[Exception]) -> Iterator[None]:
     """Around what reads an annotation file: raises UserError, naming the file, when it is missing
     or (`errors`) is not `what`.
     """
+    unusable: tuple[type[Exception], ...] = (OSError, UnicodeDecodeError, *errors)
     try:
         yield
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such annotation file; set config.data.data_dir and the split's file name"
         ) from None
-    except (OSError, UnicodeDecodeError, *errors) as error:
+    except unusable as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be read as {what} ({reason})") from None
+
+
+def read_rows(path: Path, what: str) -> list[tuple[int, list[str]]]:
+    """(line number, stripped cells) of the lines of a csv file that are not empty. Raises UserError
+    naming it.
+    """
+    with reading(path, what, csv.Error), path.open(newline="", encoding="utf-8-sig") as file:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
+    return [(number, row) for number, row in enumerate(rows, 1) if row]
 
 
 def clip_boxes(
@@ -213,11 +216,8 @@ class RecordBuilder:
         annotated_size: tuple[int, int] | None = None,
     ) -> None:
         """One image with the (x1, y1, x2, y2) pixel boxes of its people and the class indices of
-        each; no box at all is written with NaN.
-
-        Raises:
-            UserError: the image is missing or damaged and `skip_corrupt` is not set, or it shows
-                more people than `max_targets`.
+        each; no box at all is written with NaN. Raises UserError when the image is missing or
+        damaged and `skip_corrupt` is not set, or it shows more people than `max_targets`.
         """
         report = self.report
         try:

@@ -1,4 +1,4 @@
-"""Divides images into train, val and test anew, by chance or so that nothing alike is in two of
+"""Divides images into train, val and test, by chance or so that nothing alike is in two of
 them; writes COCO-style json, copies no image.
 
     python -m data split --config=configs/caer_s_r50.py --config.data.data_dir=DIR \\
@@ -12,7 +12,6 @@ with --config.data.train=splits/train.json and so on (docs/datasets.md).
 """
 
 import argparse
-import csv
 import json
 import os
 from collections.abc import Sequence
@@ -25,9 +24,9 @@ from jaxtyping import Int
 from data.command import ConfigParser, require_at_least, splits_argument
 from data.config import SPLITS, DataConfig
 from data.readers.coco import to_coco
-from data.readers.records import Record
+from data.readers.records import Record, read_rows
 from data.readers.registry import read_split
-from data.tools.duplicates import NEAR, Fingerprint, fingerprints, near_groups
+from data.tools.duplicates import NEAR, NEAR_HELP, Fingerprint, fingerprints, near_groups
 from dsct_jax.cli import expanded_path
 from dsct_jax.errors import UserError
 
@@ -83,15 +82,13 @@ def clip_groups(records: Sequence[Record], path: Path) -> Int[np.ndarray, " n"]:
     """A number for the clip of each image, as the lines `path,clip` of a file say. Raises UserError
     for a line or an image that is not there.
     """
+    if not path.is_file():
+        raise UserError(f"--clips={path}: no such file")
     clips: dict[str, str] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.reader(file), 1):
-                if len(row) not in (0, 2):
-                    raise UserError(f"{path}:{number}: needs path,clip and not {','.join(row)!r}")
-                clips |= {row[0].strip(): row[1].strip()} if row else {}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--clips={path}: cannot be read ({error})") from None
+    for number, row in read_rows(path, "lines path,clip"):
+        if len(row) != 2:
+            raise UserError(f"{path}:{number}: needs path,clip and not {','.join(row)!r}")
+        clips[row[0]] = row[1]
     if missing := next((record.name for record in records if record.name not in clips), None):
         raise UserError(f"--clips={path}: has no line for {missing}")
     numbers: dict[str, int] = {}
@@ -135,36 +132,18 @@ def _shares(text: str) -> list[float]:
 def make_parser() -> ConfigParser:
     """The command line."""
     parser = ConfigParser(__doc__)
-    parser.add_argument(
-        "--from",
-        dest="source",
-        type=splits_argument,
-        default=["train", "test"],
-        help="splits to divide; train,test",
-    )
-    parser.add_output(
-        "--output", folder=True, required=True, help="folder for train.json, val.json and test.json"
-    )
-    parser.add_argument(
-        "--shares",
-        type=_shares,
-        default=[70, 10, 20],
-        help="of train, val and test; 70,10,20 is the paper's",
-    )
-    parser.add_argument(
-        "--by", choices=["image", "content", "clip"], default="image", help="what is never divided"
-    )
-    parser.add_argument(
-        "--clips",
-        type=expanded_path,
-        help="for --by=clip: lines path,clip, the paths as the annotations have them",
-    )
-    parser.add_argument(
-        "--near",
-        type=int,
-        default=NEAR,
-        help="for --by=content: bits of 256 that images looking alike differ in at most",
-    )
+    source, shares = ["train", "test"], [70, 10, 20]
+    text = "splits to divide; default train,test"
+    parser.add_argument("--from", dest="source", type=splits_argument, default=source, help=text)
+    parser.add_output("--output", folder=True, required=True, help="for {train,val,test}.json")
+    text = "of train, val and test; default 70,10,20, the paper's"
+    parser.add_argument("--shares", type=_shares, default=shares, help=text)
+    choices = ["image", "content", "clip"]
+    parser.add_argument("--by", choices=choices, default="image", help="what is never divided")
+    text = "for --by=clip: lines path,clip, the paths as the annotations have them"
+    parser.add_argument("--clips", type=expanded_path, help=text)
+    text = f"for --by=content: {NEAR_HELP}"
+    parser.add_argument("--near", type=int, default=NEAR, help=text)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_workers("images decoded at once")
     return parser

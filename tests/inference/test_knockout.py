@@ -96,8 +96,7 @@ def test_the_models_own_fusion_gives_its_own_accuracy(tmp_path):
     )  # it stood in for the fusion of every layer
     assert decoder.subject_context_fusion is subject_context_fusion  # and left
     shares = [
-        np.mean([cue == name for record in data.readers.records for cue in record.cues])
-        for name in CUES
+        np.mean([cue == name for record in data.records for cue in record.cues]) for name in CUES
     ]
     np.testing.assert_allclose(own["all"], np.dot(shares, [own[cue] for cue in CUES]), rtol=1e-12)
 
