@@ -10,7 +10,7 @@ PYTHON ?=
 WORKERS ?= 2
 BIN := .venv/bin
 DEMO := runs/demo
-PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo 'make demo      train, evaluate and predict on the built-in scenes; results in $(DEMO)'

@@ -29,7 +29,7 @@ from dsct_jax.training.step import initial_state
 
 
 def resident_mib() -> float:
-    """Of this process, after Python and malloc have given back what nobody uses (Linux with glibc)."""
+    """Of this process, after Python and malloc gave back what nobody uses (Linux with glibc)."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return memory()["process_mib"]

@@ -44,6 +44,14 @@ def hardware() -> dict[str, str]:
     }
 
 
+def device_line() -> str:
+    """Device and versions, for the line above a table."""
+    import jax
+
+    kind = jax.devices()[0].device_kind
+    return f"{kind}, jax {jax.__version__}, Python {platform.python_version()}"
+
+
 def in_words(details: dict[str, str]) -> str:
     """The same on one line."""
     return ", ".join(f"{key} {value}" for key, value in details.items() if value)

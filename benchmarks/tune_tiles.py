@@ -1,5 +1,5 @@
-"""Find the GPU kernels' tiles: `python -m benchmarks.tune_tiles` prints the fastest for the GPU that
-jax sees, in the form of the two constants of pallas_kernels/pallas_gpu.py.
+"""Find the GPU kernels' tiles: `python -m benchmarks.tune_tiles` prints, for the GPU that jax sees,
+the fastest for each of the two constants of pallas_kernels/pallas_gpu.py.
 
 Few and many queries are tuned apart, each over the named workloads, both types of the values and
 both directions together, with trained-like points.

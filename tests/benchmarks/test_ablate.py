@@ -26,7 +26,8 @@ from train import RunConfig
 FAKE = """
 import json, pathlib, sys
 flags = dict(argument.lstrip("-").split("=", 1) for argument in sys.argv[3:])
-config, workdir = json.loads(pathlib.Path(flags["config"]).read_text()), pathlib.Path(flags["workdir"])
+config = json.loads(pathlib.Path(flags["config"]).read_text())
+workdir = pathlib.Path(flags["workdir"])
 with open(pathlib.Path(__file__).with_suffix(".calls"), "a") as calls:
     print(workdir.parent.name, workdir.name, flags.get("mode", "train"), file=calls)
 if workdir.name == "seed9":
@@ -35,8 +36,10 @@ workdir.mkdir(parents=True, exist_ok=True)
 (workdir / "config.json").write_text(json.dumps(config))
 if flags.get("mode") == "eval":
     accuracy = 0.5 + config["seed"] / 10 + 0.25 * (config["model"]["num_context_queries"] == 0)
-    buckets = {"1": {"images": 2, "people": 2, "accuracy": accuracy, "mAP": 0.1}, "2": {"images": 0, "people": 0}}
-    metrics = {"accuracy": accuracy, "mAP": 0.1, "mean_iou": 0.8, "majority_accuracy": 0.3, "num_images": 4, "num_people": 7, "buckets": buckets}
+    one = {"images": 2, "people": 2, "accuracy": accuracy, "mAP": 0.1}
+    buckets = {"1": one, "2": {"images": 0, "people": 0}}
+    metrics = {"accuracy": accuracy, "mAP": 0.1, "mean_iou": 0.8, "majority_accuracy": 0.3}
+    metrics |= {"num_images": 4, "num_people": 7, "buckets": buckets}
     (workdir / "metrics_test.json").write_text(json.dumps(metrics))
     (workdir / "predictions_test.npz").touch()
 """
