@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dsct_jax.cli import Parser, run_command
-from dsct_jax.commands.predict import read_image
+from dsct_jax.commands.inputs import read_image
 from dsct_jax.inference.introspection import Introspection, introspect
 from dsct_jax.inference.load import load
 from dsct_jax.runtime import start_process

@@ -33,8 +33,9 @@ from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.layers import REMAT, DropoutNoise
 from dsct_jax.parallel import make_mesh, shard_batch
+from dsct_jax.training.config import MATCHERS, MatcherConfig
 from dsct_jax.training.losses import LossConfig
-from dsct_jax.training.matching import IMPLEMENTATIONS, MatcherConfig, assign_on_device
+from dsct_jax.training.matching import assign_on_device
 from dsct_jax.training.optimizer import OptimizerConfig
 from dsct_jax.training.step import (
     TrainState,
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", type=int, default=[1])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--remat", nargs="+", choices=REMAT, default=["light"])
-    parser.add_argument("--matchers", nargs="+", choices=IMPLEMENTATIONS, default=["scipy"])
+    parser.add_argument("--matchers", nargs="+", choices=MATCHERS, default=["scipy"])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--parts", action="store_true", help="time the parts too, on one device")
     args = parser.parse_args()

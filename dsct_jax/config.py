@@ -5,23 +5,102 @@ what does not fit is an error naming the field.
 import dataclasses
 import difflib
 import json
+import math
 import runpy
 import traceback
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dsct_jax.errors import UserError
 
 T = TypeVar("T")
+Number = int | float
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    doc: str = "",
+    *,
+    choices: Iterable[str] = (),
+    low: Number | None = None,
+    high: Number | None = None,
+    above: Number | None = None,
+    below: Number | None = None,
+    finite: bool = True,
+    free: bool = False,
+    shared: bool = False,
+) -> Any:
+    """A field of a section: its default, its meaning and what `check_settings` asks of it.
+
+    Args:
+        choices: the texts it may be.
+        low, high, above, below: bounds of the number, or of each number of a list.
+        finite: False lets a number be infinite.
+        free: two networks that differ in nothing else compute the same from the same weights.
+        shared: it belongs to the configuration's top level and is no key of the section.
+    """
+    rules = {"choices": tuple(choices), "finite": finite, "free": free, "shared": shared}
+    bounds = {"at least": low, "at most": high, "more than": above, "less than": below}
+    return dataclasses.field(default=default, metadata={"doc": doc, "bounds": bounds, **rules})
+
+
+def check_settings(section: Any, name: str) -> None:
+    """Raises UserError at the first field of a section (a dataclass made of `setting`s) that breaks
+    a rule of its own.
+    """
+    for field in dataclasses.fields(section):
+        value, rules = getattr(section, field.name), field.metadata
+        bounds = {text: bound for text, bound in rules["bounds"].items() if bound is not None}
+        if rules["choices"]:
+            wanted, fits = f"one of {', '.join(rules['choices'])}", value in rules["choices"]
+        else:
+            wanted = " and ".join(f"{text} {bound:g}" for text, bound in bounds.items())
+            fits = all(_within(number, bounds, rules["finite"]) for number in _numbers(value))
+        if not fits:
+            raise cannot_be_used(f"{name}.{field.name}", value, wanted or "finite")
+
+
+def cannot_be_used(field: str, value: Any, wanted: str) -> UserError:
+    """The error for a value of `config.FIELD`; `wanted` says what it must be."""
+    return UserError(f"config.{field}={value!r} cannot be used: must be {wanted}")
+
+
+def _numbers(value: Any) -> list[Number]:
+    if isinstance(value, list | tuple):
+        return [number for entry in value for number in _numbers(entry)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def _within(number: Number, bounds: Mapping[str, Number], finite: bool) -> bool:
+    compare = {"at least": ge, "at most": le, "more than": gt, "less than": lt}
+    limit = math.isfinite(number) if finite else not math.isnan(number)
+    return limit and all(compare[text](number, bound) for text, bound in bounds.items())
+
+
+def defaults(section: type) -> dict[str, Any]:
+    """The section as a configuration file writes it, every field at its default."""
+    return {f.name: f.default for f in _own_fields(section)}
+
+
+def free_fields(section: type) -> tuple[str, ...]:
+    """The fields that say how the same network is computed."""
+    return tuple(field.name for field in _own_fields(section) if field.metadata.get("free"))
+
+
+def _own_fields(section: Any) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(section) if not f.metadata.get("shared")]
 
 
 def to_builtins(value: Any) -> Any:
-    """A mapping of any kind, tuples and lists -> dict and tuple all the way down, as dataclasses
-    and JSON want them.
+    """A section, a mapping of any kind, tuples and lists -> dict and tuple all the way down, as a
+    configuration file and JSON have them.
     """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_builtins(getattr(value, f.name)) for f in _own_fields(value)}
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dsct_jax.batch import Predictions
-from dsct_jax.errors import UserError
+from dsct_jax.config import cannot_be_used, check_settings, setting
 from dsct_jax.model.backbone import BACKBONES, ResNet
 from dsct_jax.model.decoder import DecoderLayer, FusionConfig
 from dsct_jax.model.encoder import EncoderLayer, encoder_reference_points
@@ -30,71 +30,97 @@ from dsct_jax.model.position import resize_mask, sine_position, valid_ratio
 
 @dataclasses.dataclass(frozen=True)
 class DSCTConfig:
-    """The model section of a configuration, and the number of classes; configs/base.py explains
-    each field and its source.
-    """
+    """The model section of a configuration, and the number of classes."""
 
-    num_classes: int
-    backbone: str = "resnet50"
-    norm: str = "frozen_batch"
-    hidden_dim: int = 256
-    num_heads: int = 8
-    num_points: int = 4
-    num_levels: int = 4
-    feedforward_dim: int = 1024
-    num_encoder_layers: int = 6
-    num_decoder_layers: int = 6
-    dropout: float = 0.1
-    num_subject_queries: int = 4
-    num_context_queries: int = 300
-    num_spatial_neighbors: int = 100
-    num_semantic_neighbors: int = 50
-    fusion: str = "paper"
-    semantic_selection: str = "smallest"
-    reweighting: str = "semantic"
-    fusion_layers: tuple[int, ...] = ()
-    box_refinement: bool = False
-    compute_dtype: str = "float32"
-    remat: str = "light"
+    num_classes: int = setting(doc="k", shared=True, low=1)
+    name: str = setting("dsct", "a name of dsct_jax.model.build.NETWORKS", choices=("dsct",))
+    backbone: str = setting("resnet50", "a name of model.backbone.BACKBONES", choices=BACKBONES)
+    norm: str = setting(
+        "frozen_batch",
+        "frozen_batch: statistics and scale fixed, for pretrained weights; group: trainable, for "
+        "training from scratch",
+        choices=("frozen_batch", "group"),
+    )
+    hidden_dim: int = setting(256, "d", low=1)
+    num_heads: int = setting(8, "n", low=1)
+    num_points: int = setting(4, "p, sampling points per head and level", low=1)
+    num_levels: int = setting(4, "l: C3, C4, C5 and one stride-2 convolution of C5", low=3)
+    feedforward_dim: int = setting(1024, "width inside a feed-forward block", low=1)
+    num_encoder_layers: int = setting(6, "0 = the decoder reads the backbone's maps", low=0)
+    num_decoder_layers: int = setting(6, "each predicts, the last one is the answer", low=1)
+    dropout: float = setting(0.1, "rate, in training", low=0, below=1, free=True)
+    num_subject_queries: int = setting(4, "N (Table 5: 4 for EMOTIC, 9 for CAER-S)", low=1)
+    num_context_queries: int = setting(
+        300, "M, taken from Deformable DETR; 0 = the Table 6 baseline", low=0
+    )
+    num_spatial_neighbors: int = setting(100, "K_sp, 0 = off (Figure 11)", low=0)
+    num_semantic_neighbors: int = setting(50, "K_sm, 0 = off (Figure 11)", low=0)
+    fusion: str = setting(
+        "paper",
+        "paper: Eq. 8, one softmax over both selections; released: two softmaxes and a "
+        "subject-subject term",
+        choices=("paper", "released"),
+    )
+    semantic_selection: str = setting(
+        "smallest",
+        "smallest: the paper's text; largest: the released code",
+        choices=("smallest", "largest"),
+    )
+    reweighting: str = setting(
+        "semantic", "Table 7", choices=("semantic", "equal", "spatial", "attentive")
+    )
+    fusion_layers: tuple[int, ...] = setting(
+        (),
+        "numbers from 0 of the decoder layers that fuse (Table 8), () = all of them; late fusion "
+        "= the last only",
+        low=0,
+    )
+    box_refinement: bool = setting(
+        False,
+        "True: each layer samples inside the box of the one before and refines it (Zhu et al. "
+        "2020)",
+    )
+    compute_dtype: str = setting(
+        "float32",
+        "parameters, sampling locations, softmax, fusion, heads and losses are float32 in any case",
+        choices=("float32", "bfloat16"),
+        free=True,
+    )
+    remat: str = setting(
+        "light",
+        "what training computes twice to save memory. none; light: in encoder and decoder all but "
+        "matrix products, sampled attention and dropout's bits; layers: the matrix products too; "
+        "all: residual blocks too. docs/training_step.md has what each saves and costs",
+        choices=REMAT,
+        free=True,
+    )
 
-    def __post_init__(self):
-        choices = {
-            "backbone": tuple(BACKBONES),
-            "norm": ("frozen_batch", "group"),
-            "fusion": ("paper", "released"),
-            "semantic_selection": ("smallest", "largest"),
-            "reweighting": ("semantic", "equal", "spatial", "attentive"),
-            "compute_dtype": ("float32", "bfloat16"),
-            "remat": REMAT,
+    def __post_init__(self) -> None:
+        check_settings(self, "model")
+        neighbors = self.num_context_queries or max(
+            self.num_spatial_neighbors, self.num_semantic_neighbors
+        )
+        rules = {
+            "hidden_dim": (
+                self.hidden_dim % self.num_heads == 0 and self.hidden_dim % 32 == 0,
+                f"divisible by config.model.num_heads ({self.num_heads}) and by 32",
+            ),
+            "num_spatial_neighbors": (
+                self.num_spatial_neighbors <= neighbors,
+                f"at most config.model.num_context_queries ({neighbors})",
+            ),
+            "num_semantic_neighbors": (
+                self.num_semantic_neighbors <= neighbors,
+                f"at most config.model.num_context_queries ({neighbors})",
+            ),
+            "fusion_layers": (
+                all(layer < self.num_decoder_layers for layer in self.fusion_layers),
+                f"of layers 0 to {self.num_decoder_layers - 1}",
+            ),
         }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise UserError(
-                    f"model.{field}: {getattr(self, field)!r} is none of {', '.join(allowed)}"
-                )
-        if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
-            raise UserError(
-                f"model.hidden_dim: {self.hidden_dim} must divide by model.num_heads "
-                f"({self.num_heads}) and by 4"
-            )
-        if self.num_levels < 3:
-            raise UserError(
-                f"model.num_levels: {self.num_levels}, but C3, C4 and C5 already make 3"
-            )
-        for field in ("num_spatial_neighbors", "num_semantic_neighbors"):
-            if (
-                self.num_context_queries
-                and not 0 <= getattr(self, field) <= self.num_context_queries
-            ):
-                raise UserError(
-                    f"model.{field}: {getattr(self, field)} is more than "
-                    f"model.num_context_queries ({self.num_context_queries})"
-                )
-        if not set(self.fusion_layers) <= set(range(self.num_decoder_layers)):
-            raise UserError(
-                f"model.fusion_layers: {self.fusion_layers} names a layer outside 0 to "
-                f"{self.num_decoder_layers - 1}"
-            )
+        for field, (fits, wanted) in rules.items():
+            if not fits:
+                raise cannot_be_used(f"model.{field}", getattr(self, field), wanted)
 
     def fusion_of_layer(self, layer: int) -> FusionConfig | None:
         """How decoder layer `layer` fuses, None where it does not."""

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 import sys
+import time
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -16,8 +17,12 @@ import pytest
 from PIL import Image
 
 import dsct_jax
+from dsct_jax import cli
+from dsct_jax.__main__ import main
 from dsct_jax.batch import Predictions
 from dsct_jax.boxes import pairwise_iou
+from dsct_jax.commands import flags, predict
+from dsct_jax.commands.inputs import drawing_names
 from dsct_jax.commands.predict import TimedDetector
 from dsct_jax.config import read_config
 from dsct_jax.errors import UserError
@@ -263,12 +268,16 @@ def command(monkeypatch):
     """Runs `python -m dsct_jax predict` in this process with RedFinder as the model of every
     checkpoint called "run".
     """
-    module = importlib.import_module("dsct_jax.predict")
-    load = module.load
-    monkeypatch.setattr(
-        module, "load", lambda path, config: RedFinder() if path == "run" else load(path, config)
-    )
-    return module.main
+
+    def load_model(arguments):
+        if arguments.checkpoint.name != "run":
+            return flags.load_model(arguments)
+        if arguments.config is not None:
+            read_config(arguments.config)
+        return RedFinder()
+
+    monkeypatch.setattr(predict, "load_model", load_model)
+    return lambda arguments: main(["predict", *arguments])
 
 
 @pytest.fixture
@@ -295,11 +304,11 @@ def test_command_writes_numbers_and_drawings(command, folder, tmp_path, capsys):
         assert (entry["width"], entry["height"]) == size
         (subject,) = entry["subjects"]
         np.testing.assert_allclose(subject["box"], box, atol=1.6 * max(size) / 64)
-        assert tuple(subject["scores"]) == CLASSES
+        assert tuple(subject["probabilities"]) == CLASSES
         assert subject["labels"] == [
             name
-            for name in sorted(CLASSES, key=subject["scores"].get, reverse=True)
-            if subject["scores"][name] > 0.5
+            for name in sorted(CLASSES, key=subject["probabilities"].get, reverse=True)
+            if subject["probabilities"][name] > 0.5
         ]
         with Image.open(output / entry["drawn"]) as drawing:
             assert min(drawing.size) >= 480
@@ -406,7 +415,9 @@ def test_the_table_has_a_line_a_person(command, folder, tmp_path):
             [float(line[name]) for name in ("x1", "y1", "x2", "y2")], subject["box"], rtol=1e-5
         )
         np.testing.assert_allclose(
-            [float(line[name]) for name in CLASSES], list(subject["scores"].values()), rtol=1e-5
+            [float(line[name]) for name in CLASSES],
+            list(subject["probabilities"].values()),
+            rtol=1e-5,
         )
         np.testing.assert_allclose(float(line["confidence"]), subject["confidence"], rtol=1e-5)
         assert (line["labels"], line["frame"]) == ("; ".join(subject["labels"]), "")
@@ -422,7 +433,8 @@ def test_the_latency_leaves_the_first_call_of_a_shape_out(command, folder, tmp_p
     )
     report = timed.report()
     assert re.search(
-        r"latency of the model: \d+\.\d ms a batch of 2 \(median; 95 % below \d+\.\d ms\), \d+\.\d images/s; 1 shape",
+        r"latency of the model: \d+\.\d ms per batch of 2 \(median; 95 % below \d+\.\d ms\), "
+        r"\d+\.\d images/s; 1 shape",
         report,
     ), report
 
@@ -480,15 +492,15 @@ def write_video(path, frames, *, rate=10.0):
 
 @with_opencv
 def test_a_video_from_end_to_end(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("dsct_jax.predict"), "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0.0)
     write_video(tmp_path / "walk.avi", 21)
     assert (
         command([str(tmp_path / "walk.avi"), "--checkpoint=run", f"--output={tmp_path / 'out'}"])
         == 0
     )
-    printed = capsys.readouterr().out
+    printed, bar = capsys.readouterr()
     assert "walk.avi: 21 frames, 10 frames/s" in printed
-    assert "12/21 frames" in printed
+    assert re.search(r"12/21 .*frame/s", bar)
     assert "0 images, 21 frames of 1 videos, 21 people" in printed
     written = json.loads((tmp_path / "out" / "predictions.json").read_text())
     (entry,) = written["videos"]
@@ -534,7 +546,7 @@ def test_a_camera_is_watched_frame_by_frame(command, tmp_path, monkeypatch):
             self.name, self.live, self.frames = f"camera{source}", True, None
 
     write_video(tmp_path / "walk.avi", 6)
-    monkeypatch.setattr(importlib.import_module("dsct_jax.predict"), "Video", Camera)
+    monkeypatch.setattr(predict, "Video", Camera)
     assert command(["--camera=0", "--checkpoint=run", f"--output={tmp_path / 'out'}"]) == 0
     (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())["videos"]
     assert (entry["file"], len(entry["frames"])) == ("camera0", 6)
@@ -591,8 +603,46 @@ def test_configurations_are_read_from_python_and_json(tmp_path):
 
 
 def test_the_name_answers_to_a_call_even_after_the_command_was_imported():
-    importlib.import_module("dsct_jax.predict")
+    assert predict is sys.modules["dsct_jax.commands.predict"]
     assert (
         dsct_jax.predict(RedFinder(), [scene(80, 60, (10, 10, 50, 40))])[0][0].labels[0] == "angry"
     )
-    assert "dsct_jax.predict" in sys.modules
+
+
+def test_the_names_of_many_drawings_are_found_quickly(tmp_path):
+    files = [tmp_path / f"{i % 100}/{i}{'.jpg' if i % 7 else '.png'}" for i in range(20_000)]
+    files += [tmp_path / "0/0.gif"]
+    start = time.perf_counter()
+    names = drawing_names(files, ".png")
+    assert time.perf_counter() - start < 3.0  # 0.5 s; counting in a list took minutes
+    assert names[files[1]].as_posix() == "1/1.png"
+    assert {names[files[0]].as_posix(), names[files[-1]].as_posix()} == {
+        "0/0.png.png",
+        "0/0.gif.png",
+    }
+
+
+def test_a_thin_scan_is_drawn_in_little_memory(command, tmp_path, monkeypatch):
+    """3000 x 3 pixels, enlarged to 480 pixels of height, would have been a decompression bomb."""
+    scene(3000, 3, (40, 0, 400, 3)).save(tmp_path / "scan.png")
+    assert command([f"{tmp_path}/scan.png", "--checkpoint=run", f"--output={tmp_path / 'o'}"]) == 0
+    with Image.open(tmp_path / "o" / "drawn" / "scan.png") as drawing:
+        assert drawing.width * drawing.height <= 16e6
+    assert (tmp_path / "o" / "contact_sheet.png").exists()
+
+
+def test_a_home_folder_is_a_home_folder(command, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert command(["~/images/a.png", "--checkpoint=~/run", "--output=~/out"]) == 0
+    assert (tmp_path / "out" / "predictions.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+def test_an_output_that_cannot_be_written_is_known_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file" / "below", "/proc/nothing"):
+        assert main(["predict", "missing.png", "--checkpoint=x", f"--output={output}"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --output={output}: cannot be written"), error
+        assert error.count("\n") == 1

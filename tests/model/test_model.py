@@ -4,6 +4,7 @@ parameter counts and the ablations.
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -154,7 +155,7 @@ def test_decoder_layer_and_its_gradients(case, golden):
         np.testing.assert_allclose(
             grad, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max())
         )
-    torch_grads = to_torch({f"decoder/0/{k}": v for k, v in grads[0].items()}, num_decoder_layers=1)
+    torch_grads = to_torch({f"decoder/0/{k}": v for k, v in grads[0].items()})
     for key in (k for k in arrays if k.startswith(f"{case}/gradparam/")):
         expected = arrays[key]
         grad = torch_grads["transformer.decoder.layers.0." + key.split("/")[-1]]
@@ -166,7 +167,7 @@ def test_decoder_layer_and_its_gradients(case, golden):
 def test_released_names_go_there_and_back(small, golden):
     _, params, norm_stats = small
     expected = released_state(golden("model_small"))
-    state = to_torch(params | norm_stats, num_decoder_layers=1)
+    state = to_torch(params | norm_stats)
     assert state.keys() == expected.keys()
     for name, tensor in state.items():
         np.testing.assert_array_equal(tensor, expected[name])
@@ -203,7 +204,7 @@ def test_every_released_rule_is_used_by_the_full_model():
         k: np.zeros(v, np.float32)
         for k, v in (shapes.param_shapes | shapes.norm_stats_shapes).items()
     }
-    state = to_torch(zeros, num_decoder_layers=6)
+    state = to_torch(zeros)
     assert len(state) == 562  # entries of the released state_dict
     assert (
         len(RELEASED) == len({rule[0] for rule in RELEASED}) == len({rule[1] for rule in RELEASED})
@@ -216,9 +217,7 @@ def test_initial_values_follow_deformable_detr(golden):
         DSCTConfig(num_classes=26, backbone="tiny", num_encoder_layers=1, num_decoder_layers=1)
     )
     params, _ = functions.init(0)
-    state = to_torch(
-        {k: v for k, v in params.items() if not k.startswith("backbone")}, num_decoder_layers=1
-    )
+    state = to_torch({k: v for k, v in params.items() if not k.startswith("backbone")})
     names = list(arrays["names"])
     compared = 0
     for name, tensor in state.items():
@@ -386,14 +385,35 @@ def test_variants_run_and_differ(change, small, golden):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backbone": "vgg"}, "model.backbone: 'vgg' is none of"),
-        ({"num_spatial_neighbors": 301}, "model.num_spatial_neighbors: 301 is more than"),
-        ({"hidden_dim": 100}, "model.hidden_dim: 100 must divide"),
-        ({"fusion_layers": (6,)}, "names a layer outside 0 to 5"),
+        ({"name": "detr"}, "name='detr' .* one of dsct"),
+        ({"backbone": "vgg"}, "backbone='vgg' .* one of resnet18, resnet34"),
+        ({"norm": "batch"}, "norm='batch' .* one of frozen_batch, group"),
+        ({"hidden_dim": 0}, "hidden_dim=0 .* at least 1"),
+        ({"hidden_dim": 100}, r"hidden_dim=100 .* divisible by config.model.num_heads \(8\)"),
+        ({"hidden_dim": 48}, "hidden_dim=48 .* by 32"),  # the groups of the input's norm
+        ({"num_heads": 0}, "num_heads=0 .* at least 1"),
+        ({"num_points": 0}, "num_points=0 .* at least 1"),
+        ({"num_levels": 2}, "num_levels=2 .* at least 3"),
+        ({"feedforward_dim": 0}, "feedforward_dim=0 .* at least 1"),
+        ({"num_encoder_layers": -1}, "num_encoder_layers=-1 .* at least 0"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers=0 .* at least 1"),
+        ({"dropout": 1.0}, "dropout=1.0 .* at least 0 and less than 1"),
+        ({"dropout": -0.5}, "dropout=-0.5 .* at least 0 and less than 1"),
+        ({"dropout": math.nan}, "dropout=nan .* at least 0 and less than 1"),
+        ({"num_subject_queries": 0}, "num_subject_queries=0 .* at least 1"),
+        ({"num_context_queries": -1}, "num_context_queries=-1 .* at least 0"),
+        ({"num_spatial_neighbors": 301}, r"num_spatial_neighbors=301 .* at most .* \(300\)"),
+        ({"num_semantic_neighbors": 301}, r"num_semantic_neighbors=301 .* at most .* \(300\)"),
+        ({"num_semantic_neighbors": -1}, "num_semantic_neighbors=-1 .* at least 0"),
+        ({"fusion": "late"}, "fusion='late' .* one of paper, released"),
+        ({"fusion_layers": (6,)}, r"fusion_layers=\(6,\) .* of layers 0 to 5"),
+        ({"fusion_layers": (-1,)}, r"fusion_layers=\(-1,\) .* at least 0"),
+        ({"compute_dtype": "float16"}, "compute_dtype='float16' .* one of float32, bfloat16"),
+        ({"remat": "some"}, "remat='some' .* one of none, light, layers, all"),
     ],
 )
 def test_impossible_configurations_are_refused(change, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"^config.model.{message}"):
         DSCTConfig(num_classes=26, **change)
 
 

@@ -227,7 +227,9 @@ def test_cosine_schedule_ends_at_zero():
 
 
 def test_a_wrong_setting_is_named():
-    with pytest.raises(UserError, match="schedule='poly' is not one of step, cosine"):
+    with pytest.raises(
+        UserError, match="schedule='poly' cannot be used: must be one of step, cosine"
+    ):
         OptimizerConfig(schedule="poly")
     with pytest.raises(UserError, match="clip_norm=0"):
         OptimizerConfig(clip_norm=0.0)

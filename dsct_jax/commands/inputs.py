@@ -1,0 +1,82 @@
+"""The images and videos that a command line names, and where their drawings go."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from dsct_jax.errors import UserError
+from dsct_jax.inference import video
+from dsct_jax.preprocess import decode_image
+
+# of images, looked for in folders
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def read_image(path: Path) -> Image.Image:
+    """The RGB image in a file, upright: its EXIF orientation is applied, as every viewer does.
+    Raises UserError for a file that is no image.
+    """
+    return decode_image(path, upright=True)
+
+
+def find_inputs(paths: Sequence[str], *, exclude: Path) -> tuple[list[Path], list[Path]]:
+    """(images, videos) meant by files, folders (searched to the bottom) and glob patterns, each
+    once, in a fixed order; none below `exclude`.
+
+    A file is a video by its suffix (`video.SUFFIXES`), and an image by any other.
+
+    Raises:
+        UserError: a path does not exist, a pattern matches nothing, or a folder holds neither
+            images nor videos; the line names it.
+    """
+    found: dict[Path, None] = {}
+    for text in map(os.path.expanduser, paths):
+        path = Path(text)
+        if path.is_dir():
+            files = _files_below(path, exclude.resolve())
+        elif path.exists():
+            files = [path]
+        elif glob.has_magic(text):
+            matches = map(Path, sorted(glob.glob(text, recursive=True)))
+            files = [match for match in matches if match.is_file()]
+            if not files:
+                raise UserError(f"{text}: the pattern matches no file")
+        else:
+            raise UserError(f"{path}: no such file or folder")
+        found |= dict.fromkeys(files)
+    videos = [file for file in found if file.suffix.lower() in video.SUFFIXES]
+    return [file for file in found if file.suffix.lower() not in video.SUFFIXES], videos
+
+
+def _files_below(folder: Path, exclude: Path) -> list[Path]:
+    known = (*SUFFIXES, *video.SUFFIXES)
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in known and file.is_file() and exclude not in file.resolve().parents
+    ]
+    if not files:
+        raise UserError(f"{folder}: the folder holds no image or video ({', '.join(known)})")
+    return files
+
+
+def drawing_names(files: Sequence[Path], suffix: str) -> dict[Path, Path]:
+    """Where each drawing goes: the path below the folder that holds them all, with `suffix`; equal
+    names of another type keep theirs (a.jpg.png).
+    """
+    if not files:
+        return {}
+    resolved = {file: file.resolve() for file in files}
+    top = os.path.commonpath([path.parent for path in resolved.values()])
+    relative = {file: path.relative_to(top) for file, path in resolved.items()}
+    count = Counter(path.with_suffix("") for path in relative.values())
+    return {
+        file: path.with_suffix(suffix)
+        if count[path.with_suffix("")] == 1
+        else Path(f"{path}{suffix}")
+        for file, path in relative.items()
+    }
