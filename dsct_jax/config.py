@@ -15,7 +15,7 @@ from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dsct_jax.errors import UserError
+from dsct_jax.errors import UserError, missing_extra
 
 T = TypeVar("T")
 Number = int | float
@@ -138,6 +138,8 @@ def read_config(path: Path) -> dict[str, Any]:
         TypeError,
         ValueError,
     ) as error:
+        if isinstance(error, ImportError) and (line := missing_extra(error)):
+            raise line from error
         lines = [
             frame.lineno
             for frame in traceback.extract_tb(error.__traceback__)

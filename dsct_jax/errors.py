@@ -2,7 +2,8 @@
 and exit with status 2.
 """
 
-# package that the base install lacks -> the extra of pyproject.toml that brings it
+# package that the base install lacks -> the extra that brings it; those of a single function
+# (OpenCV, ONNX, flatbuffers) are named there
 EXTRAS = {
     "grain": "train",
     "ml_collections": "train",
@@ -10,11 +11,6 @@ EXTRAS = {
     "tensorflow_datasets": "prepared",
     "array_record": "prepared",
     "matplotlib": "plots",
-    "cv2": "video",
-    "flatbuffers": "export",
-    "jax2onnx": "onnx",
-    "onnx": "onnx",
-    "onnxruntime": "onnx",
 }
 
 
@@ -22,7 +18,7 @@ class UserError(ValueError):
     """A message for the user: names the file, field or flag, and what to do about it."""
 
 
-def missing_extra(error: ModuleNotFoundError) -> UserError | None:
+def missing_extra(error: ImportError) -> UserError | None:
     """The line that names the extra to install, where one brings the module; else None."""
     package = (error.name or "").partition(".")[0]
     if package not in EXTRAS:

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 _NO_PERCENT = ("mean_candidates", "brier")
 _LONGEST = 13  # letters of a class name in the head of the confusion matrix
@@ -132,6 +130,8 @@ def draw_evaluation(metrics: dict[str, Any], path: Path) -> None:
     """Writes the picture of what `evaluate` returned (intervals and confusion matrix only where
     they are in it) as a PNG.
     """
+    from matplotlib.figure import Figure  # of the `plots` extra
+
     figure = Figure(figsize=(18, 11), dpi=100, layout="constrained")
     axes = figure.subplots(2, 3)
     about = [
@@ -168,7 +168,7 @@ def _errors(values: list[float], intervals: list[list[float] | None]) -> np.ndar
     return np.clip(np.array(pairs).T, 0, None)
 
 
-def _classes(ax: Axes, metrics: dict[str, Any]) -> None:
+def _classes(ax: Any, metrics: dict[str, Any]) -> None:
     entries = sorted(metrics["per_class"].items(), key=lambda item: item[1]["AP"])
     values = [entry["AP"] for _, entry in entries]
     rows = np.arange(len(entries))
@@ -192,7 +192,7 @@ def _classes(ax: Axes, metrics: dict[str, Any]) -> None:
     ax.legend(fontsize=11, loc="lower right")
 
 
-def _buckets(ax: Axes, metrics: dict[str, Any]) -> None:
+def _buckets(ax: Any, metrics: dict[str, Any]) -> None:
     entries = {name: entry for name, entry in metrics["buckets"].items() if "mAP" in entry}
     values = [entry["mAP"] for entry in entries.values()]
     columns = np.arange(len(entries))
@@ -218,7 +218,7 @@ def _buckets(ax: Axes, metrics: dict[str, Any]) -> None:
     ax.legend(fontsize=11)
 
 
-def _detected(ax: Axes, metrics: dict[str, Any]) -> None:
+def _detected(ax: Any, metrics: dict[str, Any]) -> None:
     thresholds = [float(name) for name in metrics["detected"]]
     ax.plot(
         thresholds,
@@ -244,7 +244,7 @@ def _detected(ax: Axes, metrics: dict[str, Any]) -> None:
     ax.legend(fontsize=11)
 
 
-def _precision_recall(ax: Axes, metrics: dict[str, Any]) -> None:
+def _precision_recall(ax: Any, metrics: dict[str, Any]) -> None:
     curve = metrics["precision_recall"]
     ax.plot(
         curve["recall"], curve["precision"], color=_BLUE, linewidth=2, label="mean of the classes"
@@ -261,7 +261,7 @@ def _precision_recall(ax: Axes, metrics: dict[str, Any]) -> None:
     ax.legend(fontsize=11)
 
 
-def _reliability(ax: Axes, metrics: dict[str, Any]) -> None:
+def _reliability(ax: Any, metrics: dict[str, Any]) -> None:
     ax.plot([0, 1], [0, 1], color=_GREY, linestyle="--", label="perfect")
     found = metrics["calibration"]
     lines = [("bins", _BLUE, "o", f"as predicted, ECE {100 * metrics['ece']:.1f} %")]
@@ -294,7 +294,7 @@ def _reliability(ax: Axes, metrics: dict[str, Any]) -> None:
     ax.legend(fontsize=11)
 
 
-def _confusion(ax: Axes, metrics: dict[str, Any]) -> None:
+def _confusion(ax: Any, metrics: dict[str, Any]) -> None:
     counts, names = np.array(metrics["confusion_matrix"]), list(metrics["per_class"])
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -318,7 +318,7 @@ def _confusion(ax: Axes, metrics: dict[str, Any]) -> None:
     )
 
 
-def _decided(ax: Axes, metrics: dict[str, Any]) -> None:
+def _decided(ax: Any, metrics: dict[str, Any]) -> None:
     """Multi-label: precision and recall of each class's decisions."""
     entries = metrics["per_class"]
     rows = np.arange(len(entries))

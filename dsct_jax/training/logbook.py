@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from dsct_jax.config import differences
@@ -115,6 +114,8 @@ class Logbook:
             self._open.callback(run.finish)
         _drop_lines(workdir / "metrics.jsonl", after=start_step, validation=validation_owed)
         self._file = self._open.enter_context((workdir / "metrics.jsonl").open("a"))
+        from tensorboardX import SummaryWriter  # of the `train` extra
+
         events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
         self._events = self._open.enter_context(contextlib.closing(events))
         self._writers += [self._write_line, self._write_events]
