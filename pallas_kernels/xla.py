@@ -142,8 +142,8 @@ def _gradients_by_block(spatial_shapes: SpatialShapes, value, origin, offsets, w
     q, _, l, p = weights.shape
     block = min(q, max(1, CPU_BLOCK // n))
     rows, lanes = value.reshape(s * n, d), math.gcd(d, CPU_LANES)
-    width, height = level_sizes(spatial_shapes, weights.dtype).T[..., None]  # each l 1
-    start = _starts(spatial_shapes)[:, None]
+    sizes = level_sizes(spatial_shapes, weights.dtype).reshape(l, 2, 1)
+    width, height, start = sizes[:, 0], sizes[:, 1], _starts(spatial_shapes).reshape(l, 1)
     head = (jnp.arange(block * n, dtype=jnp.int32) % n).reshape(-1, 1, 1)
 
     def first(i):  # the last block is moved back to end with the last query
@@ -162,8 +162,8 @@ def _gradients_by_block(spatial_shapes: SpatialShapes, value, origin, offsets, w
         corner_weights, pullback = jax.vjp(
             functools.partial(_corner_weights, width, height), x, y, block_weights.reshape(-1, l, p)
         )
-        tokens = jnp.stack(_corner_tokens(width, height, start, x, y), -1)
-        index = (tokens * n + head[..., None]).reshape(-1)
+        tokens = _corner_tokens(width, height, start, x, y)
+        index = jnp.stack([token * n + head for token in tokens], -1).reshape(-1)
         g = block_cotangent.reshape(-1, 1, d)
         partial_sums = sum(
             _take(rows, index, lane, lanes).astype(g.dtype).reshape(g.shape[0], -1, lanes)
@@ -171,7 +171,8 @@ def _gradients_by_block(spatial_shapes: SpatialShapes, value, origin, offsets, w
             for lane in range(0, d, lanes)
         )
         scores = partial_sums.reshape(-1, lanes) @ jnp.ones((lanes, 1), g.dtype)
-        *grad_xy, grad_weights = pullback(tuple(jnp.moveaxis(scores.reshape(-1, l, p, 4), -1, 0)))
+        scores = scores.reshape(-1, l, p, 4)
+        *grad_xy, grad_weights = pullback(tuple(scores[..., corner] for corner in range(4)))
         new = jnp.stack(grad_xy, -1), grad_weights
         gradients = [
             jax.lax.dynamic_update_slice_in_dim(old, x.reshape(block, *old.shape[1:]), first(i), 0)
