@@ -20,6 +20,20 @@ from dsct_jax.errors import UserError
 T = TypeVar("T")
 Number = int | float
 
+PRESETS = Path(__file__).with_name("presets")
+# what a configuration file may raise that fails for a reason of its own
+_CONFIG_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
 
 def setting(
     default: Any = dataclasses.MISSING,
@@ -110,45 +124,39 @@ def to_builtins(value: Any) -> Any:
     return value
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A configuration as plain values: of a file with `get_config()`, such as configs/demo.py, or a
-    run's config.json.
+def presets() -> tuple[str, ...]:
+    """Names of the configurations that ship with the package: those of the released weights."""
+    return tuple(sorted(path.stem for path in PRESETS.glob("*.json")))
+
+
+def read_config(source: Path | str | Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as plain values: of a file with `get_config()`, such as configs/demo.py, of a
+    run's config.json, of a preset's name, or of a mapping. A file wins over a preset of its name.
 
     Raises:
         UserError: the file is missing, fails, or gives no mapping; the line names it.
     """
+    if isinstance(source, Mapping):
+        return to_builtins(source)
+    path = Path(source)
+    if not path.exists() and str(source) in presets():
+        path = PRESETS / f"{source}.json"
     if not path.is_file():
-        raise UserError(f"--config={path}: no such file")
+        raise UserError(f"--config={source}: no such file; the presets are {', '.join(presets())}")
     if path.suffix not in (".py", ".json"):
         raise UserError(f"--config={path}: neither a .py nor a .json file")
     try:
-        config = to_builtins(
-            json.loads(path.read_text())
-            if path.suffix == ".json"
-            else runpy.run_path(str(path))["get_config"]()
-        )
-    except (
-        ArithmeticError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        NameError,
-        OSError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-    ) as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == str(path)
-        ]
+        if path.suffix == ".json":
+            config = to_builtins(json.loads(path.read_text()))
+        else:
+            config = to_builtins(runpy.run_path(str(path))["get_config"]())
+    except _CONFIG_ERRORS as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
-        reason = (
-            "has no get_config()"
-            if str(error) == "'get_config'"
-            else f"{type(error).__name__}: {error}"
-        )
+        reason = f"{type(error).__name__}: {error}"
+        if str(error) == "'get_config'":
+            reason = "has no get_config()"
         raise UserError(f"--config={where}: {' '.join(reason.split())}") from error
     if not isinstance(config, dict):
         raise UserError(

@@ -3,7 +3,9 @@ fused in every layer (paper Fig. 4).
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dsct_jax.model.attention import DeformableAttention, SelfAttention, SpatialShapes
-from dsct_jax.model.encoder import FeedForward
-from dsct_jax.model.layers import DropoutNoise, dropout, layer_norm, linear
+from dsct_jax.model.encoder import FeedForward, Memory
+from dsct_jax.model.heads import BoxHead
+from dsct_jax.model.layers import DropoutNoise, dropout, layer_norm, linear, rematerialized
 
 
 @dataclasses.dataclass(frozen=True)
 class FusionConfig:
-    """How a subject query takes in context queries; the fields are explained in configs/base.py."""
+    """How a subject query takes in context queries; DSCTConfig explains the fields."""
 
     rule: str  # paper | released
     semantic_selection: str  # smallest | largest
@@ -183,3 +186,60 @@ class DecoderLayer(nnx.Module):
             tokens + dropout(self.feedforward(tokens, noise), self.dropout_rate, noise)
         )
         return tokens, details | {"self_attention_weights": self_weights}
+
+
+class Queries(NamedTuple):
+    """Context queries, then subject queries, before the first layer."""
+
+    tokens: Float[Array, "b q d"]
+    positions: Float[Array, "b q d"]
+    reference_points: Float[Array, "b q 2"]  # (x, y) in [0, 1] of the image
+
+
+class Decoder(nnx.List):
+    """The decoder's layers, in order, each with a box from the shared head."""
+
+    def __init__(self, d: int, *, fusions: Sequence[FusionConfig | None], **layer: Any):
+        super().__init__([DecoderLayer(d, fusion=fusion, **layer) for fusion in fusions])
+
+    def __call__(
+        self, queries: Queries, memory: Memory, box_head: BoxHead, *, remat: str, **how: Any
+    ) -> tuple[Float[Array, "layers b q d"], Float[Array, "layers b n 4"], list[dict[str, Any]]]:
+        """Tokens after each layer, the boxes of the subject queries (n), and what the layer looked
+        at. `how`: `noise` and `implementation` of each layer.
+
+        With box refinement a layer samples inside the box of the one before and moves it; no
+        gradient flows from layer to layer through it.
+        """
+        tokens, num_context = queries.tokens, self[0].num_context
+        references = box_head.references(queries.reference_points, num_context)
+        states, boxes, details = [], [], []
+        for layer in self:
+            run = partial(layer, spatial_shapes=memory.spatial_shapes, **how)
+            points, *sizes = _in_each_map(references, memory.valid_ratios)
+            with jax.named_scope("decoder"):
+                tokens, seen = rematerialized(run, remat)(
+                    tokens,
+                    queries.positions,
+                    points,
+                    memory.tokens,
+                    memory.padding,
+                    boxes=sizes[0] if sizes else None,
+                )
+            context, subject = jnp.split(references, [num_context], 1)
+            with jax.named_scope("heads"):
+                boxes.append(box_head(tokens[:, num_context:].astype(jnp.float32), subject))
+            if box_head.refines:
+                references = jnp.concatenate([context, jax.lax.stop_gradient(boxes[-1])], 1)
+            states.append(tokens)
+            details.append(seen)
+        return jnp.stack(states), jnp.stack(boxes), details
+
+
+def _in_each_map(
+    references: Float[Array, "b q r"], valid_ratios: Float[Array, "b l 2"]
+) -> list[Float[Array, "b q l 2"]]:
+    """Points, or points and sizes, of the image -> of each level's padded map."""
+    parts = references.shape[-1] // 2
+    scaled = references[:, :, None] * jnp.tile(valid_ratios, parts)[:, None]
+    return jnp.split(scaled, parts, -1)

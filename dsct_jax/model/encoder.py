@@ -2,6 +2,9 @@
 place.
 """
 
+from functools import partial
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,23 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dsct_jax.model.attention import DeformableAttention, SpatialShapes
-from dsct_jax.model.layers import DropoutNoise, dropout, layer_norm, linear, torch_uniform
+from dsct_jax.model.layers import (
+    DropoutNoise,
+    dropout,
+    layer_norm,
+    linear,
+    rematerialized,
+    torch_uniform,
+)
+
+
+class Memory(NamedTuple):
+    """What an image is to the decoder: the tokens of all levels, one after another."""
+
+    tokens: Float[Array, "b s d"]
+    padding: Bool[Array, "b s"]
+    spatial_shapes: SpatialShapes  # static
+    valid_ratios: Float[Array, "b l 2"]  # (width, height) of the image as a share of each map
 
 
 class FeedForward(nnx.Module):
@@ -45,7 +64,7 @@ def encoder_reference_points(
 
 
 class EncoderLayer(nnx.Module):
-    """Deformable self-attention and a feed-forward block, each with a residual and a norm after it."""
+    """Deformable self-attention and a feed-forward block, each with a residual and then a norm."""
 
     def __init__(
         self,
@@ -89,3 +108,21 @@ class EncoderLayer(nnx.Module):
         return self.norm2(
             memory + dropout(self.feedforward(memory, noise), self.dropout_rate, noise)
         )
+
+
+class Encoder(nnx.List):
+    """The encoder's layers, in order."""
+
+    def __init__(self, d: int, *, num_layers: int, **layer: Any):
+        super().__init__([EncoderLayer(d, **layer) for _ in range(num_layers)])
+
+    def __call__(
+        self, memory: Memory, positions: Float[Array, "b s d"], *, remat: str, **how: Any
+    ) -> Memory:
+        """`how`: `noise` and `implementation` of each layer."""
+        tokens, padding, shapes, ratios = memory
+        points = encoder_reference_points(shapes, ratios)
+        for layer in self:
+            run = rematerialized(partial(layer, spatial_shapes=shapes, **how), remat)
+            tokens = run(tokens, positions, points, padding)
+        return memory._replace(tokens=tokens)

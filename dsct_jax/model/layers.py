@@ -279,7 +279,7 @@ class Conv(nnx.Module):
 
 
 class NormStatistic(nnx.Variable):
-    """A value of a frozen BatchNorm: saved and loaded with the model, never trained, never decayed."""
+    """A value of a frozen BatchNorm: saved and loaded with the model, never trained."""
 
 
 class FrozenBatchNorm(nnx.Module):
