@@ -21,6 +21,7 @@ T = TypeVar("T")
 Number = int | float
 
 PRESETS = Path(__file__).with_name("presets")
+_COMPARE = {"at least": ge, "at most": le, "more than": gt, "less than": lt}
 # what a configuration file may raise that fails for a reason of its own
 _CONFIG_ERRORS = (
     ArithmeticError,
@@ -68,14 +69,21 @@ def check_settings(section: Any, name: str) -> None:
     """
     for field in dataclasses.fields(section):
         value, rules = getattr(section, field.name), field.metadata
-        bounds = {text: bound for text, bound in rules["bounds"].items() if bound is not None}
         if rules["choices"]:
             wanted, fits = f"one of {', '.join(rules['choices'])}", value in rules["choices"]
         else:
-            wanted = " and ".join(f"{text} {bound:g}" for text, bound in bounds.items())
-            fits = all(_within(number, bounds, rules["finite"]) for number in _numbers(value))
+            numbers = _numbers(value)
+            bounds = {text: limit for text, limit in rules["bounds"].items() if limit is not None}
+            finite = not rules["finite"] or not any(map(math.isinf, numbers))
+            wanted = " and ".join(f"{text} {limit:g}" for text, limit in bounds.items())
+            wanted += "" if finite else " and finite" if wanted else "finite"
+            fits = finite and all(
+                _COMPARE[text](number, limit)
+                for text, limit in bounds.items()
+                for number in numbers
+            )
         if not fits:
-            raise cannot_be_used(f"{name}.{field.name}", value, wanted or "finite")
+            raise cannot_be_used(f"{name}.{field.name}", value, wanted)
 
 
 def cannot_be_used(field: str, value: Any, wanted: str) -> UserError:
@@ -87,12 +95,6 @@ def _numbers(value: Any) -> list[Number]:
     if isinstance(value, list | tuple):
         return [number for entry in value for number in _numbers(entry)]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
-
-
-def _within(number: Number, bounds: Mapping[str, Number], finite: bool) -> bool:
-    compare = {"at least": ge, "at most": le, "more than": gt, "less than": lt}
-    limit = math.isfinite(number) if finite else not math.isnan(number)
-    return limit and all(compare[text](number, bound) for text, bound in bounds.items())
 
 
 def defaults(section: type) -> dict[str, Any]:

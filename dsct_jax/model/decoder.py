@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.model.attention import DeformableAttention, SelfAttention, SpatialShapes
+from dsct_jax.model.attention import DeformableAttention, LayerShape, SelfAttention, SpatialShapes
 from dsct_jax.model.encoder import FeedForward, Memory
 from dsct_jax.model.heads import BoxHead
-from dsct_jax.model.layers import DropoutNoise, dropout, layer_norm, linear, rematerialized
+from dsct_jax.model.layers import DropoutNoise, LayerNorm, Linear, dropout, rematerialized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,29 +112,18 @@ class DecoderLayer(nnx.Module):
     """
 
     def __init__(
-        self,
-        d: int,
-        *,
-        num_heads: int,
-        num_levels: int,
-        num_points: int,
-        feedforward_dim: int,
-        dropout_rate: float,
-        num_context: int,
-        fusion: FusionConfig | None,
-        rngs: nnx.Rngs,
+        self, shape: LayerShape, *, num_context: int, fusion: FusionConfig | None, rngs: nnx.Rngs
     ):
-        self.dropout_rate, self.num_context, self.fusion = dropout_rate, num_context, fusion
-        self.self_attention = SelfAttention(d, num_heads=num_heads, rngs=rngs)
-        self.norm2 = layer_norm(d, rngs=rngs)  # numbered as in the released weights
-        self.cross_attention = DeformableAttention(
-            d, num_heads=num_heads, num_levels=num_levels, num_points=num_points, rngs=rngs
-        )
-        self.norm1 = layer_norm(d, rngs=rngs)
+        d, self.dropout_rate = shape.d, shape.dropout
+        self.num_context, self.fusion = num_context, fusion
+        self.self_attention = SelfAttention(d, num_heads=shape.num_heads, rngs=rngs)
+        self.norm2 = LayerNorm(d, rngs=rngs)  # numbered as in the released weights
+        self.cross_attention = DeformableAttention(shape, rngs=rngs)
+        self.norm1 = LayerNorm(d, rngs=rngs)
         attentive = fusion is not None and fusion.reweighting == "attentive"
-        self.context_logits = linear(d, num_context, rngs=rngs) if attentive else None
-        self.feedforward = FeedForward(d, feedforward_dim, dropout_rate=dropout_rate, rngs=rngs)
-        self.norm3 = layer_norm(d, rngs=rngs)
+        self.context_logits = Linear(d, num_context, rngs=rngs) if attentive else None
+        self.feedforward = FeedForward(shape, rngs=rngs)
+        self.norm3 = LayerNorm(d, rngs=rngs)
 
     def __call__(
         self,
@@ -165,27 +154,30 @@ class DecoderLayer(nnx.Module):
         )
         tokens = self.norm1(tokens + dropout(attended, self.dropout_rate, noise))
         if self.fusion is not None:
-            context, subject = jnp.split(tokens, [self.num_context], axis=1)
-            exact = subject.astype(jnp.float32)
-            fused, selected = (
-                # few tokens, and a selection that rounding would change: float32
-                subject_context_fusion(
-                    exact,
-                    context.astype(jnp.float32),
-                    reference_points[:, self.num_context :, 0],
-                    reference_points[:, : self.num_context, 0],
-                    config=self.fusion,
-                    attentive_logits=None
-                    if self.context_logits is None
-                    else self.context_logits(exact),
-                )
-            )
-            tokens = jnp.concatenate([context, fused.astype(tokens.dtype)], 1)
+            tokens, selected = self._fuse(tokens, reference_points[:, :, 0])
             details |= selected
         tokens = self.norm3(
             tokens + dropout(self.feedforward(tokens, noise), self.dropout_rate, noise)
         )
         return tokens, details | {"self_attention_weights": self_weights}
+
+    def _fuse(
+        self, tokens: Float[Array, "b q d"], points: Float[Array, "b q 2"]
+    ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
+        """In float32: few tokens, and a selection that rounding would change."""
+        assert self.fusion is not None
+        context, subject = jnp.split(tokens, [self.num_context], axis=1)
+        context_points, subject_points = jnp.split(points, [self.num_context], axis=1)
+        exact = subject.astype(jnp.float32)
+        fused, selected = subject_context_fusion(
+            exact,
+            context.astype(jnp.float32),
+            subject_points,
+            context_points,
+            config=self.fusion,
+            attentive_logits=self.context_logits(exact) if self.context_logits else None,
+        )
+        return jnp.concatenate([context, fused.astype(tokens.dtype)], 1), selected
 
 
 class Queries(NamedTuple):
@@ -199,8 +191,16 @@ class Queries(NamedTuple):
 class Decoder(nnx.List):
     """The decoder's layers, in order, each with a box from the shared head."""
 
-    def __init__(self, d: int, *, fusions: Sequence[FusionConfig | None], **layer: Any):
-        super().__init__([DecoderLayer(d, fusion=fusion, **layer) for fusion in fusions])
+    def __init__(
+        self,
+        shape: LayerShape,
+        *,
+        num_context: int,
+        fusions: Sequence[FusionConfig | None],
+        rngs: nnx.Rngs,
+    ):
+        layer = partial(DecoderLayer, shape, num_context=num_context, rngs=rngs)
+        super().__init__([layer(fusion=fusion) for fusion in fusions])
 
     def __call__(
         self, queries: Queries, memory: Memory, box_head: BoxHead, *, remat: str, **how: Any

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from dsct_jax.batch import Predictions, Targets
 from dsct_jax.config import cannot_be_used, check_settings, setting
+from dsct_jax.model.attention import LayerShape
 from dsct_jax.model.backbone import BACKBONES, ResNet
 from dsct_jax.model.decoder import Decoder, FusionConfig, Queries
 from dsct_jax.model.encoder import Encoder, Memory
@@ -19,7 +20,7 @@ from dsct_jax.model.layers import (
     Conv,
     DropoutNoise,
     GroupNorm,
-    linear,
+    Linear,
     standard_normal,
     xavier_uniform,
 )
@@ -167,15 +168,15 @@ class DSCT(nnx.Module):
             ]
         )
         self.level_embed = nnx.Param(standard_normal(rngs.params(), (config.num_levels, d)))
-        common: dict[str, Any] = {
-            "num_heads": config.num_heads,
-            "num_levels": config.num_levels,
-            "num_points": config.num_points,
-            "feedforward_dim": config.feedforward_dim,
-            "dropout_rate": config.dropout,
-            "rngs": rngs,
-        }
-        self.encoder = Encoder(d, num_layers=config.num_encoder_layers, **common)
+        shape = LayerShape(
+            d,
+            config.num_heads,
+            config.num_levels,
+            config.num_points,
+            config.feedforward_dim,
+            config.dropout,
+        )
+        self.encoder = Encoder(shape, num_layers=config.num_encoder_layers, rngs=rngs)
         if config.num_context_queries:  # no array without elements: checkpoints cannot hold one
             self.context_queries = nnx.Param(
                 standard_normal(rngs.params(), (config.num_context_queries, 2 * d))
@@ -183,12 +184,10 @@ class DSCT(nnx.Module):
         self.subject_queries = nnx.Param(
             standard_normal(rngs.params(), (config.num_subject_queries, 2 * d))
         )
-        self.reference_points = linear(d, 2, rngs=rngs)
+        self.reference_points = Linear(d, 2, rngs=rngs)
+        fusions = [config.fusion_of_layer(i) for i in range(config.num_decoder_layers)]
         self.decoder = Decoder(
-            d,
-            fusions=[config.fusion_of_layer(i) for i in range(config.num_decoder_layers)],
-            num_context=config.num_context_queries,
-            **common,
+            shape, num_context=config.num_context_queries, fusions=fusions, rngs=rngs
         )
         self.class_head = class_head(d, config.num_classes + 1, rngs=rngs)
         self.box_head = BoxHead(d, refines=config.box_refinement, rngs=rngs)

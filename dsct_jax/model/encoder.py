@@ -11,12 +11,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.model.attention import DeformableAttention, SpatialShapes
+from dsct_jax.model.attention import DeformableAttention, LayerShape, SpatialShapes
 from dsct_jax.model.layers import (
     DropoutNoise,
+    LayerNorm,
+    Linear,
     dropout,
-    layer_norm,
-    linear,
     rematerialized,
     torch_uniform,
 )
@@ -34,10 +34,10 @@ class Memory(NamedTuple):
 class FeedForward(nnx.Module):
     """Two dense layers with a ReLU between them."""
 
-    def __init__(self, d: int, d_inner: int, *, dropout_rate: float, rngs: nnx.Rngs):
-        self.dropout_rate = dropout_rate
-        self.linear1 = linear(d, d_inner, bias_init=torch_uniform(d), rngs=rngs)
-        self.linear2 = linear(d_inner, d, bias_init=torch_uniform(d_inner), rngs=rngs)
+    def __init__(self, shape: LayerShape, *, rngs: nnx.Rngs):
+        d, d_inner, self.dropout_rate = shape.d, shape.feedforward_dim, shape.dropout
+        self.linear1 = Linear(d, d_inner, bias_init=torch_uniform(d), rngs=rngs)
+        self.linear2 = Linear(d_inner, d, bias_init=torch_uniform(d_inner), rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b s d"], noise: DropoutNoise | None
@@ -66,24 +66,12 @@ def encoder_reference_points(
 class EncoderLayer(nnx.Module):
     """Deformable self-attention and a feed-forward block, each with a residual and then a norm."""
 
-    def __init__(
-        self,
-        d: int,
-        *,
-        num_heads: int,
-        num_levels: int,
-        num_points: int,
-        feedforward_dim: int,
-        dropout_rate: float,
-        rngs: nnx.Rngs,
-    ):
-        self.dropout_rate = dropout_rate
-        self.self_attention = DeformableAttention(
-            d, num_heads=num_heads, num_levels=num_levels, num_points=num_points, rngs=rngs
-        )
-        self.norm1 = layer_norm(d, rngs=rngs)
-        self.feedforward = FeedForward(d, feedforward_dim, dropout_rate=dropout_rate, rngs=rngs)
-        self.norm2 = layer_norm(d, rngs=rngs)
+    def __init__(self, shape: LayerShape, *, rngs: nnx.Rngs):
+        self.dropout_rate = shape.dropout
+        self.self_attention = DeformableAttention(shape, rngs=rngs)
+        self.norm1 = LayerNorm(shape.d, rngs=rngs)
+        self.feedforward = FeedForward(shape, rngs=rngs)
+        self.norm2 = LayerNorm(shape.d, rngs=rngs)
 
     def __call__(
         self,
@@ -113,8 +101,8 @@ class EncoderLayer(nnx.Module):
 class Encoder(nnx.List):
     """The encoder's layers, in order."""
 
-    def __init__(self, d: int, *, num_layers: int, **layer: Any):
-        super().__init__([EncoderLayer(d, **layer) for _ in range(num_layers)])
+    def __init__(self, shape: LayerShape, *, num_layers: int, rngs: nnx.Rngs):
+        super().__init__([EncoderLayer(shape, rngs=rngs) for _ in range(num_layers)])
 
     def __call__(
         self, memory: Memory, positions: Float[Array, "b s d"], *, remat: str, **how: Any

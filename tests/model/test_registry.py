@@ -20,7 +20,7 @@ from dsct_jax.config import check_settings, defaults, free_fields, setting, to_b
 from dsct_jax.errors import UserError
 from dsct_jax.model.backbone import BACKBONES, ResNet
 from dsct_jax.model.build import NETWORKS, Entry, Network, network_config
-from dsct_jax.model.layers import linear
+from dsct_jax.model.layers import Linear
 
 CONFIGURATION = """
 from ml_collections import ConfigDict
@@ -51,7 +51,7 @@ class Readout(nnx.Module):
     def __init__(self, config: ReadoutConfig, *, rngs: nnx.Rngs):
         resnet = BACKBONES[config.backbone]
         self.backbone = ResNet(resnet, norm="group", rngs=rngs)
-        self.head = linear(resnet.channels[-1], config.num_classes + 1 + 4, rngs=rngs)
+        self.head = Linear(resnet.channels[-1], config.num_classes + 1 + 4, rngs=rngs)
 
     def __call__(self, images, padding_mask, *, noise=None, return_details=False, **_):
         answer = self.head(self.backbone(images)[-1].mean((1, 2)))[None, :, None]
@@ -84,8 +84,8 @@ def test_a_run_trains_and_evaluates(workdir):
 
 def test_it_predicts(workdir):
     model = dsct_jax.load(workdir)
-    assert isinstance(model.functions.config, ReadoutConfig)
-    (people,) = dsct_jax.predict(model, [Image.new("RGB", (80, 60))], min_confidence=0)
+    assert model.config["model"] == {"name": "readout", "backbone": "tiny"}
+    (people,) = dsct_jax.predict(model, [Image.new("RGB", (80, 60))], min_confidence=0.0)
     assert len(people) == 1
 
 
