@@ -1,18 +1,18 @@
 """Trains and evaluates a model: configuration -> data -> model -> state -> loop.
 
-    python train.py --config=configs/demo.py --workdir=runs/demo [--config.optimizer.learning_rate=1e-4 ...]
-    python train.py --config=configs/demo.py --workdir=runs/demo --mode=eval [--split=test] [--checkpoint=best]
+    python train.py --config=configs/demo.py --workdir=runs/demo [--config.section.field=value ...]
+    python train.py --config=configs/demo.py --workdir=runs/demo --mode=eval [--split=test]
+        [--checkpoint=best]
     python train.py --config=configs/demo.py --workdir=runs/demo --mode=plan
 
-The same command again continues from the newest checkpoint in the workdir. docs/training.md tells
-the rest.
+The same command again continues from the newest checkpoint in the workdir. docs/training.md has the
+rest.
 """
 
 import contextlib
 import dataclasses
-import errno
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,56 +24,26 @@ from jax.sharding import Mesh
 from data.command import override
 from data.config import SPLITS, DataConfig
 from data.pipeline import Dataset, make_dataset
-from dsct_jax.batch import Batch, Predictions
 from dsct_jax.cli import Parser, run_command
-from dsct_jax.config import dataclass_from_dict, read_config, require
+from dsct_jax.config import dataclass_from_dict, read_config, require, to_builtins
 from dsct_jax.errors import UserError
-from dsct_jax.evaluation.calibration import FILE as CALIBRATION_FILE
-from dsct_jax.evaluation.calibration import calibration_of_run
+from dsct_jax.evaluation.calibration import FILE as FIT_FILE
+from dsct_jax.evaluation.calibration import fit_decoder, save_fit, stored_decoder
 from dsct_jax.evaluation.collect import collect_results
-from dsct_jax.evaluation.evaluate import RESAMPLES, evaluate, fit_calibration, write_evaluation
+from dsct_jax.evaluation.evaluate import RESAMPLES, evaluate, write_evaluation
+from dsct_jax.evaluation.measures import LOWER_IS_BETTER
 from dsct_jax.evaluation.report import format_table
 from dsct_jax.evaluation.results import ResultsInfo, Shown, SplitResults
-from dsct_jax.inference.load import model_config
-from dsct_jax.model.build import FlatParams, Network
-from dsct_jax.model.dsct import DSCTConfig
+from dsct_jax.model.build import FlatParams, Network, network_config
 from dsct_jax.parallel import Prefetch, make_mesh, replicate, shard_batch
-from dsct_jax.postprocess import has_subject_logit
-from dsct_jax.runtime import (
-    AUTO,
-    CompilationLog,
-    Preemption,
-    init_distributed,
-    set_compilation_cache,
-    start_process,
-)
-from dsct_jax.runtime import FILE as COMPILATIONS_FILE
-from dsct_jax.training.checkpoint import (
-    Checkpoints,
-    best_step,
-    load_weights,
-    newest_step,
-    require_same_model,
-    require_same_shapes,
-)
+from dsct_jax.postprocess import Decoder
+from dsct_jax.runtime import AUTO, full_disk_reported, init_distributed, start_process
+from dsct_jax.training.checkpoint import Checkpoints
+from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig, TrainConfig
 from dsct_jax.training.logbook import Logbook, versions, write_settings
-from dsct_jax.training.loop import (
-    Best,
-    Loop,
-    Meter,
-    NonFiniteGuard,
-    Preempted,
-    Profiler,
-    Schedule,
-    TrainConfig,
-    log_config_changes,
-    parse_window,
-    stopped_early,
-)
-from dsct_jax.training.losses import LossConfig
-from dsct_jax.training.matching import MatcherConfig
+from dsct_jax.training.loop import Best, Meter, Preempted, Schedule, parse_window, train_loop
 from dsct_jax.training.memory_plan import format_plan, make_plan
-from dsct_jax.training.optimizer import OptimizerConfig
+from dsct_jax.training.optimizer import learning_rates
 from dsct_jax.training.step import (
     TrainState,
     TrainStep,
@@ -83,6 +53,13 @@ from dsct_jax.training.step import (
 )
 from dsct_jax.visualization.drawing import contact_sheet, draw_shown
 from dsct_jax.weights.pretrained import load_pretrained
+from dsct_jax.weights.run_directory import (
+    load_weights,
+    newest_step,
+    parse_step,
+    require_same_model,
+    require_same_shapes,
+)
 
 SHOWN_METRICS = ("mAP", "accuracy", "macro_f1", "mean_iou")  # in the line of a validation
 DRAWN_IMAGES = 24  # on the contact sheet of an evaluation
@@ -91,14 +68,14 @@ DRAWN_IN_TRAINING = 6  # of each validation
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A whole configuration as the library takes it."""
+    """A whole configuration as the library takes it: each section a frozen dataclass."""
 
     name: str
     seed: int
     init_from: str
     class_names: tuple[str, ...]
     multi_label: bool
-    model: DSCTConfig
+    model: Any  # the configuration of the network that model.name chooses
     matcher: MatcherConfig
     loss: LossConfig
     optimizer: OptimizerConfig
@@ -109,6 +86,13 @@ class RunConfig:
     def best_metric(self) -> str:
         """What the best checkpoint is best by."""
         return self.train.best_metric or ("mAP" if self.multi_label else "accuracy")
+
+    @property
+    def decoder(self) -> Decoder:
+        """How the outputs are read, before anything is fitted."""
+        return Decoder.unfitted(
+            self.class_names, multi_label=self.multi_label, class_loss=self.loss.class_loss
+        )
 
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> "RunConfig":
@@ -123,143 +107,108 @@ class RunConfig:
             name: dataclass_from_dict(kind, name, require(config, name, Mapping))
             for name, kind in sections.items()
         }
-        parts["model"] = model_config(config)
-        classes = {
-            "class_names": require(config, "class_names", tuple),
-            "multi_label": require(config, "multi_label", bool),
-        }
+        names = require(config, "class_names", tuple)
+        parts["model"] = network_config(require(config, "model", Mapping), len(names))
         parts["data"] = dataclass_from_dict(
-            DataConfig, "data", require(config, "data", Mapping), **classes
+            DataConfig,
+            "data",
+            require(config, "data", Mapping),
+            class_names=names,
+            multi_label=require(config, "multi_label", bool),
         )
-        return dataclass_from_dict(
-            cls, "", {key: value for key, value in config.items() if key not in parts}, **parts
-        )
+        rest = {key: value for key, value in config.items() if key not in parts}
+        return dataclass_from_dict(cls, "", rest, **parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_mapping`, as JSON can hold it: kept with a run and its weights."""
+        return {f.name: to_builtins(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
-def train(
-    config: Mapping[str, Any], workdir: Path, *, profile: tuple[int, int] | None = None
-) -> dict[str, Any]:
-    """Trains to the end of the schedule, evaluating and saving on the way; returns the last
-    validation metrics.
+def train(run: RunConfig, workdir: Path, *, profile: tuple[int, int] | None = None) -> None:
+    """Trains to the end of the schedule, evaluating and saving on the way.
 
     Args:
-        profile: (first step, number of steps) that jax's profiler records, below `workdir`/profile.
+        profile: (first step, last step) that jax's profiler records.
 
     Raises:
         Preempted: the run was asked to stop by SIGTERM, and has saved.
     """
-    run, mesh = RunConfig.from_mapping(config), make_mesh()
+    mesh = make_mesh()
     run.train.require_divisible(mesh.size)
     train_data = build_dataset(run, "train", training=True)
     val_data = build_dataset(run, "val", training=False)
     schedule = Schedule.of(run.train, train_data.steps_per_epoch)
-    functions = Network(run.model)
-    params, norm_stats = initial_params(functions, run, config, workdir)
-    set_compilation_cache(workdir / "compiled")
-    optimizer, state = initial_state(
-        params,
-        norm_stats,
-        run.optimizer,
-        total_steps=schedule.total,
-        mesh=mesh,
-        step_config=run.train.step_config,
-    )
-    metadata = {
-        "config": config,
-        "class_names": run.class_names,
-        "seed": run.seed,
-        "steps_per_epoch": schedule.epoch,
-        "versions": versions(),
-    }
+    network = Network(run.model)
 
+    # What the run starts from; the first that applies wins:
+    # 1. continue: the newest checkpoint in the workdir that can be read, with everything in it;
+    # 2. init_from: the weights of config.init_from; what that file does not have, as in 3;
+    # 3. random, by config.seed.
+    values = network.init(run.seed)
+    if run.init_from and newest_step(workdir) is None:
+        values = pretrained(network, *values, run, workdir)
+    optimizer, state = state_before(run, *values, mesh=mesh, total_steps=schedule.total)
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            contextlib.closing(
-                Checkpoints(workdir, keep=run.train.keep_checkpoints, metadata=metadata)
-            )
-        )
+        checkpoints = open_checkpoints(run, workdir, steps_per_epoch=schedule.epoch)
+        stack.enter_context(contextlib.closing(checkpoints))
         state, stored = checkpoints.restore_newest(state) or (state, {})
-        best, meter, progress = Best(run.best_metric), Meter(), stored.get("progress", {})
-        best.load_state(progress)
-        meter.load_state(progress.get("pending", []))
-        start_step, first = int(state.step), jax.process_index() == 0
-        changed = write_settings(config, workdir) if first else []
-        logbook = Logbook(
-            workdir,
-            start_step=start_step,
-            total_steps=schedule.total,
-            wandb=run.train.wandb,
-            config=config,
-        )
-        stack.enter_context(contextlib.closing(logbook))
-        trained = sum(value.size for value in state.params.values())
-        what = f"{run.name}: {train_data.num_images} images, {trained:,} trained parameters, {mesh.size} device(s)"
-        logbook.log(f"{what}, steps {start_step} to {schedule.total}")
+        step, progress = int(state.step), stored.get("progress", {})
+
+        changed = write_settings(run.to_dict(), workdir) if jax.process_index() == 0 else []
+        logbook = stack.enter_context(open_logbook(run, workdir, step, schedule.total, progress))
+        size = sum(value.size for value in state.params.values())
+        what = f"{run.name}: {train_data.num_images} images, {size:,} trained parameters"
+        logbook.log(f"{what}, {mesh.size} device(s), steps {step} to {schedule.total}")
         if jax.process_count() > 1:
             logbook.log(f"process 0 of {jax.process_count()}, the only one that writes")
-        if start_step > 0:
-            log_config_changes(logbook, changed, stored, schedule.epoch)
+        if step > 0:
+            logbook.log_changes(changed, stored, steps_per_epoch=schedule.epoch)
+        best = Best(run.best_metric, lower_is_better=run.best_metric in LOWER_IS_BETTER)
+        best.load_state(progress)
         validation = partial(
-            validate,
-            run=run,
-            data=val_data,
-            eval_step=make_eval_step(functions, mesh=mesh),
-            mesh=mesh,
-            logbook=logbook,
-            best=best,
+            validate, run, val_data, make_eval_step(network, mesh=mesh), mesh, logbook
         )
         if progress.get("validation_owed"):
-            validation(start_step, state)
-        if start_step >= schedule.total:
+            best.add(step, validation(step, state)[0])
+        if step >= schedule.total:
             logbook.log(
-                f"nothing left to train: {workdir} stands at step {start_step}; raise "
+                f"nothing left to train: {workdir} is already at step {step}; raise "
                 "config.train.epochs to go on, or use --mode=eval"
             )
-            return {}
-        if stopped_early(best, run.train, logbook):
-            return {}
+        if step >= schedule.total or best.stops(run.train, logbook):
+            return
 
-        compilations = CompilationLog(workdir / COMPILATIONS_FILE if first else None)
-        stack.enter_context(contextlib.closing(compilations))
-        loop = Loop(
+        source = train_data.iterator(step, schedule.total - step)
+        batches = stack.enter_context(Prefetch(source, partial(shard_batch, mesh=mesh)))
+        train_loop(
+            train_step(network, optimizer, run, mesh),
+            state,
+            batches,
             config=run.train,
-            optimizer=run.optimizer,
             schedule=schedule,
-            workdir=workdir,
             checkpoints=checkpoints,
             logbook=logbook,
-            compilations=compilations,
-            guard=NonFiniteGuard(
-                workdir, limit=run.train.max_skipped, in_a_row=int(state.skipped), log=logbook.log
-            ),
-            preemption=stack.enter_context(Preemption()),
-            profiler=stack.enter_context(Profiler(profile, workdir / "profile", log=logbook.log)),
-            meter=meter,
+            meter=Meter(progress.get("pending", ())),
             best=best,
             validate=validation,
+            learning_rates=partial(learning_rates, run.optimizer, schedule.total),
             max_programs=len(run.data.buckets),
+            profile=profile,
         )
-        batches = Prefetch(
-            train_data.iterator(start_step, schedule.total - start_step),
-            lambda batch: shard_batch(batch, mesh),
-        )
-        stack.enter_context(batches)
-        metrics = loop.run(train_step(functions, optimizer, run, mesh), state, batches)
         report_skipped(train_data, val_data, log=logbook.log)
-        if best.value is not None:
-            logbook.log(
-                f"best validation: {best.metric} {best.value:.3f} at step {best.step}, kept in "
-                f"{workdir / 'checkpoints' / str(best.step)}"
-            )
-    return metrics
+        best.report(logbook)
 
 
 def build_dataset(run: RunConfig, split: str, *, training: bool) -> Dataset:
     """The data of one split for this process; says what was read and what had to be left out."""
-    batch_size = run.train.batch_size if training else run.train.eval_batch_size
-    hosts = {"host_index": jax.process_index(), "host_count": jax.process_count()}
     data = make_dataset(
-        run.data, split, batch_size=batch_size, seed=run.seed, training=training, **hosts
+        run.data,
+        split,
+        batch_size=run.train.batch_size if training else run.train.eval_batch_size,
+        seed=run.seed,
+        training=training,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
     )
     if jax.process_index() == 0:
         print(f"{split}: {data.report}", flush=True)
@@ -271,31 +220,35 @@ def build_dataset(run: RunConfig, split: str, *, training: bool) -> Dataset:
     return data
 
 
-def initial_params(
-    functions: Network, run: RunConfig, config: Mapping[str, Any], workdir: Path
+def pretrained(
+    network: Network, params: FlatParams, norm_stats: FlatParams, run: RunConfig, workdir: Path
 ) -> tuple[FlatParams, FlatParams]:
-    """Random values, and those of config.init_from in their place; what was taken is printed and
+    """The weights of config.init_from in the place of random ones; what was taken is printed and
     kept in init_from.txt.
     """
-    params, norm_stats = functions.init(run.seed)
-    if not run.init_from or newest_step(workdir) is not None:  # a run that continues has its own
-        return params, norm_stats
-    params, norm_stats, lines = load_pretrained(
-        run.init_from, functions, params, norm_stats, config
-    )
+    classes = {"class_names": run.class_names, "multi_label": run.multi_label}
+    *values, lines = load_pretrained(run.init_from, network, params, norm_stats, **classes)
     if jax.process_index() == 0:
         print("\n".join(lines), flush=True)
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "init_from.txt").write_text("\n".join(lines) + "\n")
-    return params, norm_stats
+    return tuple(values)
+
+
+def state_before(
+    run: RunConfig, params: FlatParams, norm_stats: FlatParams, *, mesh: Mesh, total_steps: int
+) -> tuple[optax.GradientTransformationExtraArgs, TrainState]:
+    """The optimizer, and the state before the first step."""
+    how = {"total_steps": total_steps, "mesh": mesh, "step_config": run.train.step_config}
+    return initial_state(params, norm_stats, run.optimizer, **how)
 
 
 def train_step(
-    functions: Network, optimizer: optax.GradientTransformation, run: RunConfig, mesh: Mesh
+    network: Network, optimizer: optax.GradientTransformation, run: RunConfig, mesh: Mesh
 ) -> TrainStep:
     """The step of a run."""
     return make_train_step(
-        functions,
+        network,
         optimizer,
         loss=run.loss,
         matcher=run.matcher,
@@ -306,72 +259,66 @@ def train_step(
     )
 
 
+def open_checkpoints(run: RunConfig, workdir: Path, *, steps_per_epoch: int) -> Checkpoints:
+    """The checkpoints of a run, each of which says how it came about."""
+    metadata = {
+        "config": run.to_dict(),
+        "class_names": run.class_names,
+        "seed": run.seed,
+        "steps_per_epoch": steps_per_epoch,
+        "versions": versions(),
+    }
+    return Checkpoints(workdir, keep=run.train.keep_checkpoints, metadata=metadata)
+
+
+def open_logbook(
+    run: RunConfig, workdir: Path, step: int, total_steps: int, progress: Mapping[str, Any]
+) -> Logbook:
+    """The log of a run that starts at `step`."""
+    return Logbook(
+        workdir,
+        start_step=step,
+        total_steps=total_steps,
+        validation_owed=progress.get("validation_owed", False),
+        wandb=run.train.wandb,
+        config=run.to_dict(),
+    )
+
+
 def validate(
-    step: int,
-    state: TrainState,
-    *,
     run: RunConfig,
     data: Dataset,
-    eval_step,
+    eval_step: Any,
     mesh: Mesh,
     logbook: Logbook,
-    best: Best,
-) -> tuple[dict[str, Any], bool]:
-    """Metrics of the weights as they are, averaged if the run keeps an average; and whether they
-    are the best, which `best` then knows.
+    step: int,
+    state: TrainState,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics of the weights as they are, averaged if the run keeps an average; and the decoder
+    fitted to them, to be stored beside them.
     """
     weights = (state.ema or state.params) | state.frozen_params
-    keep = DRAWN_IN_TRAINING if jax.process_index() == 0 else 0
-    results, shown = collect(
-        partial(eval_step, weights, state.norm_stats), data, "val", run=run, mesh=mesh, keep=keep
-    )
-    metrics = evaluate(results)
-    logbook.write(
-        step, {f"val/{name}": value for name, value in metrics.items() if isinstance(value, float)}
-    )
-    if shown:
-        logbook.image(
-            step,
-            "val/predictions",
-            contact_sheet(draw_shown(shown, results.about, fit_calibration(results)), 3),
-        )
-    logbook.log(
-        "validation: "
-        + "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics)
-    )
-    return metrics, best.add(step, metrics)
-
-
-def collect(
-    predict: Callable[[Batch], Predictions],
-    data: Dataset,
-    split: str,
-    *,
-    run: RunConfig,
-    mesh: Mesh,
-    keep: int,
-    checkpoint: str = "",
-) -> tuple[SplitResults, list[Shown]]:
-    """(what `predict` says of every image of `data`, the first `keep` images with it); `checkpoint`
-    is kept with the results, for people.
-    """
-    subject_logit = has_subject_logit(multi_label=run.multi_label, class_loss=run.loss.class_loss)
-    about = ResultsInfo(
-        run.class_names, run.multi_label, subject_logit, data.report.protocol, split, checkpoint
-    )
-    return collect_results(
-        predict,
+    results, shown = collect_results(
+        partial(eval_step, weights, state.norm_stats),
         data.iterator(),
-        about,
+        ResultsInfo(run.decoder, data.report.protocol, "val", f"step {step}"),
         num_images=data.num_images,
         source=data.report.source,
         mesh=mesh,
-        keep=keep,
+        keep=DRAWN_IN_TRAINING if jax.process_index() == 0 else 0,
     )
+    metrics, decoder = evaluate(results), fit_decoder(results)
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    logbook.write(step, {f"val/{name}": value for name, value in numbers.items()})
+    if pictures := draw_shown(shown, decoder):  # none where all of them are damaged
+        logbook.image(step, "val/predictions", contact_sheet(pictures, 3))
+    shortly = [f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics]
+    logbook.log(f"validation: {'  '.join(shortly)}")
+    return metrics, decoder.to_dict()
 
 
-def report_skipped(*datasets: Dataset, log) -> None:
-    """At the end of a run: how many images could not be read (only with config.data.skip_corrupt)."""
+def report_skipped(*datasets: Dataset, log: Any) -> None:
+    """At the end: how many images could not be read (only with config.data.skip_corrupt)."""
     damaged = {name for data in datasets for name in data.skipped}
     unreadable = sum(data.report.unreadable for data in datasets)
     if damaged or unreadable:
@@ -381,183 +328,144 @@ def report_skipped(*datasets: Dataset, log) -> None:
         )
 
 
-def print_plan(config: Mapping[str, Any]) -> None:
+def print_plan(run: RunConfig) -> None:
     """What a training run would take: parameters, memory, compile time and arithmetic. Compiles
     every program; reads no data.
     """
-    run, mesh = RunConfig.from_mapping(config), make_mesh()
+    mesh, buckets = make_mesh(), run.data.buckets
     run.train.require_divisible(mesh.size)
-    functions = Network(run.model)
-    optimizer, state = initial_state(
-        *functions.init(run.seed),
-        run.optimizer,
-        total_steps=1,
-        mesh=mesh,
-        step_config=run.train.step_config,
-    )
+    network = Network(run.model)
+    optimizer, state = state_before(run, *network.init(run.seed), mesh=mesh, total_steps=1)
+    devices = f"{mesh.size} {jax.devices()[0].device_kind} device(s)"
+    print(f"{run.name}: {devices}; compiling {len(buckets)} size(s) of images ...", flush=True)
     sizes = {
         "batch_size": run.train.batch_size,
         "max_targets": run.data.max_targets,
         "num_classes": len(run.class_names),
     }
-    print(
-        f"{run.name}: {mesh.size} {jax.devices()[0].device_kind} device(s); compiling "
-        f"{len(run.data.buckets)} size(s) of images ...",
-        flush=True,
-    )
-    print(
-        format_plan(
-            make_plan(train_step(functions, optimizer, run, mesh), state, run.data.buckets, **sizes)
-        )
-    )
+    step = train_step(network, optimizer, run, mesh)
+    print(format_plan(make_plan(step, state, buckets, **sizes)))
 
 
 def evaluate_checkpoint(
-    config: Mapping[str, Any], workdir: Path, split: str, *, step: int | None = None
+    run: RunConfig, workdir: Path, split: str, *, step: int | None = None
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint (None: the newest) on a split under every protocol of
+    """Evaluates a checkpoint (None: the newest that can be read) on a split under every protocol of
     docs/evaluation.md.
 
     Prints the table; writes metrics_<split>.json, .md and .png, predictions_<split>.npz (what
     `python -m dsct_jax evaluate` reads) and predictions_<split>.png into `workdir`, and, on the
-    validation split, thresholds.json, which prediction and the other splits' evaluation use.
+    validation split, thresholds.json, for a checkpoint without a validation of its own.
     """
-    run, mesh = RunConfig.from_mapping(config), make_mesh()
+    mesh = make_mesh()
     run.train.require_divisible(mesh.size)
-    params, norm_stats, metadata = load_weights(workdir, step)
-    require_same_model(metadata["config"], config, str(workdir))
-    functions = Network(run.model)
-    require_same_shapes(
-        functions.param_shapes | functions.norm_stats_shapes, {**params, **norm_stats}, str(workdir)
-    )
-    step = newest_step(workdir) if step is None else step
-    calibration = (
-        calibration_of_run(workdir, class_names=run.class_names, step=step)
-        if split != "val"
-        else None
-    )
+    params, norm_stats, metadata, step = load_weights(workdir, step)
+    require_same_model(metadata["config"], run.to_dict(), str(workdir))
+    network, decoder = Network(run.model), run.decoder
+    shapes = network.param_shapes | network.norm_stats_shapes
+    require_same_shapes(shapes, params | norm_stats, str(workdir))
+    if split != "val":
+        decoder = stored_decoder(decoder, metadata, workdir, step)
     data = build_dataset(run, split, training=False)
-    predict = partial(make_eval_step(functions, mesh=mesh), *replicate((params, norm_stats), mesh))
-    results, shown = collect(
-        predict, data, split, run=run, mesh=mesh, keep=DRAWN_IMAGES, checkpoint=f"step {step}"
+    results, shown = collect_results(
+        partial(make_eval_step(network, mesh=mesh), *replicate((params, norm_stats), mesh)),
+        data.iterator(),
+        ResultsInfo(decoder, data.report.protocol, split, f"step {step}"),
+        num_images=data.num_images,
+        source=data.report.source,
+        mesh=mesh,
+        keep=DRAWN_IMAGES,
     )
-    metrics = evaluate(results, calibration=calibration, resamples=RESAMPLES, seed=run.seed)
+    metrics = evaluate(results, resamples=RESAMPLES, seed=run.seed)
     if jax.process_index() == 0:
         print(format_table(metrics))
         report_skipped(data, log=print)
-        predictions, sheet = (
-            workdir / f"predictions_{split}.npz",
-            workdir / f"predictions_{split}.png",
-        )
-        results.save(predictions)
-        fitted = fit_calibration(results) if split == "val" else None
-        contact_sheet(draw_shown(shown, results.about, fitted or calibration), 6).save(sheet)
-        numbers = write_evaluation(metrics, workdir, suffix=f"_{split}")
-        print(
-            f"numbers: {'   '.join(map(str, numbers))}   predictions: {predictions}   drawings "
-            f"(dashed: annotated): {sheet}"
-        )
-        if fitted is not None:
-            fitted.save(workdir / CALIBRATION_FILE)
-            print(
-                "temperature and thresholds fitted for prediction and for the other splits: "
-                f"{workdir / CALIBRATION_FILE}"
-            )
-        elif calibration is None:
-            print("no thresholds fitted on validation: --mode=eval --split=val makes them")
+        write_results(results, metrics, shown, workdir)
     return metrics
+
+
+def write_results(
+    results: SplitResults, metrics: dict[str, Any], shown: list[Shown], workdir: Path
+) -> None:
+    """Writes what `evaluate_checkpoint` has found, and says where it is."""
+    split, decoder = results.about.split, results.about.decoder
+    predictions, sheet = (workdir / f"predictions_{split}{end}" for end in (".npz", ".png"))
+    results.save(predictions)
+    numbers = write_evaluation(metrics, workdir, suffix=f"_{split}")
+    line = f"numbers: {'   '.join(map(str, numbers))}   predictions: {predictions}"
+    if split == "val":
+        decoder = fit_decoder(results)
+        save_fit(decoder, workdir / FIT_FILE, checkpoint=results.about.checkpoint)
+    if pictures := draw_shown(shown, decoder):  # none where all of them are damaged
+        contact_sheet(pictures, 6).save(sheet)
+        line += f"   drawings (dashed: annotated): {sheet}"
+    print(line)
+    if split == "val":
+        print(
+            "temperature and thresholds fitted for prediction and for the other splits: "
+            f"{workdir / FIT_FILE}"
+        )
+    elif not decoder.fitted_on:
+        print("no thresholds fitted on validation: --mode=eval --split=val makes them")
 
 
 def make_parser() -> Parser:
     """The command's own flags; what begins with --config. is left to `override`."""
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--config",
-        type=Path,
-        help="configuration file, such as configs/demo.py, or a run's config.json",
-    )
-    parser.add_argument(
-        "--workdir", type=Path, help="directory of the run: checkpoints, metrics, settings"
-    )
-    modes = "train, evaluating on the way; evaluate a checkpoint; or say what a run takes"
-    parser.add_argument("--mode", choices=["train", "eval", "plan"], default="train", help=modes)
-    parser.add_argument(
-        "--split", choices=SPLITS, default="test", help="what --mode=eval evaluates"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        default="newest",
-        help="which one --mode=eval evaluates: newest, best (by the validations), or a step",
-    )
-    parser.add_argument(
-        "--coordinator",
-        help=f"several processes: HOST:PORT of process 0, the same for all; {AUTO}: as jax finds "
-        "out by itself",
-    )
-    parser.add_argument("--num_processes", type=int, help="several processes: how many")
-    parser.add_argument(
-        "--process_id", type=int, help="several processes: which of them this is, from 0"
-    )
-    parser.add_argument(
-        "--profile",
-        metavar="STEP:NUMBER",
-        help="records so many steps with jax's profiler, from this one on, below the workdir",
-    )
+
+    def flag(name: str, text: str, **options: Any) -> None:
+        parser.add_argument(f"--{name}", help=text, **options)
+
+    flag("config", "configuration, such as configs/demo.py, or a run's config.json", type=Path)
+    flag("workdir", "directory of the run: checkpoints, metrics, settings", type=Path)
+    modes = ["train", "eval", "plan"]
+    does = "train, evaluating on the way; evaluate a checkpoint; or say what a run takes"
+    flag("mode", does, choices=modes, default="train")
+    flag("split", "what --mode=eval evaluates", choices=SPLITS, default="test")
+    newest = "which one --mode=eval evaluates: newest, best (by the validations), or a step"
+    flag("checkpoint", newest, default="newest")
+    where = f"several processes: HOST:PORT of process 0, the same for all; {AUTO}: found by JAX"
+    flag("coordinator", where)
+    flag("num_processes", "several processes: how many", type=int)
+    flag("process_id", "several processes: which of them this is, from 0", type=int)
+    steps = "records so many steps with jax's profiler, from this one on, below the workdir"
+    flag("profile", steps, metavar="STEP:NUMBER")
     return parser
 
 
-def resolve_step(text: str, workdir: Path) -> int | None:
-    """--checkpoint as the step of a checkpoint, None = the newest. Raises UserError."""
-    if text in ("newest", "best"):
-        return None if text == "newest" else best_step(workdir)
-    if not text.isdecimal():
-        raise UserError(
-            f"--checkpoint={text} cannot be used: must be newest, best or the step of a checkpoint"
-        )
-    return int(text)
-
-
-def run_mode(argv: list[str] | None) -> None:
-    """Reads the command line and runs the chosen mode."""
+def run_mode(argv: list[str] | None) -> int:
+    """Reads the command line and runs the chosen mode; returns the exit status."""
     arguments, overrides = make_parser().parse_known_args(argv)
     for name in ("config",) if arguments.mode == "plan" else ("config", "workdir"):
         if getattr(arguments, name) is None:
-            raise UserError(
-                f"--{name} is missing"
-                + (f", but there is {overrides[0]}" if overrides else "")
-                + "; see train.py --help"
-            )
+            instead = f", but there is {overrides[0]}" if overrides else ""
+            raise UserError(f"--{name} is missing{instead}; see train.py --help")
     window, workdir = parse_window(arguments.profile), arguments.workdir
     if workdir and workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; name a directory")
-    config = override(read_config(arguments.config), overrides)
+    run = RunConfig.from_mapping(override(read_config(arguments.config), overrides))
     init_distributed(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    try:
-        if arguments.mode == "train":
-            train(config, workdir, profile=window)
-        elif arguments.mode == "plan":
-            print_plan(config)
+    with full_disk_reported(workdir):
+        if arguments.mode == "plan":
+            print_plan(run)
+        elif arguments.mode == "eval":
+            step = parse_step(arguments.checkpoint, workdir)
+            evaluate_checkpoint(run, workdir, arguments.split, step=step)
         else:
-            evaluate_checkpoint(
-                config, workdir, arguments.split, step=resolve_step(arguments.checkpoint, workdir)
-            )
-    except Preempted as request:
-        print(request, flush=True)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-            raise
-        raise UserError(
-            f"{error.filename or workdir}: {error.strerror}; make room, then the same command "
-            "continues"
-        ) from error
+            try:
+                train(run, workdir, profile=window)
+            except Preempted as request:
+                print(request, flush=True)
+            except KeyboardInterrupt:
+                again = "the same command continues from the last checkpoint"
+                print(f"interrupted; {again}", file=sys.stderr)
+                return 130
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; a user's mistake is one line on stderr and exit status 2."""
-    return run_command(
-        lambda: run_mode(argv),
-        interrupted="interrupted; the same command continues from the last checkpoint",
-    )
+    return run_command(lambda: run_mode(argv))
 
 
 if __name__ == "__main__":

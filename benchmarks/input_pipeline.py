@@ -204,12 +204,12 @@ def data_wait(config: DataConfig, workers: int, step_seconds: float, *, steps: i
         for _ in range(6):
             next(stream)
             time.sleep(step_seconds)
-        batches.take_wait()
+        batches.pop_wait()
         start = time.perf_counter()
         for _ in range(steps):
             next(stream)
             time.sleep(step_seconds)  # what a device does meanwhile takes none of the CPU's time
-        return batches.take_wait() / (time.perf_counter() - start)
+        return batches.pop_wait() / (time.perf_counter() - start)
 
 
 def measure(

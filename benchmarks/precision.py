@@ -23,7 +23,7 @@ import numpy as np
 
 from data.command import override
 from data.pipeline import make_dataset
-from dsct_jax.cli import Parser, run_command, writing
+from dsct_jax.cli import Parser, run_command
 from dsct_jax.config import read_config
 from dsct_jax.errors import UserError
 from dsct_jax.model.build import Network
@@ -172,11 +172,10 @@ def run(argv: list[str] | None) -> None:
             "off": found["off"],
             "seconds": found["seconds"],
         }
-        with writing(arguments.output):
-            arguments.output.with_suffix(".md").write_text(table)
-            arguments.output.with_suffix(".json").write_text(
-                json.dumps(values, default=np.ndarray.tolist) + "\n"
-            )
+        arguments.output.with_suffix(".md").write_text(table)
+        arguments.output.with_suffix(".json").write_text(
+            json.dumps(values, default=np.ndarray.tolist) + "\n"
+        )
 
 
 if __name__ == "__main__":

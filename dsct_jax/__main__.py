@@ -1,9 +1,9 @@
 """The commands of the library: `python -m dsct_jax COMMAND ...`, installed as `dsct COMMAND ...`."""
 
 import sys
+from collections.abc import Sequence
 
 from dsct_jax.cli import run_subcommand
-from dsct_jax.runtime import start_process
 
 COMMANDS = {
     "predict": "people and their emotions in images, folders, videos or a camera",
@@ -16,10 +16,9 @@ COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns its exit status."""
-    start_process()
-    return run_subcommand("dsct_jax.commands", COMMANDS, sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command (None: of this process's command line); returns its exit status."""
+    return run_subcommand("dsct_jax.commands", COMMANDS, argv, prog="python -m dsct_jax")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ class Prefetch:
             ahead.append(self._executor.submit(self._produce))
             yield item
 
-    def take_wait(self) -> float:
+    def pop_wait(self) -> float:
         """Seconds spent waiting since the last call."""
         wait, self._wait = self._wait, 0.0
         return wait

@@ -3,26 +3,21 @@ inference", Eq. 4 and 5).
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy.special import expit, softmax
 
-from dsct_jax.boxes import cxcywh_to_xyxy, non_max_suppression
+from dsct_jax.boxes import non_max_suppression, to_pixels
 from dsct_jax.errors import UserError
 from dsct_jax.preprocess import Size
 
-PREDICTION_NMS = (
-    0.5  # in prediction: of two boxes that overlap more (IoU), the less certain one goes
-)
-
-
-DEFAULT_MIN_CONFIDENCE = 0.3  # in prediction, where none was fitted on validation
-
-
-def sigmoid(logits: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
-    """Logistic function in float64, without overflow."""
-    return np.exp(-np.logaddexp(0, -logits.astype(np.float64)))
+PREDICTION_NMS = 0.5  # of two boxes that overlap more (IoU), the less confident one is dropped
+DEFAULT_MIN_CONFIDENCE = 0.3  # where none was fitted on validation
+DEFAULT_THRESHOLD = 0.5  # Eq. 4's t where none was fitted; the paper names no value
 
 
 def class_probabilities(
@@ -32,10 +27,7 @@ def class_probabilities(
     `temperature`; float64 (test.py:263-266).
     """
     logits = logits[..., :-1].astype(np.float64) / temperature
-    if multi_label:
-        return sigmoid(logits)
-    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
-    return exponentials / exponentials.sum(-1, keepdims=True)
+    return expit(logits) if multi_label else softmax(logits, axis=-1)
 
 
 def paper_scores(logits: Float[np.ndarray, "*n c"]) -> Float[np.ndarray, "*n"]:
@@ -54,10 +46,7 @@ def confidence(
     (multi-class focal loss) the largest sigmoid over the classes, which that loss drives to 0 for
     queries that answer for nobody.
     """
-    return sigmoid(logits[..., -1] if subject_logit else logits[..., :-1].max(-1))
-
-
-DEFAULT_THRESHOLD = 0.5  # Eq. 4's t where none was fitted; the paper names no value
+    return expit((logits[..., -1] if subject_logit else logits[..., :-1].max(-1)).astype(float))
 
 
 def decide(
@@ -66,13 +55,11 @@ def decide(
     multi_label: bool,
     thresholds: Sequence[float] | None = None,
 ) -> Bool[np.ndarray, "n k"]:
-    """The emotions of each person: every class above its threshold (Eq. 4), or the one likeliest
-    class (Eq. 5, multi-class).
+    """The emotions of each person: every class above its threshold (Eq. 4), or the one most
+    probable class (Eq. 5, multi-class).
     """
     if multi_label:
-        return probabilities > (
-            DEFAULT_THRESHOLD if thresholds is None else np.asarray(thresholds, np.float64)
-        )
+        return probabilities > np.asarray(DEFAULT_THRESHOLD if thresholds is None else thresholds)
     return np.arange(probabilities.shape[1]) == probabilities.argmax(-1)[:, None]
 
 
@@ -80,104 +67,196 @@ def decide(
 class Subject:
     """One person."""
 
-    box: tuple[
-        float, float, float, float
-    ]  # (x1, y1, x2, y2) in pixels of the image as it was given, inside it
-    probabilities: Mapping[str, float]  # probability of every class
-    labels: tuple[str, ...]
-    # the emotions: classes above the threshold, most probable first (multi-label); exactly one
+    # (x1, y1, x2, y2) in pixels of the image as it was given, inside it
+    box: tuple[float, float, float, float]
+    probabilities: Mapping[str, float]  # of every class
+    # the emotions: classes above their threshold, most probable first (multi-label); exactly one
     # (multi-class)
+    labels: tuple[str, ...]
     paper_score: float  # the paper's: the mean of the class logits, any number
-    # how sure the model is that this is a person of its own, 0..1; what `Selection.min_confidence`
-    # cuts at
+    # that this is a person of its own, 0..1; what `Selection.min_confidence` cuts at
     confidence: float = 1.0
+
+
+def _require_share(field: str, value: float | None) -> None:
+    if value is not None and not 0 <= value <= 1:
+        raise UserError(f"{field}={value} must lie in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """Which answers of the queries count, and which classes become labels."""
 
-    # Multi-label: a class above this probability is a label (Eq. 4's t); None = the model's
-    # thresholds, fitted on validation, or 0.5 without a fit. Without meaning for multi-class (Eq.
-    # 5).
+    # Multi-label: a class above this probability is a label (Eq. 4's t); None = the fitted
+    # thresholds, or 0.5 without a fit. Multi-class ignores it (Eq. 5).
     threshold: float | None = None
-    min_confidence: float | None = (
-        None  # queries below are nobody; None = as fitted on validation, or 0.3 without a fit
-    )
-    # of two boxes that overlap more than this (IoU), the less certain one goes; 1 = keep all
+    # queries below are no person; None = as fitted on validation, or 0.3 without a fit
+    min_confidence: float | None = None
+    # of two boxes that overlap more (IoU), the less confident one is dropped; 1 = keep all
     nms: float = PREDICTION_NMS
 
     def __post_init__(self) -> None:
         for field, value in dataclasses.asdict(self).items():
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"{field}={value} must lie in [0, 1]")
+            _require_share(field, value)
 
-    def resolve_min_confidence(self, fitted: float | None) -> float:
-        """The confidence from which a query is a person: as named, else as `fitted`, else the
-        default.
+
+_AS_FITTED = Selection()
+_REMEDY = "re-create it with train.py --mode=eval --split=val"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """How the outputs of one model are read, with what was fitted to its weights on validation.
+
+    Training gave the last logit its meaning "this is a person" (`subject_logit`) for every
+    multi-label model and with the softmax loss; see `Decoder.unfitted`.
+    """
+
+    class_names: tuple[str, ...]
+    multi_label: bool
+    subject_logit: bool
+    temperature: float = 1.0  # logits are divided by it for probabilities that mean what they say
+    # Eq. 4's t, one per class, of probabilities without the temperature; None: not fitted, or
+    # multi-class, where Eq. 5 decides
+    thresholds: tuple[float, ...] | None = None
+    min_confidence: float | None = None  # a query below is no person; None: not fitted
+    fitted_on: str = ""  # the split; "": nothing was fitted
+    people: int = 0  # how many labelled people it was fitted on
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.temperature) and self.temperature > 0):
+            raise UserError(f"temperature={self.temperature} must be more than 0")
+        values, number = self.thresholds, len(self.class_names)
+        if values is not None and not (
+            len(values) == number and all(0 <= value <= 1 for value in values)
+        ):
+            raise UserError(f"thresholds must be {number} numbers in [0, 1]")
+        _require_share("min_confidence", self.min_confidence)
+
+    @classmethod
+    def unfitted(
+        cls, class_names: Sequence[str], *, multi_label: bool, class_loss: str
+    ) -> "Decoder":
+        """The decoder of weights trained with `class_loss`, before anything is fitted."""
+        return cls(tuple(class_names), multi_label, multi_label or class_loss == "softmax")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any], *, where: str) -> "Decoder":
+        """The inverse of `to_dict`. Raises UserError, naming `where`, for damaged values."""
+        try:
+            thresholds, cut = stored["thresholds"], stored.get("min_confidence")
+            return cls(
+                class_names=tuple(map(str, stored["class_names"])),
+                multi_label=bool(stored["multi_label"]),
+                subject_logit=bool(stored["subject_logit"]),
+                temperature=float(stored["temperature"]),
+                thresholds=None if thresholds is None else tuple(map(float, thresholds)),
+                min_confidence=None if cut is None else float(cut),
+                fitted_on=str(stored["fitted_on"]),
+                people=int(stored["people"]),
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = f"not a stored fit ({type(error).__name__}: {error})"
+        except UserError as error:
+            reason = str(error)
+        raise UserError(f"{where}: {reason}; {_REMEDY}")
+
+    def with_fit(self, stored: Mapping[str, Any] | str, *, where: str) -> "Decoder":
+        """This decoder with a stored fit: a `to_dict` or its JSON text, or a calibration of older
+        versions, which has fewer fields and calls `fitted_on` "split". Raises UserError, beginning
+        with `where`, for damaged values or other classes.
         """
-        return next(
-            value
-            for value in (self.min_confidence, fitted, DEFAULT_MIN_CONFIDENCE)
-            if value is not None
-        )
+        own = {
+            name: getattr(self, name) for name in ("class_names", "multi_label", "subject_logit")
+        }
+        try:
+            fields = dict(json.loads(stored) if isinstance(stored, str) else stored)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{where}: not a stored fit ({error}); {_REMEDY}") from None
+        fields.setdefault("fitted_on", fields.get("split"))
+        fitted = Decoder.from_dict({**own, **fields}, where=where)
+        if fitted.class_names != self.class_names:
+            raise UserError(
+                f"{where}: fitted for the classes {', '.join(fitted.class_names)}, not for "
+                f"{', '.join(self.class_names)}; {_REMEDY}"
+            )
+        return dataclasses.replace(fitted, **own)
 
+    def probabilities(self, logits: Float[np.ndarray, "*n c"]) -> Float[np.ndarray, "*n k"]:
+        """Of every class, as decisions take them: without the temperature."""
+        return class_probabilities(logits, multi_label=self.multi_label)
 
-def has_subject_logit(*, multi_label: bool, class_loss: str) -> bool:
-    """Whether training gave the last logit its meaning "this is a person" (see
-    `losses.detection_losses`).
-    """
-    return multi_label or class_loss == "softmax"
+    def confidence(self, logits: Float[np.ndarray, "*n c"]) -> Float[np.ndarray, "*n"]:
+        """How sure each query is to answer for a person (`postprocess.confidence`)."""
+        return confidence(logits, subject_logit=self.subject_logit)
 
+    def resolve_min_confidence(self, selection: Selection) -> float:
+        """The confidence from which a query is a person: as named, as fitted, or the default."""
+        cuts = (selection.min_confidence, self.min_confidence, DEFAULT_MIN_CONFIDENCE)
+        return next(cut for cut in cuts if cut is not None)
 
-def select_subjects(
-    logits: Float[np.ndarray, "q c"],
-    boxes: Float[np.ndarray, "q 4"],
-    size: Size,
-    *,
-    class_names: Sequence[str],
-    multi_label: bool,
-    subject_logit: bool,
-    selection: Selection,
-    thresholds: Sequence[float] | None = None,
-    min_confidence: float | None = None,
-) -> list[Subject]:
-    """The people of one image, surest first, from the queries of the last decoder layer.
+    def resolve_thresholds(self, selection: Selection) -> tuple[float, ...] | None:
+        """One threshold per class: as named, or as fitted; None: the default for every class."""
+        if selection.threshold is None:
+            return self.thresholds
+        return (selection.threshold,) * len(self.class_names)
 
-    A query is a person when its confidence (`selection.confidence`) says so. The paper's score, the
-    mean of the class logits, is reported with each person, but cannot say whether there is one: it
-    grows with the number of emotions and has no scale to cut at.
+    def __call__(
+        self,
+        logits: Float[np.ndarray, "q c"],
+        boxes: Float[np.ndarray, "q 4"],
+        size: Size,
+        *,
+        selection: Selection = _AS_FITTED,
+    ) -> list[Subject]:
+        """The people of one image, most confident first, from the last layer's queries.
 
-    Args:
-        thresholds, min_confidence: as fitted on validation, for when `selection` names none; one
-            threshold a class.
-        logits: c = k + 1.
-        boxes: (cx, cy, w, h) in [0, 1] of the image without padding.
-        size: (height, width) of the image that the boxes are wanted for.
-    """
-    probabilities = class_probabilities(logits, multi_label=multi_label)
-    confidences, scores = confidence(logits, subject_logit=subject_logit), paper_scores(logits)
-    height, width = size
-    pixels = np.clip(cxcywh_to_xyxy(boxes) * np.array([width, height] * 2), 0, [width, height] * 2)
-    candidates = np.flatnonzero(
-        (confidences >= selection.resolve_min_confidence(min_confidence))
-        & (pixels[:, 2:] > pixels[:, :2]).all(-1)
-    )
-    kept = candidates[
-        non_max_suppression(pixels[candidates], confidences[candidates], threshold=selection.nms)
-    ]
-    cuts = thresholds if selection.threshold is None else [selection.threshold] * len(class_names)
-    decided = decide(probabilities, multi_label=multi_label, thresholds=cuts)
-    subjects = []
-    for query in kept:
-        order = np.argsort(-probabilities[query], kind="stable")
-        subjects.append(
-            Subject(
+        Args:
+            logits: c = k + 1.
+            boxes: (cx, cy, w, h) in [0, 1] of the image without padding.
+            size: (height, width) of the image that the boxes are wanted for.
+        """
+        return list(self.by_query(logits, boxes, size, selection=selection).values())
+
+    def by_query(
+        self,
+        logits: Float[np.ndarray, "q c"],
+        boxes: Float[np.ndarray, "q 4"],
+        size: Size,
+        *,
+        selection: Selection = _AS_FITTED,
+    ) -> dict[int, Subject]:
+        """`__call__` with the query of each person.
+
+        A query is a person when its confidence says so. The paper's score, the mean of the class
+        logits, is reported with each person, but cannot say whether there is one: it grows with the
+        number of emotions and has no scale to cut at.
+        """
+        logits, boxes = np.asarray(logits), np.asarray(boxes, np.float64)
+        probabilities, confidences = self.probabilities(logits), self.confidence(logits)
+        pixels = np.clip(to_pixels(boxes, size), 0, [size[1], size[0]] * 2)
+        certain = confidences >= self.resolve_min_confidence(selection)
+        candidates = np.flatnonzero(certain & (pixels[:, 2:] > pixels[:, :2]).all(-1))
+        kept = candidates[
+            non_max_suppression(
+                pixels[candidates], confidences[candidates], threshold=selection.nms
+            )
+        ]
+        thresholds = self.resolve_thresholds(selection)
+        decided = decide(probabilities, multi_label=self.multi_label, thresholds=thresholds)
+        scores, found = paper_scores(logits), {}
+        for query in kept.tolist():
+            order = np.argsort(-probabilities[query], kind="stable")
+            values = probabilities[query].tolist()
+            found[query] = Subject(
                 box=tuple(pixels[query].tolist()),
-                probabilities=dict(zip(class_names, probabilities[query].tolist(), strict=True)),
-                labels=tuple(class_names[i] for i in order if decided[query, i]),
+                probabilities=dict(zip(self.class_names, values, strict=True)),
+                labels=tuple(self.class_names[i] for i in order if decided[query, i]),
                 paper_score=float(scores[query]),
                 confidence=float(confidences[query]),
             )
-        )
-    return subjects
+        return found

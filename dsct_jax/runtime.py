@@ -1,32 +1,24 @@
-"""How the process of a command starts: what it says on the terminal, and programs compiled by
-earlier runs. Never called by the library itself.
+"""The process of a command: its terminal, the programs it compiled before, how it is stopped, and how
+several of them find each other. Never called by the library itself.
 """
 
 import contextlib
-import json
+import errno
 import logging
 import os
 import platform
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax import monitoring
 from jax.experimental import multihost_utils
 
 from dsct_jax.errors import UserError
 
-
-def _report_unraisable(unraisable: Any) -> None:
-    """Python's own report, but for what tensorstore says of reads still under way when orbax gave
-    up on a damaged checkpoint.
-    """
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
+AUTO = "auto"
 
 
 def start_process() -> None:
@@ -37,26 +29,50 @@ def start_process() -> None:
     unless JAX_COMPILATION_CACHE_DIR says where, so that the second start of a run does not compile.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("absl").setLevel(
-        logging.CRITICAL
-    )  # orbax tells every leaf, and twice what it raises
+    # orbax reports every leaf, and twice what it raises
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     ours = logging.StreamHandler(sys.stdout)
-    for room in ("dsct_jax", "pallas_kernels", "data"):
-        logger = logging.getLogger(room)
+    for package in ("dsct_jax", "pallas_kernels", "data"):
+        logger = logging.getLogger(package)
         logger.addHandler(ours)
         logger.setLevel(logging.INFO)
         logger.propagate = False
     # Batches that workers had ready when a run was stopped: Python's tracker gives their memory
-    # back, and need not tell.
+    # back, and need not say so.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     sys.unraisablehook = _report_unraisable
-    sys.modules["__main__"].__dict__.pop(
-        "__file__", None
-    )  # or every data worker would run the command's file, and load all that it imports
-    # One directory a machine: programs for a CPU use its instructions, and home directories are
-    # shared.
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    set_compilation_cache(caches / "dsct_jax" / (platform.node() or "local"))
+    # or every data worker would run the command's file, and load all that it imports
+    sys.modules["__main__"].__dict__.pop("__file__", None)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # One directory per machine: programs for a CPU use its instructions, and home directories
+        # are shared.
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        directory = caches / "dsct_jax" / (platform.node() or "local")
+        with contextlib.suppress(OSError):  # no such place to write
+            directory.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """Python's own report, but for what tensorstore says of reads still under way when orbax gave
+    up on a damaged checkpoint.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+@contextlib.contextmanager
+def full_disk_reported(workdir: Path | None) -> Iterator[None]:
+    """Around what writes below `workdir`: raises UserError where the disk is full or read-only."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        where = error.filename or workdir
+        raise UserError(
+            f"{where}: {error.strerror}; make room, then run the same command again"
+        ) from error
 
 
 class Preemption:
@@ -64,8 +80,8 @@ class Preemption:
     away); use as a context manager.
 
     Several processes stop after the same step: jax hands the signal of any of them to all. Ctrl-C
-        raises KeyboardInterrupt as always; where a
-    callback of the garbage collector swallows that, `reached` raises it again.
+    raises KeyboardInterrupt as always; where a callback of the garbage collector swallows that,
+    `reached` raises it again.
     """
 
     def __init__(self) -> None:
@@ -78,11 +94,9 @@ class Preemption:
         """
         if self._interrupted:
             raise KeyboardInterrupt
-        return (
-            self._asked
-            if jax.process_count() == 1
-            else multihost_utils.reached_preemption_sync_point(step)
-        )
+        if jax.process_count() == 1:
+            return self._asked
+        return multihost_utils.reached_preemption_sync_point(step)
 
     def __enter__(self) -> "Preemption":
         def stop(*_: Any) -> None:
@@ -102,15 +116,10 @@ class Preemption:
             signal.signal(number, handler)
 
 
-AUTO = "auto"
-
-
 def detect_launcher(environment: Mapping[str, str]) -> str | None:
-    """What started this process as one of several, as far as environment variables tell: all of
-    them are set by the launcher, not by the user.
-
-    Slurm's srun, Open MPI's mpirun, TPU pods (several workers or slices) and indexed jobs of
-    Kubernetes; None for a process of its own.
+    """What started this process as one of several, by the environment variables that only a
+    launcher sets: Slurm's srun, Open MPI's mpirun, TPU pods (several workers or slices) and indexed
+    jobs of Kubernetes; None for a process of its own.
     """
 
     def count(name: str) -> int:
@@ -134,8 +143,8 @@ def init_distributed(
     """Makes this process one of a run's several, if it is; on its own it does nothing.
 
     Args:
-        coordinator: HOST:PORT that process 0 listens on, the same for all; AUTO: as jax finds out
-            by itself; None: by itself where `detect_launcher` sees a launcher.
+        coordinator: HOST:PORT that process 0 listens on, the same for all; AUTO: found by
+            jax; None: found by jax where `detect_launcher` sees a launcher.
         num_processes: how many there are.
         process_id: which of them this is, from 0.
 
@@ -177,82 +186,3 @@ def init_distributed(
             f"the processes of the run did not find each other ({where}): {reason}; see "
             "docs/training.md"
         ) from None
-
-
-FILE = "compilations.jsonl"
-_COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
-def set_compilation_cache(directory: Path) -> None:
-    """Compiled programs are kept in `directory`, unless JAX_COMPILATION_CACHE_DIR names a place;
-    without either every start compiles.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        with contextlib.suppress(OSError):  # no such place to write
-            directory.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(directory))
-
-
-class CompilationLog:
-    """Every program that jax compiles, or takes from its cache, while this is open; `path` gets a
-    JSON line for each, None = nothing is written.
-
-    Attributes:
-        programs: (name of the program, bucket, seconds) of each.
-    """
-
-    def __init__(self, path: Path | None):
-        self.programs: list[tuple[str, str, float]] = []
-        self._bucket, self._step = "", 0
-        self._first: dict[str, float] = {}  # bucket -> seconds of the first time
-        self._told: set[str] = set()
-        self._file = path.open("a") if path else None
-        self._open = True
-        monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **about: Any) -> None:
-        if not self._open or event != _COMPILED:
-            return
-        name = str(about.get("fun_name", ""))
-        self.programs.append((name, self._bucket, duration_secs))
-        if self._file:
-            entry = {
-                "time": round(time.time(), 1),
-                "step": self._step,
-                "bucket": self._bucket,
-                "program": name,
-                "seconds": round(duration_secs, 3),
-            }
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
-
-    @contextlib.contextmanager
-    def during(self, step: int, bucket: str) -> Iterator[None]:
-        """What is compiled inside belongs to this step and batch."""
-        self._step, self._bucket = step, bucket
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self._bucket = ""
-            self._first.setdefault(bucket, time.monotonic() - start)
-
-    def pop_first_seconds(self, bucket: str) -> float | None:
-        """Seconds of the first time in `during` for this bucket, most of them compilation, at the
-        first call; None at every later one.
-        """
-        if bucket in self._told:
-            return None
-        self._told.add(bucket)
-        return self._first[bucket]
-
-    @property
-    def num_reported(self) -> int:
-        """How many buckets `pop_first_seconds` has told."""
-        return len(self._told)
-
-    def close(self) -> None:
-        """Listens no longer: jax has no way to take a listener back."""
-        self._open = False
-        if self._file:
-            self._file.close()

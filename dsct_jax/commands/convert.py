@@ -1,4 +1,4 @@
-"""Turns weights of others into a model of ours: one .safetensors file with its configuration, and
+"""Turns third-party weights into a model of ours: one .safetensors file with its configuration, and
 an account of every tensor.
 
     python -m dsct_jax convert --input=FILE --output=DIR --config=configs/emotic_r50_released.py
@@ -10,16 +10,17 @@ configuration's seed. `--config.init_from=FILE` of train.py does the same at the
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsct_jax.cli import Parser, run_command, writing
+from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.config import read_config, require
 from dsct_jax.errors import UserError
-from dsct_jax.inference.load import Model, model_config, read_native
+from dsct_jax.inference.load import Model, model_config
 from dsct_jax.model.build import Network
-from dsct_jax.weights.pretrained import is_native, load_pretrained
+from dsct_jax.weights.native import is_native, read_native
+from dsct_jax.weights.pretrained import load_pretrained
 
 MODEL_FILE = "model.safetensors"
 REPORT_FILE = "report.txt"
@@ -28,11 +29,11 @@ REPORT_FILE = "report.txt"
 def convert(
     source: Path, output: Path, config: Mapping[str, Any] | None = None, *, strict: bool = True
 ) -> list[str]:
-    """Writes `output`/model.safetensors, which `dsct_jax.load` and `pretrained.initialise` read,
-    and `output`/report.txt; returns the report.
+    """Writes `output`/model.safetensors, which `dsct_jax.load` and config.init_from read, and
+    `output`/report.txt; returns the report.
 
     Raises:
-        UserError: see `pretrained.initialise`; or no `config` for a file of others.
+        UserError: see `load_pretrained`; or no `config` for a third-party file.
     """
     if config is None:
         if not is_native(source):
@@ -40,47 +41,40 @@ def convert(
                 f"{source}: does not say which model it is for; give --config, such as "
                 "configs/emotic_r50_released.py"
             )
-        config = read_native(source)[2]
-    functions = Network(model_config(config))
-    fresh = functions.init(require(config, "seed", int))
-    params, norm_stats, report = load_pretrained(source, functions, *fresh, config, strict=strict)
+        config = read_native(source).config
+    network = Network(model_config(config))
+    params, norm_stats, report = load_pretrained(
+        source,
+        network,
+        *network.init(require(config, "seed", int)),
+        class_names=require(config, "class_names", tuple),
+        multi_label=require(config, "multi_label", bool),
+        strict=strict,
+    )
     output.mkdir(parents=True, exist_ok=True)
-    Model(functions, params, norm_stats, config).save(output / MODEL_FILE)
+    Model(network, params, norm_stats, config).save(output / MODEL_FILE)
     (output / REPORT_FILE).write_text("\n".join(report) + "\n")
     return report
 
 
 def make_parser() -> Parser:
     """The command's flags."""
-    parser = Parser(prog="python -m dsct_jax convert", description=__doc__)
-    parser.add_argument(
-        "--input", type=Path, required=True, help="the weights of others, or a model of ours"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help=f"directory for {MODEL_FILE} and {REPORT_FILE}"
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        help="configuration (.py or .json) of the model to make; a model of ours brings its own",
-    )
-    parser.add_argument(
-        "--lenient",
-        action="store_true",
-        help="leave out and report what does not fit, instead of stopping",
-    )
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    source = "third-party weights, or a model of ours"
+    add("--input", type=expanded_path, required=True, help=source)
+    files = f"directory for {MODEL_FILE} and {REPORT_FILE}"
+    parser.add_output("--output", folder=True, required=True, help=files)
+    config = "configuration (.py or .json) of the model to make; a model of ours brings its own"
+    add("--config", type=expanded_path, help=config)
+    skip = "skip and report what does not fit, instead of stopping"
+    add("--lenient", action="store_true", help=skip)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
     """The command with its arguments parsed. Raises UserError for what cannot be used."""
     config = None if arguments.config is None else read_config(arguments.config)
-    with writing(arguments.output):
-        report = convert(arguments.input, arguments.output, config, strict=not arguments.lenient)
+    report = convert(arguments.input, arguments.output, config, strict=not arguments.lenient)
     print("\n".join(report))
     print(f"written: {arguments.output / MODEL_FILE}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; a user's mistake is one line on stderr and exit status 2."""
-    return run_command(lambda: run(make_parser().parse_args(argv)))

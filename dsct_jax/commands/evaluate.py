@@ -4,49 +4,30 @@ python -m dsct_jax evaluate runs/demo/predictions_test.npz [--output=FOLDER]
 """
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
 
-from dsct_jax.cli import Parser, run_command, writing
+from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.errors import UserError
-from dsct_jax.evaluation.calibration import read_calibration
+from dsct_jax.evaluation.calibration import read_fit, with_fit_beside
 from dsct_jax.evaluation.evaluate import RESAMPLES, evaluate, write_evaluation
 from dsct_jax.evaluation.report import format_table
-from dsct_jax.evaluation.results import read_results
+from dsct_jax.evaluation.results import ResultsInfo, read_results
+from dsct_jax.postprocess import Decoder
 
 
 def make_parser() -> Parser:
     """The command's flags."""
-    parser = Parser(prog="python -m dsct_jax evaluate", description=__doc__)
-    parser.add_argument(
-        "predictions", type=Path, help="predictions_<split>.npz, as train.py --mode=eval writes it"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="folder for metrics_<split>.json, .md and .png; without it the table is only printed",
-    )
-    parser.add_argument(
-        "--nms",
-        type=float,
-        help="suppress queries that overlap more than this (IoU) before the selection; off by "
-        "default",
-    )
-    parser.add_argument(
-        "--thresholds",
-        type=Path,
-        help="thresholds.json fitted on validation; by default the one beside the file, if there "
-        "is one",
-    )
-    parser.add_argument(
-        "--resamples",
-        type=int,
-        default=RESAMPLES,
-        help="of the images, for the 95 %% intervals; 0 = none (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the resampling (default: %(default)s)"
-    )
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    predictions = "predictions_<split>.npz, as train.py --mode=eval writes it"
+    add("predictions", type=expanded_path, help=predictions)
+    tables = "folder for metrics_<split>.json, .md and .png; default: only print the table"
+    parser.add_output("--output", folder=True, help=tables)
+    add("--nms", type=float, help="suppress queries that overlap more (IoU) before the selection")
+    fitted = "thresholds.json of validation; default: what the file carries, or the one beside it"
+    add("--thresholds", type=expanded_path, help=fitted)
+    images = "of the images, for the 95 %% intervals; 0 = none (default: %(default)s)"
+    add("--resamples", type=int, default=RESAMPLES, help=images)
+    add("--seed", type=int, default=0, help="of the resampling (default: %(default)s)")
     return parser
 
 
@@ -56,29 +37,40 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--nms={arguments.nms} must lie in [0, 1]")
     if arguments.resamples < 0:
         raise UserError(f"--resamples={arguments.resamples} must be 0 or more")
-    if arguments.output is not None and arguments.output.exists() and not arguments.output.is_dir():
-        raise UserError(f"--output={arguments.output}: is a file; name a folder")
     results = read_results(arguments.predictions)
-    beside = arguments.predictions.with_name("thresholds.json")
-    path = arguments.thresholds or (beside if beside.is_file() else None)
-    calibration = (
-        None if path is None else read_calibration(path, class_names=results.about.class_names)
-    )
     metrics = evaluate(
         results,
         nms_threshold=arguments.nms,
-        calibration=calibration,
+        decoder=_fitted(results.about, arguments),
         resamples=arguments.resamples,
         seed=arguments.seed,
     )
     print(format_table(metrics))
     if arguments.output is not None:
         suffix = f"_{results.about.split}" if results.about.split else ""
-        with writing(arguments.output):
-            paths = write_evaluation(metrics, arguments.output, suffix=suffix)
+        paths = write_evaluation(metrics, arguments.output, suffix=suffix)
         print("\nwritten: " + "   ".join(map(str, paths)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; a user's mistake is one line on stderr and exit status 2."""
-    return run_command(lambda: run(make_parser().parse_args(argv)))
+def _fitted(about: ResultsInfo, arguments: argparse.Namespace) -> Decoder:
+    """What was fitted to the same weights on another split: as named, as the file carries, or as
+    thresholds.json beside it has.
+    """
+    path = arguments.thresholds
+    if path is None:
+        if about.decoder.fitted_on or about.split == "val":
+            return about.decoder
+        folder = arguments.predictions.parent
+        return with_fit_beside(folder, about.decoder, checkpoint=about.checkpoint)
+    decoder, checkpoint = read_fit(path, about.decoder)
+    if checkpoint and about.checkpoint and checkpoint != about.checkpoint:
+        raise UserError(
+            f"--thresholds={path}: fitted for {checkpoint}, but {arguments.predictions} is of "
+            f"{about.checkpoint}; evaluate that one, or fit again"
+        )
+    if decoder.fitted_on == about.split:
+        raise UserError(
+            f"--thresholds={path}: fitted on {about.split}, the split of "
+            f"{arguments.predictions} itself, where they would prove nothing; name another split"
+        )
+    return decoder

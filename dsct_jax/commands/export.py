@@ -1,12 +1,14 @@
 """A trained model for use elsewhere: StableHLO for any process with jax, safetensors, a .pth for
 the authors' code, ONNX.
 
-    python -m dsct_jax export --checkpoint=runs/demo --output=exported --format=stablehlo [--sizes=96x136,136x96]
+    python -m dsct_jax export --checkpoint=runs/demo --output=exported --format=stablehlo
+        [--sizes=96x136,136x96]
 
-stablehlo    model_HxW.stablehlo (a jax.export artifact for cpu, cuda and tpu, any batch size), weights.npz and model.json; examples/run_exported.py
-             runs it with jax and numpy alone
+stablehlo    model_HxW.stablehlo (a jax.export artifact for cpu, cuda and tpu, any batch size),
+             weights.npz and model.json; examples/run_exported.py runs it with jax and numpy alone
 safetensors  model.safetensors: weights, configuration and class names; `dsct_jax.load` reads it
-torch        model.pth with the released names, for the authors' code and for torch.load(weights_only=True); needs no PyTorch
+torch        model.pth with the released names, for the authors' code and for
+             torch.load(weights_only=True); needs no PyTorch
 onnx         model_HxW.onnx for batches of --batch-size (needs the onnx extra)
 
 What was written is read again and compared with the checkpoint before the command says done. The
@@ -16,7 +18,6 @@ bytes.
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import shutil
@@ -31,27 +32,23 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from dsct_jax.cli import Parser, run_command, writing
+from dsct_jax.cli import Parser
 from dsct_jax.commands import onnx_export
-from dsct_jax.config import read_config, require
+from dsct_jax.commands.flags import add_checkpoint, load_model
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model, load
-from dsct_jax.postprocess import has_subject_logit
 from dsct_jax.preprocess import MEAN, STD, Size
-from dsct_jax.weights.rules import DSCT, has_rule, to_torch
+from dsct_jax.weights.rules import EXPORTS, has_rule, to_torch
 from dsct_jax.weights.tensor_files import write_npz, write_pth
 
 FORMATS = ("stablehlo", "safetensors", "torch", "onnx")
 WEIGHTS = "weights.npz"
 PLATFORMS = ("cpu", "cuda", "tpu")
-# largest difference of a logit or a box coordinate between what was written and the checkpoint,
-# float32
+# of a logit or a box coordinate, between what was written and the checkpoint, float32
 TOLERANCE = 1e-4
 _TIMED_CALLS = 5
 
-Answer = tuple[
-    np.ndarray, np.ndarray
-]  # logits [b q k+1] and boxes [b q 4] of the last decoder layer
+Answer = tuple[np.ndarray, np.ndarray]  # logits [b q k+1], boxes [b q 4] of the last decoder layer
 Run = Callable[[np.ndarray, np.ndarray], Answer]
 
 
@@ -65,14 +62,14 @@ def export(
         format: one of FORMATS.
         sizes: (height, width) of the canvases, for stablehlo and onnx; empty = those of the model's
             own preprocessing.
-        batch_size: images a call, for onnx only; stablehlo takes any number.
+        batch_size: images per call, for onnx only; stablehlo takes any number.
 
     Raises:
         UserError: the format cannot express this model or is unknown, or what was written does not
             give the checkpoint's answers, in which case nothing is left in `output`.
     """
     if format not in FORMATS:
-        raise UserError(f"--format={format}: none of {', '.join(FORMATS)}")
+        raise UserError(f"--format={format}: must be one of {', '.join(FORMATS)}")
     sizes = tuple(sizes) or model.preprocessing.buckets
     notes = description(model, sizes)
     output.mkdir(parents=True, exist_ok=True)
@@ -80,20 +77,17 @@ def export(
         directory = Path(name)
         if format == "stablehlo":
             paths = write_stablehlo(model, directory, sizes, notes)
-            report = [
-                _checked(model, _stablehlo_run(path, directory / WEIGHTS), size, batch_size=2)
-                for size, path in paths.items()
+            runs = [
+                (size, _stablehlo_run(path, directory / WEIGHTS)) for size, path in paths.items()
             ]
+            report = [_checked(model, run, size, batch_size=2) for size, run in runs]
         elif format == "onnx":
             report = []
             for size in sizes:
-                path = directory / _name(size, "onnx")
-                onnx_export.write_onnx(
-                    model, path, size, batch_size=batch_size, notes=_texts(notes)
-                )
-                report.append(
-                    _checked(model, onnx_export.onnx_session(path), size, batch_size=batch_size)
-                )
+                path, texts = directory / _name(size, "onnx"), _texts(notes)
+                onnx_export.write_onnx(model, path, size, batch_size=batch_size, notes=texts)
+                run = onnx_export.onnx_session(path)
+                report.append(_checked(model, run, size, batch_size=batch_size))
         elif format == "safetensors":
             model.save(directory / "model.safetensors", notes=_texts(notes))
             report = [_same_weights(model, load(directory / "model.safetensors"))]
@@ -110,37 +104,34 @@ def description(model: Model, sizes: Sequence[Size]) -> dict[str, Any]:
     """What one must know to use the artifact, as JSON values: classes, thresholds, preprocessing,
     and how the outputs are to be read.
     """
-    loss = require(model.config, "loss", Mapping)
     return {
         "class_names": list(model.class_names),
         "multi_label": model.multi_label,
-        "subject_logit": has_subject_logit(
-            multi_label=model.multi_label, class_loss=str(loss.get("class_loss"))
-        ),
-        "calibration": None if model.calibration is None else dataclasses.asdict(model.calibration),
+        "subject_logit": model.decoder.subject_logit,
+        "decoder": model.decoder.to_dict(),
         "preprocessing": {
             "mean": list(MEAN),
             "std": list(STD),
             "short_side": model.preprocessing.short_side,
             "max_long_side": model.preprocessing.max_long_side,
             "sizes": [list(size) for size in sizes],
-            "steps": "RGB, resized (antialiased bilinear), (pixel / 255 - mean) / std, padded at the right and below with 0; mask True = padding",
+            "steps": "RGB, resized (antialiased bilinear), (pixel / 255 - mean) / std, padded at "
+            "the right and below with 0; mask True = padding",
         },
         "inputs": {"images": "float32 [b height width 3]", "padding_mask": "bool [b height width]"},
         "outputs": {
-            "logits": "float32 [b queries classes+1]; probability = sigmoid (multi_label) or softmax of all but the last; the last says `a person`",
-            "boxes": "float32 [b queries 4]: (cx, cy, width, height) in 0..1 of the image without padding",
+            "logits": "float32 [b queries classes+1]; probability = sigmoid (multi_label) or "
+            "softmax of all but the last; the last says `a person`",
+            "boxes": "float32 [b queries 4]: (cx, cy, width, height) in 0..1 of the image without "
+            "padding",
         },
         "config": model.config,
     }
 
 
 def _texts(notes: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        name: json.dumps(value, sort_keys=True)
-        for name, value in notes.items()
-        if value is not None
-    }
+    given = {name: value for name, value in notes.items() if value is not None}
+    return {name: json.dumps(value, sort_keys=True) for name, value in given.items()}
 
 
 def write_stablehlo(
@@ -173,11 +164,8 @@ def write_stablehlo(
             jax.ShapeDtypeStruct((b, *size), jnp.bool_),
         )
         with _without_source_places():
-            path.write_bytes(
-                jax.export.export(jax.jit(forward), platforms=PLATFORMS)(
-                    weight_specs, *specs
-                ).serialize()
-            )
+            exported = jax.export.export(jax.jit(forward), platforms=PLATFORMS)
+            path.write_bytes(exported(weight_specs, *specs).serialize())
     artifacts = {"x".join(map(str, size)): path.name for size, path in paths.items()}
     document = {"artifacts": artifacts, "weights": WEIGHTS, "platforms": list(PLATFORMS), **notes}
     (directory / "model.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
@@ -209,42 +197,27 @@ def _without_source_places() -> Iterator[None]:
 
 
 def write_torch(model: Model, path: Path, notes: Mapping[str, Any]) -> list[str]:
-    """Writes the released layout; returns what the user should know. Raises UserError when the
-    authors' code has no such model.
+    """Writes the layout of the authors' code; returns what the user should know. Raises UserError
+    when that code has no such model.
     """
-    require_released_form(model)
     config = model.functions.config
-    write_pth(
-        path,
-        to_torch(model.params | model.norm_stats, num_decoder_layers=config.num_decoder_layers),
-        _texts(notes),
-    )
-    if (config.fusion, config.semantic_selection) == ("released", "largest"):
+    if config.name not in EXPORTS:
+        raise UserError(f"--format=torch: no other code has config.model.name={config.name}")
+    layout, weights = EXPORTS[config.name], model.params | model.norm_stats
+    for field, value in layout.requires:
+        if (found := getattr(config, field)) != value:
+            raise UserError(
+                f"--format=torch: {layout.title} knows config.model.{field}={value} only, this "
+                f"model has {found}"
+            )
+    if nameless := [path for path in weights if not has_rule(path, layout)]:
+        raise UserError(f"--format=torch: {layout.title} has no {nameless[0]}")
+    write_pth(path, to_torch(weights, layout=layout), _texts(notes))
+    if all(getattr(config, field) == value for field, value in layout.computes):
         return []
-    ours = f"fusion={config.fusion}, semantic_selection={config.semantic_selection}"
-    return [
-        f"note: trained with {ours}; the authors' code loads it, but computes fusion=released, "
-        "semantic_selection=largest"
-    ]
-
-
-def require_released_form(model: Model) -> None:
-    """Raises UserError when the authors' code has no such model."""
-    config = model.functions.config
-    if config.norm != "frozen_batch":
-        raise UserError(
-            "--format=torch: the authors' code knows config.model.norm=frozen_batch only, this "
-            f"model has {config.norm}"
-        )
-    if config.box_refinement:
-        raise UserError(
-            "--format=torch: the authors' code has no box refinement (config.model.box_refinement)"
-        )
-    if nameless := [path for path in model.params if not has_rule(path, DSCT)]:
-        raise UserError(
-            f"--format=torch: the authors' code has no {nameless[0]} "
-            f"(config.model.reweighting={config.reweighting})"
-        )
+    ours = ", ".join(f"{field}={getattr(config, field)}" for field, _ in layout.computes)
+    theirs = ", ".join(f"{field}={value}" for field, value in layout.computes)
+    return [f"note: trained with {ours}; the authors' code loads it, but computes {theirs}"]
 
 
 def _name(size: Size, suffix: str) -> str:
@@ -252,17 +225,17 @@ def _name(size: Size, suffix: str) -> str:
 
 
 def _same_weights(model: Model, written: Model) -> str:
-    """Compares every number of two models; raises UserError unless they are the same bit for bit."""
+    """Compares every number of two models; raises UserError unless they agree bit for bit."""
     expected, found = model.arrays(), written.arrays()
-    if different := [
-        name for name in expected if expected[name].tobytes() != found[name].tobytes()
-    ]:
+    different = [name for name in expected if expected[name].tobytes() != found[name].tobytes()]
+    if different:
         largest = max(float(np.abs(expected[name] - found[name]).max()) for name in different)
         raise UserError(
             f"what was written differs from the checkpoint by {largest:.2g} ({different[0]}); "
             "nothing was kept"
         )
-    return f"largest difference to the checkpoint: 0 in {sum(x.size for x in expected.values()):,} numbers of {len(expected)} arrays"
+    count = sum(x.size for x in expected.values())
+    return f"largest difference to the checkpoint: 0 in {count:,} numbers of {len(expected)} arrays"
 
 
 def _checked(model: Model, run: Run, size: Size, *, batch_size: int) -> str:
@@ -275,23 +248,20 @@ def _checked(model: Model, run: Run, size: Size, *, batch_size: int) -> str:
         return np.asarray(predictions.logits[-1]), np.asarray(predictions.boxes[-1])
 
     images, mask = _noise(size, batch_size)
-    largest = [
-        float(np.abs(a - b).max())
-        for a, b in zip(run(images, mask), live(images, mask), strict=True)
-    ]
-    if not max(largest) <= TOLERANCE:
+    pairs = zip(run(images, mask), live(images, mask), strict=True)
+    logits, boxes = (float(np.abs(a - b).max()) for a, b in pairs)
+    where = f"{size[0]}x{size[1]}"
+    if not max(logits, boxes) <= TOLERANCE:
         raise UserError(
-            f"{size[0]}x{size[1]}: what was written differs from the checkpoint by "
-            f"{max(largest):.2g}; nothing was kept"
+            f"{where}: what was written differs from the checkpoint by {max(logits, boxes):.2g}; "
+            "nothing was kept"
         )
-    milliseconds = _interleaved(
-        {"exported": lambda: run(images, mask), "live": lambda: live(images, mask)}
+    calls = {"exported": lambda: run(images, mask), "live": lambda: live(images, mask)}
+    speed = ", ".join(f"{name} {value:.1f} ms" for name, value in _interleaved(calls).items())
+    return (
+        f"{where}: largest difference to the checkpoint: logits {logits:.2g}, boxes {boxes:.2g}; "
+        f"batch of {batch_size} on {jax.default_backend()}: {speed}"
     )
-    speed = ", ".join(f"{name} {value:.1f} ms" for name, value in milliseconds.items())
-    differences = (
-        f"largest difference to the checkpoint: logits {largest[0]:.2g}, boxes {largest[1]:.2g}"
-    )
-    return f"{size[0]}x{size[1]}: {differences}; batch of {batch_size} on {jax.default_backend()}: {speed}"
 
 
 def _noise(size: Size, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -324,9 +294,8 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
     for part in text.split(","):
         height, _, width = part.partition("x")
         if not (height.isdigit() and width.isdigit() and min(int(height), int(width)) >= 32):
-            raise UserError(
-                f"--sizes={text}: {part!r} is no HEIGHTxWIDTH of at least 32 pixels, such as "
-                "800x1344"
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is no HEIGHTxWIDTH of at least 32 pixels, such as 800x1344"
             )
         sizes.append((int(height), int(width)))
     return tuple(sizes)
@@ -334,49 +303,26 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
 
 def make_parser() -> Parser:
     """The command's flags."""
-    parser = Parser(prog="python -m dsct_jax export", description=__doc__)
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        help="run directory, .safetensors file, or released .pth (with --config)",
-    )
-    parser.add_argument("--output", type=Path, required=True, help="directory for what is written")
-    parser.add_argument("--format", required=True, help=" | ".join(FORMATS))
-    parser.add_argument(
-        "--sizes",
-        help="stablehlo, onnx: canvases as HEIGHTxWIDTH,...; left out: those the model was "
-        "evaluated with",
-    )
-    parser.add_argument("--batch-size", type=int, default=1, help="onnx: images a call")
-    parser.add_argument(
-        "--config",
-        type=Path,
-        help="configuration (.py or .json) that describes the weights; needed for the authors' "
-        ".pth only",
-    )
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add_checkpoint(parser)
+    parser.add_output("--output", folder=True, required=True, help="directory for what is written")
+    add("--format", required=True, help=" | ".join(FORMATS))
+    sizes = "stablehlo, onnx: canvases as HEIGHTxWIDTH,...; default: those of the evaluation"
+    add("--sizes", type=parse_sizes, default=(), help=sizes)
+    add("--batch-size", type=int, default=1, help="onnx: images per call")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
     """The command with its arguments parsed. Raises UserError for what cannot be used."""
-    sizes = () if arguments.sizes is None else parse_sizes(arguments.sizes)
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size={arguments.batch_size} must be at least 1")
-    model = load(
-        arguments.checkpoint, None if arguments.config is None else read_config(arguments.config)
+    lines = export(
+        load_model(arguments),
+        arguments.output,
+        format=arguments.format,
+        sizes=arguments.sizes,
+        batch_size=arguments.batch_size,
     )
-    with writing(arguments.output):
-        lines = export(
-            model,
-            arguments.output,
-            format=arguments.format,
-            sizes=sizes,
-            batch_size=arguments.batch_size,
-        )
     print("\n".join(lines))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; a user's mistake is one line on stderr and exit status 2."""
-    return run_command(lambda: run(make_parser().parse_args(argv)))

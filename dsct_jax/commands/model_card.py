@@ -8,6 +8,7 @@ they exist, thresholds.json. What a run cannot know stands in the card as a ques
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,44 +16,61 @@ from typing import Any
 
 import numpy as np
 
-from dsct_jax.cli import Parser, run_command, writing
+from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.config import read_config, require, to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import Network
 
-# metric -> its name in the card; fractions, shown in percent
+# metric -> its name in the card, and the metric of guessing; fractions, shown in percent
 _METRICS = {
-    "mAP": "mAP (step-wise average precision)",
-    "mAP_envelope": "mAP (the authors' envelope)",
-    "mAP_eleven_point": "mAP (11 points)",
-    "accuracy": "accuracy",
-    "macro_recall": "macro recall",
-    "macro_f1": "macro F1",
-    "mean_iou": "mean IoU of the answering box",
-    "box_AP50": "box AP at IoU 0.5",
-    "ece": "expected calibration error",
+    "mAP": ("mAP (step-wise average precision)", "chance_mAP"),
+    "mAP_envelope": ("mAP (the authors' envelope)", ""),
+    "mAP_eleven_point": ("mAP (11 points)", ""),
+    "accuracy": ("accuracy", "majority_accuracy"),
+    "macro_recall": ("macro recall", ""),
+    "macro_f1": ("macro F1", ""),
+    "mean_iou": ("mean IoU of the answering box", ""),
+    "box_AP50": ("box AP at IoU 0.5", ""),
+    "ece": ("expected calibration error", ""),
 }
-_CHANCE = {"mAP": "chance_mAP", "accuracy": "majority_accuracy"}
 
+_RESEARCH = "Given out by its authors for non-commercial research"
 _DATA = {
-    "scenes": "The scenes drawn by this project (data/readers/scenes.py): figures, no images, no people. No licence is needed.",
-    "coco": "Annotations in COCO style, brought by whoever trained this model. (?) Name the data set, how it was collected, and its licence.",
-    "emotic": "EMOTIC. Given out by its authors for non-commercial research; the images come from MSCOCO, ADE20K and others, with their terms.",
-    "caer_s": "CAER-S: frames of television series. Given out by its authors for non-commercial research.",
-    "ncaer_s": "NCAER-S, made from the clips of CAER. CAER is given out by its authors for non-commercial research.",
+    "scenes": "The scenes drawn by this project (data/readers/scenes.py): figures, no images of "
+    "people. No license is needed.",
+    "coco": "Annotations in COCO style, brought by whoever trained this model. (?) Name the data "
+    "set, how it was collected, and its license.",
+    "emotic": f"EMOTIC. {_RESEARCH}; the images come from MSCOCO, ADE20K and others, with their "
+    "terms.",
+    "caer_s": f"CAER-S: frames of television series. {_RESEARCH}.",
+    "ncaer_s": f"NCAER-S, made from the clips of CAER. {_RESEARCH}.",
 }
 
 _LIMITS = """\
-- The labels are what annotators thought they saw: **apparent** emotion, guessed from a picture. They are not what the person felt; people disagree
-  about them. The model repeats those guesses; it does not read minds.
-- Expressions differ between cultures, ages and persons, and the data show some of them far more often than others. (?) State for whom it was tested;
-  the numbers above are averages over the test split and say nothing of groups that it hardly contains.
-- The model introspections at the surroundings as well as at the person. It can be right or wrong for reasons that have nothing to do with the person.
-- A score is no certainty. Use the calibration error above, and the thresholds of the run, before a score decides anything.
+Research on recognizing apparent emotions of people in context. (?) State your own intended use.
+
+- The labels are what annotators thought they saw: **apparent** emotion, guessed from a picture.
+  They are not what the person felt; people disagree about them. The model repeats those guesses; it
+  does not read minds.
+- Expressions differ between cultures, ages and persons, and the data show some of them far more
+  often than others. (?) State for whom it was tested; the numbers above are averages over the test
+  split and say nothing of groups that it hardly contains.
+- The model looks at the surroundings as well as at the person. It can be right or wrong for reasons
+  that have nothing to do with the person.
+- A score is no certainty. Use the calibration error above, and the thresholds of the run, before a
+  score decides anything.
 - Numbers of another protocol cannot be compared with these (docs/datasets.md, docs/evaluation.md).
-- **Not for** decisions about people: hiring, schooling, insurance, policing, border control, health, or watching people who have not agreed. In some
-  places such uses are forbidden by law (in the European Union, inferring emotions at work and in education)."""
+- **Not for** decisions about people: hiring, schooling, insurance, policing, border control,
+  health, or watching people who have not agreed. In some places such uses are forbidden by law (in
+  the European Union, inferring emotions at work and in education)."""
+
+_LICENSES = """\
+- Code: Apache-2.0.
+- {weights}
+- Data: see above. A model trained on data for non-commercial research is for non-commercial
+  research.
+- This model: (?) your license, within what the data and the starting weights allow."""
 
 
 def model_card(workdir: Path, *, split: str = "test") -> str:
@@ -63,27 +81,23 @@ def model_card(workdir: Path, *, split: str = "test") -> str:
             to make them.
     """
     config = read_config(_existing(workdir / "config.json", "it is no run directory"))
-    metrics = _read_json(
-        _existing(
-            workdir / f"metrics_{split}.json", f"train.py --mode=eval --split={split} writes it"
-        )
+    remedy = f"train.py --mode=eval --split={split} writes it"
+    metrics = _read_json(_existing(workdir / f"metrics_{split}.json", remedy))
+    environment, thresholds = (
+        _read_json(path) if path.is_file() else {}
+        for path in (workdir / "env.json", workdir / "thresholds.json")
     )
-    environment = _read_json(workdir / "env.json") if (workdir / "env.json").is_file() else {}
-    thresholds = (
-        _read_json(workdir / "thresholds.json") if (workdir / "thresholds.json").is_file() else None
-    )
+    start = config.get("init_from")
+    weights = "It started from random values: no other weights are in it."
+    if start:
+        weights = f"The weights it started from ({start}): (?) their license."
     sections = {
         "Model": _model_lines(config, environment),
         "Data and protocol": _data_lines(config, metrics, split),
         f"Metrics on the {split} split": _metric_lines(metrics),
         "From scores to labels": _threshold_lines(config, thresholds),
-        "What it is for, and what not": [
-            "Research on recognising apparent emotions of people in context. (?) State your own "
-            "intended use.",
-            "",
-            _LIMITS,
-        ],
-        "Licences": _licence_lines(config),
+        "What it is for, and what not": [_LIMITS],
+        "Licenses": [_LICENSES.format(weights=weights)],
         "Who answers for it": ["(?) Name, address, date. (?) How to report a problem."],
     }
     parts = [f"# Model card: {config.get('name', workdir.name)}"]
@@ -105,40 +119,32 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _model_lines(config: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
-    functions = Network(model_config(config))
-    model = functions.config
-    parameters = sum(int(np.prod(shape)) for shape in functions.param_shapes.values())
+    network = Network(model_config(config))
+    fields = dataclasses.asdict(network.config)
+    parameters = sum(int(np.prod(shape)) for shape in network.param_shapes.values())
+    several = require(config, "multi_label", bool)
     kind = (
-        "any number of emotions a person (multi-label)"
-        if require(config, "multi_label", bool)
-        else "one emotion a person"
+        "any number of emotions per person (multi-label)" if several else "one emotion per person"
     )
-    versions, train = environment.get("versions", {}), config.get("train", {})
-    length = (
-        f"{train['steps']} steps" if train.get("steps") else f"{train.get('epochs', '(?)')} epochs"
-    )
+    train = config.get("train", {})
+    length = f"{train.get('epochs', '(?)')} epochs"
+    if train.get("steps"):
+        length = f"{train['steps']} steps"
     lines = [
-        "Decoupled Subject-Context Transformer (ACM MM 2024), in JAX: from a image to its "
-        "people's boxes and apparent emotions, in one stage.",
+        "From an image to its people's boxes and apparent emotions, in JAX.",
         "",
-        f"- Backbone {model.backbone} ({model.norm}), {model.num_encoder_layers} encoder and "
-        f"{model.num_decoder_layers} decoder layers of size "
-        f"{model.hidden_dim}, {model.num_subject_queries} subject and {model.num_context_queries} "
-        f"context queries; fusion: {model.fusion}, "
-        f"{model.num_spatial_neighbors} nearest and {model.num_semantic_neighbors} "
-        f"{model.semantic_selection} in relevance.",
+        f"- Network {fields.pop('name')}: "
+        + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())
+        + ".",
         f"- {parameters:,} parameters.",
         f"- {kind}: {', '.join(require(config, 'class_names', tuple))}.",
         f"- Started from: {config.get('init_from') or 'random values'}.",
         f"- Trained for {length}, batch {train.get('batch_size', '(?)')}, seed "
         f"{config.get('seed', '(?)')}.",
     ]
-    if versions:
-        lines.append(
-            f"- Code: commit {environment.get('commit') or '(?)'}; "
-            + ", ".join(f"{name} {version}" for name, version in versions.items())
-            + "."
-        )
+    if versions := environment.get("versions"):
+        packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+        lines.append(f"- Code: commit {environment.get('commit') or '(?)'}; {packages}.")
     return lines
 
 
@@ -146,108 +152,69 @@ def _data_lines(config: Mapping[str, Any], metrics: Mapping[str, Any], split: st
     data = require(config, "data", Mapping)
     source = str(data.get("source"))
     protocol = metrics.get("protocol") or data.get("protocol") or "custom"
+    images, people, labeled = (
+        metrics.get(f"num_{what}", "(?)") for what in ("images", "people", "labelled")
+    )
     return [
-        _DATA.get(source, f"{source}. (?) How it was collected, and its licence."),
+        _DATA.get(source, f"{source}. (?) How it was collected, and its license."),
         "",
         f"- Protocol: **{protocol}**. Only results of the same protocol can be compared.",
         f"- Training: {data.get('train')}; validation: {data.get('val')}; test: "
         f"{data.get('test')}.",
-        f"- Measured on {split}: {metrics.get('num_images', '(?)')} images, "
-        f"{metrics.get('num_people', '(?)')} people, "
-        f"{metrics.get('num_labelled', '(?)')} of them labelled.",
+        f"- Measured on {split}: {images} images, {people} people, {labeled} of them labeled.",
         "- Each annotated person is answered by the query whose box overlaps it most: a person "
         "who was not found still gets an answer.",
-        "- (?) Who annotated, how many a person, how well they agreed. (?) Did the people shown "
+        "- (?) Who annotated, how many per person, how well they agreed. (?) Did the people shown "
         "agree?",
     ]
 
 
 def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
-    intervals = metrics.get("intervals", {})
+    intervals, classes = metrics.get("intervals", {}), metrics.get("per_class", {})
     rows = [
         (
             title,
             _percent(metrics[name]),
             _interval(intervals.get(name)),
-            _percent(metrics.get(_CHANCE.get(name, ""))),
+            _percent(metrics.get(guessing)),
         )
-        for name, title in _METRICS.items()
+        for name, (title, guessing) in _METRICS.items()
         if isinstance(metrics.get(name), int | float)
     ]
-    lines = _table(("metric", "value", "95 % interval", "guessing"), rows)
+    note = "No intervals: these metrics were written without a bootstrap; run --mode=eval again."
     if intervals:
-        lines += [
-            "",
-            f"Intervals: percentile bootstrap over images, {metrics.get('resamples', '(?)')} "
-            "resamples.",
+        resamples = metrics.get("resamples", "(?)")
+        note = f"Intervals: percentile bootstrap over images, {resamples} resamples."
+    lines = [*_table(("metric", "value", "95 % interval", "guessing"), rows), "", note]
+    if classes:
+        rows = [
+            (
+                name,
+                _percent(row.get("AP")),
+                _interval(row.get("AP_interval")),
+                str(row.get("people", "")),
+            )
+            for name, row in classes.items()
         ]
-    else:
-        lines += [
-            "",
-            "No intervals: these metrics were written without a bootstrap; run train.py "
-            "--mode=eval again.",
-        ]
-    classes = metrics.get("per_class", {})
-    of_classes = [
-        (
-            name,
-            _percent(row.get("AP")),
-            _interval(row.get("AP_interval")),
-            str(row.get("people", "")),
-        )
-        for name, row in classes.items()
-    ]
-    return (
-        [*lines, "", *_table(("class", "AP", "95 % interval", "people"), of_classes)]
-        if classes
-        else lines
-    )
-
-
-def _threshold_lines(config: Mapping[str, Any], thresholds: Mapping[str, Any] | None) -> list[str]:
-    names = require(config, "class_names", tuple)
-    if thresholds is None:
-        rule = (
-            "a class counts above 0.5"
-            if config.get("multi_label")
-            else "the most probable class counts"
-        )
-        return [f"Nothing was fitted on validation: {rule}."]
-    split = thresholds.get("split", "val")
-    lines = [
-        f"Temperature {thresholds.get('temperature', 1):.3g}, fitted on {split}: divide the "
-        "logits by it to calibrate the scores."
-    ]
-    values = thresholds.get("thresholds")
-    if values:
-        lines += [
-            "",
-            "A class counts above its threshold, which holds for scores without the temperature:",
-        ]
-        lines += [
-            "",
-            *_table(
-                ("class", "threshold"),
-                [(name, f"{value:.3f}") for name, value in zip(names, values, strict=True)],
-            ),
-        ]
+        lines += ["", *_table(("class", "AP", "95 % interval", "people"), rows)]
     return lines
 
 
-def _licence_lines(config: Mapping[str, Any]) -> list[str]:
-    start = config.get("init_from")
-    weights = (
-        f"- The weights it started from ({start}): (?) their licence."
-        if start
-        else "- It started from random values: no other weights are in it."
-    )
-    return [
-        "- Code: Apache-2.0.",
-        weights,
-        "- Data: see above. A model trained on data for non-commercial research is for "
-        "non-commercial research.",
-        "- This model: (?) your licence, within what the data and the starting weights allow.",
+def _threshold_lines(config: Mapping[str, Any], thresholds: Mapping[str, Any]) -> list[str]:
+    if not thresholds:
+        several = config.get("multi_label")
+        rule = "a class counts above 0.5" if several else "the most probable class counts"
+        return [f"Nothing was fitted on validation: {rule}."]
+    lines = [
+        f"Temperature {thresholds.get('temperature', 1):.3g}, fitted on "
+        f"{thresholds.get('split', 'val')}: divide the logits by it to calibrate the scores."
     ]
+    if values := thresholds.get("thresholds"):
+        names = require(config, "class_names", tuple)
+        rows = [(name, f"{value:.3f}") for name, value in zip(names, values, strict=True)]
+        rule = "A class counts above its threshold, which holds for scores without the temperature:"
+        lines += ["", rule, "", *_table(("class", "threshold"), rows)]
+    return lines
 
 
 def _percent(value: Any) -> str:
@@ -265,12 +232,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def make_parser() -> Parser:
     """The command's flags."""
-    parser = Parser(prog="python -m dsct_jax model_card", description=__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="directory of the run")
-    parser.add_argument("--split", default="test", help="whose metrics_<split>.json to show")
-    parser.add_argument(
-        "--output", type=Path, help="file to write; left out: WORKDIR/MODEL_CARD.md"
-    )
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--workdir", type=expanded_path, required=True, help="directory of the run")
+    add("--split", default="test", help="whose metrics_<split>.json to show")
+    parser.add_output("--output", folder=False, help="default: WORKDIR/MODEL_CARD.md")
     return parser
 
 
@@ -278,13 +244,7 @@ def run(arguments: argparse.Namespace) -> None:
     """The command with its arguments parsed. Raises UserError for what cannot be used."""
     output = arguments.output or arguments.workdir / "MODEL_CARD.md"
     card = model_card(arguments.workdir, split=arguments.split)
-    with writing(output):
-        output.write_text(card)
-    print(
-        f"written: {output}; {card.count('(?)')} questions in it, marked (?), are for you to answer"
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; a user's mistake is one line on stderr and exit status 2."""
-    return run_command(lambda: run(make_parser().parse_args(argv)))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(card)
+    questions = card.count("(?)")
+    print(f"written: {output}; {questions} questions in it, marked (?), are for you to answer")

@@ -9,7 +9,7 @@ number: with a symbolic one it writes a graph that onnxruntime rejects.
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,8 @@ def write_onnx(
         raise UserError(
             f"--format=onnx needs {error.name}: pip install 'dsct-jax[onnx]' (docs/weights.md)"
         ) from None
-    logging.getLogger("jax2onnx").setLevel(
-        logging.ERROR
-    )  # it tells of every optional plugin that it does without
+    # it reports every optional plugin that it does without
+    logging.getLogger("jax2onnx").setLevel(logging.ERROR)
 
     def forward(images: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         predictions = model.functions.bind(model.params, model.norm_stats)(
@@ -62,16 +61,8 @@ def write_onnx(
         inputs=specs,
         model_name="dsct",
     )
-    _rename(
-        graph.graph,
-        dict(
-            zip(
-                (x.name for x in (*graph.graph.input, *graph.graph.output)),
-                (*INPUTS, *OUTPUTS),
-                strict=True,
-            )
-        ),
-    )
+    theirs = [value.name for value in (*graph.graph.input, *graph.graph.output)]
+    _rename(graph.graph, dict(zip(theirs, (*INPUTS, *OUTPUTS), strict=True)))
     for name, text in sorted(notes.items()):
         graph.metadata_props.add(key=name, value=text)
     onnx.checker.check_model(graph)
@@ -102,25 +93,16 @@ def _run(program: Jaxpr, constants: Any, inputs: Any) -> list[Any]:
     values = dict(zip((*program.constvars, *program.invars), (*constants, *inputs), strict=True))
     read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]  # noqa: E731
     for equation in program.eqns:
-        arguments, parameters, name = (
-            [read(atom) for atom in equation.invars],
-            equation.params,
-            equation.primitive.name,
-        )
+        arguments = [read(atom) for atom in equation.invars]
+        parameters, name = equation.params, equation.primitive.name
         inner: Any = parameters.get("call_jaxpr", parameters.get("jaxpr"))
         if name in ("jit", "pjit", "custom_jvp_call", "custom_vjp_call"):
             results = _run(inner.jaxpr, inner.consts, arguments)
         elif name == "remat2":
             results = _run(inner, (), arguments)
         elif name == "reduce_window_max":
-            results = [
-                _max_pool(
-                    arguments[0],
-                    parameters["window_dimensions"],
-                    parameters["window_strides"],
-                    parameters["padding"],
-                )
-            ]
+            window, strides = parameters["window_dimensions"], parameters["window_strides"]
+            results = [_max_pool(arguments[0], window, strides, parameters["padding"])]
         elif name == "stop_gradient" or (name == "tile" and set(parameters["reps"]) == {1}):
             results = arguments
         else:
@@ -131,20 +113,15 @@ def _run(program: Jaxpr, constants: Any, inputs: Any) -> list[Any]:
 
 
 def _max_pool(
-    x: jax.Array,
-    window: tuple[int, ...],
-    strides: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
+    x: jax.Array, window: Sequence[int], strides: Sequence[int], padding: Sequence[tuple[int, int]]
 ) -> jax.Array:
     if any(map(any, padding)):
         x = jax.lax.pad(x, jnp.asarray(_LOWEST, x.dtype), [(low, high, 0) for low, high in padding])
     counts = [(n - w) // s + 1 for n, w, s in zip(x.shape, window, strides, strict=True)]
     best = None
     for start in itertools.product(*map(range, window)):
-        end = [
-            first + (count - 1) * stride + 1
-            for first, count, stride in zip(start, counts, strides, strict=True)
-        ]
+        reach = [(count - 1) * stride + 1 for count, stride in zip(counts, strides, strict=True)]
+        end = [first + length for first, length in zip(start, reach, strict=True)]
         part = jax.lax.slice(x, start, end, strides)
         best = part if best is None else jax.lax.max(best, part)
     assert best is not None

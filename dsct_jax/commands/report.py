@@ -1,39 +1,37 @@
-"""What a run has learnt so far, for people: curves.png and metrics.md from its metrics.jsonl.
+"""What a run has learned so far: curves.png and metrics.md from its metrics.jsonl.
 
 python -m dsct_jax report runs/demo
 """
 
+import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsct_jax.cli import Parser, run_command
+from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.report import format_table
+from dsct_jax.visualization.drawing import BLUE, GREEN, PINK, VERMILION
 
 Series = tuple[list[int], list[float]]  # steps, values
 
-LOSSES = {"loss_class": "#D55E00", "loss_bbox": "#0072B2", "loss_giou": "#009E73"}
-METRICS = {
-    "mean_iou": "#0072B2",
-    "mAP": "#D55E00",
-    "accuracy": "#009E73",
-    "macro_f1": "#CC79A7",
-}  # on one axis, 0 to 1
-LEVELS = {
-    "chance_mAP": "mAP of chance",
-    "majority_accuracy": "accuracy of the commonest class",
-}  # dashed lines
+LOSSES = {"loss_class": VERMILION, "loss_bbox": BLUE, "loss_giou": GREEN}
+METRICS = {"mean_iou": BLUE, "mAP": VERMILION, "accuracy": GREEN, "macro_f1": PINK}  # all in 0..1
+LEVELS = {  # dashed lines: name in the log -> what it is a level of, and its text
+    "chance_mAP": ("mAP", "mAP of chance"),
+    "majority_accuracy": ("accuracy", "accuracy of the most common class"),
+}
 LOWER_IS_BETTER = ("total", "loss", "error", "ece", "brier")
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
     """Name -> (steps, values) of every number in a run's metrics.jsonl; a last line cut short by a
-    kill is left out.
+    kill is skipped.
 
     Raises:
         UserError: the file is missing, holds nothing, or a line before the last is damaged.
@@ -77,75 +75,51 @@ def draw_curves(series: Mapping[str, Series], path: Path, *, title: str) -> None
     for name, color in METRICS.items():
         if f"val/{name}" in series:
             _plot(metrics, series[f"val/{name}"], color=color, label=name, marker="o")
-    for (name, text), color in zip(
-        LEVELS.items(), (METRICS["mAP"], METRICS["accuracy"]), strict=True
-    ):
+    for name, (metric, text) in LEVELS.items():
         if f"val/{name}" in series:
-            metrics.axhline(series[f"val/{name}"][1][-1], color=color, linestyle="--", label=text)
+            level = series[f"val/{name}"][1][-1]
+            metrics.axhline(level, color=METRICS[metric], linestyle="--", label=text)
     metrics.set_ylim(0, 1)
-    for axes, heading in (
-        (total, "Training loss, all layers"),
-        (terms, "Training loss terms, last layer"),
-        (metrics, "Validation"),
-    ):
-        axes.set_title(heading, fontsize=14)
+    total.set_title("Training loss, all layers", fontsize=14)
+    terms.set_title("Training loss terms, last layer", fontsize=14)
+    metrics.set_title("Validation", fontsize=14)
+    for axes in (total, terms, metrics):
         axes.set_xlabel("step", fontsize=13)
         axes.tick_params(labelsize=12)
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend(fontsize=12)
         else:
-            axes.text(
-                0.5, 0.5, "nothing logged yet", ha="center", transform=axes.transAxes, fontsize=13
-            )
+            place: dict[str, Any] = {"ha": "center", "transform": axes.transAxes}
+            axes.text(0.5, 0.5, "nothing logged yet", fontsize=13, **place)
     figure.savefig(path)
 
 
 def _plot(axes: Axes, series: Series, *, color: str, label: str, marker: str | None = None) -> None:
-    steps, values = series
-    axes.plot(
-        steps,
-        values,
-        color=color,
-        label=label,
-        linewidth=2,
-        marker="o" if len(steps) == 1 else marker,
-        markersize=5,
-    )
+    marker = "o" if len(series[0]) == 1 else marker
+    axes.plot(*series, color=color, label=label, linewidth=2, marker=marker, markersize=5)
 
 
 def metrics_table(series: Mapping[str, Series]) -> str:
     """A Markdown table of the validation metrics (first, last, best with its step), then one of the
     last training numbers.
     """
-    validation = {
-        name.removeprefix("val/"): values
-        for name, values in series.items()
-        if name.startswith("val/")
-    }
     lines: list[str] = []
+    validation = {name: values for name, values in series.items() if name.startswith("val/")}
     if validation:
         lines += ["| validation | first | last | best | at step |", "|---|---:|---:|---:|---:|"]
-        for name, (steps, values) in validation.items():
-            best = (
-                int((np.nanargmin if name.startswith(LOWER_IS_BETTER) else np.nanargmax)(values))
-                if not np.isnan(values).all()
-                else -1
-            )
-            lines.append(
-                f"| {name} | {values[0]:.4f} | {values[-1]:.4f} | {values[best]:.4f} | "
-                f"{steps[best]} |"
-            )
-        lines.append("")
-    training = {name: values for name, values in series.items() if not name.startswith("val/")}
+    for name, (steps, values) in validation.items():
+        name = name.removeprefix("val/")
+        choose = np.nanargmin if name.startswith(LOWER_IS_BETTER) else np.nanargmax
+        best = -1 if np.isnan(values).all() else int(choose(values))
+        numbers = " | ".join(f"{values[i]:.4f}" for i in (0, -1, best))
+        lines.append(f"| {name} | {numbers} | {steps[best]} |")
+    training = {name: values for name, values in series.items() if name not in validation}
     if training:
-        lines += ["| training | first | last |", "|---|---:|---:|"]
-        lines += [
-            f"| {name} | {values[0]:.4g} | {values[-1]:.4g} |"
-            for name, (_, values) in training.items()
-        ]
-        lines.append("")
-    return "\n".join(lines)
+        lines += ["", "| training | first | last |", "|---|---:|---:|"]
+    for name, (_, values) in training.items():
+        lines.append(f"| {name} | {values[0]:.4g} | {values[-1]:.4g} |")
+    return "\n".join([*lines, ""])
 
 
 def write_report(workdir: Path) -> list[Path]:
@@ -158,20 +132,19 @@ def write_report(workdir: Path) -> list[Path]:
     text = [f"# {workdir.resolve().name}", "", metrics_table(series)]
     for evaluated in sorted(workdir.glob("metrics_*.json")):
         split = evaluated.stem.removeprefix("metrics_")
-        text += [
-            f"## Evaluated on the {split} split",
-            "",
-            format_table(json.loads(evaluated.read_text())),
-            "",
-        ]
+        measured = format_table(json.loads(evaluated.read_text()))
+        text += [f"## Evaluated on the {split} split", "", measured, ""]
     table.write_text("\n".join(text))
     return [curves, table]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; a user's mistake is one line on stderr and exit status 2."""
-    parser = Parser(prog="python -m dsct_jax report", description=__doc__)
-    parser.add_argument("workdir", type=Path, help="the --workdir of a run")
-    return run_command(
-        lambda: print("\n".join(map(str, write_report(parser.parse_args(argv).workdir))))
-    )
+def make_parser() -> Parser:
+    """The command's flags."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("workdir", type=expanded_path, help="the --workdir of a run")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The command with its arguments parsed. Raises UserError for what cannot be used."""
+    print("\n".join(map(str, write_report(arguments.workdir))))

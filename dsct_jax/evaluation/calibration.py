@@ -1,12 +1,14 @@
 """Whether probabilities mean what they say, and what is fitted on validation to make them: one
-temperature, a threshold for each class, and the confidence from which a query is a person.
+temperature, a threshold per class, and the confidence from which a query is a person.
 
-thresholds.json beside a run's checkpoints keeps the fit; prediction and evaluation read it.
+A checkpoint keeps the fit of its own validation; thresholds.json beside the checkpoints keeps what
+train.py --mode=eval --split=val fitted to one of them.
 """
 
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,12 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
+from dsct_jax.boxes import non_max_suppression
 from dsct_jax.errors import UserError
-from dsct_jax.postprocess import DEFAULT_THRESHOLD
+from dsct_jax.evaluation.measures import match_detections
+from dsct_jax.evaluation.results import SplitResults
+from dsct_jax.evaluation.selection import select_people
+from dsct_jax.postprocess import DEFAULT_THRESHOLD, PREDICTION_NMS, Decoder
 
 FILE = "thresholds.json"
 NUM_BINS = 15  # of equal width, as usual for the expected calibration error (Guo et al. 2017)
@@ -24,118 +30,88 @@ _LOG_TEMPERATURES = (-3.0, 3.0)
 _log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Calibration:
-    """What was fitted on validation. The thresholds hold for probabilities as the model gives them,
-    without the temperature.
-    """
-
-    class_names: tuple[str, ...]
-    temperature: float  # logits are divided by it
-    thresholds: (
-        tuple[float, ...] | None
-    )  # Eq. 4's t, one a class; None for multi-class, where Eq. 5 decides
-    split: str  # what it was fitted on
-    people: int  # how many labelled people that were
-    checkpoint: str = (
-        ""  # which weights gave the probabilities; other weights of the same run need another fit
-    )
-    min_confidence: float | None = (
-        None  # a query below is nobody; None: not fitted, as in files of older versions
-    )
-
-    def save(self, path: Path) -> None:
-        """Writes readable JSON, whole or not at all."""
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        temporary.replace(path)
-
-    def to_json(self) -> str:
-        """One line that `parse_calibration` reads."""
-        return json.dumps(dataclasses.asdict(self))
-
-
-def parse_calibration(text: str, *, class_names: tuple[str, ...], where: str) -> Calibration:
-    """Reads what `Calibration.save` or `to_json` wrote.
+def fit_decoder(results: SplitResults) -> Decoder:
+    """What fits this split best; meant for validation, never for a test split.
 
     Raises:
-        UserError: `text` is damaged, or was fitted for other classes; the line begins with `where`.
+        UserError: no labelled person.
     """
-    remedy = "train.py --mode=eval --split=val makes it anew"
-    try:
-        stored: dict[str, Any] = json.loads(text)
-        thresholds = stored["thresholds"]
-        calibration = Calibration(
-            class_names=tuple(stored["class_names"]),
-            temperature=float(stored["temperature"]),
-            thresholds=None if thresholds is None else tuple(float(value) for value in thresholds),
-            split=str(stored["split"]),
-            people=int(stored["people"]),
-            checkpoint=str(stored.get("checkpoint", "")),
-            min_confidence=None
-            if stored.get("min_confidence") is None
-            else float(stored["min_confidence"]),
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{where}: not what a calibration writes ({type(error).__name__}: {error}); {remedy}"
-        ) from None
-    if calibration.class_names != class_names:
-        raise UserError(
-            f"{where}: fitted for the classes {', '.join(calibration.class_names)}, not for "
-            f"{', '.join(class_names)}; {remedy}"
-        )
-    if not (np.isfinite(calibration.temperature) and calibration.temperature > 0):
-        raise UserError(
-            f"{where}: temperature={calibration.temperature} must be more than 0; {remedy}"
-        )
-    values = calibration.thresholds
-    if values is not None and (
-        len(values) != len(class_names) or not all(0 <= value <= 1 for value in values)
+    decoder, (everyone, _) = results.about.decoder, select_people(results)
+    people = everyone.labelled(len(results.image_ids))
+    multi_label, thresholds = decoder.multi_label, None
+    if multi_label:
+        thresholds = tuple(fit_thresholds(people.probabilities, people.labels).tolist())
+    return dataclasses.replace(
+        decoder,
+        temperature=fit_temperature(people.logits[:, :-1], people.labels, multi_label=multi_label),
+        thresholds=thresholds,
+        min_confidence=_fit_min_confidence(results),
+        fitted_on=results.about.split or "an unnamed split",
+        people=len(people.labels),
+    )
+
+
+def _fit_min_confidence(results: SplitResults) -> float | None:
+    """As prediction chooses: after its suppression; a query finds a person at an overlap of 0.5."""
+    confidences = results.about.decoder.confidence(results.logits)
+    stated, finds = [], []
+    for boxes, values, people in zip(
+        results.pixel_boxes, confidences, results.gt_boxes_by_image(), strict=True
     ):
-        raise UserError(
-            f"{where}: thresholds must be {len(class_names)} numbers in [0, 1]; {remedy}"
-        )
-    if calibration.min_confidence is not None and not 0 <= calibration.min_confidence <= 1:
-        raise UserError(
-            f"{where}: min_confidence={calibration.min_confidence} must lie in [0, 1]; {remedy}"
-        )
-    return calibration
+        kept = non_max_suppression(boxes, values, threshold=PREDICTION_NMS)  # falling
+        stated.append(values[kept])
+        finds.append(match_detections(boxes[None, kept], people, np.array([len(people)]))[0, :, 0])
+    return fit_min_confidence(
+        np.concatenate(stated), np.concatenate(finds), people=len(results.gt_boxes)
+    )
 
 
-def read_calibration(path: Path, *, class_names: tuple[str, ...]) -> Calibration:
-    """`parse_calibration` of a file. Raises UserError, also when the file is missing."""
+def save_fit(decoder: Decoder, path: Path, *, checkpoint: str) -> None:
+    """Writes readable JSON, whole or not at all; `checkpoint` names the weights, as "step 3"."""
+    temporary = path.with_name(path.name + ".tmp")
+    stored = decoder.to_dict() | {"checkpoint": checkpoint}
+    temporary.write_text(json.dumps(stored, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def read_fit(path: Path, decoder: Decoder) -> tuple[Decoder, str]:
+    """(`decoder` with the fit in a file of `save_fit`, the checkpoint it was fitted to, "" where
+    the file does not say). Raises UserError: the file is missing, damaged or of other classes.
+    """
     try:
         text = path.read_text()
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); train.py --mode=eval --split=val writes it"
         ) from None
-    return parse_calibration(text, class_names=class_names, where=str(path))
+    fitted = decoder.with_fit(text, where=str(path))
+    return fitted, str(json.loads(text).get("checkpoint", ""))
 
 
-def calibration_of_run(
-    workdir: Path, *, class_names: tuple[str, ...], step: int | None
-) -> Calibration | None:
-    """The calibration stored beside a run's checkpoints; None where there is none, or (with a
-    warning) one of the weights of another step.
-
-    Raises:
-        UserError: the file is damaged or of other classes.
+def stored_decoder(
+    decoder: Decoder, metadata: Mapping[str, Any], workdir: Path, step: int
+) -> Decoder:
+    """`decoder` with the fit that is stored with the checkpoint of `step`, where there is one: in
+    its `metadata`, or in thresholds.json beside it. Raises UserError for a damaged fit.
     """
-    path = workdir / FILE
+    if "decoder" in metadata:
+        return decoder.with_fit(metadata["decoder"], where=f"{workdir}, checkpoint of step {step}")
+    return with_fit_beside(workdir, decoder, checkpoint=f"step {step}")
+
+
+def with_fit_beside(folder: Path, decoder: Decoder, *, checkpoint: str) -> Decoder:
+    """`decoder` with the fit in the thresholds.json of `folder`; unchanged where there is none, or
+    (with a warning) one of other weights than `checkpoint`. Raises UserError for a damaged file.
+    """
+    path = folder / FILE
     if not path.is_file():
-        return None
-    calibration, checkpoint = read_calibration(path, class_names=class_names), f"step {step}"
-    if calibration.checkpoint != checkpoint:
-        _log.warning(
-            "%s: fitted for %s, not for %s; not used (train.py --mode=eval --split=val fits anew)",
-            path,
-            calibration.checkpoint,
-            checkpoint,
-        )
-        return None
-    return calibration
+        return decoder
+    fitted, of = read_fit(path, decoder)
+    if of == checkpoint:
+        return fitted
+    again = "train.py --mode=eval --split=val fits again"
+    _log.warning("%s: fitted for %s, not for %s; not used (%s)", path, of, checkpoint, again)
+    return decoder
 
 
 def negative_log_likelihood(

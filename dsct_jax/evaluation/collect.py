@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dsct_jax.batch import Batch, Predictions
+from dsct_jax.boxes import to_pixels
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.results import ImageResult, ResultsInfo, Shown, SplitResults, stack_results
 from dsct_jax.parallel import Prefetch, shard_batch
@@ -45,25 +46,16 @@ def collect_results(
     seen = 0
     with Prefetch(batches, lambda batch: (batch, shard_batch(batch, mesh))) as pairs:
         for batch, sharded in pairs:
-            predictions, whole = (
-                on_host(predict(sharded)),
-                on_host(dataclasses.replace(sharded, images=None)),
-            )
+            predictions = on_host(predict(sharded))
+            whole = on_host(dataclasses.replace(sharded, images=None))
             logits, boxes = predictions.logits[-1], predictions.boxes[-1]
             results += image_results(whole, logits, boxes)
-            seen += int(
-                (whole.image_ids >= 0).sum()
-            )  # images that were skipped as damaged keep their number
+            seen += int((whole.image_ids >= 0).sum())  # damaged images keep their number
             if keep > 0:
                 first, number = jax.process_index() * len(batch.real), min(keep, len(batch.real))
                 here = slice(first, first + number)
-                shown.append(
-                    (
-                        jax.tree.map(operator.itemgetter(slice(number)), batch),
-                        logits[here],
-                        boxes[here],
-                    )
-                )
+                kept = jax.tree.map(operator.itemgetter(slice(number)), batch)
+                shown.append((kept, logits[here], boxes[here]))
                 keep -= number
     if seen != num_images:
         raise RuntimeError(f"evaluated {seen} of {num_images} images")
@@ -74,26 +66,21 @@ def collect_results(
 
 def on_host(tree: Any) -> Any:
     """Global arrays -> whole numpy arrays, on every process."""
-    return (
-        jax.device_get(tree)
-        if jax.process_count() == 1
-        else multihost_utils.process_allgather(tree, tiled=True)
-    )
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def image_results(batch: Batch, logits: np.ndarray, boxes: np.ndarray) -> Iterator[ImageResult]:
-    """The real images of a batch with their predictions and people, as the evaluation takes them."""
+    """The real images of a batch with their predictions and people."""
     for i in np.flatnonzero(batch.real):
         valid = batch.targets.valid[i]
-        height, width = (int(side) for side in batch.original_sizes[i])
-        cx, cy, w, h = (
-            batch.targets.boxes[i][valid] * np.array([width, height, width, height], np.float32)
-        ).T
+        height, width = map(int, batch.original_sizes[i])
         yield ImageResult(
             image_id=int(batch.image_ids[i]),
             logits=logits[i],
             boxes=boxes[i],
             size=(height, width),
-            gt_boxes=np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], -1),
+            gt_boxes=to_pixels(batch.targets.boxes[i][valid], (height, width)),
             gt_labels=batch.targets.labels[i][valid],
         )

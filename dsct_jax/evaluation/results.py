@@ -3,6 +3,7 @@ file that keeps them (predictions_<split>.npz).
 """
 
 import dataclasses
+import functools
 import json
 import zipfile
 from collections import Counter
@@ -14,11 +15,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
 
 from dsct_jax.batch import Batch
-from dsct_jax.boxes import cxcywh_to_xyxy
+from dsct_jax.boxes import to_pixels
 from dsct_jax.errors import UserError
+from dsct_jax.postprocess import Decoder
 
-_FORMAT = 1  # of the file; a number that grows when an older reader would misunderstand
+_FORMAT = 2  # of the file; a number that grows when an older reader would misunderstand
 _ARRAYS = ("image_ids", "sizes", "logits", "boxes", "people_per_image", "gt_boxes", "gt_labels")
+
+# Images on the host, and the last layer's logits [b q k+1] and boxes [b q 4] of each.
+Shown = tuple[Batch, np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,36 +31,27 @@ class ImageResult:
     """What the last decoder layer says about one image, and the people annotated in it."""
 
     image_id: int
-    logits: Float[np.ndarray, "q c"]  # c = k + 1; the last one is ignored
+    logits: Float[np.ndarray, "q c"]  # c = k + 1
     boxes: Float[np.ndarray, "q 4"]  # (cx, cy, w, h) in [0, 1] of the image
     size: tuple[int, int]  # (height, width) of the image in pixels
     gt_boxes: Num[np.ndarray, "t 4"]  # (x1, y1, x2, y2) in pixels
-    gt_labels: Shaped[
-        np.ndarray, "t k"
-    ]  # multi-hot or one-hot; a row of zeros = the person carries no label
+    gt_labels: Shaped[np.ndarray, "t k"]  # multi-hot or one-hot; zeros = a person without label
 
 
 @dataclasses.dataclass(frozen=True)
 class ResultsInfo:
     """What the arrays of a split mean."""
 
-    class_names: tuple[str, ...]
-    multi_label: bool
-    subject_logit: (
-        bool  # the last logit was trained to mean "this is a person" (subjects.has_subject_logit)
-    )
-    protocol: str = (
-        "custom"  # which data and which boxes: results of different protocols cannot be compared
-    )
+    decoder: Decoder  # how the outputs are read, and what was fitted to these weights
+    # which data and which boxes: results of different protocols cannot be compared
+    protocol: str = "custom"
     split: str = ""
-    checkpoint: str = ""  # where the weights came from, for people
+    checkpoint: str = ""  # where the weights came from, such as "step 3"
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitResults:
-    """The results of n images with m people, p of the queries' answers and people in the order of
-    the images.
-    """
+    """The results of n images with m people, in the order of the images."""
 
     about: ResultsInfo
     image_ids: Int[np.ndarray, "n"]
@@ -67,19 +63,17 @@ class SplitResults:
     gt_labels: Bool[np.ndarray, "m k"]
 
     def __post_init__(self) -> None:
-        k = len(self.about.class_names)
+        k, image = len(self.about.decoder.class_names), self.image_ids[0]
         if self.logits.shape[-1] != k + 1 or self.gt_labels.shape[-1] != k:
             raise UserError(
-                f"image {self.image_ids[0]}: {self.logits.shape[-1]} logits and labels of "
-                f"{self.gt_labels.shape[-1]} classes do not fit the "
-                f"{k} class names: expected {k + 1} and {k}"
+                f"image {image}: {self.logits.shape[-1]} logits and labels of "
+                f"{self.gt_labels.shape[-1]} classes do not fit the {k} class names: expected "
+                f"{k + 1} and {k}"
             )
-        if self.people_per_image.sum() != len(self.gt_boxes) or len(self.gt_boxes) != len(
-            self.gt_labels
-        ):
+        counts = int(self.people_per_image.sum()), len(self.gt_boxes), len(self.gt_labels)
+        if len(set(counts)) > 1:
             raise UserError(
-                f"{self.people_per_image.sum()} people are announced, {len(self.gt_boxes)} have a "
-                f"box, {len(self.gt_labels)} a label row"
+                f"{counts[0]} people are announced, {counts[1]} have a box, {counts[2]} a label row"
             )
         finite = np.isfinite(self.logits).all((1, 2)) & np.isfinite(self.boxes).all((1, 2))
         if not finite.all():
@@ -88,20 +82,23 @@ class SplitResults:
                 "not finite"
             )
 
-    @property
+    @functools.cached_property
     def image_of_person(self) -> Int[np.ndarray, "m"]:
         """Position of each person's image."""
         return np.repeat(np.arange(len(self.image_ids)), self.people_per_image)
 
-    @property
+    @functools.cached_property
     def pixel_boxes(self) -> Float[np.ndarray, "n q 4"]:
         """The predicted boxes as (x1, y1, x2, y2) in pixels."""
-        scale = self.sizes[:, None, [1, 0, 1, 0]].astype(self.boxes.dtype)
-        return cxcywh_to_xyxy(self.boxes) * scale
+        return to_pixels(self.boxes, self.sizes[:, None])
+
+    def gt_boxes_by_image(self) -> list[np.ndarray]:
+        """The annotated boxes [t 4] of each image."""
+        return np.split(self.gt_boxes, self.people_per_image.cumsum()[:-1])
 
     def save(self, path: Path) -> None:
-        """Writes one compressed .npz without pickled objects (about 0.5 kB an image with 4 queries
-        and 26 classes).
+        """Writes one compressed .npz without pickled objects (about 0.5 kB per image with 4
+        queries and 26 classes).
         """
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         about = json.dumps({"format": _FORMAT, **dataclasses.asdict(self.about)})
@@ -124,19 +121,10 @@ def stack_results(results: Sequence[ImageResult], about: ResultsInfo) -> SplitRe
         raise UserError(
             "nothing to evaluate: there is no image; check the annotation file of the split"
         )
-    k = len(about.class_names)
-    for result in results:
-        if result.logits.shape[-1] != k + 1 or result.gt_labels.shape[-1] != k:
-            raise UserError(
-                f"image {result.image_id}: {result.logits.shape[-1]} logits and labels of "
-                f"{result.gt_labels.shape[-1]} classes do not fit the "
-                f"{k} class names: expected {k + 1} and {k}"
-            )
-    twice = Counter(result.image_id for result in results).most_common(1)[0]
-    if twice[1] > 1:
+    image, times = Counter(result.image_id for result in results).most_common(1)[0]
+    if times > 1:
         raise UserError(
-            f"image {twice[0]} is among the results {twice[1]} times; every image must be counted "
-            "once"
+            f"image {image} is among the results {times} times; every image must be counted once"
         )
     queries = {len(result.boxes) for result in results}
     if queries == {0} or len(queries) > 1:
@@ -176,15 +164,14 @@ def read_results(path: Path) -> SplitResults:
             f"{path}: not a file of predictions, or damaged ({error}); run train.py --mode=eval "
             "again"
         ) from None
-    if about.pop("format") != _FORMAT:
+    version = about.pop("format", None)
+    if version == 1:  # older: the classes stood beside the rest, and nothing fitted was kept
+        names = about.pop("class_names"), about.pop("multi_label"), about.pop("subject_logit")
+        decoder = Decoder(tuple(names[0]), *names[1:])
+    elif version == _FORMAT:
+        decoder = Decoder.from_dict(about.pop("decoder"), where=str(path))
+    else:
         raise UserError(
             f"{path}: written by another version of this program; run train.py --mode=eval again"
         )
-    return SplitResults(
-        about=ResultsInfo(**{**about, "class_names": tuple(about["class_names"])}), **arrays
-    )
-
-
-Shown = tuple[
-    Batch, np.ndarray, np.ndarray
-]  # images on the host, and the last layer's logits [b q k+1] and boxes [b q 4] of each
+    return SplitResults(about=ResultsInfo(decoder, **about), **arrays)

@@ -1,7 +1,8 @@
-"""What a run writes down: config.json, env.json, metrics.jsonl, TensorBoard events, and its
-progress on the terminal.
+"""What a run writes down: config.json, env.json, metrics.jsonl, compilations.jsonl, TensorBoard
+events, and its progress on the terminal.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dsct_jax.config import differences
 from dsct_jax.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "pillow")
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def versions() -> dict[str, str]:
@@ -39,7 +41,6 @@ def write_settings(config: Mapping[str, Any], workdir: Path) -> list[str]:
     those of an earlier config.json.
     """
     changed = differences(_read_mapping(workdir / "config.json"), config)
-    _replace(workdir / "config.json", json.dumps(config, indent=1) + "\n")
     devices = {
         "platform": jax.default_backend(),
         "kind": jax.devices()[0].device_kind,
@@ -52,7 +53,8 @@ def write_settings(config: Mapping[str, Any], workdir: Path) -> list[str]:
         "commit": _commit(),
         "command": sys.argv,
     }
-    _replace(workdir / "env.json", json.dumps(environment, indent=1) + "\n")
+    for name, content in (("config.json", config), ("env.json", environment)):
+        _replace(workdir / name, json.dumps(content, indent=1) + "\n")
     return changed
 
 
@@ -68,13 +70,8 @@ def _commit() -> str | None:
     """The commit of a checkout; None for an installed package, or without git."""
     if shutil.which("git") is None:
         return None
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
+    command, folder = ["git", "rev-parse", "HEAD"], Path(__file__).parent
+    found = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     return found.stdout.strip() or None
 
 
@@ -85,17 +82,11 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
 class Logbook:
     """Records scalars by step; on resume, lines beyond the restored step are dropped, so the file
     equals that of an unbroken run.
 
-    Of several processes only process 0 writes and speaks.
+    Of several processes only process 0 writes and prints.
     """
 
     def __init__(
@@ -104,96 +95,121 @@ class Logbook:
         *,
         start_step: int,
         total_steps: int,
+        validation_owed: bool = False,
         wandb: str = "",
         config: Mapping[str, Any] | None = None,
     ):
-        """`wandb` names a Weights & Biases project that gets the same numbers; "" = none. Raises
-        UserError when its package is missing.
+        """`validation_owed`: that of `start_step` comes once more, and its line with it. `wandb`
+        names a Weights & Biases project that gets the same numbers; "" = none. Raises UserError
+        when its package is missing.
         """
-        self._silent = jax.process_index() != 0
-        self._wandb: Any = None
+        self.workdir, self._total = workdir, total_steps
+        self._writers: list[Callable[[int, Mapping[str, float]], None]] = []
+        self._bar: tqdm | None = None
+        self._open, self._silent = contextlib.ExitStack(), jax.process_index() != 0
         if self._silent:
             return
         if wandb:
-            self._wandb = _start_wandb(wandb, workdir, config or {})
-        self._workdir = workdir
-        self._path = workdir / "metrics.jsonl"
-        if self._path.exists():
-            kept = [
-                line for line in self._path.read_text().splitlines() if _step_of(line) <= start_step
-            ]
-            _replace(self._path, "".join(f"{line}\n" for line in kept))
-        self._file = self._path.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
-        self._total = total_steps
-        self._first: tuple[int, float] | None = None  # step and time of the first line of progress
-        self._bar = (
-            tqdm(total=total_steps, initial=start_step, unit="step")
-            if sys.stderr.isatty()
-            else None
-        )
+            run = _start_wandb(wandb, workdir, config or {})
+            self._writers.append(lambda step, scalars: run.log(dict(scalars), step=step))
+            self._open.callback(run.finish)
+        _drop_lines(workdir / "metrics.jsonl", after=start_step, validation=validation_owed)
+        self._file = self._open.enter_context((workdir / "metrics.jsonl").open("a"))
+        events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._events = self._open.enter_context(contextlib.closing(events))
+        self._writers += [self._write_line, self._write_events]
+        if sys.stderr.isatty():
+            bar = tqdm(total=total_steps, initial=start_step, unit="step")
+            self._bar = self._open.enter_context(contextlib.closing(bar))
+        self._programs = self._open.enter_context((workdir / "compilations.jsonl").open("a"))
+        self._compiling = start_step, ""
+        jax.monitoring.register_event_duration_secs_listener(self._write_program)
+        self._open.callback(jax.monitoring.unregister_event_duration_listener, self._write_program)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends one line and the same values as TensorBoard events."""
-        if self._silent:
-            return
+        """One line of metrics.jsonl, and the same values as TensorBoard events."""
+        for writer in self._writers:
+            writer(step, scalars)
+
+    def _write_line(self, step: int, scalars: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
         self._file.flush()
+
+    def _write_events(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(dict(scalars), step=step)
+
+    def log_changes(
+        self, changed: Sequence[str], stored: Mapping[str, Any], *, steps_per_epoch: int
+    ) -> None:
+        """What is different from the start before: settings, and the length of an epoch as its
+        checkpoint's metadata have it.
+        """
+        if changed:
+            self.log(f"settings changed since the last start: config.{'; config.'.join(changed)}")
+        before = stored.get("steps_per_epoch", steps_per_epoch)
+        if before != steps_per_epoch:
+            self.log(
+                f"the training data or the batch size changed: {before} -> {steps_per_epoch} steps "
+                "per epoch"
+            )
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """A picture among the TensorBoard events, and as the newest of its name below `workdir`."""
         if self._silent:
             return
         self._events.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
-        image.save(self._workdir / f"{name.replace('/', '_')}.png")
+        image.save(self.workdir / f"{name.replace('/', '_')}.png")
+
+    @contextlib.contextmanager
+    def compiling(self, step: int, bucket: str) -> Iterator[None]:
+        """What jax compiles inside is recorded with this step and bucket."""
+        self._compiling = step, bucket
+        try:
+            yield
+        finally:
+            self._compiling = step, ""
+
+    def _write_program(self, event: str, duration_secs: float, **about: Any) -> None:
+        """A line of compilations.jsonl for each program that jax compiles or takes from its cache."""
+        if event != _COMPILED:
+            return
+        step, bucket = self._compiling
+        entry = {
+            "time": round(time.time(), 1),
+            "step": step,
+            "bucket": bucket,
+            "program": str(about.get("fun_name", "")),
+            "seconds": round(duration_secs, 3),
+        }
+        self._programs.write(json.dumps(entry) + "\n")
+        self._programs.flush()
 
     def log(self, text: str) -> None:
         """One line for the user, above the progress bar where there is one."""
-        if self._silent:
-            return
-        tqdm.write(text) if self._bar is not None else print(text, flush=True)
+        if not self._silent:
+            tqdm.write(text) if self._bar is not None else print(text, flush=True)
 
-    def exclude_time(self, seconds: float) -> None:
-        """Time that will not come again, such as a compilation, is not counted when the remaining
-        time is estimated.
+    def progress(self, step: int, text: str, remaining: float | None = None) -> None:
+        """Where the run stands, `remaining` seconds from its end: a bar on a terminal, a plain line
+        elsewhere.
         """
-        if not self._silent and self._first is not None:
-            self._first = self._first[0], self._first[1] + seconds
-
-    def progress(self, step: int, text: str) -> None:
-        """Where the run stands: a bar on a terminal, a plain line elsewhere."""
-        if self._silent:
-            return
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(text)
             return
-        now = time.monotonic()
-        if (
-            self._first is None
-            # how long the rest takes is known from the second line on: the first steps compile and
-            # start workers
-        ):
-            self._first, eta = (step, now), ""
-        else:
-            first_step, first_time = self._first
-            eta = f"  ETA {_duration((now - first_time) / (step - first_step) * (self._total - step))}"
-        print(f"step {step}/{self._total}  {text}{eta}", flush=True)
+        eta = "" if remaining is None else f"  ETA {_duration(remaining)}"
+        self.log(f"step {step}/{self._total}  {text}{eta}")
 
     def close(self) -> None:
         """Flushes and closes everything."""
-        if self._silent:
-            return
-        if self._bar is not None:
-            self._bar.close()
-        self._events.close()
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._open.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
@@ -204,24 +220,24 @@ def _start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
             f"config.train.wandb={project!r} needs the package wandb: pip install wandb, or leave "
             "the field empty"
         ) from None
-    # One identity a work directory, so that a run that continues there continues its curves.
+    # One identity per work directory: a run that continues there continues its curves.
     identity = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
-    return wandb.init(
-        project=project,
-        name=workdir.name,
-        id=identity,
-        dir=str(workdir),
-        config=dict(config),
-        resume="allow",
-    )
+    about = {"name": workdir.name, "id": identity, "dir": str(workdir), "resume": "allow"}
+    return wandb.init(project=project, config=dict(config), **about)
 
 
-def _step_of(line: str) -> int:
-    try:
-        return json.loads(line)["step"]
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # the line that was being written when the run was killed
-        return sys.maxsize
+def _drop_lines(path: Path, *, after: int, validation: bool) -> None:
+    """Removes the lines of later steps, and (`validation`) that of the validation of `after`."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+            step = entry["step"]
+        except (ValueError, KeyError, TypeError):  # cut by a kill
+            continue
+        repeated = validation and step == after and any(name.startswith("val/") for name in entry)
+        if step <= after and not repeated:
+            kept.append(f"{line}\n")
+    _replace(path, "".join(kept))

@@ -1,65 +1,49 @@
-"""Drawings for people to look at: boxes and emotions on a image, and many pictures on one sheet.
+"""Drawings for people to look at: boxes and emotions on an image, and many pictures on one sheet.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; sizes are such that a
-picture can still be read at half its size.
+Colors are Okabe and Ito's, which color-blind readers can tell apart; sizes are such that a picture
+can still be read at half its size.
 """
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dsct_jax.batch import Batch
 from dsct_jax.boxes import cxcywh_to_xyxy
-from dsct_jax.evaluation.calibration import Calibration
-from dsct_jax.evaluation.results import ResultsInfo, Shown
-from dsct_jax.postprocess import Selection, Subject, select_subjects
+from dsct_jax.evaluation.results import Shown
+from dsct_jax.postprocess import Decoder, Subject
 
-PALETTE = (
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#CC79A7",
-    "#D55E00",
-    "#0072B2",
-)  # Okabe-Ito without black
+# Okabe-Ito without black: the palette of all drawings and figures
+PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
+ORANGE, SKY, GREEN, YELLOW, PINK, VERMILION, BLUE = PALETTE
 TRUTH_COLOR = "#FFFFFF"
 
-_MIN_SHORT_SIDE = 480  # smaller images are enlarged before drawing
-_MAX_LABELS = 3  # lines of text a person
+_MIN_SHORT_SIDE = 480  # smaller images are enlarged before drawing ...
+_MAX_PIXELS = 16e6  # ... but not beyond this many pixels: a scan may be 3 pixels high
+_MAX_LABELS = 3  # lines of text per person
 _Rectangle = tuple[float, float, float, float]
 
 
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(
-        str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans-Bold.ttf")), size
-    )
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow is built with FreeType
+    return font
 
 
 def label_lines(subject: Subject) -> list[str]:
     """What is written at a person: the emotions with their probabilities; in brackets the likeliest
     one when none passed the threshold.
     """
+    scores = subject.probabilities
     if not subject.labels:
-        likeliest = max(
-            subject.probabilities, key=lambda name: subject.probabilities[name], default=None
-        )
-        return (
-            [] if likeliest is None else [f"({likeliest} {subject.probabilities[likeliest]:.2f})"]
-        )
-    lines = [
-        f"{name} {subject.probabilities[name]:.2f}" if name in subject.probabilities else name
-        for name in subject.labels[:_MAX_LABELS]
-    ]
-    return lines + [f"+ {len(subject.labels) - _MAX_LABELS} more"] * (
-        len(subject.labels) > _MAX_LABELS
-    )
+        likeliest = max(scores, key=lambda name: scores[name], default=None)
+        return [] if likeliest is None else [f"({likeliest} {scores[likeliest]:.2f})"]
+    shown, more = subject.labels[:_MAX_LABELS], len(subject.labels) - _MAX_LABELS
+    lines = [f"{name} {scores[name]:.2f}" if name in scores else name for name in shown]
+    return [*lines, f"+ {more} more"] if more > 0 else lines
 
 
 def draw_subjects(
@@ -72,43 +56,39 @@ def draw_subjects(
     the annotated people when they are given.
 
     A small image comes back enlarged (a whole number of times). Boxes are in pixels of `image` as
-    given. The people of `ground_truth` need only box and labels; their `scores` may be empty.
+    given. The people of `ground_truth` need only box and labels.
     """
-    factor = max(1, -(-_MIN_SHORT_SIDE // min(image.size)))
-    canvas = image.convert("RGB").resize(
-        (image.width * factor, image.height * factor), Image.Resampling.LANCZOS
-    )
+    factor = _enlargement(*image.size)
+    size = (image.width * factor, image.height * factor)
+    canvas = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(canvas)
     unit = min(canvas.size) / _MIN_SHORT_SIDE
-    width, font = max(2, round(4 * unit)), _font(round(22 * unit))
+    width, font = max(2, round(4 * unit)), _font(max(8, round(22 * unit)))
     placed: list[_Rectangle] = []
+    colors = [PALETTE[i % len(PALETTE)] for i in range(len(subjects))]
     truth = [(_scaled(person.box, factor), person) for person in ground_truth or ()]
     people = [(_scaled(subject.box, factor), subject) for subject in subjects]
     for box, _ in truth:
         _dashed_rectangle(draw, box, width)
-    for i, (box, _) in enumerate(people):
+    for (box, _), color in zip(people, colors, strict=True):
         draw.rectangle(box, outline="black", width=width + 2)
-        draw.rectangle(_inner(box), outline=PALETTE[i % len(PALETTE)], width=width)
-    for i, (box, subject) in enumerate(people):
-        _write(
-            draw, label_lines(subject), box, canvas.size, font, PALETTE[i % len(PALETTE)], placed
-        )
+        draw.rectangle(_inner(box), outline=color, width=width)
+    for (box, subject), color in zip(people, colors, strict=True):
+        _write(draw, label_lines(subject), box, canvas.size, font, color, placed)
     for box, person in truth:
-        _write(
-            draw,
-            [f"truth: {name}" for name in person.labels[:_MAX_LABELS]],
-            box,
-            canvas.size,
-            font,
-            TRUTH_COLOR,
-            placed,
-            below_first=True,
-        )
+        lines = [f"truth: {name}" for name in person.labels[:_MAX_LABELS]]
+        _write(draw, lines, box, canvas.size, font, TRUTH_COLOR, placed, below_first=True)
     return canvas
 
 
+def _enlargement(width: int, height: int) -> int:
+    """A whole number of times."""
+    wanted = -(-_MIN_SHORT_SIDE // min(width, height))
+    return max(1, min(wanted, int((_MAX_PIXELS / (width * height)) ** 0.5)))
+
+
 def sort_left_to_right(people: Sequence[Subject]) -> list[Subject]:
-    """So that a person keeps their colour from one drawing of an image, or frame of a film, to the
+    """So that a person keeps their color from one drawing of an image, or frame of a video, to the
     next.
     """
     return sorted(people, key=lambda person: person.box[0])
@@ -127,21 +107,15 @@ def _inner(box: _Rectangle) -> _Rectangle:
 
 def _dashed_rectangle(draw: ImageDraw.ImageDraw, box: _Rectangle, width: int) -> None:
     x1, y1, x2, y2 = box
-    for start, end in (
-        ((x1, y1), (x2, y1)),
-        ((x2, y1), (x2, y2)),
-        ((x1, y2), (x2, y2)),
-        ((x1, y1), (x1, y2)),
-    ):
-        draw.line((*start, *end), fill="black", width=width)
-        length, step = max(end[0] - start[0], end[1] - start[1]), 4 * width
-        for offset in np.arange(0, length, 2 * step):
-            a, b = offset / length, min(1.0, (offset + step) / length)
-            points = [
-                (start[0] + t * (end[0] - start[0]), start[1] + t * (end[1] - start[1]))
-                for t in (a, b)
-            ]
-            draw.line((*points[0], *points[1]), fill=TRUTH_COLOR, width=width)
+    step = 4 * width
+    for y in (y1, y2):
+        draw.line((x1, y, x2, y), fill="black", width=width)
+        for x in np.arange(x1, x2, 2 * step):
+            draw.line((x, y, min(x + step, x2), y), fill=TRUTH_COLOR, width=width)
+    for x in (x1, x2):
+        draw.line((x, y1, x, y2), fill="black", width=width)
+        for y in np.arange(y1, y2, 2 * step):
+            draw.line((x, y, x, min(y + step, y2)), fill=TRUTH_COLOR, width=width)
 
 
 def _write(
@@ -166,28 +140,19 @@ def _write(
     x1, y1, x2, y2 = box
     room = max(0.0, canvas[0] - width), max(0.0, canvas[1] - height)
     left = min(max(0.0, x1), room[0])
-    above, below = (left, y1 - height), (left, y2 + 1)
-    corners = [
-        *((below, above) if below_first else (above, below)),
-        (left, y1),
-        (left, y2 - height),
-        (x2 + 1, y1),
-        (x1 - width, y1),
-    ]
-    corners = [(x, y) for x, y in corners if 0 <= x <= room[0] and 0 <= y <= room[1]] or [
-        (left, min(max(0.0, y1), room[1]))
-    ]
-    panels = [(x, y, x + width, y + height) for x, y in corners]
-    panel = min(
-        panels, key=lambda candidate: sum(_overlap(candidate, other) for other in placed)
-    )  # the first of equals
+    outside = [(left, y1 - height), (left, y2 + 1)]
+    corners = [*(outside[::-1] if below_first else outside)]
+    corners += [(left, y1), (left, y2 - height), (x2 + 1, y1), (x1 - width, y1)]
+    fitting = [(x, y) for x, y in corners if 0 <= x <= room[0] and 0 <= y <= room[1]]
+    fitting = fitting or [(left, min(max(0.0, y1), room[1]))]
+    panels = [(x, y, x + width, y + height) for x, y in fitting]
+    panel = min(panels, key=lambda one: sum(_overlap(one, other) for other in placed))
     placed.append(panel)
     draw.rectangle(panel, fill=color, outline="black")
-    ink = "white" if color in ("#0072B2", "#D55E00", "#009E73") else "black"
+    ink = "white" if color in (BLUE, VERMILION, GREEN) else "black"
     for i, line in enumerate(lines):
-        draw.text(
-            (panel[0] + padding, panel[1] + padding / 2 + i * spacing), line, fill=ink, font=font
-        )
+        place = (panel[0] + padding, panel[1] + padding / 2 + i * spacing)
+        draw.text(place, line, fill=ink, font=font)
 
 
 def _overlap(a: _Rectangle, b: _Rectangle) -> float:
@@ -202,27 +167,24 @@ def contact_sheet(
     tile: int = 480,
     legend: str | None = None,
 ) -> Image.Image:
-    """All images on one white sheet, `columns` a row, each scaled to fit a `tile` x `tile` square,
-    with a caption below and a legend on top.
+    """All images on one white sheet, `columns` per row, each scaled to fit a `tile` x `tile`
+    square, with a caption below and a legend on top. Without images the sheet says so.
 
     Raises:
-        ValueError: no images, no columns, or another number of captions than images.
+        ValueError: no columns, or another number of captions than images.
     """
-    if not images or columns < 1:
-        raise ValueError(f"contact_sheet: {len(images)} images in {columns} columns")
-    if captions is not None and len(captions) != len(images):
-        raise ValueError(f"contact_sheet: {len(captions)} captions for {len(images)} images")
-    columns, margin, font = min(columns, len(images)), tile // 40, _font(tile // 22)
+    if columns < 1 or (captions is not None and len(captions) != len(images)):
+        raise ValueError(f"{len(images)} images, {len(captions or ())} captions, {columns} columns")
+    if not images:
+        legend, columns = "no images to show", 1
+    columns, margin, font = min(columns, len(images) or 1), tile // 40, _font(tile // 22)
     line = round(font.size * 1.5)
     fitted = [image.resize(_fit(image.size, tile), Image.Resampling.LANCZOS) for image in images]
     rows = [fitted[start : start + columns] for start in range(0, len(fitted), columns)]
     heights = [max(image.height for image in row) + (line if captions else 0) for row in rows]
     top = (line + margin) if legend else margin
-    sheet = Image.new(
-        "RGB",
-        (margin + columns * (tile + margin), top + sum(heights) + margin * len(rows)),
-        "white",
-    )
+    size = (margin + columns * (tile + margin), top + sum(heights) + margin * (len(rows) or 1))
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     if legend:
         draw.text((margin, margin), legend, fill="black", font=font)
@@ -231,14 +193,14 @@ def contact_sheet(
             x = margin + c * (tile + margin)
             sheet.paste(image, (x + (tile - image.width) // 2, top))
             if captions:
-                draw.text(
-                    (x, top + image.height), captions[r * columns + c], fill="black", font=font
-                )
+                caption = captions[r * columns + c]
+                draw.text((x, top + image.height), caption, fill="black", font=font)
         top += heights[r] + margin
     return sheet
 
 
 def _fit(size: tuple[int, int], tile: int) -> tuple[int, int]:
+    """As ImageOps.contain, but at least one pixel wide: a scan may be a thousand times as long."""
     scale = tile / max(size)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
@@ -247,33 +209,18 @@ def draw_batch(
     batch: Batch,
     logits: np.ndarray,
     boxes: np.ndarray,
-    *,
-    class_names: Sequence[str],
-    multi_label: bool,
-    subject_logit: bool,
-    calibration: Calibration | None = None,
+    decoder: Decoder,
 ) -> list[Image.Image]:
     """Every real image of a batch, without its padding, with the predicted people and the annotated
     ones.
 
     `logits` [b q k+1] and `boxes` [b q 4] are those of the last decoder layer; `batch` holds host
-    arrays. `calibration` says who is a person and, where classes are independent, which emotions
-    apply.
+    arrays. `decoder` says who is a person and which emotions apply.
     """
     pictures = []
     for i in np.flatnonzero(np.asarray(batch.real)):
         height, width = (int(side) for side in batch.sizes[i])
-        subjects = select_subjects(
-            np.asarray(logits[i]),
-            np.asarray(boxes[i]),
-            (height, width),
-            class_names=class_names,
-            multi_label=multi_label,
-            subject_logit=subject_logit,
-            selection=Selection(),
-            thresholds=None if calibration is None else calibration.thresholds,
-            min_confidence=None if calibration is None else calibration.min_confidence,
-        )
+        subjects = decoder(logits[i], boxes[i], (height, width))
         valid = np.asarray(batch.targets.valid[i])
         people = cxcywh_to_xyxy(np.asarray(batch.targets.boxes[i])[valid]) * np.array(
             [width, height] * 2
@@ -284,7 +231,7 @@ def draw_batch(
                 box=tuple(box.tolist()),
                 probabilities={},
                 labels=tuple(
-                    name for name, present in zip(class_names, row, strict=True) if present
+                    name for name, present in zip(decoder.class_names, row, strict=True) if present
                 ),
                 paper_score=1.0,
             )
@@ -295,17 +242,10 @@ def draw_batch(
     return pictures
 
 
-def draw_shown(
-    shown: Sequence[Shown], about: ResultsInfo, calibration: Calibration | None
-) -> list[Image.Image]:
-    """Drawings of images that `collect_results` kept, with the people that `calibration` finds
-    (None: at the defaults).
-    """
-    names: dict[str, Any] = {
-        name: getattr(about, name) for name in ("class_names", "multi_label", "subject_logit")
-    }
+def draw_shown(shown: Sequence[Shown], decoder: Decoder) -> list[Image.Image]:
+    """Drawings of images that `collect_results` kept, with the people that `decoder` finds."""
     return [
         picture
         for batch, logits, boxes in shown
-        for picture in draw_batch(batch, logits, boxes, calibration=calibration, **names)
+        for picture in draw_batch(batch, logits, boxes, decoder)
     ]

@@ -1,8 +1,9 @@
-"""The paper's figures as drawings: numbers of `inside` -> matplotlib figures. Colours are Okabe and
-Ito's; text can be read at half the size.
+"""The paper's figures as drawings: introspections -> matplotlib figures. Text can be read at half
+the size.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,17 +13,15 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from dsct_jax.inference.introspection import Introspection, Layer, principal_components
-from dsct_jax.visualization.drawing import PALETTE
+from dsct_jax.visualization.drawing import BLUE, ORANGE, PALETTE, VERMILION
 
-SPATIAL, SEMANTIC = "#0072B2", "#E69F00"
-REFERENCE = "#D55E00"
+SPATIAL, SEMANTIC, REFERENCE = BLUE, ORANGE, VERMILION
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 NOBODY = "nobody"  # the label of a person found where none is annotated
 _GREY = "#9A9A9A"
 _FONT = 15
-_SHOWN_SHARE = (
-    0.98  # of the attention: the samples beyond carry next to nothing and would hide the others
-)
+# of the attention: the samples beyond carry next to nothing and would hide the others
+_SHOWN_SHARE = 0.98
 
 
 def _panels(
@@ -40,15 +39,9 @@ def _panels(
 def _show(axes: Axes, image: Image.Image, title: str = "", *, faded: float = 0.0) -> None:
     """The image without ticks, `faded` towards white so that marks stand out."""
     pixels = np.asarray(image.convert("RGB"), np.float32) / 255
-    axes.imshow(
-        pixels * (1 - faded) + faded,
-        extent=(0, image.width, image.height, 0),
-        interpolation="lanczos",
-    )
-    axes.set_xlim(0, image.width)
-    axes.set_ylim(image.height, 0)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    extent = (0, image.width, image.height, 0)
+    axes.imshow(pixels * (1 - faded) + faded, extent=extent, interpolation="lanczos")
+    axes.set(xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[])
     if title:
         axes.set_title(title, fontsize=_FONT)
 
@@ -56,46 +49,34 @@ def _show(axes: Axes, image: Image.Image, title: str = "", *, faded: float = 0.0
 def _box(axes: Axes, box: Sequence[float], color: str) -> None:
     x1, y1, x2, y2 = box
     for edge, width in (("black", 4.5), (color, 2.5)):
-        axes.add_patch(
-            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=edge, linewidth=width)
-        )
+        style: dict[str, Any] = {"fill": False, "edgecolor": edge, "linewidth": width}
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **style))
 
 
 def _star(axes: Axes, point: np.ndarray, color: str = REFERENCE) -> None:
-    axes.plot(
-        *point,
-        marker="*",
-        markersize=19,
-        color=color,
-        markeredgecolor="black",
-        markeredgewidth=1.2,
-        clip_on=False,
-        zorder=5,
-    )
+    style: dict[str, Any] = {
+        "markersize": 19,
+        "markeredgecolor": "black",
+        "markeredgewidth": 1.2,
+        "zorder": 5,
+    }
+    axes.plot(*point, marker="*", color=color, clip_on=False, **style)
+
+
+def _points(axes: Axes, points: np.ndarray, areas: np.ndarray | float, **style: Any) -> None:
+    """Dots [n 2] with a black edge, each of its area."""
+    axes.scatter(points[:, 0], points[:, 1], s=areas, edgecolors="black", **style)
 
 
 def _legend(figure: Figure, entries: Mapping[str, tuple[str, str]]) -> None:
-    """Below everything: name -> (marker, colour)."""
+    """Below everything: name -> (marker, color)."""
+    style: dict[str, Any] = {"markeredgecolor": "black", "linestyle": "none", "markersize": 12}
     handles = [
-        Line2D(
-            [],
-            [],
-            marker=marker,
-            color=color,
-            markeredgecolor="black",
-            linestyle="none",
-            markersize=12,
-            label=name,
-        )
+        Line2D([], [], marker=marker, color=color, label=name, **style)
         for name, (marker, color) in entries.items()
     ]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(2, len(handles)),
-        fontsize=_FONT,
-        frameon=False,
-    )
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(2, len(handles))}
+    figure.legend(handles=handles, fontsize=_FONT, frameon=False, **place)
 
 
 def activation_figure(introspections: Sequence[Introspection], *, stage: str) -> Figure:
@@ -108,8 +89,8 @@ def activation_figure(introspections: Sequence[Introspection], *, stage: str) ->
     for position, (row, one, levels) in enumerate(zip(panels, introspections, maps, strict=True)):
         _show(row[0], one.image, "" if position else "image")
         for number, (axes, level) in enumerate(zip(row[1:], levels, strict=True), 3):
-            title = f"{'C' if stage == 'backbone' else 'level '}{number}, {level.shape[0]}x{level.shape[1]}"
-            _show(axes, one.image.convert("L"), title)
+            name, (height, width) = "C" if stage == "backbone" else "level ", level.shape
+            _show(axes, one.image.convert("L"), f"{name}{number}, {height}x{width}")
             span = (level - level.min()) / max(float(np.ptp(level)), 1e-12)
             extent = (0, one.image.width, one.image.height, 0)
             heat = axes.imshow(
@@ -176,16 +157,7 @@ def _dots(axes: Axes, points: np.ndarray, weights: np.ndarray, color: str) -> No
     enough = int(np.searchsorted(weights[order].cumsum(), _SHOWN_SHARE * weights.sum())) + 1
     kept = order[:enough]
     areas = 12 + 130 * weights[kept] / weights.max()
-    axes.scatter(
-        points[kept, 0],
-        points[kept, 1],
-        s=areas,
-        color=color,
-        edgecolors="black",
-        linewidths=0.6,
-        alpha=0.8,
-        zorder=3,
-    )
+    _points(axes, points[kept], areas, color=color, linewidths=0.6, alpha=0.8, zorder=3)
 
 
 def context_figure(one: Introspection, *, person: int) -> Figure:
@@ -200,39 +172,18 @@ def context_figure(one: Introspection, *, person: int) -> Figure:
     )
     rows = (("distance", "spatial", SPATIAL), ("relevance", "semantic", SEMANTIC))
     for column, layer in enumerate(one.layers):
-        for axes, (reason, field, color) in zip(panels[:, column], rows, strict=True):
+        for row, (axes, (reason, field, color)) in enumerate(
+            zip(panels[:, column], rows, strict=True)
+        ):
             selected = getattr(layer, field)[query]
-            share = layer.context_weights[query][selected].sum()
-            heading = f"{share:.0%} of the weight" if selected.any() else "not fused here"
-            _show(
-                axes,
-                one.image,
-                (f"layer {column + 1}\n" if field == "spatial" else "") + heading,
-                faded=0.35,
-            )
-            _box(axes, subject.box, "white")
-            rest = one.context_points[~selected]
-            axes.scatter(
-                rest[:, 0],
-                rest[:, 1],
-                s=14,
-                color=_GREY,
-                edgecolors="black",
-                linewidths=0.4,
-                zorder=2,
-            )
             weights = layer.context_weights[query][selected]
-            x, y = one.context_points[selected].T
-            axes.scatter(
-                x,
-                y,
-                s=40 + 500 * weights,
-                color=color,
-                edgecolors="black",
-                linewidths=1,
-                alpha=0.85,
-                zorder=3,
-            )
+            share = f"{weights.sum():.0%} of the weight" if selected.any() else "not fused here"
+            _show(axes, one.image, share if row else f"layer {column + 1}\n{share}", faded=0.35)
+            _box(axes, subject.box, "white")
+            rest, chosen = one.context_points[~selected], one.context_points[selected]
+            _points(axes, rest, 14, color=_GREY, linewidths=0.4, zorder=2)
+            areas = 40 + 500 * weights
+            _points(axes, chosen, areas, color=color, linewidths=1, alpha=0.85, zorder=3)
             _star(axes, layer.subject_points[query])
             if column == 0:
                 axes.set_ylabel(f"by {reason}", fontsize=_FONT)
@@ -261,24 +212,14 @@ def embedding_figure(
     names = sorted(set(labels), key=lambda name: (name == NOBODY, name))
     for number, name in enumerate(names):
         chosen = np.array([label == name for label in labels])
-        color, marker = (
-            (_GREY, ".")
-            if name == NOBODY
-            else (PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)])
-        )
+        style = {"color": _GREY, "marker": "."}
+        if name != NOBODY:
+            style = {
+                "color": PALETTE[number % len(PALETTE)],
+                "marker": MARKERS[number % len(MARKERS)],
+            }
         text = f"{name} ({chosen.sum()})"
-        x, y = scores[chosen].T
-        axes.scatter(
-            x,
-            y,
-            s=70,
-            color=color,
-            marker=marker,
-            edgecolors="black",
-            linewidths=0.6,
-            alpha=0.85,
-            label=text,
-        )
+        _points(axes, scores[chosen], 70, linewidths=0.6, alpha=0.85, label=text, **style)
     axes.set_title(f"Subject embeddings after the last layer, by {source}", fontsize=_FONT + 1)
     axes.set_xlabel(f"first principal component, {shares[0]:.0%} of the variance", fontsize=_FONT)
     axes.set_ylabel(f"second, {shares[1]:.0%}", fontsize=_FONT)
@@ -288,28 +229,22 @@ def embedding_figure(
 
 
 def loss_figure(runs: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]]) -> Figure:
-    """Fig. 12: classification and localisation loss of the last layer over the steps of training;
+    """Fig. 12: classification and localization loss of the last layer over the steps of training;
     runs: name -> series of metrics.jsonl.
     """
     figure = Figure(figsize=(13, 5.2), dpi=100, layout="constrained")
     panels = figure.subplots(1, 2)
     terms: dict[str, tuple[str, ...]] = {
         "classification": ("loss_class",),
-        "localisation, L1 + GIoU": ("loss_bbox", "loss_giou"),
+        "localization, L1 + GIoU": ("loss_bbox", "loss_giou"),
     }
     styles = ("-", "--", "-.", ":")
     for axes, (title, names) in zip(panels, terms.items(), strict=True):
         for number, (run, series) in enumerate(runs.items()):
             steps = series[f"train/{names[0]}"][0]
             values = np.sum([series[f"train/{name}"][1] for name in names], axis=0)
-            axes.plot(
-                steps,
-                values,
-                color=PALETTE[-1 - number % len(PALETTE)],
-                linestyle=styles[number % len(styles)],
-                linewidth=2.5,
-                label=run,
-            )
+            color, style = PALETTE[-1 - number % len(PALETTE)], styles[number % len(styles)]
+            axes.plot(steps, values, color=color, linestyle=style, linewidth=2.5, label=run)
         axes.set_title(f"Training loss: {title}", fontsize=_FONT + 1)
         axes.set_xlabel("step", fontsize=_FONT)
         axes.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""Tables of (PyTorch name, our parameter, layout), read in both directions: weights of others in,
+"""Tables of (PyTorch name, our parameter, layout), read in both directions: third-party weights in,
 ours out.
 
 A placeholder such as {i} stands for a number and takes the same value on both sides. Every name
@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,8 @@ _RANKS = {"linear": 2, "conv": 4}
 _QKV = 3
 
 Rule = tuple[str, str, str]
-NAMED_PROBLEMS = 12  # of more, an error only tells the number
+NAMED_PROBLEMS = 12  # of more, an error only gives the number
+_Pieces = dict[str, dict[int, tuple[str, np.ndarray]]]  # path -> third (0 = whole) -> (name, array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,124 +41,105 @@ class TensorLayout:
     title: str
     marker: str  # regex: a file with such a name is of this kind
     rules: tuple[Rule, ...]
-    spellings: tuple[
-        tuple[str, str], ...
-        # (regex, replacement), tried on the start of a name: other spellings of the names in
-        # `rules`
-    ] = ()
+    # (regex, replacement), tried on the start of a name: other spellings of the names in `rules`
+    spellings: tuple[tuple[str, str], ...] = ()
     left_out: str = r"(?!)"  # regex: tensors that have no place in our model
-    repeated: str = (
-        r"(?!)"  # regex (prefix).(number).(rest): copies of entry 0, which they must equal
-    )
+    # regex (prefix).(number).(rest): copies of entry 0, which they must equal; one per layer of
+    # our `repeated_per`
+    repeated: str = r"(?!)"
+    repeated_per: str = ""
+    # fields of config.model without which such a file does not fit, and what else its code computes
+    requires: tuple[tuple[str, Any], ...] = ()
+    computes: tuple[tuple[str, Any], ...] = ()
 
 
-def _norm(torch: str, ours: str) -> list[Rule]:
-    return [(f"{torch}.weight", f"{ours}/scale", "same"), (f"{torch}.bias", f"{ours}/bias", "same")]
+_PARTS = {  # of a module: (PyTorch, ours, layout)
+    "conv": [("weight", "kernel", "conv"), ("bias", "bias", "same")],
+    "linear": [("weight", "kernel", "linear"), ("bias", "bias", "same")],
+    "norm": [("weight", "scale", "same"), ("bias", "bias", "same")],
+    "batch_norm": [
+        *[("weight", "scale", "same"), ("bias", "bias", "same")],
+        *[("running_mean", "mean", "same"), ("running_var", "var", "same")],
+    ],
+}
+_ATTENTION = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 
 
-def _batch_norm(torch: str, ours: str) -> list[Rule]:
-    return _norm(torch, ours) + [
-        (f"{torch}.running_{x}", f"{ours}/{x}", "same") for x in ("mean", "var")
-    ]
-
-
-def _linear(torch: str, ours: str) -> list[Rule]:
-    return [
-        (f"{torch}.weight", f"{ours}/kernel", "linear"),
-        (f"{torch}.bias", f"{ours}/bias", "same"),
-    ]
+def _module(kind: str, torch: str, ours: str) -> list[Rule]:
+    return [(f"{torch}.{theirs}", f"{ours}/{mine}", how) for theirs, mine, how in _PARTS[kind]]
 
 
 def _deformable_attention(torch: str, ours: str) -> list[Rule]:
-    parts = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
-    return [rule for part in parts for rule in _linear(f"{torch}.{part}", f"{ours}/{part}")]
-
-
-def resnet_rules(torch: str, ours: str) -> list[Rule]:
-    """torchvision's ResNet below the prefix `torch` (ending in a dot, or empty)."""
-    block = f"{torch}layer{{s}}.{{i}}"
-    mine = f"{ours}/layer{{s}}/{{i}}"
-    rules = [
-        (f"{torch}conv1.weight", f"{ours}/stem/conv/kernel", "conv"),
-        *_batch_norm(f"{torch}bn1", f"{ours}/stem/norm"),
-    ]
-    for c in range(3):
-        rules.append((f"{block}.conv{c + 1}.weight", f"{mine}/convs/{c}/kernel", "conv"))
-        rules += _batch_norm(f"{block}.bn{c + 1}", f"{mine}/norms/{c}")
-    rules.append((f"{block}.downsample.0.weight", f"{mine}/shortcut_conv/kernel", "conv"))
-    return rules + _batch_norm(f"{block}.downsample.1", f"{mine}/shortcut_norm")
-
-
-def _input_projections(prefix: str) -> list[Rule]:
-    return [
-        (f"{prefix}input_proj.{{i}}.0.weight", "input_proj/{i}/conv/kernel", "conv"),
-        (f"{prefix}input_proj.{{i}}.0.bias", "input_proj/{i}/conv/bias", "same"),
-        *_norm(f"{prefix}input_proj.{{i}}.1", "input_proj/{i}/norm"),
-    ]
-
-
-def _original_layer(stack: str) -> list[Rule]:
-    torch, ours = f"transformer.{stack}.layers.{{i}}", f"{stack}/{{i}}"
-    rules = _norm(f"{torch}.norm1", f"{ours}/norm1") + _norm(f"{torch}.norm2", f"{ours}/norm2")
-    for part in ("linear1", "linear2"):
-        rules += _linear(f"{torch}.{part}", f"{ours}/feedforward/{part}")
-    return rules
-
-
-_ORIGINAL_TRANSFORMER: tuple[Rule, ...] = (
-    *resnet_rules("backbone.0.body.", "backbone"),
-    *_input_projections(""),
-    ("transformer.level_embed", "level_embed", "same"),
-    *_original_layer("encoder"),
-    *_deformable_attention(
-        "transformer.encoder.layers.{i}.self_attn", "encoder/{i}/self_attention"
-    ),
-    *_original_layer("decoder"),
-    *_norm("transformer.decoder.layers.{i}.norm3", "decoder/{i}/norm3"),
-    *_deformable_attention(
-        "transformer.decoder.layers.{i}.cross_attn", "decoder/{i}/cross_attention"
-    ),
-    (
-        "transformer.decoder.layers.{i}.self_attn.in_proj_weight",
-        "decoder/{i}/self_attention/in_proj/kernel",
-        "linear",
-    ),
-    (
-        "transformer.decoder.layers.{i}.self_attn.in_proj_bias",
-        "decoder/{i}/self_attention/in_proj/bias",
-        "same",
-    ),
-    *_linear(
-        "transformer.decoder.layers.{i}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"
-    ),
-    *_linear("transformer.reference_points", "reference_points"),
-    ("query_embed.weight", "context_queries", "same"),
-)
-
-
-def _hugging_face_layer(stack: str, norms: Mapping[str, str]) -> list[Rule]:
-    torch, ours = f"model.{stack}.layers.{{i}}", f"{stack}/{{i}}"
-    rules = [
-        rule
-        for theirs, mine in norms.items()
-        for rule in _norm(f"{torch}.{theirs}", f"{ours}/{mine}")
-    ]
-    return (
-        rules
-        + _linear(f"{torch}.fc1", f"{ours}/feedforward/linear1")
-        + _linear(f"{torch}.fc2", f"{ours}/feedforward/linear2")
-    )
+    parts = (_module("linear", f"{torch}.{part}", f"{ours}/{part}") for part in _ATTENTION)
+    return [rule for rules in parts for rule in rules]
 
 
 def _packed_projections(torch: str, ours: str) -> list[Rule]:
     return [
         (theirs, mine, f"{how}:{i}")
         for i, part in enumerate("qkv")
-        for theirs, mine, how in _linear(f"{torch}.{part}_proj", ours)
+        for theirs, mine, how in _module("linear", f"{torch}.{part}_proj", ours)
     ]
 
 
+def resnet_rules(torch: str, ours: str) -> list[Rule]:
+    """torchvision's ResNet below the prefix `torch` (ending in a dot, or empty)."""
+    block, mine = f"{torch}layer{{s}}.{{i}}", f"{ours}/layer{{s}}/{{i}}"
+    convs = [
+        (f"{torch}conv1", f"{ours}/stem/conv"),
+        (f"{block}.downsample.0", f"{mine}/shortcut_conv"),
+    ]
+    norms = [
+        (f"{torch}bn1", f"{ours}/stem/norm"),
+        (f"{block}.downsample.1", f"{mine}/shortcut_norm"),
+    ]
+    for c in range(3):
+        convs.append((f"{block}.conv{c + 1}", f"{mine}/convs/{c}"))
+        norms.append((f"{block}.bn{c + 1}", f"{mine}/norms/{c}"))
+    rules: list[Rule] = [(f"{conv}.weight", f"{path}/kernel", "conv") for conv, path in convs]
+    return rules + [rule for pair in norms for rule in _module("batch_norm", *pair)]
+
+
+_ENCODER, _DECODER = "transformer.encoder.layers.{i}", "transformer.decoder.layers.{i}"
+_ORIGINAL_TRANSFORMER: tuple[Rule, ...] = (
+    *resnet_rules("backbone.0.body.", "backbone"),
+    *_module("conv", "input_proj.{i}.0", "input_proj/{i}/conv"),
+    *_module("norm", "input_proj.{i}.1", "input_proj/{i}/norm"),
+    ("transformer.level_embed", "level_embed", "same"),
+    *_deformable_attention(f"{_ENCODER}.self_attn", "encoder/{i}/self_attention"),
+    *_module("norm", f"{_ENCODER}.norm{{n}}", "encoder/{i}/norm{n}"),
+    *_module("linear", f"{_ENCODER}.linear{{n}}", "encoder/{i}/feedforward/linear{n}"),
+    *_deformable_attention(f"{_DECODER}.cross_attn", "decoder/{i}/cross_attention"),
+    (f"{_DECODER}.self_attn.in_proj_weight", "decoder/{i}/self_attention/in_proj/kernel", "linear"),
+    (f"{_DECODER}.self_attn.in_proj_bias", "decoder/{i}/self_attention/in_proj/bias", "same"),
+    *_module("linear", f"{_DECODER}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
+    *_module("norm", f"{_DECODER}.norm{{n}}", "decoder/{i}/norm{n}"),
+    *_module("linear", f"{_DECODER}.linear{{n}}", "decoder/{i}/feedforward/linear{n}"),
+    *_module("linear", "transformer.reference_points", "reference_points"),
+    ("query_embed.weight", "context_queries", "same"),
+)
+
 _HF_BACKBONE = "model.backbone.conv_encoder.model."
+_HF_ENCODER, _HF_DECODER = "model.encoder.layers.{i}", "model.decoder.layers.{i}"
+_HUGGING_FACE: tuple[Rule, ...] = (
+    *resnet_rules(_HF_BACKBONE, "backbone"),
+    *_module("conv", "model.input_proj.{i}.0", "input_proj/{i}/conv"),
+    *_module("norm", "model.input_proj.{i}.1", "input_proj/{i}/norm"),
+    ("model.level_embed", "level_embed", "same"),
+    *_deformable_attention(f"{_HF_ENCODER}.self_attn", "encoder/{i}/self_attention"),
+    *_module("norm", f"{_HF_ENCODER}.self_attn_layer_norm", "encoder/{i}/norm1"),
+    *_module("norm", f"{_HF_ENCODER}.final_layer_norm", "encoder/{i}/norm2"),
+    *_module("linear", f"{_HF_ENCODER}.fc{{n}}", "encoder/{i}/feedforward/linear{n}"),
+    *_deformable_attention(f"{_HF_DECODER}.encoder_attn", "decoder/{i}/cross_attention"),
+    *_packed_projections(f"{_HF_DECODER}.self_attn", "decoder/{i}/self_attention/in_proj"),
+    *_module("linear", f"{_HF_DECODER}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
+    *_module("norm", f"{_HF_DECODER}.encoder_attn_layer_norm", "decoder/{i}/norm1"),
+    *_module("norm", f"{_HF_DECODER}.self_attn_layer_norm", "decoder/{i}/norm2"),
+    *_module("norm", f"{_HF_DECODER}.final_layer_norm", "decoder/{i}/norm3"),
+    *_module("linear", f"{_HF_DECODER}.fc{{n}}", "decoder/{i}/feedforward/linear{n}"),
+    *_module("linear", "model.reference_points", "reference_points"),
+    ("model.query_position_embeddings.weight", "context_queries", "same"),
+)
 
 # A backbone of transformers' own ResNet instead of timm's, which has torchvision's names.
 _HF_RESNET_SPELLINGS = (
@@ -164,16 +147,15 @@ _HF_RESNET_SPELLINGS = (
     (rf"{_HF_BACKBONE}embedder\.embedder\.normalization\.", rf"{_HF_BACKBONE}bn1."),
     *(
         (
-            rf"{_HF_BACKBONE}encoder\.stages\.{s}\.layers\.(\d+)\.{theirs}\.",
+            rf"{_HF_BACKBONE}encoder\.stages\.{s}\.layers\.(\d+)\.{theirs}{kind}\.",
             rf"{_HF_BACKBONE}layer{s + 1}.\1.{name}.",
         )
         for s in range(4)
-        for theirs, name in [
-            (r"shortcut\.convolution", "downsample.0"),
-            (r"shortcut\.normalization", "downsample.1"),
+        for theirs, conv, norm in [
+            (r"shortcut\.", "downsample.0", "downsample.1"),
+            *((rf"layer\.{c}\.", f"conv{c + 1}", f"bn{c + 1}") for c in range(3)),
         ]
-        + [(rf"layer\.{c}\.convolution", f"conv{c + 1}") for c in range(3)]
-        + [(rf"layer\.{c}\.normalization", f"bn{c + 1}") for c in range(3)]
+        for kind, name in (("convolution", conv), ("normalization", norm))
     ),
 )
 
@@ -182,68 +164,48 @@ TORCHVISION = TensorLayout(
     marker=r"layer1\.0\.conv1\.weight",
     rules=tuple(resnet_rules("", "backbone")),
     left_out=r"fc\.(weight|bias)|.*\.num_batches_tracked",
+    requires=(("norm", "frozen_batch"),),
 )
+
+
+def _left_out(prefix: str) -> str:
+    """Heads and proposals of a detector, as a regex."""
+    return (
+        rf"({prefix}decoder\.)?(class|bbox)_embed\..*|{prefix}(enc_output|pos_trans)(_norm)?\..*"
+        r"|.*\.num_batches_tracked"
+    )
+
 
 DEFORMABLE_DETR = TensorLayout(
     title="Deformable DETR (original code)",
     marker=r"transformer\.encoder\.layers\.0\.self_attn\.sampling_offsets\.weight",
     rules=_ORIGINAL_TRANSFORMER,
-    left_out=r"(transformer\.decoder\.)?(class|bbox)_embed\..*|transformer\.(enc_output|pos_trans)(_norm)?\..*|.*\.num_batches_tracked",
+    left_out=_left_out(r"transformer\."),
 )
 
+_HF_PARTS = (
+    "backbone|encoder|decoder|input_proj|query_position_embeddings|level_embed|reference_points"
+)
 HUGGING_FACE = TensorLayout(
     title="Deformable DETR (Hugging Face)",
-    marker=r"(model\.)?(encoder\.layers\.0\.self_attn\.sampling_offsets\.weight|query_position_embeddings\.weight)",
-    rules=(
-        *resnet_rules(_HF_BACKBONE, "backbone"),
-        *_input_projections("model."),
-        ("model.level_embed", "level_embed", "same"),
-        *_hugging_face_layer(
-            "encoder", {"self_attn_layer_norm": "norm1", "final_layer_norm": "norm2"}
-        ),
-        *_deformable_attention("model.encoder.layers.{i}.self_attn", "encoder/{i}/self_attention"),
-        *_hugging_face_layer(
-            "decoder",
-            {
-                "encoder_attn_layer_norm": "norm1",
-                "self_attn_layer_norm": "norm2",
-                "final_layer_norm": "norm3",
-            },
-        ),
-        *_deformable_attention(
-            "model.decoder.layers.{i}.encoder_attn", "decoder/{i}/cross_attention"
-        ),
-        *_packed_projections(
-            "model.decoder.layers.{i}.self_attn", "decoder/{i}/self_attention/in_proj"
-        ),
-        *_linear(
-            "model.decoder.layers.{i}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"
-        ),
-        *_linear("model.reference_points", "reference_points"),
-        ("model.query_position_embeddings.weight", "context_queries", "same"),
-    ),
+    marker=r"(model\.)?(encoder\.layers\.0\.self_attn\.sampling_offsets\.weight"
+    r"|query_position_embeddings\.weight)",
+    rules=_HUGGING_FACE,
     spellings=(
-        (
-            r"(?=(backbone|encoder|decoder|input_proj|query_position_embeddings|level_embed|reference_points)\b)",
-            "model.",
-        ),  # the bare model
+        (rf"(?=({_HF_PARTS})\b)", "model."),  # the bare model
         (r"model\.backbone\.model\.", _HF_BACKBONE),  # as transformers 5 holds it in memory
         (r"(model\.(?:en|de)coder\.layers\.\d+)\.mlp\.", r"\1."),
         (r"(model\.decoder\.layers\.\d+\.self_attn)\.o_proj\.", r"\1.out_proj."),
         *_HF_RESNET_SPELLINGS,
     ),
-    left_out=r"(model\.decoder\.)?(class|bbox)_embed\..*|model\.(enc_output|pos_trans)(_norm)?\..*|.*\.num_batches_tracked",
+    left_out=_left_out(r"model\."),
 )
 
 RELEASED: tuple[Rule, ...] = (
     *_ORIGINAL_TRANSFORMER,
     ("query_embed_dsct.weight", "subject_queries", "same"),
-    *_linear("class_embed_dsct.0", "class_head"),
-    *(
-        rule
-        for i in range(3)
-        for rule in _linear(f"bbox_embed_dsct.0.layers.{i}", f"box_head/layer{i}")
-    ),
+    *_module("linear", "class_embed_dsct.0", "class_head"),
+    *_module("linear", "bbox_embed_dsct.0.layers.{n}", "box_head/layer{n}"),
 )
 
 DSCT = TensorLayout(
@@ -251,10 +213,14 @@ DSCT = TensorLayout(
     marker=r"query_embed_dsct\.weight|class_embed_dsct\.0\.weight",
     rules=RELEASED,
     left_out=r".*\.num_batches_tracked",
-    # their modules list the one shared head once a decoder layer
+    # their modules list the one shared head once per decoder layer
     repeated=r"(class_embed_dsct|bbox_embed_dsct)\.([1-9]\d*)\.(.+)",
+    repeated_per="decoder",
+    requires=(("norm", "frozen_batch"), ("box_refinement", False)),
+    computes=(("fusion", "released"), ("semantic_selection", "largest")),
 )
 
+EXPORTS = {"dsct": DSCT}  # name of a network -> the layout of its authors' code
 LAYOUTS = (DSCT, HUGGING_FACE, DEFORMABLE_DETR, TORCHVISION)
 
 
@@ -268,7 +234,7 @@ class Translation:
     unmatched: tuple[str, ...]  # our paths that this kind of file does not have
     problems: tuple[
         str, ...
-    ]  # one text for each tensor that is unknown, missing, doubled or of another shape
+    ]  # a text per tensor that is unknown, missing, doubled or of another shape
 
 
 def detect_layout(names: Iterable[str]) -> TensorLayout | None:
@@ -289,20 +255,19 @@ def from_torch(
     """PyTorch tensors by name -> our arrays by path, float32: the whole model.
 
     `shapes` are our paths and their shapes: each must be supplied once and fit. Raises UserError
-        naming every tensor that is unknown, missing,
-    doubled or of another shape; nothing is returned then.
+    naming every tensor that is unknown, missing, doubled or of another shape.
     """
     found = translate(state, shapes, layout=layout)
     require_fit([*found.problems, *(f"{path} is missing" for path in found.unmatched)])
     return found.arrays
 
 
-def require_fit(problems: Sequence[str]) -> None:
+def require_fit(problems: Sequence[str], *, where: str = "weights") -> None:
     """Raises UserError that names the problems, unless there are none."""
     if problems:
         more = "; ..." if len(problems) > NAMED_PROBLEMS else ""
         raise UserError(
-            f"weights: {len(problems)} tensors do not fit the model: "
+            f"{where}: {len(problems)} tensors do not fit the model: "
             f"{'; '.join(problems[:NAMED_PROBLEMS])}{more}"
         )
 
@@ -313,9 +278,7 @@ def translate(
     """PyTorch tensors by name -> our arrays, and an account of every tensor. `shapes` are our paths
     and their shapes; raises nothing.
     """
-    pieces: dict[
-        str, dict[int, tuple[str, np.ndarray]]
-    ] = {}  # path -> third (0 where whole) -> (name, array)
+    pieces: _Pieces = {}
     left_out: list[str] = []
     problems: list[str] = []
     for name, tensor in state.items():
@@ -326,29 +289,22 @@ def translate(
             left_out.append(name)
             if original not in state or not np.array_equal(state[original], tensor):
                 problems.append(f"{name} differs from {original}, which it should repeat")
-        else:
-            problem = _place(name, np.asarray(tensor), shapes, layout, pieces)
-            problems += [problem] if problem else []
+        elif problem := _place(name, np.asarray(tensor), shapes, layout, pieces):
+            problems.append(problem)
     arrays: dict[str, np.ndarray] = {}
     for path, shape in shapes.items():
         thirds = pieces.get(path, {})
         expected = {third for _, _, third in _torch_names(path, layout)}
-        if expected and (lacking := expected - thirds.keys()):
-            told = any(
-                text.endswith(f" at {path}") for text in problems
-            )  # of another shape, which is said already
-            part = (
-                ""
-                if len(expected) == 1
-                else f" (its {', '.join(('query', 'key', 'value')[i] for i in sorted(lacking))} part)"
-            )
-            problems += [] if told else [f"{path} is missing{part}"]
+        if lacking := expected - thirds.keys():
+            # unless it is there in another shape, which is said already
+            if not any(text.endswith(f" at {path}") for text in problems):
+                lost = ", ".join(("query", "key", "value")[i] for i in sorted(lacking))
+                problems.append(
+                    f"{path} is missing" + (f" (its {lost} part)" if len(expected) > 1 else "")
+                )
         elif expected:
-            array = (
-                thirds[0][1]
-                if len(thirds) == 1
-                else np.concatenate([thirds[i][1] for i in range(_QKV)], -1)
-            )
+            parts = [thirds[i][1] for i in sorted(thirds)]
+            array = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
             arrays[path] = np.ascontiguousarray(array, np.float32).reshape(shape)
     taken = tuple(name for path in arrays for name, _ in pieces[path].values())
     unmatched = tuple(path for path in shapes if not has_rule(path, layout))
@@ -360,7 +316,7 @@ def _place(
     tensor: np.ndarray,
     shapes: Mapping[str, tuple[int, ...]],
     layout: TensorLayout,
-    pieces: dict[str, dict[int, tuple[str, np.ndarray]]],
+    pieces: _Pieces,
 ) -> str | None:
     """Puts one tensor among the `pieces`; what is wrong with it otherwise."""
     found = _matches(_canonical(name, layout), layout.rules)
@@ -381,34 +337,29 @@ def _place(
 
 
 def to_torch(
-    parameters: Mapping[str, AnyArray], *, num_decoder_layers: int, layout: TensorLayout = DSCT
+    parameters: Mapping[str, AnyArray], *, layout: TensorLayout = DSCT
 ) -> dict[str, np.ndarray]:
-    """Our arrays by path -> PyTorch tensors by name, shared heads repeated for every decoder layer.
+    """Our arrays by path -> PyTorch tensors by name, shared heads repeated for every layer.
 
-    Raises UserError naming the paths that this kind of file has no name for; `has_rule` tells them
+    Raises UserError naming the paths that this kind of file has no name for; `has_rule` says so
     beforehand.
     """
-    state: dict[str, np.ndarray] = {}
     if nameless := [path for path in parameters if not has_rule(path, layout)]:
         raise UserError(
             f"weights: {layout.title} has no name for {', '.join(nameless[:NAMED_PROBLEMS])}"
         )
+    layers = {
+        path.split("/")[1] for path in parameters if path.startswith(f"{layout.repeated_per}/")
+    }
+    state: dict[str, np.ndarray] = {}
     for path, array in parameters.items():
         found = _torch_names(path, layout)
         for name, how, third in found:
-            piece = (
-                np.asarray(array)
-                if len(found) == 1
-                else np.split(np.asarray(array), _QKV, axis=-1)[third]
-            )
-            tensor = np.array(_TO_TORCH[how](piece), order="C")
-            copies = [
-                re.sub(r"\.0\.", f".{i}.", name, count=1) for i in range(1, num_decoder_layers)
-            ]
-            state |= {
-                name: tensor,
-                **{copy: tensor for copy in copies if re.fullmatch(layout.repeated, copy)},
-            }
+            thirds = np.split(np.asarray(array), _QKV, axis=-1) if len(found) > 1 else [array]
+            tensor = np.array(_TO_TORCH[how](np.asarray(thirds[third])), order="C")
+            state[name] = tensor
+            copies = [name.replace(".0.", f".{i}.", 1) for i in range(1, len(layers))]
+            state |= {copy: tensor for copy in copies if re.fullmatch(layout.repeated, copy)}
     return state
 
 

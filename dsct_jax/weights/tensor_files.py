@@ -1,13 +1,13 @@
-"""Tensor files without PyTorch: .pth and .safetensors are read and written here, third-party files
-without running what is in them.
+"""Tensor files without PyTorch: .pth and .safetensors, third-party files without running what is in
+them.
 
-A `.pth` file is a pickle that describes tensors, and raw bytes a storage: in a zip archive (PyTorch
-    >= 1.6), or one after the other in a plain
-file (before; torchvision's and Deformable DETR's oldest weights). The unpickler here knows tensors
-and plain containers only: any other name in the pickle is refused, or kept as an inert `Opaque`
-where released files carry it.
+A `.pth` file is a pickle that describes tensors, and raw bytes per storage: in a zip archive
+(PyTorch >= 1.6), or one after the other (older non-zip files, such as torchvision's and Deformable
+DETR's oldest weights). The unpickler here knows tensors and plain containers only: any other name
+in the pickle is refused, or kept as an inert `Opaque` where released files carry it.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -16,14 +16,15 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors
+from safetensors.numpy import save as serialize
 
 from dsct_jax.errors import UserError
 
@@ -42,9 +43,11 @@ STORAGE_TYPES: dict[str, Any] = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+_STORAGE_NAMES = {np.dtype(kind): name for name, kind in STORAGE_TYPES.items()}
 _SAFETENSORS_TYPES: dict[str, Any] = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32, "I16": np.int16,
-    "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
+    "BOOL": np.bool_,
 }  # fmt: skip
 _PLAIN_FILE_START = b"".join(
     pickle.dumps(number, protocol=2) for number in (0x1950A86A20F9469CFC6C, 1001)
@@ -67,9 +70,7 @@ _UNREADABLE = (
 
 
 class Opaque:
-    """Stands for an object that carries no weights, such as the training script's arguments; it
-    keeps nothing and does nothing.
-    """
+    """An object that carries no weights, such as the training script's arguments; does nothing."""
 
     def __init__(self, *_: Any):
         pass
@@ -96,7 +97,7 @@ class _Rebuild:
 
 
 class _Entries(OrderedDict):
-    """A dictionary in which no name may come twice: of two tensors of one name, which one counts?"""
+    """A dictionary in which no name may come twice: which of two tensors would count?"""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if key in self:
@@ -125,16 +126,10 @@ class _View:
     def cut(self, numbers: np.ndarray) -> np.ndarray:
         """The tensor, from the numbers of its storage."""
         count = math.prod(self.size)
-        last = (
-            self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
-            if count
-            else self.offset
-        )
-        if (
-            min(self.offset, *self.size, *self.stride, 0) < 0
-            or count > numbers.size
-            or (count and last >= numbers.size)
-        ):
+        steps = sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
+        last = self.offset + steps if count else -1
+        negative = min(self.offset, *self.size, *self.stride, 0) < 0
+        if negative or max(count, last + 1) > numbers.size:
             raise pickle.UnpicklingError("a tensor reaches outside its storage")
         strides = tuple(s * numbers.itemsize for s in self.stride)
         return np.lib.stride_tricks.as_strided(numbers[self.offset :], self.size, strides).copy()
@@ -172,11 +167,8 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, storage_type, key, _, count, *view = pid
-        if (
-            kind != "storage"
-            or storage_type not in STORAGE_TYPES
-            or any(part is not None for part in view)
-        ):
+        is_view = any(part is not None for part in view)
+        if kind != "storage" or storage_type not in STORAGE_TYPES or is_view:
             raise pickle.UnpicklingError(f"unknown reference {kind!r}")
         self.storages[str(key)] = _Storage(str(storage_type), str(key), int(count))
         return self.storages[str(key)]
@@ -204,11 +196,8 @@ def read_pth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """
     try:
         with path.open("rb") as file:
-            tensors, texts = (
-                _from_archive(path, file)
-                if zipfile.is_zipfile(file)
-                else _from_plain_file(path, file)
-            )
+            read = _from_archive if zipfile.is_zipfile(file) else _from_plain_file
+            tensors, texts = read(path, file)
     except (zipfile.BadZipFile, StopIteration):
         raise UserError(
             f"{path}: not a .pth file, or cut short; copy it again, or save it again with "
@@ -231,9 +220,7 @@ def _from_archive(path: Path, file: io.BufferedReader) -> _Content:
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         if len(set(names)) < len(names):
-            raise pickle.UnpicklingError(
-                f"it holds {next(name for name in names if names.count(name) > 1)!r} twice"
-            )
+            raise pickle.UnpicklingError(f"it holds {_first_doubled(names)!r} twice")
         description = next(name for name in names if name.endswith("data.pkl"))
         root = description.removesuffix("data.pkl")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
@@ -241,17 +228,12 @@ def _from_archive(path: Path, file: io.BufferedReader) -> _Content:
                 f"{path}: written on a big-endian machine; save it again on another one"
             )
         views, texts = _named_views(_Unpickler(io.BytesIO(archive.read(description))).load())
-        tensors = {
-            name: view.cut(
-                np.frombuffer(
-                    archive.read(f"{root}data/{view.storage.key}"),
-                    STORAGE_TYPES[view.storage.kind],
-                    view.storage.count,
-                )
-            )
-            for name, view in views.items()
-        }
-        return tensors, texts
+
+        def numbers(storage: _Storage) -> np.ndarray:
+            content = archive.read(f"{root}data/{storage.key}")
+            return np.frombuffer(content, STORAGE_TYPES[storage.kind], storage.count)
+
+        return {name: view.cut(numbers(view.storage)) for name, view in views.items()}, texts
 
 
 def _from_plain_file(path: Path, file: io.BufferedReader) -> _Content:
@@ -288,102 +270,122 @@ def _named_views(content: Any) -> tuple[dict[str, _View], dict[str, str]]:
     return {str(name): view for name, view in model.items() if isinstance(view, _View)}, texts
 
 
+def read_safetensors_texts(path: Path) -> dict[str, str]:
+    """The metadata of a `.safetensors` file, without reading its tensors; raises UserError when it
+    is damaged.
+    """
+    with _safetensors_errors(path), safetensors.safe_open(path, framework="np") as file:
+        return file.metadata() or {}
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(tensors by name, metadata) of a `.safetensors` file; raises UserError when it is damaged,
     cut short, or names a tensor twice.
     """
-    try:
-        content = path.read_bytes()
-        entries = safetensors.deserialize(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (safetensors.SafetensorError, ValueError) as error:
-        doubled = _doubled_name(content)
-        raise UserError(
-            f"{path}: holds {doubled!r} twice"
-            if doubled
-            else f"{path}: cannot be read as .safetensors ({error}); the file may be cut short, copy it again"
-        ) from None
+    with _safetensors_errors(path):
+        entries = safetensors.deserialize(path.read_bytes())
     tensors = {}
-    for name, entry in entries:
+    for name, entry in entries:  # the library's own conversion does not know bfloat16
         if entry["dtype"] not in _SAFETENSORS_TYPES:
             raise UserError(
                 f"{path}: {name} has numbers of type {entry['dtype']}, which are no weights"
             )
-        tensors[name] = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[entry["dtype"]]).reshape(
-            entry["shape"]
-        )
-    return tensors, header.get("__metadata__") or {}
+        numbers = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[entry["dtype"]])
+        tensors[name] = numbers.reshape(entry["shape"])
+    return tensors, read_safetensors_texts(path)
+
+
+@contextlib.contextmanager
+def _safetensors_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (safetensors.SafetensorError, ValueError) as error:
+        if doubled := _doubled_name(path.read_bytes()):
+            raise UserError(f"{path}: holds {doubled!r} twice") from None
+        raise UserError(
+            f"{path}: cannot be read as .safetensors ({error}); the file may be cut short, copy it "
+            "again"
+        ) from None
 
 
 def _doubled_name(content: bytes) -> str | None:
     """The name that comes twice in the header of a `.safetensors` file, which its library reports
     as a wrong offset.
     """
-    doubled: list[str] = []
-
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        doubled.extend(name for name in names if names.count(name) > 1)
-        return dict(pairs)
-
-    try:
+    doubled: list[str | None] = []
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    with contextlib.suppress(ValueError):
         json.loads(
-            content[8 : 8 + int.from_bytes(content[:8], "little")], object_pairs_hook=collect
+            header,
+            object_pairs_hook=lambda pairs: doubled.append(_first_doubled(n for n, _ in pairs)),
         )
-    except ValueError:
-        return None
-    return doubled[0] if doubled else None
+    return next(filter(None, doubled), None)
+
+
+def _first_doubled(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 _DATE = (1980, 1, 1, 0, 0, 0)  # of every entry of an archive; the first that the format knows
-_SAFETENSORS_NAMES = {
-    np.dtype(np.float32): "F32",
-    np.dtype(np.float16): "F16",
-    np.dtype(np.int32): "I32",
-    np.dtype(np.int64): "I64",
-}
-_STORAGE_TYPES = {
-    np.dtype(np.float32): "FloatStorage",
-    np.dtype(np.float16): "HalfStorage",
-    np.dtype(np.int64): "LongStorage",
-}
 _ALIGNMENT = 8  # bytes; of the header's end, as safetensors wants it
 
 
 def write_safetensors(
     path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Arrays by name and texts by name, both sorted: the library itself leaves the order of the
-    texts to chance.
+    """Arrays by name and texts by name, the same bytes every time: the library itself leaves the
+    order of the texts to chance, so they are added here.
     """
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    start = 0
-    ordered = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
-    for name, array in ordered.items():
-        header[name] = {
-            "dtype": _SAFETENSORS_NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [start, start + array.nbytes],
-        }
-        start += array.nbytes
+    content = serialize({name: np.asarray(arrays[name], order="C") for name in sorted(arrays)})
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8:start])}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for array in ordered.values():
-            file.write(array.tobytes())
+        file.write(memoryview(content)[start:])
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """What `numpy.savez` writes, sorted by name; read it with `numpy.load`."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in sorted(arrays):
-            with archive.open(zipfile.ZipInfo(f"{name}.npy", _DATE), "w", force_zip64=True) as file:
-                np.lib.format.write_array(
-                    file, np.asarray(arrays[name], order="C"), allow_pickle=False
-                )
+    """Sorted by name, which makes the bytes the same every time; read it with `numpy.load`."""
+    ordered: dict[str, Any] = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
+    np.savez(path, **ordered)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Name:
+    """A function or class of PyTorch in a pickle."""
+
+    module: str
+    name: str
+
+    def __call__(self) -> None:
+        """The pickler wants what it calls to be callable."""
+
+
+class _Pickler(pickle._Pickler):
+    """Writes names without importing them, unlike Python's own: PyTorch may not be there."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        if isinstance(obj, _Storage):
+            return "storage", _Name("torch", obj.kind), obj.key, "cpu", obj.count
+        return None
+
+    def reducer_override(self, obj: Any) -> Any:
+        """A tensor is _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)."""
+        if isinstance(obj, _Name):
+            return obj.name
+        if isinstance(obj, _View):
+            view: Any = (obj.storage, obj.offset, obj.size, obj.stride, False, OrderedDict())
+            return _Name("torch._utils", "_rebuild_tensor_v2"), view
+        return NotImplemented
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        module = obj.module if isinstance(obj, _Name) else obj.__module__
+        text = f"c{module}\n{name or obj.__name__}\n"
+        self.write(text.encode())  # type: ignore[attr-defined]
 
 
 def write_pth(path: Path, tensors: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> None:
@@ -392,72 +394,20 @@ def write_pth(path: Path, tensors: Mapping[str, np.ndarray], notes: Mapping[str,
 
     Tensors that are one array are one storage, as PyTorch keeps them.
     """
-    storages: dict[int, tuple[str, np.ndarray]] = {}
-    entries = []
+    storages: dict[int, tuple[_Storage, np.ndarray]] = {}
+    views = {}
     for name, tensor in tensors.items():
-        key, _ = storages.setdefault(id(tensor), (str(len(storages)), tensor))
-        entries.append((name, _pickled_tensor(tensor, key)))
-    content = [
-        ("model", _pickled_dict(entries)),
-        *((name, _pickled_text(text)) for name, text in notes.items()),
-    ]
-    files = {"data.pkl": b"\x80\x02" + _pickled_dict(content) + b".", "byteorder": b"little"}
+        kind, key = _STORAGE_NAMES[tensor.dtype], str(len(storages))
+        storage, _ = storages.setdefault(id(tensor), (_Storage(kind, key, tensor.size), tensor))
+        strides = tuple(math.prod(tensor.shape[i + 1 :]) for i in range(tensor.ndim))
+        views[name] = _View(storage, 0, tensor.shape, strides)
+    pickled = io.BytesIO()
+    _Pickler(pickled, protocol=2).dump({"model": views, **notes})
+    files = {"data.pkl": pickled.getvalue(), "byteorder": b"little"}
     files |= {
-        f"data/{key}": np.asarray(tensor, order="C").tobytes() for key, tensor in storages.values()
+        f"data/{storage.key}": np.asarray(tensor, order="C").tobytes()
+        for storage, tensor in storages.values()
     }
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in (files | {"version": b"3\n"}).items():
             archive.writestr(zipfile.ZipInfo(f"archive/{name}", _DATE), data)
-
-
-# The opcodes of pickle protocol 2 that a file of tensors needs. Written out because Python's
-# pickler writes a function's name only after importing it, and `torch._utils` may not be there.
-
-
-def _pickled_text(text: str) -> bytes:
-    data = text.encode()
-    return b"X" + struct.pack("<I", len(data)) + data
-
-
-def _pickled_int(number: int) -> bytes:
-    data = number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
-    return b"\x8a" + bytes([len(data)]) + data
-
-
-def _pickled_tuple(parts: Iterable[bytes]) -> bytes:
-    return b"(" + b"".join(parts) + b"t"
-
-
-def _pickled_name(module: str, name: str) -> bytes:
-    return f"c{module}\n{name}\n".encode()
-
-
-def _pickled_dict(entries: Iterable[tuple[str, bytes]]) -> bytes:
-    return b"}(" + b"".join(_pickled_text(name) + value for name, value in entries) + b"u"
-
-
-def _pickled_tensor(tensor: np.ndarray, key: str) -> bytes:
-    """_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, backward_hooks)."""
-    kind = _pickled_name("torch", _STORAGE_TYPES[tensor.dtype])
-    storage = (
-        _pickled_tuple(
-            [
-                _pickled_text("storage"),
-                kind,
-                _pickled_text(key),
-                _pickled_text("cpu"),
-                _pickled_int(tensor.size),
-            ]
-        )
-        + b"Q"
-    )
-    strides = [int(np.prod(tensor.shape[i + 1 :])) for i in range(tensor.ndim)]
-    size, stride = (
-        _pickled_tuple(map(_pickled_int, numbers)) for numbers in (tensor.shape, strides)
-    )
-    hooks = _pickled_name("collections", "OrderedDict") + b")R"
-    return (
-        _pickled_name("torch._utils", "_rebuild_tensor_v2")
-        + _pickled_tuple([storage, _pickled_int(0), size, stride, b"\x89", hooks])
-        + b"R"
-    )

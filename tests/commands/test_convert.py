@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 
 import dsct_jax
-from dsct_jax.commands.convert import main
+from dsct_jax import __main__
 from tests.inference.test_load import assert_golden, small_config
 from tests.weights.test_tensor_files import write_state
+
+
+def main(arguments):
+    """`python -m dsct_jax convert` in this process."""
+    return __main__.main(["convert", *arguments])
 
 
 @pytest.fixture(scope="module")

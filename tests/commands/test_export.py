@@ -13,17 +13,25 @@ import numpy as np
 import pytest
 
 import dsct_jax
-from dsct_jax.commands.export import export, main, parse_sizes
+from dsct_jax import __main__
+from dsct_jax.commands.export import export, parse_sizes
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import Calibration
 from dsct_jax.inference.load import Model, model_config
 from dsct_jax.model.build import Network
 from dsct_jax.parallel import make_mesh
-from dsct_jax.training.checkpoint import Checkpoints, load_weights
+from dsct_jax.training.checkpoint import Checkpoints
 from dsct_jax.training.step import TrainState
+from dsct_jax.weights.run_directory import load_weights
 from dsct_jax.weights.tensor_files import read_pth
 from tests.inference.test_load import small_config
 from tests.weights.test_tensor_files import write_state
+
+
+def main(arguments):
+    """`python -m dsct_jax export` in this process."""
+    return __main__.main(["export", *arguments])
+
 
 ROOT = Path(__file__).parents[2]
 SIZE = (90, 97)  # of the golden batch
@@ -347,7 +355,10 @@ def test_a_run_of_eight_devices_on_a_machine_with_one(model, tmp_path, golden):
         f"--output={tmp_path / 'out'}",
         "--format=safetensors",
     ]
-    program = "import jax, sys; assert len(jax.devices()) == 1; from dsct_jax.commands.export import main; sys.exit(main(sys.argv[1:]))"
+    program = (
+        "import jax, sys; assert len(jax.devices()) == 1; from dsct_jax.__main__ import main; "
+        "sys.exit(main(['export', *sys.argv[1:]]))"
+    )
     subprocess.run(
         [sys.executable, "-c", program, *arguments], cwd=ROOT, env=ONE_DEVICE, check=True
     )
@@ -356,7 +367,7 @@ def test_a_run_of_eight_devices_on_a_machine_with_one(model, tmp_path, golden):
         np.testing.assert_array_equal(
             exported.params[name], value if name in frozen_params else average[name], err_msg=name
         )
-    last, _, _ = load_weights(tmp_path / "run", ema=False)
+    last = load_weights(tmp_path / "run", ema=False).params
     np.testing.assert_array_equal(last["class_head/bias"], model.params["class_head/bias"])
     assert exported.calibration.temperature == 2.0
 
@@ -386,7 +397,7 @@ def test_mistakes_are_one_line(model, tmp_path, capsys):
     )
     for arguments, says in (
         ([f"--checkpoint={tmp_path / 'x'}", output, "--format=torch"], "no such file"),
-        ([checkpoint, output, "--format=tflite"], "none of stablehlo"),
+        ([checkpoint, output, "--format=tflite"], "must be one of stablehlo"),
         ([checkpoint, output, "--format=onnx", "--batch-size=0"], "at least 1"),
         ([checkpoint, output, "--format=stablehlo", "--sizes=800"], "HEIGHTxWIDTH"),
     ):

@@ -6,9 +6,16 @@ import json
 
 import pytest
 
-from dsct_jax.commands.model_card import main, model_card
+from dsct_jax import __main__
+from dsct_jax.commands.model_card import model_card
 from dsct_jax.errors import UserError
 from tests.inference.test_load import small_config
+
+
+def main(arguments):
+    """`python -m dsct_jax model_card` in this process."""
+    return __main__.main(["model_card", *arguments])
+
 
 METRICS = {
     "protocol": "emotic_head_dsct",
@@ -46,7 +53,7 @@ def test_numbers_come_from_the_run(run):
     assert "| accuracy | 50.00 % |  |  |" in card
     assert "| Anger | 12.50 % |  | 7 |" in card
     assert "Protocol: **emotic_head_dsct**" in card
-    assert "12 images, 34 people, 33 of them labelled" in card
+    assert "12 images, 34 people, 33 of them labeled" in card
     assert "Started from: r50_deformable_detr.pth" in card
     assert "commit abc123; jax 0.10.2" in card
     assert "1000 resamples" in card
@@ -74,7 +81,7 @@ def test_the_command(run, tmp_path, capsys):
     assert (run / "MODEL_CARD.md").read_text() == model_card(run)
     assert main([f"--workdir={run}", "--split=val"]) == 2
     assert "--split=val writes it" in capsys.readouterr().err
-    assert main([f"--workdir={run}", f"--output={tmp_path / 'no' / 'card.md'}"]) == 2
+    assert main([f"--workdir={run}", f"--output={run / 'config.json' / 'card.md'}"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(UserError, match=r"config\.json: missing"):
         model_card(tmp_path / "nowhere")

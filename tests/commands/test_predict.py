@@ -3,12 +3,13 @@ command with its errors.
 """
 
 import csv
+import dataclasses
 import importlib
 import importlib.util
 import json
 import re
 import sys
-from typing import ClassVar
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,14 +17,18 @@ import pytest
 from PIL import Image
 
 import dsct_jax
+from dsct_jax import cli
+from dsct_jax.__main__ import main
 from dsct_jax.batch import Predictions
 from dsct_jax.boxes import pairwise_iou
+from dsct_jax.commands import flags, predict
+from dsct_jax.commands.inputs import drawing_names
 from dsct_jax.commands.predict import TimedDetector
 from dsct_jax.config import read_config
 from dsct_jax.errors import UserError
 from dsct_jax.inference.predict import predict_each
 from dsct_jax.inference.video import Video
-from dsct_jax.postprocess import Selection, has_subject_logit, select_subjects
+from dsct_jax.postprocess import Decoder, Selection
 from dsct_jax.preprocess import MEAN, STD, Preprocessing
 
 CLASSES = ("calm", "glad", "angry")
@@ -38,14 +43,10 @@ class RedFinder:
     show.
     """
 
-    class_names = CLASSES
-    multi_label = True
-    thresholds = None
-    min_confidence = None
+    decoder = Decoder(CLASSES, multi_label=True, subject_logit=True)
     preprocessing = Preprocessing(
         short_side=64, max_long_side=96, buckets=((64, 96), (96, 64), (72, 72))
     )
-    config: ClassVar = {"loss": {"class_loss": "focal"}}
 
     def __init__(self):
         self.shapes = []
@@ -182,15 +183,8 @@ def sigmoid(x):
 
 
 def select(selection=None, *, multi_label=True, subject_logit=True):
-    return select_subjects(
-        LOGITS,
-        BOXES,
-        (100, 200),
-        class_names=CLASSES,
-        multi_label=multi_label,
-        subject_logit=subject_logit,
-        selection=selection or Selection(),
-    )
+    decoder = Decoder(CLASSES, multi_label=multi_label, subject_logit=subject_logit)
+    return decoder(LOGITS, BOXES, (100, 200), selection=selection or Selection())
 
 
 def test_multi_label_takes_the_classes_above_the_threshold():
@@ -232,9 +226,13 @@ def test_without_a_trained_subject_logit_the_likeliest_class_counts():
     np.testing.assert_allclose(
         [subject.confidence for subject in subjects], sigmoid([4.0, 3.0]), rtol=1e-6
     )  # query 2 has sigmoid(-1) = 0.27
-    assert not has_subject_logit(multi_label=False, class_loss="focal")
-    assert has_subject_logit(multi_label=False, class_loss="softmax")
-    assert has_subject_logit(multi_label=True, class_loss="focal")
+    for multi_label, class_loss, expected in (
+        (False, "focal", False),
+        (False, "softmax", True),
+        (True, "focal", True),
+    ):
+        decoder = Decoder.unfitted(CLASSES, multi_label=multi_label, class_loss=class_loss)
+        assert decoder.subject_logit is expected
 
 
 def test_boxes_end_at_the_border():
@@ -243,15 +241,8 @@ def test_boxes_end_at_the_border():
 
 
 def test_a_box_without_area_is_nobody():
-    subjects = select_subjects(
-        LOGITS[:1],
-        np.array([[1.5, 0.5, 0.2, 0.2]], np.float32),
-        (100, 200),
-        class_names=CLASSES,
-        multi_label=True,
-        subject_logit=True,
-        selection=Selection(),
-    )
+    boxes = np.array([[1.5, 0.5, 0.2, 0.2]], np.float32)
+    subjects = RedFinder.decoder(LOGITS[:1], boxes, (100, 200))
     assert subjects == []
 
 
@@ -263,12 +254,16 @@ def command(monkeypatch):
     """Runs `python -m dsct_jax predict` in this process with RedFinder as the model of every
     checkpoint called "run".
     """
-    module = importlib.import_module("dsct_jax.predict")
-    load = module.load
-    monkeypatch.setattr(
-        module, "load", lambda path, config: RedFinder() if path == "run" else load(path, config)
-    )
-    return module.main
+
+    def load_model(arguments):
+        if arguments.checkpoint.name != "run":
+            return flags.load_model(arguments)
+        if arguments.config is not None:
+            read_config(arguments.config)
+        return RedFinder()
+
+    monkeypatch.setattr(predict, "load_model", load_model)
+    return lambda arguments: main(["predict", *arguments])
 
 
 @pytest.fixture
@@ -295,11 +290,11 @@ def test_command_writes_numbers_and_drawings(command, folder, tmp_path, capsys):
         assert (entry["width"], entry["height"]) == size
         (subject,) = entry["subjects"]
         np.testing.assert_allclose(subject["box"], box, atol=1.6 * max(size) / 64)
-        assert tuple(subject["scores"]) == CLASSES
+        assert tuple(subject["probabilities"]) == CLASSES
         assert subject["labels"] == [
             name
-            for name in sorted(CLASSES, key=subject["scores"].get, reverse=True)
-            if subject["scores"][name] > 0.5
+            for name in sorted(CLASSES, key=subject["probabilities"].get, reverse=True)
+            if subject["probabilities"][name] > 0.5
         ]
         with Image.open(output / entry["drawn"]) as drawing:
             assert min(drawing.size) >= 480
@@ -406,7 +401,9 @@ def test_the_table_has_a_line_a_person(command, folder, tmp_path):
             [float(line[name]) for name in ("x1", "y1", "x2", "y2")], subject["box"], rtol=1e-5
         )
         np.testing.assert_allclose(
-            [float(line[name]) for name in CLASSES], list(subject["scores"].values()), rtol=1e-5
+            [float(line[name]) for name in CLASSES],
+            list(subject["probabilities"].values()),
+            rtol=1e-5,
         )
         np.testing.assert_allclose(float(line["confidence"]), subject["confidence"], rtol=1e-5)
         assert (line["labels"], line["frame"]) == ("; ".join(subject["labels"]), "")
@@ -422,7 +419,8 @@ def test_the_latency_leaves_the_first_call_of_a_shape_out(command, folder, tmp_p
     )
     report = timed.report()
     assert re.search(
-        r"latency of the model: \d+\.\d ms a batch of 2 \(median; 95 % below \d+\.\d ms\), \d+\.\d images/s; 1 shape",
+        r"latency of the model: \d+\.\d ms per batch of 2 \(median; 95 % below \d+\.\d ms\), "
+        r"\d+\.\d images/s; 1 shape",
         report,
     ), report
 
@@ -432,7 +430,7 @@ def test_the_latency_leaves_the_first_call_of_a_shape_out(command, folder, tmp_p
 
 def test_fitted_thresholds_decide_unless_the_user_names_one():
     model, image = RedFinder(), scene(80, 60, (10, 10, 50, 40))
-    model.thresholds = (0.1, 0.99, 0.99)
+    model.decoder = dataclasses.replace(model.decoder, thresholds=(0.1, 0.99, 0.99))
     ((fitted,),), ((named,),) = (
         dsct_jax.predict(model, [image]),
         dsct_jax.predict(model, [image], threshold=0.85),
@@ -444,10 +442,11 @@ def test_fitted_thresholds_decide_unless_the_user_names_one():
 def test_the_fitted_certainty_decides_unless_the_user_names_one():
     model, image = RedFinder(), scene(80, 60, (10, 10, 50, 40))
     sure = dsct_jax.predict(model, [image], min_confidence=0.0)[0][0].confidence
-    model.min_confidence = sure + 0.01
+    model.decoder = dataclasses.replace(model.decoder, min_confidence=sure + 0.01)
     assert dsct_jax.predict(model, [image]) == [[]]
     assert len(dsct_jax.predict(model, [image], min_confidence=sure)[0]) == 1
-    model.min_confidence = 0.0  # fitted, and not the same as none
+    # fitted, and not the same as none
+    model.decoder = dataclasses.replace(model.decoder, min_confidence=0.0)
     assert len(dsct_jax.predict(model, [image])[0]) == len(
         dsct_jax.predict(model, [image], min_confidence=0.0)[0]
     )
@@ -480,15 +479,15 @@ def write_video(path, frames, *, rate=10.0):
 
 @with_opencv
 def test_a_video_from_end_to_end(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("dsct_jax.predict"), "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0.0)
     write_video(tmp_path / "walk.avi", 21)
     assert (
         command([str(tmp_path / "walk.avi"), "--checkpoint=run", f"--output={tmp_path / 'out'}"])
         == 0
     )
-    printed = capsys.readouterr().out
+    printed, bar = capsys.readouterr()
     assert "walk.avi: 21 frames, 10 frames/s" in printed
-    assert "12/21 frames" in printed
+    assert re.search(r"12/21 .*frame/s", bar)
     assert "0 images, 21 frames of 1 videos, 21 people" in printed
     written = json.loads((tmp_path / "out" / "predictions.json").read_text())
     (entry,) = written["videos"]
@@ -534,7 +533,7 @@ def test_a_camera_is_watched_frame_by_frame(command, tmp_path, monkeypatch):
             self.name, self.live, self.frames = f"camera{source}", True, None
 
     write_video(tmp_path / "walk.avi", 6)
-    monkeypatch.setattr(importlib.import_module("dsct_jax.predict"), "Video", Camera)
+    monkeypatch.setattr(predict, "Video", Camera)
     assert command(["--camera=0", "--checkpoint=run", f"--output={tmp_path / 'out'}"]) == 0
     (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())["videos"]
     assert (entry["file"], len(entry["frames"])) == ("camera0", 6)
@@ -574,7 +573,8 @@ def test_without_opencv_the_line_says_how_to_get_it(
     assert command([*arguments, "--checkpoint=run", "--output=out"]) == 2
     assert (
         capsys.readouterr().err
-        == "error: videos and cameras need OpenCV: pip install 'dsct-jax[video]' (or opencv-python-headless)\n"
+        == "error: videos and cameras need OpenCV: pip install 'dsct-jax[video]' (or "
+        "opencv-python-headless)\n"
     )
 
 
@@ -591,8 +591,46 @@ def test_configurations_are_read_from_python_and_json(tmp_path):
 
 
 def test_the_name_answers_to_a_call_even_after_the_command_was_imported():
-    importlib.import_module("dsct_jax.predict")
+    assert predict is sys.modules["dsct_jax.commands.predict"]
     assert (
         dsct_jax.predict(RedFinder(), [scene(80, 60, (10, 10, 50, 40))])[0][0].labels[0] == "angry"
     )
-    assert "dsct_jax.predict" in sys.modules
+
+
+def test_the_names_of_many_drawings_are_found_quickly(tmp_path):
+    files = [tmp_path / f"{i % 100}/{i}{'.jpg' if i % 7 else '.png'}" for i in range(20_000)]
+    files += [tmp_path / "0/0.gif"]
+    start = time.perf_counter()
+    names = drawing_names(files, ".png")
+    assert time.perf_counter() - start < 2.0  # 0.2 s; counting in a list took minutes
+    assert names[files[1]].as_posix() == "1/1.png"
+    assert {names[files[0]].as_posix(), names[files[-1]].as_posix()} == {
+        "0/0.png.png",
+        "0/0.gif.png",
+    }
+
+
+def test_a_thin_scan_is_drawn_in_little_memory(command, tmp_path, monkeypatch):
+    """3000 x 3 pixels, enlarged to 480 pixels of height, would have been a decompression bomb."""
+    scene(3000, 3, (40, 0, 400, 3)).save(tmp_path / "scan.png")
+    assert command([f"{tmp_path}/scan.png", "--checkpoint=run", f"--output={tmp_path / 'o'}"]) == 0
+    with Image.open(tmp_path / "o" / "drawn" / "scan.png") as drawing:
+        assert drawing.width * drawing.height <= 16e6
+    assert (tmp_path / "o" / "contact_sheet.png").exists()
+
+
+def test_a_home_folder_is_a_home_folder(command, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert command(["~/images/a.png", "--checkpoint=~/run", "--output=~/out"]) == 0
+    assert (tmp_path / "out" / "predictions.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+def test_an_output_that_cannot_be_written_is_known_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file" / "below", "/proc/nothing"):
+        assert main(["predict", "missing.png", "--checkpoint=x", f"--output={output}"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --output={output}: cannot be written"), error
+        assert error.count("\n") == 1

@@ -16,14 +16,15 @@ import pytest
 
 import dsct_jax
 import train
-from dsct_jax.commands.evaluate import main as evaluate_main
+from dsct_jax.__main__ import main as command
 from dsct_jax.config import read_config, to_builtins
 from dsct_jax.errors import UserError
-from dsct_jax.evaluation.calibration import Calibration, read_calibration
+from dsct_jax.evaluation.calibration import read_fit, save_fit
 from dsct_jax.evaluation.results import read_results
 from dsct_jax.model.build import Network
-from dsct_jax.training.checkpoint import Checkpoints, best_step, load_weights
+from dsct_jax.training.checkpoint import Checkpoints
 from dsct_jax.training.step import initial_state
+from dsct_jax.weights.run_directory import best_step, load_weights
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 5  # with batches of 2: the last one is filled up
@@ -90,7 +91,7 @@ def test_a_chosen_checkpoint(workdir, tmp_path, one_device):
     config = small_config()
     save(tmp_path, config, one_device)
     checkpoints = Checkpoints(tmp_path, metadata={"config": config, "versions": {}})
-    params, norm_stats, _ = load_weights(tmp_path)
+    params, norm_stats, *_ = load_weights(tmp_path)
     run = train.RunConfig.from_mapping(config)
     _, state = initial_state(
         {name: value * 0 for name, value in params.items()},
@@ -112,22 +113,22 @@ def test_a_chosen_checkpoint(workdir, tmp_path, one_device):
 
 
 def test_the_numbers_come_again_from_the_file_alone(workdir, tmp_path):
-    assert evaluate_main([str(workdir / "predictions_test.npz"), f"--output={tmp_path}"]) == 0
+    assert command(["evaluate", str(workdir / "predictions_test.npz"), f"--output={tmp_path}"]) == 0
     assert json.loads((tmp_path / "metrics_test.json").read_text()) == json.loads(
         (workdir / "metrics_test.json").read_text()
     )
 
 
 def test_a_loaded_model_decides_with_the_fitted_thresholds(workdir, tmp_path):
-    fitted = read_calibration(
-        workdir / "thresholds.json", class_names=("Anger", "Fear", "Happy", "Sad")
-    )
-    assert (fitted.split, fitted.checkpoint) == ("val", "step 0")
+    unfitted = train.RunConfig.from_mapping(small_config()).decoder
+    fitted, checkpoint = read_fit(workdir / "thresholds.json", unfitted)
+    assert (fitted.fitted_on, checkpoint) == ("val", "step 0")
     model = dsct_jax.load(workdir)
-    assert (model.thresholds, model.min_confidence) == (fitted.thresholds, fitted.min_confidence)
+    assert model.decoder == fitted
+    assert read_results(workdir / "predictions_test.npz").about.decoder == fitted
     model.save(tmp_path / "model.safetensors")
     again = dsct_jax.load(tmp_path / "model.safetensors")
-    assert (again.thresholds, again.min_confidence) == (fitted.thresholds, fitted.min_confidence)
+    assert again.decoder == fitted
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     ours = dsct_jax.predict(again, [image], min_confidence=0.0, nms=1.0)[0]
     assert len(ours) == 4
@@ -141,15 +142,15 @@ def test_a_loaded_model_decides_with_the_fitted_thresholds(workdir, tmp_path):
 
 def test_thresholds_of_other_weights_are_not_used(workdir, tmp_path, one_device, caplog):
     save(tmp_path, small_config(), one_device)
-    assert dsct_jax.load(tmp_path).thresholds is None
-    Calibration(("Anger", "Fear", "Happy", "Sad"), 1.0, (0.5,) * 4, "val", 9, "step 700").save(
-        tmp_path / "thresholds.json"
-    )
+    unfitted = dsct_jax.load(tmp_path).decoder
+    assert unfitted.thresholds is None
+    fitted = dataclasses.replace(unfitted, thresholds=(0.5,) * 4, fitted_on="val")
+    save_fit(fitted, tmp_path / "thresholds.json", checkpoint="step 700")
     with caplog.at_level("WARNING"):
-        assert dsct_jax.load(tmp_path).thresholds is None
+        assert dsct_jax.load(tmp_path).decoder == unfitted
     assert "fitted for step 700, not for step 0" in caplog.text
     (tmp_path / "thresholds.json").write_text("{")
-    with pytest.raises(UserError, match=r"thresholds\.json: not what a calibration writes"):
+    with pytest.raises(UserError, match=r"thresholds\.json: not a stored fit"):
         dsct_jax.load(tmp_path)
 
 

@@ -150,7 +150,7 @@ def test_decoder_layer_and_its_gradients(case, golden):
         np.testing.assert_allclose(
             grad, expected, rtol=0, atol=1e-5 * max(1, np.abs(expected).max())
         )
-    torch_grads = to_torch({f"decoder/0/{k}": v for k, v in grads[0].items()}, num_decoder_layers=1)
+    torch_grads = to_torch({f"decoder/0/{k}": v for k, v in grads[0].items()})
     for key in (k for k in arrays if k.startswith(f"{case}/gradparam/")):
         expected = arrays[key]
         grad = torch_grads["transformer.decoder.layers.0." + key.split("/")[-1]]
@@ -162,7 +162,7 @@ def test_decoder_layer_and_its_gradients(case, golden):
 def test_released_names_go_there_and_back(small, golden):
     _, params, norm_stats = small
     expected = released_state(golden("model_small"))
-    state = to_torch(params | norm_stats, num_decoder_layers=1)
+    state = to_torch(params | norm_stats)
     assert state.keys() == expected.keys()
     for name, tensor in state.items():
         np.testing.assert_array_equal(tensor, expected[name])
@@ -199,7 +199,7 @@ def test_every_released_rule_is_used_by_the_full_model():
         k: np.zeros(v, np.float32)
         for k, v in (shapes.param_shapes | shapes.norm_stats_shapes).items()
     }
-    state = to_torch(zeros, num_decoder_layers=6)
+    state = to_torch(zeros)
     assert len(state) == 562  # entries of the released state_dict
     assert (
         len(RELEASED) == len({rule[0] for rule in RELEASED}) == len({rule[1] for rule in RELEASED})
@@ -212,9 +212,7 @@ def test_initial_values_follow_deformable_detr(golden):
         DSCTConfig(num_classes=26, backbone="tiny", num_encoder_layers=1, num_decoder_layers=1)
     )
     params, _ = functions.init(0)
-    state = to_torch(
-        {k: v for k, v in params.items() if not k.startswith("backbone")}, num_decoder_layers=1
-    )
+    state = to_torch({k: v for k, v in params.items() if not k.startswith("backbone")})
     names = list(arrays["names"])
     compared = 0
     for name, tensor in state.items():

@@ -20,8 +20,9 @@ import pytest
 from dsct_jax.errors import UserError
 from dsct_jax.parallel import FSDP, make_mesh, replicate, state_sharding
 from dsct_jax.training import checkpoint
-from dsct_jax.training.checkpoint import Checkpoints, best_step, load_weights, parse_run_path
+from dsct_jax.training.checkpoint import Checkpoints
 from dsct_jax.training.step import TrainState
+from dsct_jax.weights.run_directory import best_step, load_weights, parse_run_path
 
 ROOT = Path(__file__).parents[2]
 METADATA = {
@@ -149,7 +150,8 @@ def test_checkpoints_from_before_arrays_were_packed(tmp_path, monkeypatch):
 
 
 def test_the_weights_alone(saved):
-    params, norm_stats, metadata = load_weights(saved)
+    params, norm_stats, metadata, step = load_weights(saved)
+    assert step == 2
     expected = state_at(2)
     assert params.keys() == {"a/0/kernel", "a/b/bias", "fixed/scale"}
     np.testing.assert_array_equal(params["a/0/kernel"], expected.params["a/0/kernel"])
@@ -236,7 +238,8 @@ def unfinished_reads(monkeypatch):
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(workdir, place, caplog):
     for path in damaged(workdir / "checkpoints" / "2", place):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert load_weights(workdir)[0]["fixed/scale"][0] == 1  # a reader moves nothing
+    found = load_weights(workdir)  # a reader moves nothing
+    assert found.params["fixed/scale"][0] == found.step == 1
     assert len(told(caplog)) == 1 and told(caplog)[0].startswith("checkpoint 2 is damaged (")
     caplog.clear()
     checkpoints = Checkpoints(workdir, metadata=METADATA)
@@ -257,17 +260,22 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_taken(workdir, pla
 
 def told(caplog) -> list[str]:
     """Our own lines, without orbax's."""
-    return [
-        record.getMessage()
-        for record in caplog.records
-        if record.name == "dsct_jax.training.checkpoint"
-    ]
+    return [record.getMessage() for record in caplog.records if record.name.startswith("dsct_jax")]
 
 
 def damaged(checkpoint: Path, place: str) -> list[Path]:
     files = [path for path in checkpoint.glob(place) if path.is_file()]
     assert files
     return files
+
+
+def test_what_a_validation_fitted_stays_with_its_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path, metadata=METADATA)
+    checkpoints.save(state_at(1), decoder={"temperature": 1.5})
+    checkpoints.save(state_at(2))
+    checkpoints.close()
+    assert load_weights(tmp_path, 1).metadata["decoder"] == {"temperature": 1.5}
+    assert "decoder" not in load_weights(tmp_path).metadata
 
 
 @pytest.mark.usefixtures("unfinished_reads")
@@ -301,7 +309,7 @@ def test_a_full_disk_while_saving_loses_nothing(workdir):
     """
     script = f"""
 import resource, signal, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
 from test_checkpoint import Checkpoints, METADATA, Path, state_at
 from dsct_jax.errors import UserError
 checkpoints = Checkpoints(Path({str(workdir)!r}), metadata=METADATA)

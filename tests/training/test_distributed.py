@@ -15,7 +15,7 @@ import pytest
 
 from dsct_jax.errors import UserError
 from dsct_jax.runtime import detect_launcher, init_distributed
-from dsct_jax.training.checkpoint import load_weights
+from dsct_jax.weights.run_directory import load_weights
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [
@@ -106,7 +106,7 @@ def same(workdir: Path, other: Path) -> None:
             if key.startswith(("train/loss", "train/total")):
                 assert two[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
     for ema in (True, False):
-        (params, norm_stats, _), (params2, frozen2, _) = (
+        (params, norm_stats, *_), (params2, frozen2, *_) = (
             load_weights(workdir, ema=ema),
             load_weights(other, ema=ema),
         )

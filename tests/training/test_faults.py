@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsct_jax.training.checkpoint import load_weights
+from dsct_jax.weights.run_directory import load_weights
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONUNBUFFERED": "1"}

@@ -28,7 +28,7 @@ from dsct_jax.batch import Predictions
 from dsct_jax.config import read_config, to_builtins
 from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import Network
-from dsct_jax.training.checkpoint import load_weights
+from dsct_jax.weights.run_directory import load_weights
 
 ROOT = Path(__file__).parents[2]
 DEBUG = "--config=configs/debug.py"
@@ -104,7 +104,7 @@ def test_every_logged_number_is_finite(unbroken):
 
 def test_what_should_move_moved_and_what_is_frozen_stayed(unbroken):
     workdir, _ = unbroken
-    after, norm_stats, _ = load_weights(workdir)
+    after, norm_stats, *_ = load_weights(workdir)
     before, statistics = Network(model_config(read_config(ROOT / "configs" / "debug.py"))).init(
         seed=0
     )
@@ -439,7 +439,7 @@ def test_starting_from_the_weights_of_another_run(counting, tmp_path, capsys):
     assert counting(arguments) == 0
     out = capsys.readouterr().out
     assert "re-initialised: class_head" in out and (second / "init_from.txt").read_text() in out
-    (theirs, _, _), (ours, _, _) = load_weights(first), load_weights(second)
+    theirs, ours = load_weights(first).params, load_weights(second).params
     for path, value in ours.items():
         assert path.startswith("class_head") or np.array_equal(value, theirs[path]), path
     assert not np.array_equal(

@@ -71,6 +71,12 @@ def coco(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     )
 
 
+def pretrained(path, network, params, norm_stats, config, *, strict=True):
+    """`load_pretrained` for a training with this configuration."""
+    classes = {name: config[name] for name in ("class_names", "multi_label")}
+    return load_pretrained(path, network, params, norm_stats, **classes, strict=strict)
+
+
 def assert_taken(result, ours, fresh, taken: re.Pattern[str]) -> None:
     """Exactly the paths that `taken` matches come from the file, the others are as they were."""
     for found, before in zip(result, fresh, strict=True):
@@ -82,12 +88,12 @@ def assert_taken(result, ours, fresh, taken: re.Pattern[str]) -> None:
 
 
 def test_a_released_file(functions, fresh, state, ours, tmp_path):
-    *result, report = load_pretrained(
+    *result, report = pretrained(
         write_state(tmp_path / "x.pth", state), functions, *fresh, small_config()
     )
     assert_taken(result, ours, fresh, re.compile(".*"))
     assert "DSCT" in report[0]
-    assert "  re-initialised: none" in report
+    assert "  re-initialized: none" in report
     assert "  unknown: none" in report
 
 
@@ -100,19 +106,19 @@ def test_a_deformable_detr_of_coco(functions, fresh, state, ours, tmp_path, layo
             name: value for name, value in tensors.items() if re.match("(class|bbox)_embed", name)
         }
         save_file(
-            to_torch(paths, num_decoder_layers=2, layout=HUGGING_FACE) | heads,
+            to_torch(paths, layout=HUGGING_FACE) | heads,
             str(tmp_path / "x.safetensors"),
             metadata={"format": "pt"},
         )
         path = tmp_path / "x.safetensors"
     else:
         path = write_state(tmp_path / "x.pth", tensors)
-    *result, report = load_pretrained(path, functions, *fresh, small_config())
+    *result, report = pretrained(path, functions, *fresh, small_config())
     assert_taken(result, ours, fresh, re.compile(rf"(?!{NOT_FROM_COCO.pattern}).*"))
     assert "Deformable DETR" in report[0]
     assert (
         report[2]
-        == "  re-initialised: box_head/layer0 (2), box_head/layer1 (2), box_head/layer2 (2), class_head (2), subject_queries"
+        == "  re-initialized: box_head/layer0 (2), box_head/layer1 (2), box_head/layer2 (2), class_head (2), subject_queries"
     )
     assert (
         report[3] == "  left out: class_embed (4), bbox_embed (2)"
@@ -133,7 +139,7 @@ def test_a_torchvision_backbone(functions, fresh, state, ours, tmp_path, suffix)
     }
     path = tmp_path / f"x.{suffix}"
     save_file(tensors, str(path)) if suffix == "safetensors" else write_state(path, tensors)
-    *result, report = load_pretrained(path, functions, *fresh, small_config())
+    *result, report = pretrained(path, functions, *fresh, small_config())
     assert_taken(result, ours, fresh, re.compile("backbone/.*"))
     assert "torchvision" in report[0]
     assert "  left out: fc (2), bn1" in report or "  left out: bn1, fc (2)" in report
@@ -143,14 +149,14 @@ def test_names_of_distributed_training(functions, fresh, state, ours, tmp_path):
     path = write_state(
         tmp_path / "x.pth", {f"module.{name}": value for name, value in state.items()}
     )
-    *result, _ = load_pretrained(path, functions, *fresh, small_config())
+    *result, _ = pretrained(path, functions, *fresh, small_config())
     assert_taken(result, ours, fresh, re.compile(".*"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.title)
 def test_every_table_goes_there_and_back(functions, ours, layout):
     known = {path: value for path, value in ours.items() if has_rule(path, layout)}
-    there = to_torch(known, num_decoder_layers=2, layout=layout)
+    there = to_torch(known, layout=layout)
     assert detect_layout(there) is layout
     back = from_torch(there, {path: value.shape for path, value in known.items()}, layout=layout)
     assert back.keys() == known.keys()
@@ -172,7 +178,7 @@ def test_every_table_goes_there_and_back(functions, ours, layout):
 def refused(path: Path, functions, fresh, config=None) -> str:
     before = [dict(part) for part in fresh]
     with pytest.raises(UserError) as error:
-        load_pretrained(path, functions, *fresh, config or small_config())
+        pretrained(path, functions, *fresh, config or small_config())
     for part, copy in zip(fresh, before, strict=True):
         assert part.keys() == copy.keys()
         assert all(part[name] is copy[name] for name in part)
@@ -192,7 +198,7 @@ def test_every_tensor_that_does_not_fit_is_named(functions, fresh, state, tmp_pa
     assert "level_embed is missing" in line
     assert "'transformer.encoder.layers.0.surprise' is matched by 0 rules" in line
     assert "input_proj.0.0.bias has shape (65,) where the model has (64,)" in line
-    *result, report = load_pretrained(
+    *result, report = pretrained(
         tmp_path / "x.pth", functions, *fresh, small_config(), strict=False
     )
     assert "surprise" in report[-1]
@@ -205,7 +211,7 @@ def test_every_tensor_that_does_not_fit_is_named(functions, fresh, state, tmp_pa
 
 def test_a_doubled_tensor_is_named(functions, fresh, ours, tmp_path):
     known = {path: value for path, value in ours.items() if has_rule(path, HUGGING_FACE)}
-    tensors = to_torch(known, num_decoder_layers=2, layout=HUGGING_FACE)
+    tensors = to_torch(known, layout=HUGGING_FACE)
     tensors["model.encoder.layers.0.mlp.fc1.bias"] = (
         tensors["model.encoder.layers.0.fc1.bias"] + 1
     )  # two spellings of one name
@@ -248,19 +254,19 @@ def test_a_model_of_our_own(functions, fresh, ours, tmp_path):
         config,
     )
     model.save(tmp_path / "x.safetensors")
-    *result, report = load_pretrained(tmp_path / "x.safetensors", functions, *fresh, config)
+    *result, report = pretrained(tmp_path / "x.safetensors", functions, *fresh, config)
     assert_taken(result, ours, fresh, re.compile(".*"))
     assert "a model of ours" in report[0]
     other = config | {"class_names": ("Anger", "Fear"), "multi_label": False}
     smaller = Network(model_config(other))
     start = smaller.init(1)
-    *result, report = load_pretrained(tmp_path / "x.safetensors", smaller, *start, other)
+    *result, report = pretrained(tmp_path / "x.safetensors", smaller, *start, other)
     assert_taken(result, ours, start, re.compile("(?!class_head).*"))
-    assert "  re-initialised: class_head (2)" in report
+    assert "  re-initialized: class_head (2)" in report
     reordered = config | {
         "class_names": config["class_names"][::-1]
     }  # the same shapes, other meanings
-    *result, _ = load_pretrained(tmp_path / "x.safetensors", functions, *fresh, reordered)
+    *result, _ = pretrained(tmp_path / "x.safetensors", functions, *fresh, reordered)
     assert_taken(result, ours, fresh, re.compile("(?!class_head).*"))
     wider = small_config(num_subject_queries=9)
     line = refused(
@@ -270,8 +276,9 @@ def test_a_model_of_our_own(functions, fresh, ours, tmp_path):
         wider,
     )
     assert "subject_queries has shape (4, 128) where the model has (9, 128)" in line
-    *_, report = load_pretrained(
-        tmp_path / "x.safetensors", functions, *fresh, small_config(semantic_selection="smallest")
+    smallest = small_config(semantic_selection="smallest")
+    *_, report = pretrained(
+        tmp_path / "x.safetensors", Network(model_config(smallest)), *fresh, smallest
     )
     assert "config.model.semantic_selection: 'largest' -> 'smallest'" in report[1]
 
@@ -280,11 +287,9 @@ def test_released_weights_for_other_classes(functions, state, ours, tmp_path):
     config = small_config() | {"class_names": ("Anger", "Fear"), "multi_label": False}
     smaller = Network(model_config(config))
     start = smaller.init(1)
-    *result, report = load_pretrained(
-        write_state(tmp_path / "x.pth", state), smaller, *start, config
-    )
+    *result, report = pretrained(write_state(tmp_path / "x.pth", state), smaller, *start, config)
     assert_taken(result, ours, start, re.compile("(?!class_head).*"))
-    assert "  re-initialised: class_head (2)" in report
+    assert "  re-initialized: class_head (2)" in report
     assert "  left out: class_embed_dsct (2)" in report
 
 
@@ -338,7 +343,7 @@ def test_the_encoder_of_transformers(functions, fresh, tmp_path):
     pixels = torch.tensor(images.transpose(0, 3, 1, 2)).double()
     with torch.no_grad():  # in float64: in float32 theirs is 1.3e-4 away from it, ours 7e-6
         out = theirs.double().model(pixel_values=pixels, pixel_mask=torch.tensor(~mask).long())
-    params, norm_stats, report = load_pretrained(
+    params, norm_stats, report = pretrained(
         tmp_path / "model.safetensors", functions, *fresh, small_config()
     )
     assert "Hugging Face" in report[0]

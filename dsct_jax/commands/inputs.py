@@ -1,0 +1,72 @@
+"""The images and videos that a command line names, and where their drawings go."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsct_jax.errors import UserError
+from dsct_jax.inference import video
+
+# of images, looked for in folders
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def find_inputs(paths: Sequence[str], *, exclude: Path) -> tuple[list[Path], list[Path]]:
+    """(images, videos) meant by files, folders (searched to the bottom) and glob patterns, each
+    once, in a fixed order; none below `exclude`.
+
+    A file is a video by its suffix (`video.SUFFIXES`), and an image by any other.
+
+    Raises:
+        UserError: a path does not exist, a pattern matches nothing, or a folder holds neither
+            images nor videos; the line names it.
+    """
+    found: dict[Path, None] = {}
+    for text in map(os.path.expanduser, paths):
+        path = Path(text)
+        if path.is_dir():
+            files = _files_below(path, exclude.resolve())
+        elif path.exists():
+            files = [path]
+        elif glob.has_magic(text):
+            matches = map(Path, sorted(glob.glob(text, recursive=True)))
+            files = [match for match in matches if match.is_file()]
+            if not files:
+                raise UserError(f"{text}: the pattern matches no file")
+        else:
+            raise UserError(f"{path}: no such file or folder")
+        found |= dict.fromkeys(files)
+    videos = [file for file in found if file.suffix.lower() in video.SUFFIXES]
+    return [file for file in found if file.suffix.lower() not in video.SUFFIXES], videos
+
+
+def _files_below(folder: Path, exclude: Path) -> list[Path]:
+    known = (*SUFFIXES, *video.SUFFIXES)
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in known and file.is_file() and exclude not in file.resolve().parents
+    ]
+    if not files:
+        raise UserError(f"{folder}: the folder holds no image or video ({', '.join(known)})")
+    return files
+
+
+def drawing_names(files: Sequence[Path], suffix: str) -> dict[Path, Path]:
+    """Where each drawing goes: the path below the folder that holds them all, with `suffix`; equal
+    names of another type keep theirs (a.jpg.png).
+    """
+    if not files:
+        return {}
+    folders = {folder: os.path.realpath(folder) for folder in {file.parent for file in files}}
+    top = os.path.commonpath(folders.values())
+    below = {folder: os.path.relpath(place, top) for folder, place in folders.items()}
+    relative = {file: os.path.normpath(f"{below[file.parent]}/{file.name}") for file in files}
+    count = Counter(os.path.splitext(path)[0] for path in relative.values())
+    names = {}
+    for file, path in relative.items():
+        stem = os.path.splitext(path)[0]
+        names[file] = Path((stem if count[stem] == 1 else path) + suffix)
+    return names

@@ -1,0 +1,262 @@
+"""Reading what a run left below its workdir: the steps that were saved, and the weights of one.
+
+A checkpoint has two parts of arrays, so that prediction reads only what it needs: `model`
+(parameters and norm statistics) and `training` (optimizer, moving average, counters). `layout` says
+what lies where in them (packing.py), `metadata` how they came about. training/checkpoint.py writes.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from dsct_jax.config import differences
+from dsct_jax.errors import UserError
+from dsct_jax.model.build import FlatParams
+from dsct_jax.weights.packing import Layout, part_of, unpack
+
+DIRECTORY = "checkpoints"
+PARTS = ("model", "training")
+MODEL_FIELDS = ("class_names", "multi_label", "model")  # of a configuration: what the weights mean
+# how the same model is computed or trained
+FREE_FIELDS = ("model.compute_dtype", "model.dropout", "model.remat")
+# What orbax and tensorstore raise for files that were cut, emptied or removed, and for a full disk.
+FILE_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+_log = logging.getLogger(__name__)
+
+
+class DamagedCheckpoint(UserError):
+    """A complete checkpoint whose files cannot be read; `reason` in a few words."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(
+            f"{path}: this checkpoint is damaged ({reason}); remove it to continue from the one "
+            "before"
+        )
+        self.reason = reason
+
+
+class Weights(NamedTuple):
+    """The weights of one checkpoint as numpy."""
+
+    params: FlatParams
+    norm_stats: FlatParams
+    metadata: dict[str, Any]  # configuration, class names, progress, decoder, ...
+    step: int  # of the checkpoint that was really read
+
+
+def load_weights(workdir: Path, step: int | None = None, *, ema: bool = True) -> Weights:
+    """The weights of a checkpoint below `workdir`, of a run on any number of devices.
+
+    Args:
+        step: of the checkpoint; None: the newest that can be read.
+        ema: take the moving average of the trained parameters, where the run kept one.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged.
+    """
+    _require_run(workdir)
+    steps = complete_steps(workdir)
+    if not steps:
+        raise UserError(
+            f"{workdir / DIRECTORY}: holds no complete checkpoint; train first, or wait until one "
+            "is written"
+        )
+    if step is not None:
+        if step not in steps:
+            raise UserError(
+                f"{workdir / DIRECTORY}: holds no checkpoint of step {step}; there are "
+                f"{', '.join(map(str, steps))}"
+            )
+        return _weights_of(workdir, step, ema=ema)
+    for newest in reversed(steps[1:]):
+        try:
+            return _weights_of(workdir, newest, ema=ema)
+        except DamagedCheckpoint as error:
+            _log.warning(
+                "checkpoint %d is damaged (%s): the one before is taken", newest, error.reason
+            )
+    return _weights_of(workdir, steps[0], ema=ema)
+
+
+def _weights_of(workdir: Path, step: int, *, ema: bool) -> Weights:
+    path = (workdir / DIRECTORY / str(step)).absolute()
+    with damage_reported(path):
+        metadata, layout = read_metadata(path), read_layout(path)
+        values = read_arrays(path / "model", layout["model"])
+        averages = read_arrays(path / "training", layout["training"], only="ema") if ema else {}
+    parts: dict[str, FlatParams] = {"params": {}, "frozen": {}, "ema": {}}
+    for name, leaf in (values | averages).items():
+        part, rest = name.split(".", 1)
+        parts[part][rest.replace(".", "/")] = leaf
+    return Weights(parts["params"] | parts["ema"], parts["frozen"], metadata, step)
+
+
+def complete_steps(workdir: Path) -> list[int]:
+    """Steps of the complete checkpoints below `workdir`, oldest first: one that is being written
+    has another name.
+    """
+    folder = workdir / DIRECTORY
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def newest_step(workdir: Path) -> int | None:
+    """Step of the newest complete checkpoint below `workdir`; None where there is none."""
+    return max(complete_steps(workdir), default=None)
+
+
+def best_step(workdir: Path) -> int:
+    """Step of the checkpoint with the best validation so far, according to the newest one. Raises
+    UserError where no validation was saved.
+    """
+    _require_run(workdir)
+    newest, found = newest_step(workdir), None
+    if newest is not None:
+        path = workdir / DIRECTORY / str(newest)
+        with damage_reported(path):
+            found = read_metadata(path).get("progress", {}).get("best_step")
+    if found is None:
+        raise UserError(
+            f"{workdir / DIRECTORY}: no checkpoint tells of a validation, so none is the best; "
+            "take the newest"
+        )
+    return found
+
+
+def parse_step(text: str, workdir: Path) -> int | None:
+    """--checkpoint as the step of a checkpoint, None = the newest. Raises UserError."""
+    if text in ("newest", "best"):
+        return None if text == "newest" else best_step(workdir)
+    if not text.isdecimal():
+        raise UserError(
+            f"--checkpoint={text} cannot be used: must be newest, best or the step of a checkpoint"
+        )
+    return int(text)
+
+
+def parse_run_path(path: Path) -> tuple[Path, int | None]:
+    """(workdir, step) of RUN, RUN/checkpoints (both: None, the newest) or RUN/checkpoints/STEP."""
+    if path.parent.name == DIRECTORY and path.name.isdecimal():
+        return path.parent.parent, int(path.name)
+    return path.parent if path.name == DIRECTORY else path, None
+
+
+def _require_run(workdir: Path) -> None:
+    if not (workdir / DIRECTORY).is_dir():
+        raise UserError(f"{workdir}: no {DIRECTORY}/ here; give the --workdir of a training run")
+
+
+def require_same_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
+    """Raises UserError, naming the fields, when two configurations describe different models:
+    shapes alone do not show how a model computes.
+    """
+    different = [
+        line
+        for key in MODEL_FIELDS
+        if key in stored
+        for line in differences({key: stored[key]}, {key: wanted[key]})
+        if not line.startswith(FREE_FIELDS)
+    ]
+    if different:
+        raise UserError(
+            f"{where}: a checkpoint of another model (config.{'; config.'.join(different)}); use "
+            "the same model, or another --workdir"
+        )
+
+
+def require_same_shapes(expected: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
+    """Raises UserError, naming the first difference, unless `given` has exactly the names and
+    shapes of `expected`.
+    """
+
+    def shape(values: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
+        value = values.get(name)
+        return None if value is None else tuple(getattr(value, "shape", value))
+
+    different = [
+        name for name in {**expected, **given} if shape(expected, name) != shape(given, name)
+    ]
+    if different:
+        raise UserError(
+            f"{where}: weights of another model ({different[0]} and {len(different) - 1} more "
+            "differ); use the configuration it was trained with, or another --workdir"
+        )
+
+
+def read_metadata(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return json.loads((checkpoint / "metadata" / "metadata").read_text())
+
+
+def read_layout(checkpoint: Path) -> dict[str, Layout]:
+    """Of each part; empty for older checkpoints, whose arrays are not packed."""
+    folder = checkpoint / "layout"
+    return (
+        json.loads((folder / "metadata").read_text())
+        if folder.is_dir()
+        else {part: {} for part in PARTS}
+    )
+
+
+def read_arrays(
+    folder: Path,
+    layout: Layout,
+    *,
+    only: str | None = None,
+    like: Mapping[str, jax.Array] | None = None,
+) -> dict[str, Any]:
+    """Arrays of one part of a checkpoint, by name.
+
+    Args:
+        only: the part of the state, such as "ema"; None = everything.
+        like: arrays whose place on the devices those of the same name and shape get, unless they
+            were packed; all others are numpy.
+    """
+    like = like or {}
+
+    def target(name: str, saved: Any) -> ocp.RestoreArgs:
+        wanted = like.get(name)
+        if wanted is None or tuple(wanted.shape) != tuple(saved.shape):
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        return ocp.ArrayRestoreArgs(sharding=wanted.sharding, dtype=wanted.dtype)
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = reader.metadata(folder).item_metadata.tree
+        names = [name for name in saved if only in (None, part_of(name))]
+        if not names:
+            return {}
+        args = ocp.args.PyTreeRestore(
+            item=dict.fromkeys(names, 0),
+            restore_args={name: target(name, saved[name]) for name in names},
+            partial_restore=True,
+        )
+        return unpack(reader.restore(folder, args=args), layout)
+
+
+@contextlib.contextmanager
+def damage_reported(path: Path) -> Iterator[None]:
+    """Turns what reading a damaged checkpoint raises into a DamagedCheckpoint that names it.
+
+    For an array whose bytes are cut orbax raises a plain Exception, of no class of its own: that
+    very class counts too, its subclasses do not.
+    """
+    try:
+        yield
+    except BaseException as error:
+        damaged = isinstance(error, FILE_ERRORS) or type(error) is Exception
+        if isinstance(error, UserError) or not damaged:
+            raise
+        raise DamagedCheckpoint(path, reason_of(error)) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error, not too long."""
+    return str(error).split("\n")[0][:200] or type(error).__name__
