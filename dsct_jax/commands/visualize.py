@@ -31,13 +31,13 @@ from dsct_jax.boxes import elementwise_iou
 from dsct_jax.cli import Parser, expanded_path, progress, whole_file
 from dsct_jax.commands.flags import CHECKPOINT, add_checkpoint, add_selection, load_model, selection
 from dsct_jax.commands.ground_truth import GroundTruth, read_ground_truth
-from dsct_jax.commands.inputs import find_inputs, read_image
+from dsct_jax.commands.inputs import find_inputs
 from dsct_jax.commands.report import read_metrics
 from dsct_jax.config import read_config
 from dsct_jax.errors import UserError
 from dsct_jax.inference.introspection import Introspection, introspect
 from dsct_jax.inference.load import Model, load
-from dsct_jax.inference.predict import predict
+from dsct_jax.inference.predict import predict, read_rgb
 from dsct_jax.postprocess import Selection, Subject
 from dsct_jax.visualization.drawing import contact_sheet, draw_subjects, sort_left_to_right
 from dsct_jax.visualization.figures import (
@@ -61,7 +61,7 @@ def predictions_sheet(
     """Fig. 5 and 6: every image with the people found in it; with `truth`, the annotated ones to
     the left of it.
     """
-    images = [read_image(file) for file in files]
+    images = [read_rgb(file) for file in files]
     tiles: list[Image.Image] = []
     captions: list[str] = []
     for file, image, people in zip(files, images, _answers(model, images, selection), strict=True):
@@ -85,7 +85,7 @@ def beside_sheet(
 
     With `truth` each caption counts the annotated people whose emotions are right.
     """
-    images = [read_image(file) for file in files]
+    images = [read_rgb(file) for file in files]
     answers = [_answers(model, images, selection) for model in models]
     tiles: list[Image.Image] = []
     captions: list[str] = []
@@ -190,7 +190,7 @@ def draw(arguments: argparse.Namespace) -> Image.Image | Figure:
         other = load(arguments.compare_with, None if config is None else read_config(config))
         return beside_sheet([model, other], names, files, truth=truth, selection=chosen)
     introspections = [
-        introspect(model, read_image(file), selection=chosen)
+        introspect(model, read_rgb(file), selection=chosen)
         for file in progress(files, total=len(files))
     ]
     if figure == "activation":
