@@ -226,12 +226,19 @@ def pretrained(
     """The weights of config.init_from in the place of random ones; what was taken is printed and
     kept in init_from.txt.
     """
-    *values, lines = load_pretrained(run.init_from, network, params, norm_stats, run.to_dict())
+    params, norm_stats, lines = load_pretrained(
+        run.init_from,
+        network,
+        params,
+        norm_stats,
+        class_names=run.class_names,
+        multi_label=run.multi_label,
+    )
     if jax.process_index() == 0:
         print("\n".join(lines), flush=True)
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "init_from.txt").write_text("\n".join(lines) + "\n")
-    return tuple(values)
+    return params, norm_stats
 
 
 def state_before(

@@ -82,11 +82,11 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-class Logbook:
+class Logbook(contextlib.ExitStack):
     """Records scalars by step; on resume, lines beyond the restored step are dropped, so the file
     equals that of an unbroken run.
 
-    Of several processes only process 0 writes and prints.
+    Of several processes only process 0 writes and prints. A context manager; leaving it closes all.
     """
 
     def __init__(
@@ -103,28 +103,29 @@ class Logbook:
         names a Weights & Biases project that gets the same numbers; "" = none. Raises UserError
         when its package is missing.
         """
+        super().__init__()
         self.workdir, self._total = workdir, total_steps
         self._writers: list[Callable[[int, Mapping[str, float]], None]] = []
         self._bar: tqdm | None = None
-        self._open, self._silent = contextlib.ExitStack(), jax.process_index() != 0
+        self._silent = jax.process_index() != 0
         if self._silent:
             return
         if wandb:
             run = _start_wandb(wandb, workdir, config or {})
             self._writers.append(lambda step, scalars: run.log(dict(scalars), step=step))
-            self._open.callback(run.finish)
+            self.callback(run.finish)
         _drop_lines(workdir / "metrics.jsonl", after=start_step, validation=validation_owed)
-        self._file = self._open.enter_context((workdir / "metrics.jsonl").open("a"))
+        self._file = self.enter_context((workdir / "metrics.jsonl").open("a"))
         events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
-        self._events = self._open.enter_context(contextlib.closing(events))
+        self._events = self.enter_context(contextlib.closing(events))
         self._writers += [self._write_line, self._write_events]
         if sys.stderr.isatty():
             bar = tqdm(total=total_steps, initial=start_step, unit="step")
-            self._bar = self._open.enter_context(contextlib.closing(bar))
-        self._programs = self._open.enter_context((workdir / "compilations.jsonl").open("a"))
+            self._bar = self.enter_context(contextlib.closing(bar))
+        self._programs = self.enter_context((workdir / "compilations.jsonl").open("a"))
         self._compiling = start_step, ""
         jax.monitoring.register_event_duration_secs_listener(self._write_program)
-        self._open.callback(jax.monitoring.unregister_event_duration_listener, self._write_program)
+        self.callback(jax.monitoring.unregister_event_duration_listener, self._write_program)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same values as TensorBoard events."""
@@ -171,7 +172,7 @@ class Logbook:
             self._compiling = step, ""
 
     def _write_program(self, event: str, duration_secs: float, **about: Any) -> None:
-        """A line of compilations.jsonl for each program that jax compiles or takes from its cache."""
+        """A line of compilations.jsonl per program that jax compiles or takes from its cache."""
         if event != _COMPILED:
             return
         step, bucket = self._compiling
@@ -200,10 +201,6 @@ class Logbook:
             return
         eta = "" if remaining is None else f"  ETA {_duration(remaining)}"
         self.log(f"step {step}/{self._total}  {text}{eta}")
-
-    def close(self) -> None:
-        """Flushes and closes everything."""
-        self._open.close()
 
 
 def _duration(seconds: float) -> str:

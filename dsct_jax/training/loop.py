@@ -334,7 +334,7 @@ def train_loop(
     meter: Meter,
     best: Best,
     validate: Callable[[int, TrainState], tuple[dict[str, Any], Mapping[str, Any]]],
-    learning_rates: Callable[[int], Mapping[str, float]],
+    learning_rates: Callable[[int], dict[str, float]],
     max_programs: int,
     profile: tuple[int, int] | None = None,
 ) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from PIL import Image
 import train
 from dsct_jax.batch import Predictions
 from dsct_jax.config import read_config, to_builtins
-from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import Network
+from dsct_jax.runtime import Preemption
 from dsct_jax.weights.run_directory import load_weights
 
 ROOT = Path(__file__).parents[2]
@@ -105,9 +105,8 @@ def test_every_logged_number_is_finite(unbroken):
 def test_what_should_move_moved_and_what_is_frozen_stayed(unbroken):
     workdir, _ = unbroken
     after, norm_stats, *_ = load_weights(workdir)
-    before, statistics = Network(model_config(read_config(ROOT / "configs" / "debug.py"))).init(
-        seed=0
-    )
+    config = train.RunConfig.from_mapping(read_config(ROOT / "configs" / "debug.py"))
+    before, statistics = Network(config.model).init(seed=0)
     assert after.keys() == before.keys()
     assert norm_stats.keys() == statistics.keys() == set()  # group norm: no statistics
     moved = {name for name in after if not np.array_equal(after[name], before[name])}
@@ -185,7 +184,9 @@ if sys.argv[1] == "writing":
     sys.addaudithook(while_writing)
 else:
     progress = train.Logbook.progress
-    train.Logbook.progress = lambda self, step, text: kill() if step == int(sys.argv[1]) else progress(self, step, text)
+    train.Logbook.progress = lambda self, step, *text: (
+        kill() if step == int(sys.argv[1]) else progress(self, step, *text)
+    )
 sys.exit(train.main(sys.argv[2:]))
 """
 
@@ -506,12 +507,12 @@ def test_a_stop_between_two_lines_leaves_the_curve_as_it_is(
     assert counting([DEBUG, f"--workdir={tmp_path / 'unbroken'}", *settings]) == 0
     for asked in (3, 4, 7):  # 4: a validation is due, and is made up for
         monkeypatch.setattr(
-            train.Preemption, "reached", lambda self, step, asked=asked: step == asked
+            Preemption, "reached", lambda self, step, asked=asked: step == asked
         )
         assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
         assert f"asked to stop: saved at step {asked};" in capsys.readouterr().out
         assert (tmp_path / "run" / "checkpoints" / str(asked)).is_dir()
-    monkeypatch.setattr(train.Preemption, "reached", lambda self, step: False)
+    monkeypatch.setattr(Preemption, "reached", lambda self, step: False)
     assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "unbroken")
 
