@@ -30,8 +30,7 @@ from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import FILE as FIT_FILE
 from dsct_jax.evaluation.calibration import fit_decoder, save_fit, stored_decoder
 from dsct_jax.evaluation.collect import collect_results
-from dsct_jax.evaluation.evaluate import RESAMPLES, evaluate, write_evaluation
-from dsct_jax.evaluation.measures import LOWER_IS_BETTER
+from dsct_jax.evaluation.evaluate import LOWER_IS_BETTER, RESAMPLES, evaluate, write_evaluation
 from dsct_jax.evaluation.report import format_table
 from dsct_jax.evaluation.results import ResultsInfo, Shown, SplitResults
 from dsct_jax.model.build import FlatParams, Network, network_config

@@ -7,7 +7,6 @@ from typing import TypeVar
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
-from numpy.typing import ArrayLike
 
 AnyArray = TypeVar(
     "AnyArray", Array, np.ndarray
@@ -26,7 +25,9 @@ def xyxy_to_cxcywh(boxes: Num[AnyArray, "*n 4"]) -> Num[AnyArray, "*n 4"]:
     return _namespace(boxes).concatenate([(low + high) / 2, high - low], axis=-1)
 
 
-def to_pixels(boxes: Num[np.ndarray, "*n 4"], sizes: ArrayLike) -> Num[np.ndarray, "*n 4"]:
+def to_pixels(
+    boxes: Num[np.ndarray, "*n 4"], sizes: tuple[int, int] | np.ndarray
+) -> Num[np.ndarray, "*n 4"]:
     """(cx, cy, w, h) in [0, 1] of images of these (height, width) -> (x1, y1, x2, y2) in pixels."""
     return cxcywh_to_xyxy(boxes) * np.asarray(sizes, boxes.dtype)[..., [1, 0, 1, 0]]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dsct_jax.errors import UserError
 
@@ -25,7 +25,7 @@ Size = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What evaluation and prediction do to a image: its size, and the (height, width) canvases it
+    """What evaluation and prediction do to an image: its size, and the (height, width) canvases it
     may be padded to.
     """
 
@@ -43,34 +43,58 @@ DECODE_ERRORS = (
     struct.error,
     Image.DecompressionBombError,
 )
+_ORIENTATION = 0x0112  # the EXIF tag
+_SIXTEEN_BITS = ("PNG", "PPM")  # formats whose mode I means 16 bits
 
 
-def decode_image(path: Path, encoded: bytes | None = None) -> Image.Image:
-    """The RGB image in a file, or in the bytes read from it, of any mode PIL reads.
+def decode_image(path: Path, encoded: bytes | None = None, *, upright: bool = False) -> Image.Image:
+    """The RGB image in a file, or in the bytes read from it, of any mode that `to_rgb` converts.
 
-    Alpha is dropped, palettes and CMYK are converted, 16-bit grey keeps its high byte.
-
-    An EXIF orientation is NOT applied: the data sets' boxes are given in the frame of the stored
-        pixels.
+    Args:
+        upright: apply the EXIF orientation, as every viewer does. Training does not: the data sets'
+            boxes are given in the frame of the stored pixels.
 
     Raises:
-        UserError: the file is missing, damaged, cut short or no image; the line names it.
+        UserError: the file is missing, damaged, cut short, no image, or of a mode without a known
+            range; the line names it.
     """
     try:
         with Image.open(path if encoded is None else io.BytesIO(encoded)) as image:
-            if image.mode.startswith("I;16"):
-                high_byte = (np.asarray(image) >> 8).astype(np.uint8)
-                return Image.fromarray(high_byte).convert("RGB")
-            # Asking for RGB from a palette with transparency would warn; through RGBA the alpha is
-            # dropped all the same.
-            return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+            return to_rgb(image, str(path), upright=upright)
     except FileNotFoundError:
         raise UserError(f"{path}: no such image file") from None
+    except UserError:
+        raise
     except DECODE_ERRORS as error:
         raise UserError(
             f"{path}: cannot be read as an image "
             f"({' '.join(str(error).split()) or type(error).__name__})"
         ) from None
+
+
+def to_rgb(image: Image.Image, name: str, *, upright: bool) -> Image.Image:
+    """An open image as RGB: alpha is dropped, palettes and CMYK are converted, 16-bit grey keeps
+    its high byte.
+
+    Raises:
+        UserError: grey of 32 bits, whole numbers or floating point, which may mean any range.
+    """
+    image.load()  # Pillow turns some files while it reads them, and then has no orientation left
+    if upright and image.getexif().get(_ORIENTATION, 1) != 1:
+        image_format = image.format
+        image = ImageOps.exif_transpose(image)
+        image.format = image_format
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "32-bit whole numbers" if image.mode == "I" else "32-bit floating point"
+        raise UserError(
+            f"{name}: grey of {kind} (PIL mode {image.mode}) says no range; save it with 8 or 16 "
+            "bits, unsigned"
+        )
+    # Asking for RGB from a palette with transparency would warn; through RGBA the alpha is dropped
+    # all the same.
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
 def resized_size(
@@ -80,8 +104,8 @@ def resized_size(
     `max_long_side`, as DETR does it.
 
     Source: released datasets/transforms.py:93-105. The long side is truncated, not rounded, and may
-        pass the limit by a pixel or two because the
-    short side is rounded first (480x1500 at 800/1333 becomes 427x1334).
+    pass the limit by a pixel or two because the short side is rounded first (480x1500 at 800/1333
+    becomes 427x1334).
     """
     shortest, longest = min(height, width), max(height, width)
     if max_long_side is not None and longest / shortest * short_side > max_long_side:

@@ -36,7 +36,8 @@ def fit_decoder(results: SplitResults) -> Decoder:
     Raises:
         UserError: no labelled person.
     """
-    decoder, people = results.about.decoder, select_people(results)[0].labelled()
+    decoder, (everyone, _) = results.about.decoder, select_people(results)
+    people = everyone.labelled(len(results.image_ids))
     multi_label, thresholds = decoder.multi_label, None
     if multi_label:
         thresholds = tuple(fit_thresholds(people.probabilities, people.labels).tolist())

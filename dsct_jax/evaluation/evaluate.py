@@ -71,7 +71,7 @@ def evaluate(
     about = results.about
     decoder = unless_fitted_on(about.split, about.decoder if decoder is None else decoder)
     everyone, mean_candidates = select_people(results, nms_threshold=nms_threshold)
-    people = everyone.labelled()
+    people = everyone.labelled(len(results.image_ids))
     metrics: dict[str, Any] = {
         "protocol": about.protocol,
         "split": about.split,

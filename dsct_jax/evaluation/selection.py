@@ -37,13 +37,13 @@ class People:
         """Those of them for whom `which` is True."""
         return People(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
 
-    def labelled(self) -> "People":
-        """Those that carry a label. Raises UserError where nobody does."""
+    def labelled(self, num_images: int) -> "People":
+        """Those that carry a label. Raises UserError, with the number of images, for nobody."""
         carries = self.labels.any(-1)
         if not carries.any():
             raise UserError(
-                "nothing to evaluate: no image has a person with a label; check the annotation "
-                "file of the split"
+                f"nothing to evaluate: none of the {num_images} images has a person with a label; "
+                "check the annotation file of the split"
             )
         return self.take(carries)
 
