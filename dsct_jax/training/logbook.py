@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,26 +92,26 @@ class Logbook(contextlib.ExitStack):
     def __init__(
         self,
         workdir: Path,
+        config: Mapping[str, Any],
         *,
         start_step: int,
         total_steps: int,
         validation_owed: bool = False,
-        wandb: str = "",
-        config: Mapping[str, Any] | None = None,
     ):
-        """`validation_owed`: that of `start_step` comes once more, and its line with it. `wandb`
-        names a Weights & Biases project that gets the same numbers; "" = none. Raises UserError
-        when its package is missing.
+        """`config` is that of the run: its train.wandb names a Weights & Biases project that gets
+        the same numbers. `validation_owed`: that of `start_step` comes once more, and its line with
+        it. Raises UserError when the package wandb is missing.
         """
         super().__init__()
-        self.workdir, self._total = workdir, total_steps
+        self.workdir, self._start, self._total = workdir, start_step, total_steps
         self._writers: list[Callable[[int, Mapping[str, float]], None]] = []
         self._bar: tqdm | None = None
         self._silent = jax.process_index() != 0
         if self._silent:
             return
-        if wandb:
-            run = _start_wandb(wandb, workdir, config or {})
+        self._changed = write_settings(config, workdir)
+        if config["train"]["wandb"]:
+            run = _start_wandb(workdir, config)
             self._writers.append(lambda step, scalars: run.log(dict(scalars), step=step))
             self.callback(run.finish)
         _drop_lines(workdir / "metrics.jsonl", after=start_step, validation=validation_owed)
@@ -140,20 +140,21 @@ class Logbook(contextlib.ExitStack):
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
 
-    def log_changes(
-        self, changed: Sequence[str], stored: Mapping[str, Any], *, steps_per_epoch: int
-    ) -> None:
+    def log_changes(self, stored: Mapping[str, Any], *, steps_per_epoch: int) -> None:
         """What is different from the start before: settings, and the length of an epoch as its
-        checkpoint's metadata have it.
+        checkpoint's metadata (`stored`) have it.
         """
-        if changed:
-            self.log(f"settings changed since the last start: config.{'; config.'.join(changed)}")
+        if jax.process_count() > 1:
+            self.log(f"process 0 of {jax.process_count()}, the only one that writes")
+        if self._silent or self._start == 0:
+            return
+        if self._changed:
+            fields = "; config.".join(self._changed)
+            self.log(f"settings changed since the last start: config.{fields}")
         before = stored.get("steps_per_epoch", steps_per_epoch)
         if before != steps_per_epoch:
-            self.log(
-                f"the training data or the batch size changed: {before} -> {steps_per_epoch} steps "
-                "per epoch"
-            )
+            what = f"{before} -> {steps_per_epoch} steps per epoch"
+            self.log(f"the training data or the batch size changed: {what}")
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """A picture among the TensorBoard events, and as the newest of its name below `workdir`."""
@@ -209,7 +210,8 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
+def _start_wandb(workdir: Path, config: Mapping[str, Any]) -> Any:
+    project = config["train"]["wandb"]
     try:
         import wandb  # only where it is asked for: it is not among the dependencies
     except ImportError:
