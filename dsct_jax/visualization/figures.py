@@ -130,7 +130,7 @@ def sampling_figure(introspections: Sequence[Introspection], *, layer: int) -> F
     _legend(
         figure,
         {
-            "reference point (colour: person)": ("*", "white"),
+            "reference point (color: person)": ("*", "white"),
             "sampling point, area = weight": ("o", "white"),
         },
     )
