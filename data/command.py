@@ -20,11 +20,8 @@ from dsct_jax.errors import UserError
 
 
 def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`config` with each --config.section.field=value applied.
-
-    Raises:
-        UserError: an argument of another form, a field that does not exist, or a value of another
-            type.
+    """`config` with each --config.section.field=value applied. Raises UserError when an argument of
+    another form, a field that does not exist, or a value of another type.
     """
     from absl import flags  # of the `train` extra, like the next
     from ml_collections import ConfigDict, config_flags
@@ -54,10 +51,8 @@ def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
 
 def data_config(path: Path, overrides: Sequence[str] = ()) -> DataConfig:
     """The data section and the classes of a configuration file, changed by arguments such as
-    --config.data.data_dir=DIR.
-
-    Raises:
-        UserError: the file or an argument cannot be used; the line names it.
+    --config.data.data_dir=DIR. Raises UserError when the file or an argument cannot be used; the
+    line names it.
     """
     config = override(read_config(path), overrides)
     classes = {
@@ -74,12 +69,8 @@ class ConfigParser(Parser):
 
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description)
-        self.add_argument(
-            "--config",
-            type=expanded_path,
-            required=True,
-            help="such as configs/demo.py; --config.data.FIELD=VALUE changes a field",
-        )
+        text = "such as configs/demo.py; --config.data.FIELD=VALUE changes a field"
+        self.add_argument("--config", type=expanded_path, required=True, help=text)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """The flags, and the DataConfig as `data`. Raises UserError."""

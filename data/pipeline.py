@@ -61,8 +61,8 @@ def make_dataset(
         host_index: which contiguous share of every global batch this process gets.
         host_count: the number of such shares.
 
-    Raises:
-        UserError: annotations or images cannot be used, or batch_size is no multiple of host_count.
+    Raises UserError when annotations or images cannot be used, or batch_size is no multiple of
+    host_count.
     """
     if batch_size < 1 or batch_size % host_count:
         raise UserError(
@@ -100,11 +100,8 @@ class Dataset:
 
         Batches are made ahead of their use: in `num_workers` Grain processes when training, else in
         threads of this process (starting processes does not pay for a single evaluation pass).
-        Leaving the loop or closing the iterator stops them.
-
-        Raises:
-            UserError: an image cannot be read and `skip_corrupt` is not set; the line names the
-                file.
+        Leaving the loop or closing the iterator stops them. Raises UserError when an image cannot
+        be read and `skip_corrupt` is not set; the line names the file.
         """
         end = _ENDLESS if self._training else self.steps_per_epoch
         stop = end if steps is None else min(end, start_step + steps)

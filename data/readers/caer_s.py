@@ -20,10 +20,8 @@ _LOOKED_FOR = 100  # images of a list; when none exists the list belongs to anot
 
 
 def read_caer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """The records of one split from `data_dir` and the split's json files or lists.
-
-    Raises:
-        UserError: a file, a line or a class name cannot be used; one line naming it.
+    """The records of one split from `data_dir` and the split's json files or lists. Raises
+    UserError: a file, a line or a class name cannot be used; one line naming it.
     """
     files = config.annotation_files(split)
     are_json = {file.path.suffix == ".json" for file in files}

@@ -3,7 +3,6 @@ head-box annotations.
 """
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from data.readers.records import ReadReport, Record, RecordBuilder, reading
 from dsct_jax.errors import UserError
 
 EMOTIC_BITS = 26
+_LARGEST = 1e9  # pixels: more, as infinity, is no number of pixels
 
 
 def decode_bits(mask: int, num_classes: int) -> list[int]:
@@ -36,9 +36,8 @@ def read_coco(
         split: train, val or test.
         locate: (folder that the names start from, file_name) -> path of an image.
 
-    Raises:
-        UserError: the json, an image or a category cannot be used; one line naming the file and the
-            annotation.
+    Raises UserError when the json, an image or a category cannot be used; one line naming the file
+    and the annotation.
     """
     files = config.annotation_files(split)
     builder = RecordBuilder([file.path for file in files], config, protocol=_protocol(config))
@@ -85,8 +84,11 @@ def load_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: not valid json ({error}); the file may be empty or cut short"
         ) from None
-    for field in ("images", "annotations"):
-        if not isinstance(document, dict) or not isinstance(document.get(field), list):
+    if not isinstance(document, dict):
+        document = {}
+    document["categories"] = document.get("categories") or []
+    for field in ("images", "annotations", "categories"):
+        if not isinstance(document.get(field), list):
             raise UserError(f"{path}: not a COCO-style document: the list '{field}' is missing")
         if not all(isinstance(entry, dict) for entry in document[field]):
             raise UserError(f"{path}: not a COCO-style document: '{field}' must hold objects")
@@ -147,7 +149,7 @@ def _corners(path: Path, annotation: dict) -> tuple[float, float, float, float]:
     if (
         not isinstance(box, list)
         or len(box) != 4
-        or not all(isinstance(value, int | float) and not math.isinf(value) for value in box)
+        or not all(isinstance(value, int | float) and not abs(value) > _LARGEST for value in box)
     ):
         raise UserError(
             f"{path}: annotation {annotation.get('id')} needs a bbox [x, y, width, height] in "
@@ -217,8 +219,7 @@ def _class_of_category(
         for one in _category_ids(annotation)
         if _is_id(one)
     }
-    categories = document.get("categories") or []
-    if not categories:
+    if not document["categories"]:
         if used and 0 not in used and 1 in used:
             builder.report.suspicious.append(
                 f"{path.name} has no categories, and no annotation has category_id 0: ids are "
@@ -226,10 +227,10 @@ def _class_of_category(
             )
         return {index: index for index in range(len(config.class_names))}
     result: dict[Any, int] = {}
-    for category in categories:
-        name = category.get("name") if isinstance(category, dict) else None
-        category_id = _whole(category.get("id")) if isinstance(category, dict) else None
-        if category_id not in used and builder.find_class(name) is None:
+    for category in document["categories"]:
+        name, category_id = category.get("name"), _whole(category.get("id"))
+        is_used = _is_id(category_id) and category_id in used
+        if not is_used and builder.find_class(name) is None:
             builder.report.notes.append(f"category {name!r} of {path.name} skipped, nobody has it")
             continue
         index = builder.class_index(name, f"{path}: category")

@@ -51,11 +51,8 @@ class _Person:
 
 def read_emotic(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
     """The records of one split of a .mat, .t7 or .csv file, in the order in which the images first
-    appear; people of one image need not be adjacent.
-
-    Raises:
-        UserError: the file, a person or a category cannot be used; one line naming the file and the
-            person.
+    appear; people of one image need not be adjacent. Raises UserError when the file, a person or a
+    category cannot be used; one line naming the file and the person.
     """
     files = config.annotation_files(split)
     protocol = _protocol(files[0].path, config)

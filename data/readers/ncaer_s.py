@@ -16,11 +16,8 @@ _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 def read_ncaer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
     """The records of the folder that the split's own field names below images/ and crop/ of
-    `data_dir`, by class and name.
-
-    Raises:
-        UserError: a folder, a class name, an image or a crop file cannot be used; one line naming
-            it.
+    `data_dir`, by class and name. Raises UserError when a folder, a class name, an image or a crop
+    file cannot be used; one line naming it.
     """
     root = Path(config.data_dir)
     top = root / "images" / config.annotation_file(split)

@@ -32,7 +32,6 @@ NAME = "dsct"
 VERSION = "1.0.0"  # changes with the form, so that no program reads one that it does not know
 SUMMARY = "prepared.json"
 AGAIN = "remove the folder and run python -m data prepare again"
-SHARD_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 def folder(data_dir: str | Path) -> Path:
@@ -111,11 +110,8 @@ def write_index(path: Path, records: list[Record]) -> None:
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
-    """What prepared.json says, its files being all there in full length.
-
-    Raises:
-        UserError: nothing was prepared here, or not to the end, or a file is missing or of another
-            length.
+    """What prepared.json says, its files being all there in full length. Raises UserError when
+    nothing was prepared here, or not to the end, or a file is missing or of another length.
     """
     path = directory / SUMMARY
     try:
@@ -138,11 +134,8 @@ def read_summary(directory: Path) -> dict[str, Any]:
 
 def read_prepared(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
     """The records of a split as `python -m data prepare` got them from the raw files;
-    `config.data_dir` is its --output.
-
-    Raises:
-        UserError: the form is incomplete or damaged, was made for other classes, or lacks the
-            split.
+    `config.data_dir` is its --output. Raises UserError when the form is incomplete or damaged, was
+    made for other classes, or lacks the split.
     """
     directory = folder(config.data_dir)
     summary = read_summary(directory)

@@ -126,13 +126,14 @@ def reading(path: Path, what: str, *errors: type[Exception]) -> Iterator[None]:
     """Around what reads an annotation file: raises UserError, naming the file, when it is missing
     or (`errors`) is not `what`.
     """
+    unusable: tuple[type[Exception], ...] = (OSError, UnicodeDecodeError, *errors)
     try:
         yield
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such annotation file; set config.data.data_dir and the split's file name"
         ) from None
-    except (OSError, UnicodeDecodeError, *errors) as error:
+    except unusable as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be read as {what} ({reason})") from None
 
@@ -213,11 +214,8 @@ class RecordBuilder:
         annotated_size: tuple[int, int] | None = None,
     ) -> None:
         """One image with the (x1, y1, x2, y2) pixel boxes of its people and the class indices of
-        each; no box at all is written with NaN.
-
-        Raises:
-            UserError: the image is missing or damaged and `skip_corrupt` is not set, or it shows
-                more people than `max_targets`.
+        each; no box at all is written with NaN. Raises UserError when the image is missing or
+        damaged and `skip_corrupt` is not set, or it shows more people than `max_targets`.
         """
         report = self.report
         try:

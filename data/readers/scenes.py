@@ -7,7 +7,7 @@ to find their heads (the boxes) and say what they feel. The emotion follows from
 
     1. a face with an expression: the emotion is the expression's, whatever else there is;
     2. a neutral face: the emotion of the object held before the chest;
-    3. neutral, empty-handed, but holding hands with a neighbour: the neighbour's expression;
+    3. neutral, empty-handed, but holding hands with a neighbor: the neighbor's expression;
     4. neutral, empty-handed and alone: the setting's; in the plain setting the emotion of the
     distant figure on the horizon.
 
@@ -37,7 +37,7 @@ SCENE_CLASSES = ("Anger", "Fear", "Happy", "Sad")  # names of CAER-S
 CUES = ("expression", "near", "far")
 CUE_SHARES = (0.5, 0.3, 0.2)
 
-_NEIGHBOUR_SHARE = 0.5  # of the "near" people that stand beside somebody with an expression
+_NEIGHBOR_SHARE = 0.5  # of the "near" people that stand beside somebody with an expression
 _DISTRACTOR_SHARE = 0.3  # of the people with an expression, who hold an object as well
 _PLAIN_SHARE = 0.35  # of the images with at most three people: plain setting with a distant figure
 _SKINS = ((255, 222, 190), (241, 194, 150), (214, 160, 112), (168, 116, 76), (122, 82, 54))
@@ -71,13 +71,9 @@ def make_scene(seed: int, index: int) -> Scene:
     held, partners = _near_cues(rng, cues)
 
     distant_place = int(rng.integers(0, count + 1)) if plain else -1
-    centres, distant_x, slot = _places(rng, width, partners, distant_place)
-    people = tuple(
-        _person(rng, centre, height, slot, expression, held_object, partner)
-        for centre, expression, held_object, partner in zip(
-            centres, expressions, held, partners, strict=True
-        )
-    )
+    centers, distant_x, slot = _places(rng, width, partners, distant_place)
+    signs = zip(centers, expressions, held, partners, strict=True)
+    people = tuple(_person(rng, height, slot, *of_one) for of_one in signs)
     return Scene(width, height, "" if plain else far, far if plain else "", distant_x, people)
 
 
@@ -90,7 +86,7 @@ def _near_cues(rng: np.random.Generator, cues: list[str]) -> tuple[list[str], li
             for other in (place - 1, place + 1)
             if 0 <= other < len(cues) and cues[other] == "expression" and partners[other] < 0
         ]
-        if cue == "near" and beside and rng.random() < _NEIGHBOUR_SHARE:
+        if cue == "near" and beside and rng.random() < _NEIGHBOR_SHARE:
             partner = int(rng.choice(beside))
             partners[place], partners[partner] = partner, place
         elif cue == "near" or (cue == "expression" and rng.random() < _DISTRACTOR_SHARE):
@@ -119,26 +115,26 @@ def _places(
     slack = width - unit * sum(widths)
     shares = np.array([*gaps, rng.uniform(0.15, 0.5)])
     shares *= slack / shares.sum()
-    centres, x = [], 0.0
+    centers, x = [], 0.0
     for gap, slot in zip(shares, widths, strict=False):
-        centres.append(float(x + gap + unit * slot / 2))
+        centers.append(float(x + gap + unit * slot / 2))
         x += gap + unit * slot
-    distant_x = centres.pop(distant_place) if distant_place >= 0 else -1.0
-    return centres, distant_x, unit
+    distant_x = centers.pop(distant_place) if distant_place >= 0 else -1.0
+    return centers, distant_x, unit
 
 
 def _person(
     rng: np.random.Generator,
-    centre: float,
     height: int,
     slot: float,
+    x: float,
     expression: str,
     held: str,
     partner: int,
 ) -> Person:
     head = min(slot * rng.uniform(0.86, 0.95), 46.0)
     return Person(
-        x=centre,
+        x=x,
         y=height * rng.uniform(0.27, 0.40),
         head=head,
         slot=slot,
@@ -164,19 +160,17 @@ def decide(scene: Scene, person: Person) -> tuple[str, str]:
 
 
 def all_emotions(scene: Scene, person: Person) -> set[str]:
-    """Every emotion that bears on a person: shown, held, of the neighbour whose hand they hold, of
+    """Every emotion that bears on a person: shown, held, of the neighbor whose hand they hold, of
     the surroundings.
     """
-    neighbour = scene.people[person.partner].expression if person.partner >= 0 else ""
-    return {person.expression, person.held, neighbour, scene.setting or scene.distant} - {""}
+    neighbor = scene.people[person.partner].expression if person.partner >= 0 else ""
+    return {person.expression, person.held, neighbor, scene.setting or scene.distant} - {""}
 
 
 def read_scenes(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
     """The first N scenes of a split, N being the value of the split's own field; the splits have
-    nothing in common, the run's seed plays no part.
-
-    Raises:
-        UserError: the number is none, or `class_names` lacks one of SCENE_CLASSES.
+    nothing in common, the run's seed plays no part. Raises UserError when the number is none, or
+    `class_names` lacks one of SCENE_CLASSES.
     """
     value = config.annotation_file(split)
     if not value.isdecimal() or int(value) == 0:
@@ -189,22 +183,17 @@ def read_scenes(config: DataConfig, split: str) -> tuple[list[Record], ReadRepor
             f"config.class_names lacks {', '.join(missing)}: the built-in scenes need "
             f"{', '.join(SCENE_CLASSES)}"
         )
-    seed = SPLITS.index(split)
-    records = [
-        _record(config, seed, index, f"scene {split}/{index}") for index in range(int(value))
-    ]
+    records = [_record(config, split, index) for index in range(int(value))]
+    report = ReadReport(f"built-in scenes {split}", images=len(records))
     for record in records:
-        require_room(config, f"built-in scenes {split}", record.name, len(record.boxes))
-    report = ReadReport(
-        f"built-in scenes {split}",
-        images=len(records),
-        people=sum(len(record.boxes) for record in records),
-    )
+        require_room(config, report.source, record.name, len(record.boxes))
+        report.people += len(record.boxes)
     return records, report
 
 
-def _record(config: DataConfig, seed: int, index: int, name: str) -> Record:
-    scene = make_scene(seed, index)
+def _record(config: DataConfig, split: str, index: int) -> Record:
+    image = SceneImage(SPLITS.index(split), index)
+    scene, name = make_scene(image.seed, index), f"scene {split}/{index}"
     labels = np.zeros((len(scene.people), len(config.class_names)), np.float32)
     decided = [decide(scene, person) for person in scene.people]
     for row, person, (_, emotion) in zip(labels, scene.people, decided, strict=True):
@@ -212,5 +201,4 @@ def _record(config: DataConfig, seed: int, index: int, name: str) -> Record:
             row[config.class_names.index(one)] = 1
     boxes = np.array([person.head_box for person in scene.people], np.float32)
     cues = tuple(cue for cue, _ in decided)
-    image = SceneImage(seed, index)
     return Record(index, image, scene.width, scene.height, boxes, labels, name, cues)

@@ -33,11 +33,8 @@ def load_torch7(path: Path) -> Any:
     and storage -> numpy array.
 
     A table whose keys are 1, 2, ... n becomes a list, another table a dict; an empty one the empty
-    list.
-
-    Raises:
-        UserError: the file is missing, cut short, no Torch7 file, or holds functions or other
-            classes than tensors.
+    list. Raises UserError when the file is missing, cut short, no Torch7 file, or holds functions
+    or other classes than tensors.
     """
     with reading(path, "a Torch7 file"):
         content = path.read_bytes()

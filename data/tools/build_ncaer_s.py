@@ -13,6 +13,7 @@ it was. The authors' number of parts and detector are not published.
 import argparse
 import csv
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -22,7 +23,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -59,25 +60,12 @@ class Video:
     digest: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Frame:
-    """One line of the manifest."""
-
-    split: str
-    label: str
-    video: str
-    video_hash: str
-    part: int
-    frame: int  # index in the video, from 0
-    image: str  # below images/
-    image_hash: str
-    x1: int
-    y1: int
-    x2: int
-    y2: int
-
-
-COLUMNS = tuple(field.name for field in dataclasses.fields(Frame))
+# of the manifest; `frame` is an index in the video, from 0, `image` a path below images/
+COLUMNS = (
+    *("split", "label", "video", "video_hash", "part", "frame", "image", "image_hash"),
+    *("x1", "y1", "x2", "y2"),
+)
+Row = dict[str, Any]  # column -> value, or its text where it was read from a file
 
 
 def find_videos(root: Path) -> tuple[list[Video], list[str]]:
@@ -85,10 +73,7 @@ def find_videos(root: Path) -> tuple[list[Video], list[str]]:
     because another has its content.
 
     Of equal videos that of test stays, then that of val, then the first, so that no split but train
-    loses anything to another.
-
-    Raises:
-        UserError: the folder is missing or holds no videos.
+    loses anything to another. Raises UserError when the folder is missing or holds no videos.
     """
     if not root.is_dir():
         raise UserError(f"--videos={root}: no such folder")
@@ -107,12 +92,9 @@ def find_videos(root: Path) -> tuple[list[Video], list[str]]:
     found: dict[str, Video] = {}
     skipped = []
     targets: dict[tuple[str, str, str], Path] = {}
-    in_order = sorted(
-        split_of, key=lambda path: (("test", "val", "train").index(split_of[path]), path)
-    )
-    for path in progress(
-        in_order, total=len(in_order), what="looking for equal videos", unit="video"
-    ):
+    rank = {"test": 0, "val": 1, "train": 2}
+    paths = sorted(split_of, key=lambda path: (rank[split_of[path]], path))
+    for path in progress(paths, total=len(paths), what="looking for equal videos", unit="video"):
         name, split, label = path.relative_to(root).as_posix(), split_of[path], path.parent.name
         twin = targets.setdefault((split, label, path.stem), path)
         if twin != path:
@@ -146,10 +128,7 @@ def read_frames(
     path: Path, parts: int, seed: Sequence[int]
 ) -> list[tuple[int, int, UInt8[np.ndarray, "h w 3"]]]:
     """(part, frame, RGB image) of the chosen frames of a video. Videos are read from their
-    beginning: seeking is inexact in many formats.
-
-    Raises:
-        UserError: the file cannot be read as a video.
+    beginning: seeking is inexact in many formats. Raises UserError for other files.
     """
     cv2 = opencv()
     count = int(cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT))
@@ -170,15 +149,13 @@ def read_frames(
     raise UserError(f"{path}: cannot be read as a video")
 
 
-def build_video(
-    video: Video, output: Path, settings: Settings, detect: FaceDetector
-) -> list[Frame]:
-    """Writes the images and crops of one video and returns their lines of the manifest. Raises
+def build_video(video: Video, output: Path, settings: Settings, detect: FaceDetector) -> list[Row]:
+    """Writes the images and crops of one video and returns their rows of the manifest. Raises
     UserError naming a video that cannot be read.
     """
     # of its name, so that other videos change nothing for this one
     name_seed = int.from_bytes(hashlib.sha256(video.name.encode()).digest()[:8], "little")
-    frames = []
+    rows = []
     for part, frame, pixels in read_frames(video.path, settings.parts, (settings.seed, name_seed)):
         name = f"{video.split}/{video.label}/{video.path.stem}_{part:02}"
         image, crop = output / "images" / f"{name}.jpg", output / "crop" / f"{name}.txt"
@@ -188,35 +165,32 @@ def build_video(
         box = largest_face(detect(pixels), *pixels.shape[:2]) or (0, 0, 0, 0)
         crop.write_text(",".join(map(str, box)) + "\n")
         source = (video.split, video.label, video.name, video.digest)
-        frames.append(Frame(*source, part, frame, f"{name}.jpg", _digest(image), *box))
-    return frames
+        values = (*source, part, frame, f"{name}.jpg", _digest(image), *box)
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
 
 
-_detect: FaceDetector | None = None  # of this worker process
-
-
-def _start_worker(detector: str) -> None:
-    global _detect
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     opencv().setNumThreads(1)
-    _detect = make_detector(detector)
 
 
-def _work(video: Video, output: Path, settings: Settings) -> list[Frame] | str:
-    assert _detect is not None
+_detector = functools.cache(make_detector)  # one per worker process
+
+
+def _work(video: Video, output: Path, settings: Settings) -> list[Row] | str:
     try:
-        return build_video(video, output, settings, _detect)
+        return build_video(video, output, settings, _detector(settings.detector))
     except UserError as error:
         return str(error)
 
 
 def build_all(
     videos: Sequence[Video], output: Path, settings: Settings, workers: int
-) -> Iterator[list[Frame] | str]:
-    """The lines of each video as it is done, in any order, or why it cannot be used."""
-    with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (settings.detector,)
-    ) as pool:
+) -> Iterator[list[Row] | str]:
+    """The rows of each video as it is done, in any order, or why it cannot be used."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, _start_worker) as pool:
         jobs = [pool.submit(_work, video, output, settings) for video in videos]
         try:
             for job in as_completed(jobs):
@@ -225,7 +199,7 @@ def build_all(
             pool.shutdown(cancel_futures=True)
 
 
-def open_build(output: Path, settings: Settings) -> list[Frame]:
+def open_build(output: Path, settings: Settings) -> list[Row]:
     """What an interrupted build of these settings has finished. Raises UserError when the folder
     holds a build of other settings.
     """
@@ -237,53 +211,39 @@ def open_build(output: Path, settings: Settings) -> list[Frame]:
             "name another folder"
         )
     path.write_text(json.dumps(values) + "\n")
-    source = output / "manifest.part.csv"
-    if not source.exists():
-        source = output / "manifest.csv"
-    if not source.exists():
+    sources = [output / "manifest.part.csv", output / "manifest.csv"]
+    source = next((path for path in sources if path.exists()), None)
+    if source is None:
         return []
-    kinds: list[Any] = [field.type for field in dataclasses.fields(Frame)]
-    whole = [line for line in source.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    frames = [
-        Frame(*(kind(cell) for cell, kind in zip(row, kinds, strict=True)))
-        for row in csv.reader(whole[1:])
-    ]
+    lines = [line for line in source.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    rows = list(csv.DictReader(lines))
     # of the last video some lines may be lost
-    return [frame for frame in frames if frame.video != frames[-1].video]
+    return [row for row in rows if row["video"] != rows[-1]["video"]]
 
 
-def _write_rows(file: TextIO, rows: Sequence[Sequence[Any]]) -> None:
-    csv.writer(file, lineterminator="\n").writerows(rows)
+def _write_rows(file: IO[str], rows: Sequence[Row]) -> None:
+    csv.DictWriter(file, COLUMNS, lineterminator="\n").writerows(rows)
     file.flush()
 
 
-def write_manifest(frames: Sequence[Frame], path: Path) -> None:
-    """The manifest of these frames, there in full or not at all."""
+def write_manifest(rows: Sequence[Row], path: Path) -> None:
+    """The manifest of these rows, there in full or not at all."""
     with whole_file(path, newline="") as file:
-        _write_rows(file, [COLUMNS, *map(dataclasses.astuple, frames)])
+        _write_rows(file, [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows])
 
 
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--videos",
-        type=expanded_path,
-        required=True,
-        help="folder with {train,validation,test}/<Class>/*.avi",
-    )
-    parser.add_output(
-        "--output", folder=True, required=True, help="folder for images/, crop/ and manifest.csv"
-    )
-    parser.add_argument(
-        "--parts", type=int, default=4, help="stretches of a video that give one frame each"
-    )
+    text = "folder with {train,validation,test}/<Class>/*.avi"
+    parser.add_argument("--videos", type=expanded_path, required=True, help=text)
+    text = "folder for images/, crop/ and manifest.csv"
+    parser.add_output("--output", folder=True, required=True, help=text)
+    text = "stretches of a video that give one frame each (default 4)"
+    parser.add_argument("--parts", type=int, default=4, help=text)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--detector",
-        default="haar",
-        help="haar, yunet:MODEL.onnx, or MODULE:NAME, a function of your own (data/tools/faces.py)",
-    )
+    text = "haar, yunet:MODEL.onnx, or MODULE:NAME, a function of your own (data/tools/faces.py)"
+    parser.add_argument("--detector", default="haar", help=text)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     return parser
 
@@ -298,32 +258,27 @@ def run(arguments: argparse.Namespace) -> int:
     videos, skipped = find_videos(arguments.videos)
     output: Path = arguments.output
     known = {video.name for video in videos}
-    frames = [frame for frame in open_build(output, settings) if frame.video in known]
-    done = {frame.video for frame in frames}
+    rows = [row for row in open_build(output, settings) if row["video"] in known]
+    done = {row["video"] for row in rows}
     rest = [video for video in videos if video.name not in done]
-    unfinished = output / "manifest.part.csv"
-    write_manifest(frames, unfinished)
-    unusable = []
+    unfinished, unusable = output / "manifest.part.csv", []
+    write_manifest(rows, unfinished)
     results = build_all(rest, output, settings, arguments.workers)
     with unfinished.open("a", newline="") as file:
         for result in progress(results, total=len(rest), what="frames", unit="video"):
             if isinstance(result, str):
                 unusable.append(result)
-                continue
-            _write_rows(file, [dataclasses.astuple(frame) for frame in result])
-            frames += result
-    frames.sort(key=lambda frame: (frame.video, frame.part))
-    write_manifest(frames, output / "manifest.csv")
+            else:
+                _write_rows(file, result)
+                rows += result
+    rows.sort(key=lambda row: (row["video"], int(row["part"])))
+    write_manifest(rows, output / "manifest.csv")
     unfinished.unlink()
     for split in dict.fromkeys(FOLDERS.values()):
-        own = [frame for frame in frames if frame.split == split]
-        faces = sum(frame.x2 > frame.x1 for frame in own)
-        num_videos = len({frame.video for frame in own})
+        own = [row for row in rows if row["split"] == split]
+        faces = sum(int(row["x2"]) > int(row["x1"]) for row in own)
+        num_videos = len({row["video"] for row in own})
         print(f"{split}: {num_videos} videos, {len(own)} images, {faces} with a face")
-    for line in (
-        *(f"- skipped: {line}" for line in skipped),
-        *(f"! {one}" for one in sorted(unusable)),
-    ):
-        print(line)
-    print(f"every frame: {output / 'manifest.csv'}")
+    lines = [f"- skipped: {line}" for line in skipped] + [f"! {line}" for line in sorted(unusable)]
+    print("\n".join([*lines, f"every frame: {output / 'manifest.csv'}"]))
     return 1 if unusable else 0

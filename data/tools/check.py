@@ -22,6 +22,7 @@ from data.readers.records import ReadReport, Record
 from data.readers.registry import read_split
 from data.tools.duplicates import (
     NEAR,
+    NEAR_HELP,
     Fingerprint,
     duplicate_groups,
     exact_groups,
@@ -196,8 +197,9 @@ def count_table(checks: dict[str, SplitCheck]) -> str:
     _, *columns = zip(*rows, strict=True)
     protocol = next(iter(checks.values())).report.protocol
     about = "" if protocol in EXACT else "~"
-    lines = [("split", *head)]
-    for split, images, people, labels in [*rows, ("all", *map(sum, columns))]:
+    lines: list[tuple[str, ...]] = [("split", *head)]
+    rows.append(("all", *(sum(column) for column in columns)))
+    for split, images, people, labels in rows:
         known = _expected(protocol, split)
         if split == "all" and len(checks) < len(SPLITS):
             known = (None, None)
@@ -246,18 +248,8 @@ def as_json(
 def make_parser() -> ConfigParser:
     """The command line."""
     parser = ConfigParser(__doc__)
-    parser.add_argument(
-        "--split",
-        type=splits_argument,
-        default=SPLITS,
-        help="splits to check, with commas; default: all three",
-    )
-    parser.add_argument(
-        "--near",
-        type=int,
-        default=NEAR,
-        help="bits of 256 that images looking alike differ in at most",
-    )
+    parser.add_argument("--split", type=splits_argument, default=SPLITS, help="default: all")
+    parser.add_argument("--near", type=int, default=NEAR, help=NEAR_HELP)
     parser.add_workers("images decoded at once")
     parser.add_output("--report", folder=False, help="json file for everything that is found")
     return parser

@@ -60,10 +60,7 @@ def make_detector(name: str) -> FaceDetector:
 
 def haar() -> FaceDetector:
     """Viola and Jones' cascade as OpenCV 4 ships it: no download, upright frontal faces, quick. Its
-    score is 1.
-
-    Raises:
-        UserError: OpenCV is missing, or of version 5, which has no cascades.
+    score is 1. Raises UserError when OpenCV is missing, or of version 5, which has no cascades.
     """
     cv2 = opencv()
     if not hasattr(cv2, "CascadeClassifier"):
@@ -87,10 +84,8 @@ def haar() -> FaceDetector:
 
 def yunet(model: Path, *, min_score: float = 0.7) -> FaceDetector:
     """OpenCV's YuNet; `model` is face_detection_yunet_*.onnx of the OpenCV zoo. Faces of any pose
-    from about 10 pixels on.
-
-    Raises:
-        UserError: OpenCV or the file is missing, or the file is no such model.
+    from about 10 pixels on. Raises UserError when OpenCV or the file is missing, or the file is no
+    such model.
     """
     cv2 = opencv()
     if not model.is_file():
@@ -124,10 +119,8 @@ def _rows(found: np.ndarray, scores: np.ndarray | float = 1.0) -> Float32[np.nda
 
 def largest_face(faces: np.ndarray, height: int, width: int) -> tuple[int, int, int, int] | None:
     """(x1, y1, x2, y2), in whole pixels inside the image, of the one of a detector's `faces` [n 5]
-    with the largest area there; None without a face.
-
-    Raises:
-        UserError: `faces` is no [n 5] array of numbers.
+    with the largest area there; None without a face. Raises UserError when `faces` is no [n 5]
+    array of numbers.
     """
     shape = getattr(faces, "shape", faces)
     if not isinstance(faces, np.ndarray) or shape[1:] != (5,) or faces.dtype.kind not in "fiu":

@@ -30,7 +30,6 @@ from data.config import SPLITS, DataConfig
 from data.readers.prepared import (
     AGAIN,
     NAME,
-    SHARD_TEMPLATE,
     SUMMARY,
     features,
     folder,
@@ -62,10 +61,6 @@ class Shard:
         """Written when the shard is complete: its size, checksum and skipped images."""
         return self.path.with_name(self.path.name + ".done")
 
-    def done(self) -> dict[str, Any]:
-        """What the mark says."""
-        return json.loads(self.mark.read_text(encoding="utf-8"))
-
 
 def prepare(
     config: DataConfig,
@@ -87,9 +82,8 @@ def prepare(
         short_side: longest short side in pixels of a stored image; None keeps every image as it is.
         workers: threads that decode and encode.
 
-    Raises:
-        UserError: the raw data cannot be used, the folder holds another preparation, or the disk is
-            full (what is written stays for the next call).
+    Raises UserError when the raw data cannot be used, the folder holds another preparation, or the
+    disk is full (what is written stays for the next call).
     """
     if config.source == "prepared":
         raise UserError(
@@ -159,6 +153,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _size_and_sum(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _template(directory: Path, split: str) -> Any:
+    """The names of a split's shards, as tensorflow-datasets has them. Its own builder would write
+    them in one process, and all of them again after a kill.
+    """
+    return tfds.core.ShardedFileTemplate(
+        data_dir=directory, dataset_name=NAME, split=split, filetype_suffix="array_record"
+    )
+
+
 def _begin(directory: Path, fingerprint: str) -> None:
     """Notes what is being prepared, so that nothing else is mixed with what an interrupted call has
     left.
@@ -175,11 +182,12 @@ def _begin(directory: Path, fingerprint: str) -> None:
 def _shards(directory: Path, records: dict[str, list[Record]], shard_images: int) -> list[Shard]:
     shards = []
     for split, found in records.items():
-        starts = range(0, len(found), shard_images)
-        for number, start in enumerate(starts):
-            name = f"{NAME}-{split}.array_record-{number:05d}-of-{len(starts):05d}"
-            part = tuple(found[start : start + shard_images])
-            shards.append(Shard(directory / name, split, part))
+        parts = [
+            found[start : start + shard_images] for start in range(0, len(found), shard_images)
+        ]
+        paths = _template(directory, split).sharded_filepaths(len(parts))
+        for path, part in zip(paths, parts, strict=True):
+            shards.append(Shard(Path(path), split, tuple(part)))
     return shards
 
 
@@ -225,7 +233,7 @@ def _write_shard(shard: Shard, config: DataConfig, short_side: int | None) -> No
     except RuntimeError as error:  # array_record's only word for a disk that is full
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{temporary}: cannot be written ({reason}); {_MAKE_ROOM}") from None
-    done = {"bytes": temporary.stat().st_size, "sha256": sha256(temporary), "skipped": skipped}
+    done = _size_and_sum(temporary) | {"skipped": skipped}
     temporary.replace(shard.path)
     with whole_file(shard.mark) as file:
         json.dump(done, file)
@@ -269,20 +277,20 @@ def _finish(
     for split, report in reports.items():
         lengths, kept, size = [], [], 0
         for shard in [shard for shard in shards if shard.split == split]:
-            done = shard.done()
-            skipped = done["skipped"]
-            left = [record for record in shard.records if record.name not in skipped]
+            files[shard.path.name] = done = json.loads(shard.mark.read_text(encoding="utf-8"))
+            skipped = done.pop("skipped")
             report["unreadable_images"] += skipped.values()
             report["unreadable"] += len(skipped)
-            files[shard.path.name] = {name: done[name] for name in ("bytes", "sha256")}
+            left = [record for record in shard.records if record.name not in skipped]
             lengths.append(len(left))
             kept += left
             size += done["bytes"]
         report["images"], report["people"] = len(kept), sum(len(one.boxes) for one in kept)
         index = directory / f"index_{split}.npz"
         write_index(index, kept)
-        files[index.name] = {"bytes": index.stat().st_size, "sha256": sha256(index)}
-        infos.append(_split_info(directory, split, lengths, size))
+        files[index.name] = _size_and_sum(index)
+        template = _template(directory, split)
+        infos.append(tfds.core.SplitInfo(split, lengths, size, template))
     tfds.folder_dataset.write_metadata(
         data_dir=str(directory),
         features=features(len(config.class_names)),
@@ -304,22 +312,6 @@ def _finish(
         path.unlink()
 
 
-def _split_info(directory: Path, split: str, lengths: list[int], size: int) -> Any:
-    """What tensorflow-datasets reads first of a split. Its own builder would write the shards in
-    one process, and all of them again after a kill.
-    """
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=directory,
-        dataset_name=NAME,
-        split=split,
-        filetype_suffix="array_record",
-        template=SHARD_TEMPLATE,
-    )
-    return tfds.core.SplitInfo(
-        name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
-    )
-
-
 def verify(output: Path) -> int:
     """Compares every file with its checksum and returns how many there are. Raises UserError naming
     the first that differs.
@@ -335,23 +327,16 @@ def verify(output: Path) -> int:
 def make_parser() -> ConfigParser:
     """The command line."""
     parser = ConfigParser(__doc__)
-    parser.add_output(
-        "--output",
-        folder=True,
-        required=True,
-        help="folder of the prepared data: later config.data.data_dir",
-    )
-    parser.add_argument(
-        "--split", action="append", choices=SPLITS, help="only this one; may be given several times"
-    )
-    parser.add_argument(
-        "--short_side", type=int, help="reduce images whose short side has more pixels than this"
-    )
+    text = "folder of the prepared data: later config.data.data_dir"
+    parser.add_output("--output", folder=True, required=True, help=text)
+    text = "only this one; may be given several times"
+    parser.add_argument("--split", action="append", choices=SPLITS, help=text)
+    text = "reduce images whose short side has more pixels than this"
+    parser.add_argument("--short_side", type=int, help=text)
     parser.add_argument("--shard_images", type=int, default=256, help="images per file")
     parser.add_workers("threads")
-    parser.add_argument(
-        "--verify", action="store_true", help="only compare the files there with their checksums"
-    )
+    text = "only compare the files there with their checksums"
+    parser.add_argument("--verify", action="store_true", help=text)
     return parser
 
 

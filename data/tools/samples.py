@@ -23,9 +23,8 @@ def make_parser() -> ConfigParser:
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("-n", "--count", type=int, default=12, help="number of images")
     parser.add_argument("--first", type=int, default=0, help="number of the first one, from 0")
-    parser.add_output(
-        "--output", folder=True, required=True, help="folder for the images and truth.json"
-    )
+    text = "folder for the images and truth.json"
+    parser.add_output("--output", folder=True, required=True, help=text)
     return parser
 
 

@@ -26,10 +26,8 @@ _PAIRS = 3  # raw and transformed, per row of the sheet
 
 def sample_sheet(config: DataConfig, split: str, *, count: int, seed: int) -> Image.Image:
     """The first `count` images that a training with `seed` is shown (or an evaluation, for val and
-    test), each raw and as it goes into a batch.
-
-    Raises:
-        UserError: the data cannot be used; the line names the file.
+    test), each raw and as it goes into a batch. Raises UserError when the data cannot be used; the
+    line names the file.
     """
     records, _ = read_split(config, split)
     sizes = [(record.height, record.width) for record in records]
@@ -90,15 +88,10 @@ def make_parser() -> ConfigParser:
     parser = ConfigParser(__doc__)
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("-n", "--count", type=int, default=24, help="images on it (default 24)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="config.seed of the training to look at (default 0)"
-    )
-    parser.add_output(
-        "--output",
-        folder=False,
-        default=Path("samples.png"),
-        help="the picture (default samples.png)",
-    )
+    text = "config.seed of the training to look at (default 0)"
+    parser.add_argument("--seed", type=int, default=0, help=text)
+    output = Path("samples.png")
+    parser.add_output("--output", folder=False, default=output, help=f"default {output}")
     return parser
 
 

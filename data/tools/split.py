@@ -27,7 +27,7 @@ from data.config import SPLITS, DataConfig
 from data.readers.coco import to_coco
 from data.readers.records import Record
 from data.readers.registry import read_split
-from data.tools.duplicates import NEAR, Fingerprint, fingerprints, near_groups
+from data.tools.duplicates import NEAR, NEAR_HELP, Fingerprint, fingerprints, near_groups
 from dsct_jax.cli import expanded_path
 from dsct_jax.errors import UserError
 
@@ -135,36 +135,18 @@ def _shares(text: str) -> list[float]:
 def make_parser() -> ConfigParser:
     """The command line."""
     parser = ConfigParser(__doc__)
-    parser.add_argument(
-        "--from",
-        dest="source",
-        type=splits_argument,
-        default=["train", "test"],
-        help="splits to divide; train,test",
-    )
-    parser.add_output(
-        "--output", folder=True, required=True, help="folder for train.json, val.json and test.json"
-    )
-    parser.add_argument(
-        "--shares",
-        type=_shares,
-        default=[70, 10, 20],
-        help="of train, val and test; 70,10,20 is the paper's",
-    )
-    parser.add_argument(
-        "--by", choices=["image", "content", "clip"], default="image", help="what is never divided"
-    )
-    parser.add_argument(
-        "--clips",
-        type=expanded_path,
-        help="for --by=clip: lines path,clip, the paths as the annotations have them",
-    )
-    parser.add_argument(
-        "--near",
-        type=int,
-        default=NEAR,
-        help="for --by=content: bits of 256 that images looking alike differ in at most",
-    )
+    source, shares = ["train", "test"], [70, 10, 20]
+    text = "splits to divide; default train,test"
+    parser.add_argument("--from", dest="source", type=splits_argument, default=source, help=text)
+    parser.add_output("--output", folder=True, required=True, help="for {train,val,test}.json")
+    text = "of train, val and test; default 70,10,20, the paper's"
+    parser.add_argument("--shares", type=_shares, default=shares, help=text)
+    choices = ["image", "content", "clip"]
+    parser.add_argument("--by", choices=choices, default="image", help="what is never divided")
+    text = "for --by=clip: lines path,clip, the paths as the annotations have them"
+    parser.add_argument("--clips", type=expanded_path, help=text)
+    text = f"for --by=content: {NEAR_HELP}"
+    parser.add_argument("--near", type=int, default=NEAR, help=text)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_workers("images decoded at once")
     return parser
