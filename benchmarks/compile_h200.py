@@ -34,8 +34,8 @@ from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import Network
 from dsct_jax.model.layers import REMAT
 from dsct_jax.parallel import make_mesh
+from dsct_jax.training.config import MATCHERS, MatcherConfig
 from dsct_jax.training.losses import LossConfig
-from dsct_jax.training.matching import IMPLEMENTATIONS, MatcherConfig
 from dsct_jax.training.memory_plan import format_plan, make_plan
 from dsct_jax.training.optimizer import OptimizerConfig
 from dsct_jax.training.step import initial_state, make_train_step
@@ -204,7 +204,7 @@ def main() -> None:
     step.add_argument("--batch", type=int, default=4)
     step.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     step.add_argument("--remat", choices=REMAT, default="light")
-    step.add_argument("--matcher", choices=IMPLEMENTATIONS, default="scipy")
+    step.add_argument("--matcher", choices=MATCHERS, default="scipy")
     step.set_defaults(run=plan_step)
     args = parser.parse_args()
     args.run(args)
