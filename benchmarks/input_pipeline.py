@@ -12,6 +12,7 @@ the CPU, where ours hands over uint8.
 
 import contextlib
 import dataclasses
+import json
 import os
 import platform
 import statistics

@@ -19,6 +19,7 @@ from dsct_jax.cli import run_command
 from dsct_jax.config import to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.results import ImageResult, ResultsInfo, stack_results
+from dsct_jax.postprocess import Decoder
 from train import RunConfig
 
 # Stands in for train.py: notes how it was called and writes the files of a run, the accuracy being
@@ -141,7 +142,7 @@ def test_every_row_runs_once_and_the_table_holds_mean_and_spread(command, tmp_pa
         "| 80.0 ± 0.0 | 36.55 |" in text
     )
     assert "| + both selections | 2 | 60.0 ± 14.1 |" in text
-    assert "4 images, 7 people; the commonest class: 30.0 %" in text
+    assert "4 images, 7 people; the most frequent class: 30.0 %" in text
     numbers = json.loads((tmp_path / "out/table6.json").read_text())
     np.testing.assert_allclose(numbers["+ both selections"]["ours"]["accuracy"], [50, 70])
 
@@ -226,7 +227,7 @@ def test_a_directory_of_another_budget_is_refused(command, capsys):
     capsys.readouterr()
     assert command("--table=8", "--seeds=0", "--config.train.epochs=3")[0] == 2
     error = capsys.readouterr().err
-    assert "holds a run with other settings (config.train.epochs: 12 -> 3)" in error
+    assert "holds a run with other settings (config.train.epochs: 12.0 -> 3.0)" in error
 
 
 def test_cues_are_told_apart(tmp_path):
@@ -254,9 +255,8 @@ def test_cues_are_told_apart(tmp_path):
                 record.image_id, *filled, (record.height, record.width), record.boxes, record.labels
             )
         )
-    stack_results(results, ResultsInfo(run.class_names, False, True)).save(
-        tmp_path / "predictions_test.npz"
-    )
+    decoder = Decoder(run.class_names, multi_label=False, subject_logit=True)
+    stack_results(results, ResultsInfo(decoder)).save(tmp_path / "predictions_test.npz")
     assert accuracy_by_cue(tmp_path, "test") == {"expression": 1.0, "near": 0.0, "far": 0.0}
 
 
