@@ -1,11 +1,12 @@
 """The paper's ablations as one command: trains and evaluates every row of a table with several
 seeds, and prints it beside the paper's numbers.
 
-    python -m benchmarks.ablate --table=6 --config=configs/demo.py --seeds=0,1,2 --output=runs/ablations [--config.train.epochs=6 ...]
+    python -m benchmarks.ablate --table=6 --config=configs/demo.py --seeds=0,1,2 \
+        --output=runs/ablations [--config.train.epochs=6 ...]
 
 Rows are runs of train.py in OUTPUT/<setting>/seed<n>: the same command again skips finished ones,
-continues an unfinished one from its checkpoint, and prints the table from what there is when told
-so with --report. Tables share the rows they have in common. --rows=baseline,both keeps the rows
+continues an unfinished one from its checkpoint, and with --report prints the table from what there
+is. Tables share the rows they have in common. --rows=baseline,both keeps the rows
 whose name holds one of these words, for a larger budget or another setting of a few rows.
 --launch='nice -n 5' (or srun ...) is put before each run.
 """
@@ -32,7 +33,10 @@ from dsct_jax.errors import UserError
 from train import RunConfig
 
 ROOT = Path(__file__).parent.parent
-SCENE_LEVELS = "known limits of the scenes: guessing 25 %, the face alone 62.5 %, face and what is near 85 %, everything 100 %"
+SCENE_LEVELS = (
+    "known limits of the scenes: guessing 25 %, the face alone 62.5 %, face and what is near 85 %, "
+    "everything 100 %"
+)
 
 _Measured = dict[str, list[float]]  # column -> percent of each seed
 
@@ -238,7 +242,7 @@ def chance_levels(runs: Sequence[Run], *, split: str) -> list[str]:
     name, level = (
         ("a constant prediction", "chance_mAP")
         if finished.config["multi_label"]
-        else ("the commonest class", "majority_accuracy")
+        else ("the most frequent class", "majority_accuracy")
     )
     notes = [
         f"{split} split: {metrics['num_images']} images, {metrics['num_people']} people; {name}: "
@@ -260,7 +264,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 def make_parser() -> Parser:
-    """The command's own flags; what begins with --config. changes the configuration of every row."""
+    """The command's own flags; --config.FIELD=VALUE changes the configuration of every row."""
     parser = Parser(prog="python -m benchmarks.ablate", description=__doc__)
     parser.add_argument("--table", required=True, help=f"of the paper: {', '.join(TABLES)}")
     parser.add_argument(
@@ -272,10 +276,9 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--rows",
         default="",
-        help="words with commas between them: the rows whose name holds one of them; all unless "
-        "told",
+        help="words with commas between them: the rows whose name holds one of them; default: all",
     )
-    parser.add_argument("--seeds", default="0,1,2", help="a run each; 0,1,2 unless told")
+    parser.add_argument("--seeds", default="0,1,2", help="a run each; default: 0,1,2")
     parser.add_argument(
         "--output",
         type=Path,

@@ -23,13 +23,13 @@ from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import Network
 from dsct_jax.parallel import make_mesh
 from dsct_jax.training.checkpoint import Checkpoints
-from dsct_jax.training.loop import memory
+from dsct_jax.training.meter import memory
 from dsct_jax.training.optimizer import OptimizerConfig
 from dsct_jax.training.step import initial_state
 
 
 def resident_mib() -> float:
-    """Of this process, after Python and malloc have given back what nobody uses (Linux with glibc)."""
+    """Of this process, after Python and malloc gave back what nobody uses (Linux with glibc)."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return memory()["process_mib"]

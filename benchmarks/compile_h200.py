@@ -1,22 +1,25 @@
-"""Compile the GPU kernels completely for an H200 on a machine without a GPU: `python -m
-benchmarks.compile_h200`.
+"""Compile for an H200 on a machine without a GPU: every GPU kernel, or a whole training step with
+what it would take.
+
+    python -m benchmarks.compile_h200 kernels [--all-tiles] [--output=OUTPUT]
+    python -m benchmarks.compile_h200 step --size=800x1066 --batch=4 --dtype=bfloat16 --remat=light
 
 Lowering alone misses what only the compiler finds: too much shared memory, tensors too large,
-    errors of ptxas. Nothing is executed. Needs Python 3.12
+errors of ptxas. Nothing is executed. A step takes about ten minutes on two cores. Needs Python 3.12
 and `pip install jax==0.11.2 jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2`.
 """
 
 import os
 
-os.environ.setdefault(
-    "JAX_PLATFORMS", "cpu"
-)  # the CUDA plugin then registers without looking for a driver
+# the CUDA plugin then registers without looking for a driver
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import argparse
-import pathlib
 import re
 import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,58 +28,74 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import pallas_gpu, tiles
+from benchmarks.tables import add_output, report, row, table
+from dsct_jax.config import dataclass_from_dict, read_config
+from dsct_jax.inference.load import model_config
+from dsct_jax.model.build import Network
+from dsct_jax.model.layers import REMAT
+from dsct_jax.parallel import make_mesh
+from dsct_jax.training.config import MATCHERS, MatcherConfig
+from dsct_jax.training.losses import LossConfig
+from dsct_jax.training.memory_plan import format_plan, make_plan
+from dsct_jax.training.optimizer import OptimizerConfig
+from dsct_jax.training.step import initial_state, make_train_step
+from pallas_kernels import pallas_gpu
+from pallas_kernels.pallas_gpu import Tile
 from pallas_kernels.workloads import WORKLOADS, Workload
 
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
   threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150000000000
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 150000000000
   cuda_compute_capability { major: 9 }
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H200"
 """
-TILES = (
-    None,
-    tiles.Tile(8, 2),
-    tiles.Tile(16, 4),
-    tiles.Tile(32, 4),
-    tiles.Tile(64, 4),
-    tiles.Tile(64, 8),
-)
+TILES = (None, Tile(8, 2), Tile(16, 4), Tile(32, 4), Tile(64, 4), Tile(64, 8))
+COLUMNS = (
+    "workload", "values", "direction", "tile", "compile s", "temporary MiB", "spills registers",
+    "shared memory bytes",
+)  # fmt: skip
 
 
-def compile_h200(function, *arguments, devices: int = 1, spec: P | None = None):
-    """`function` compiled for that many H200s, its arguments laid out by `spec` (None: replicated),
-    and whether a kernel spills registers.
-    """
+def h200_mesh(like: Mesh | None = None) -> Mesh:
+    """A mesh of one H200 that is not there, with the axes of `like`."""
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=H200, topology=f"1x1x{devices}"
+        platform="cuda", topology_name="", target_config=H200, topology="1x1x1"
     )
-    mesh = Mesh(np.array(topology.devices), ("data",))
-    sharding = NamedSharding(mesh, spec or P())
+    devices = np.array(topology.devices)
+    return (
+        Mesh(devices.reshape(like.devices.shape), like.axis_names) if like else Mesh(devices, "d")
+    )
+
+
+def compile_h200(function, *arguments):
+    """`function` compiled for an H200, and whether a kernel spills registers."""
+    mesh = h200_mesh()
     arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P())),
+        arguments,
     )
+    strict = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
         try:
-            return lowered.compile(
-                compiler_options={"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
-            ), False
+            return lowered.compile(compiler_options=strict), False
         except jax.errors.JaxRuntimeError as error:
             if "register spilling" not in str(error):
                 raise
             return lowered.compile(), True
 
 
-def functions(workload: Workload, tile: tiles.Tile | None):
+def functions(workload: Workload, tile: Tile | None):
     """(name, function of the arguments) of both directions."""
 
     def forward(arguments):
@@ -90,80 +109,106 @@ def functions(workload: Workload, tile: tiles.Tile | None):
     return ("forward", forward), ("backward", backward)
 
 
-def check(workload: Workload, dtype, tile: tiles.Tile | None, dump: pathlib.Path) -> list[str]:
-    """One table row a direction."""
+def check(workload: Workload, dtype, tile: Tile | None, dump: Path) -> Iterator[tuple]:
+    """A table row per direction."""
+    shapes = workload.shapes()
     arguments = {
         key: jax.ShapeDtypeStruct(shape, dtype if key == "value" else jnp.float32)
-        for key, shape in workload.shapes().items()
+        for key, shape in shapes.items()
     }
-    cotangent = jax.ShapeDtypeStruct(
-        (*workload.shapes()["logits"][:2], workload.heads * workload.head_size), dtype
-    )
-    rows = []
+    size = (*shapes["logits"][:2], workload.heads * workload.head_size)
+    cotangent = [jax.ShapeDtypeStruct(size, dtype)]
     for direction, function in functions(workload, tile):
         begin = time.perf_counter()
-        compiled, spills = compile_h200(
-            function, arguments, *([cotangent] if direction == "backward" else [])
-        )
-        seconds, temporary = (
-            time.perf_counter() - begin,
-            compiled.memory_analysis().temp_size_in_bytes / 2**20,
-        )
+        extra = cotangent if direction == "backward" else []
+        compiled, spills = compile_h200(function, arguments, *extra)
+        seconds = time.perf_counter() - begin
+        temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
         kernel = f"deformable_attention_{direction}"
-        shared = [
-            re.findall(rf"{kernel}.*shared_memory: (\d+)", file.read_text())
-            for file in dump.glob("*thunk_sequence.txt")
-        ]
-        if not any(shared):
-            raise RuntimeError(
-                f"{workload.name} {direction}: the compiled program does not contain the kernel "
-                f"{kernel}"
-            )
-        used = f"{'yes' if spills else 'no'} | {max(int(x) for found in shared for x in found)}"
+        pattern = re.compile(rf"{kernel}.*shared_memory: (\d+)")
+        dumped = [file.read_text() for file in dump.glob("*thunk_sequence.txt")]
+        shared = [int(found) for text in dumped for found in pattern.findall(text)]
+        if not shared:
+            raise RuntimeError(f"{workload.name}: the compiled program does not contain {kernel}")
         for file in dump.iterdir():
             file.unlink()
         name = "default" if tile is None else f"{tile.queries} queries, {tile.warps} warps"
-        rows.append(
-            f"| {workload.name} | {jnp.dtype(dtype).name} | {direction} | {name} | {seconds:.1f} "
-            f"| {temporary:.1f} | {used} |"
-        )
-        print(rows[-1], flush=True)
-    return rows
+        case = (workload.name, jnp.dtype(dtype).name, direction, name)
+        spilled = "yes" if spills else "no"
+        yield *case, f"{seconds:.1f}", f"{temporary:.1f}", spilled, max(shared)
+
+
+def check_kernels(args: argparse.Namespace) -> None:
+    """Every workload, with the default tile or, of the encoder, with each."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        # Read when the first program is compiled; the dump says how much memory a kernel shares.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
+        for workload in WORKLOADS.values():
+            every = args.all_tiles and workload.name == "encoder_800x1066"
+            for dtype in (jnp.float32, jnp.bfloat16):
+                for tile in TILES if every else (None,):
+                    for cells in check(workload, dtype, tile, Path(folder)):
+                        print(row(cells), flush=True)
+                        rows.append(cells)
+    title = f"# GPU kernels compiled for an H200 without a GPU (jax {jax.__version__})"
+    report(f"{title}\n\n{table(COLUMNS, rows)}", rows, args.output)
+
+
+def plan_step(args: argparse.Namespace) -> None:
+    """Compiles a training step and prints the plan."""
+    config = read_config(args.config)
+    config["model"] |= {"compute_dtype": args.dtype, "remat": args.remat}
+    here = make_mesh(jax.devices()[:1])
+    mesh = h200_mesh(here)
+    functions = Network(model_config(config))
+    optimizer_config = dataclass_from_dict(OptimizerConfig, "optimizer", config["optimizer"])
+    optimizer, state = initial_state(*functions.init(0), optimizer_config, total_steps=1, mesh=here)
+
+    def there(x: jax.Array) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, x.sharding.spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    step = make_train_step(
+        functions,
+        optimizer,
+        loss=dataclass_from_dict(LossConfig, "loss", config["loss"]),
+        matcher=MatcherConfig(implementation=args.matcher),
+        multi_label=config["multi_label"],
+        mesh=mesh,
+        seed=0,
+    )
+    height, width = (int(side) for side in args.size.split("x"))
+    sizes = {
+        "batch_size": args.batch,
+        "max_targets": config["data"]["max_targets"],
+        "num_classes": len(config["class_names"]),
+    }
+    about = f"{args.dtype}, remat {args.remat}, matcher {args.matcher}"
+    print(f"{args.config}, {about}, for an H200 (jax {jax.__version__})")
+    print(format_plan(make_plan(step, jax.tree.map(there, state), [(height, width)], **sizes)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=pathlib.Path, help="also write the table to this file")
-    parser.add_argument(
-        "--all-tiles",
-        action="store_true",
-        help="every tile of the tuner for the encoder, not only the default",
-    )
-    arguments = parser.parse_args()
-    header = [
-        f"# GPU kernels compiled for an H200 without a GPU (jax {jax.__version__})\n",
-        "| workload | values | direction | tile | compile s | temporary MiB | spills registers | "
-        "shared memory bytes |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(header))
-    rows = []
-    dump = pathlib.Path(os.environ["XLA_FLAGS"].rsplit("--xla_dump_to=", 1)[1].split()[0])
-    for workload in WORKLOADS.values():
-        for dtype in (jnp.float32, jnp.bfloat16):
-            for tile in (
-                TILES if arguments.all_tiles and workload.name == "encoder_800x1066" else (None,)
-            ):
-                rows += check(workload, dtype, tile, dump)
-    if arguments.output:
-        arguments.output.write_text("\n".join([*header, *rows]) + "\n")
+    """One of the two."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(required=True)
+    kernels = commands.add_parser("kernels", help="every GPU kernel")
+    kernels.add_argument("--all-tiles", action="store_true", help="of the encoder, every tile")
+    add_output(kernels)
+    kernels.set_defaults(run=check_kernels)
+    step = commands.add_parser("step", help="a whole training step, and what it would take")
+    step.add_argument("--config", type=Path, default=Path("configs/emotic_r50.py"))
+    step.add_argument("--size", default="800x1066", help="HEIGHTxWIDTH of the padded images")
+    step.add_argument("--batch", type=int, default=4)
+    step.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    step.add_argument("--remat", choices=REMAT, default="light")
+    step.add_argument("--matcher", choices=MATCHERS, default="scipy")
+    step.set_defaults(run=plan_step)
+    args = parser.parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        # Read when the first program is compiled; the shared memory of each kernel is read from the
-        # dump.
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}"
-        main()
+    main()

@@ -1,11 +1,11 @@
 """Where the fusion's weight (Eq. 8) goes in a trained model: how sharp it is, and what each
 selection gets.
 
-    python -m benchmarks.fusion_weights --checkpoint=runs/demo1 samples/test_0000?.png samples/test_0001?.png
+    python -m benchmarks.fusion_weights --checkpoint=runs/demo1 samples/test_000*.png
 
-One line a decoder layer, means over the people found: the largest weight of a context query, the
-    share of those selected by relevance alone, and the
-distance of the weight from the person's reference point in shares of the image.
+One line per decoder layer, means over the people found: the largest weight of a context query, the
+share of those selected by relevance alone, and the distance of the weight from the person's
+reference point in shares of the image.
 """
 
 import sys

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.tables import add_output, report, table
 from data.augment import NUM_DRAWS, apply, draw
 from data.command import data_config
 from data.config import DataConfig
@@ -44,9 +45,9 @@ CONFIG = Path(__file__).parent.parent / "configs" / "caer_s_r50.py"
 Row = dict[str, Any]
 
 
-def write_photographs(folder: Path, size: tuple[int, int], count: int) -> DataConfig:
-    """`count` JPEG files with the detail of images (about 1.5 bits a pixel) and two people each, as
-    COCO-style data.
+def write_images(folder: Path, size: tuple[int, int], count: int) -> DataConfig:
+    """`count` JPEG files with the detail of photographs (about 1.5 bits per pixel) and two people
+    each, as COCO-style data.
     """
     folder.mkdir(parents=True)
     height, width = size
@@ -225,7 +226,7 @@ def measure(
     rows: list[Row] = []
     for size in SOURCES:
         name = f"{size[1]}x{size[0]}"
-        raw = write_photographs(folder / name, size, count)
+        raw = write_images(folder / name, size, count)
         output = folder / f"{name}_prepared"
         prepare(raw, output, splits=["train"])
         ready = dataclasses.replace(raw, source="prepared", data_dir=str(output))
@@ -275,14 +276,16 @@ def measure(
 
 def format_rows(rows: Sequence[Row]) -> str:
     """The table in markdown."""
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, Pillow {Image.__version__}"
-    lines = [
+    machine = (
+        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, "
+        f"Pillow {Image.__version__}"
+    )
+    title = (
         f"DETR's training recipe, batches of {BATCH_SIZE} ({machine}). Workers are processes; 0 = "
-        "one thread of this one.",
-        "",
-        "| source | what | workers | images/s, median (range) | beside torch |",
-        "|---|---|---|---|---|",
-    ]
+        "one thread of this one."
+    )
+    columns = ("source", "what", "workers", "images/s, median (range)", "beside torch")
+    cells = []
     torch_rate = {
         (row["source"], row["workers"]): statistics.median(row["images_per_s"])
         for row in rows
@@ -298,8 +301,8 @@ def format_rows(rows: Sequence[Row]) -> str:
             else None
         )
         ratio = f"{statistics.median(numbers) / other:.2f}x" if other else ""
-        lines.append(f"| {row['source']} | {row['what']} | {row['workers']} | {text} | {ratio} |")
-    return "\n".join(lines) + "\n"
+        cells.append((row["source"], row["what"], row["workers"], text, ratio))
+    return f"{title}\n\n{table(columns, cells)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -316,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--seconds", type=float, default=4.0, help="of each measurement (default 4)"
     )
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, help="writes OUTPUT.md and OUTPUT.json")
+    add_output(parser)
 
     def run() -> None:
         arguments = parser.parse_args(argv)
@@ -330,12 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = measure(
                 Path(folder), count=arguments.images, with_torch=arguments.torch, **options
             )
-        print(format_rows(rows), end="")
-        if arguments.output:
-            arguments.output.with_suffix(".md").write_text(format_rows(rows), encoding="utf-8")
-            arguments.output.with_suffix(".json").write_text(
-                json.dumps(rows, indent=1) + "\n", encoding="utf-8"
-            )
+        report(format_rows(rows), rows, arguments.output)
 
     return run_command(run)
 

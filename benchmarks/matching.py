@@ -4,26 +4,22 @@ algorithm on the device.
     python -m benchmarks.matching --output=benchmarks/matching_cpu
 
 Timed is what stands between the cost and the assignment on the device: for SciPy the way to the
-    host and back, for the device its program. Costs
-are drawn as the model's begin: without structure. The two must agree in every pair, or the table is
-not written.
+host and back, for the device its program. Costs are drawn as the model's begin: without structure.
+The two must agree in every pair, or the table is not written.
 """
 
-import argparse
-import json
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 
+from benchmarks.tables import device_line, make_parser, report, row, table
 from dsct_jax.training.matching import assign_on_device, assign_on_host
 
 CASES = [  # batch, layers, queries, padded people
-    (1, 6, 4, 16), (4, 6, 4, 16), (32, 6, 4, 16), (4, 6, 9, 16), (32, 6, 9, 16), (128, 6, 9, 16), (32, 1, 9, 16), (32, 6, 9, 4), (4, 6, 100, 20),
-    (4, 6, 300, 50), (32, 6, 300, 50),
+    (1, 6, 4, 16), (4, 6, 4, 16), (32, 6, 4, 16), (4, 6, 9, 16), (32, 6, 9, 16), (128, 6, 9, 16),
+    (32, 1, 9, 16), (32, 6, 9, 4), (4, 6, 100, 20), (4, 6, 300, 50), (32, 6, 300, 50),
 ]  # fmt: skip
 
 
@@ -41,9 +37,8 @@ def measure(case: tuple[int, int, int, int], rounds: int) -> dict[str, float]:
     np.testing.assert_array_equal(host(cost, valid), device(cost, valid))
     seconds: dict[str, list[float]] = {"scipy": [], "device": []}
     for i in range(rounds):
-        fresh = jax.block_until_ready(
-            cost + np.float32(i)
-        )  # an array that the host has not seen; the same assignment
+        # an array that the host has not seen; the same assignment
+        fresh = jax.block_until_ready(cost + np.float32(i))
         for name, assign in (("scipy", host), ("device", device)):
             start = time.perf_counter()
             jax.block_until_ready(assign(fresh, valid))
@@ -53,35 +48,20 @@ def measure(case: tuple[int, int, int, int], rounds: int) -> dict[str, float]:
 
 def main() -> None:
     """Measures, prints the table, and writes it with the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser("benchmarks.matching", __doc__)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--output", type=Path, help="writes OUTPUT.md and OUTPUT.json")
     args = parser.parse_args()
-    kind = jax.devices()[0].device_kind
-    lines = [
-        f"Assignment only, milliseconds, median of {args.rounds} ({kind}, jax {jax.__version__}, "
-        f"Python {platform.python_version()})",
-        "",
-        "| batch | layers | queries | people | scipy | device | device / scipy |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    results = []
+    sizes, rows, results = ("batch", "layers", "queries", "people"), [], []
     for case in CASES:
         found = measure(case, args.rounds)
-        results.append(
-            dict(zip(("batch", "layers", "queries", "people"), case, strict=True)) | found
-        )
-        lines.append(
-            "| "
-            + " | ".join(map(str, case))
-            + f" | {found['scipy']:.2f} | {found['device']:.2f} | {found['device'] / found['scipy']:.1f} |"
-        )
-        print(lines[-1], flush=True)
-    if args.output:
-        args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
-        args.output.with_suffix(".json").write_text(
-            json.dumps({"device": kind, "results": results}, indent=1) + "\n"
-        )
+        results.append(dict(zip(sizes, case, strict=True)) | found)
+        ratio = found["device"] / found["scipy"]
+        rows.append((*case, f"{found['scipy']:.2f}", f"{found['device']:.2f}", f"{ratio:.1f}"))
+        print(row(rows[-1]), flush=True)
+    title = f"Assignment only, milliseconds, median of {args.rounds} ({device_line()})"
+    text = table((*sizes, "scipy", "device", "device / scipy"), rows)
+    numbers = {"device": jax.devices()[0].device_kind, "results": results}
+    report(f"{title}\n\n{text}", numbers, args.output)
 
 
 if __name__ == "__main__":

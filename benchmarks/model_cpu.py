@@ -19,9 +19,10 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
+
+from benchmarks.tables import make_parser, report, table
 
 HEIGHT, WIDTH = 480, 640
 MODES = ("forward", "train")
@@ -39,7 +40,7 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
 
     from configs.emotic_r50 import get_config
     from dsct_jax.batch import Batch, Targets
-    from dsct_jax.config import dataclass_from_dict
+    from dsct_jax.config import dataclass_from_dict, to_builtins
     from dsct_jax.inference.load import model_config
     from dsct_jax.model.build import Network
     from dsct_jax.parallel import make_mesh, shard_batch
@@ -104,8 +105,8 @@ def measure_torch(mode: str, runs: int) -> list[float]:
     torch.manual_seed(0)
     backbone = ResNetConfig(out_features=["stage2", "stage3", "stage4"])
     config = DeformableDetrConfig(
-        use_timm_backbone=False, backbone=None, use_pretrained_backbone=False, backbone_config=backbone, num_queries=304, num_labels=26,
-        auxiliary_loss=True,
+        use_timm_backbone=False, backbone=None, use_pretrained_backbone=False,
+        backbone_config=backbone, num_queries=304, num_labels=26, auxiliary_loss=True,
     )  # fmt: skip
     model = DeformableDetrForObjectDetection(config)
     images = torch.randn(1, 3, HEIGHT, WIDTH)
@@ -165,7 +166,7 @@ def in_process(implementation: str, mode: str, runs: int, threads: int) -> dict:
 
 def main() -> None:
     """Measures, prints the table, and writes it with the raw numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser("benchmarks.model_cpu", __doc__)
     parser.add_argument(
         "--torch",
         action="store_true",
@@ -174,9 +175,8 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=3, help="processes for each measurement, taking turns"
     )
-    parser.add_argument("--runs", type=int, default=3, help="timed runs a process")
+    parser.add_argument("--runs", type=int, default=3, help="timed runs per process")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="writes OUTPUT.md and OUTPUT.json")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -216,33 +216,29 @@ def main() -> None:
                     f"{min(found['seconds']):.2f} s",
                     flush=True,
                 )
-    table = format_results(results, args.threads)
-    print(table)
-    if args.output:
-        args.output.with_suffix(".md").write_text(table)
-        args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    report(format_results(results, args.threads), results, args.output)
 
 
 def format_results(results: dict[str, dict], threads: int) -> str:
     """A markdown table with medians, ranges, peak memory and the ratio to transformers."""
     import jax
 
-    versions = f"jax {jax.__version__}, Python {platform.python_version()}, {threads} threads, {platform.machine()}"
-    lines = [
-        f"R50, {HEIGHT}x{WIDTH}, batch 1, float32, CPU ({versions})",
-        "",
-        "| what | seconds, median (min to max) | peak memory GiB | speed against transformers |",
-        "|---|---|---|---|",
-    ]
+    versions = f"jax {jax.__version__}, Python {platform.python_version()}"
+    title = (
+        f"R50, {HEIGHT}x{WIDTH}, batch 1, float32, CPU ({versions}, {threads} threads, "
+        f"{platform.machine()})"
+    )
+    columns = (
+        "what", "seconds, median (min to max)", "peak memory GiB", "speed against transformers",
+    )  # fmt: skip
+    rows = []
     for name, entry in results.items():
         median = statistics.median(entry["seconds"])
         other = results.get(f"{name.split()[0]} transformers")
         ratio = f"{statistics.median(other['seconds']) / median:.2f}x" if other else ""
-        spread = f"{min(entry['seconds']):.2f} to {max(entry['seconds']):.2f}"
-        lines.append(
-            f"| {name} | {median:.2f} ({spread}) | {max(entry['peak_gib']):.1f} | {ratio} |"
-        )
-    return "\n".join(lines) + "\n"
+        spread = f"{median:.2f} ({min(entry['seconds']):.2f} to {max(entry['seconds']):.2f})"
+        rows.append((name, spread, f"{max(entry['peak_gib']):.1f}", ratio))
+    return f"{title}\n\n{table(columns, rows)}"
 
 
 if __name__ == "__main__":

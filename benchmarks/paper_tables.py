@@ -2,8 +2,8 @@
 printed.
 
 Source: "Two in One Go", ACM MM 2024, Tables 3, 5 to 9, 11, 12 and Figure 11. Its runs start from
-    COCO weights on EMOTIC (mAP) or CAER-S (accuracy);
-a run on other data has the same rows and other numbers.
+COCO weights on EMOTIC (mAP) or CAER-S (accuracy); a run on other data has the same rows and other
+numbers.
 """
 
 import dataclasses
@@ -53,8 +53,9 @@ def paper_table(name: str, config: Mapping[str, Any]) -> Table:
         UserError: there is no such table, or it makes no sense for the configuration.
     """
     makers = {
-        "3": _coefficients, "5": _subject_queries, "6": _components, "7": _reweighting, "8": _fusion_location, "9": _backbones,
-        "11": _localization, "12": _people, "figure11": _neighbors,
+        "3": _coefficients, "5": _subject_queries, "6": _components, "7": _reweighting,
+        "8": _fusion_location, "9": _backbones, "11": _localization, "12": _people,
+        "figure11": _neighbors,
     }  # fmt: skip
     if name not in makers:
         raise UserError(f"--table={name}: must be one of {', '.join(TABLES)}")
@@ -91,8 +92,9 @@ def _text(value: Any) -> str:
 
 def _coefficients(config: Mapping[str, Any]) -> Table:
     printed = {
-        (5, 2): 35.41, (10, 2): 35.89, (15, 2): 35.41, (2, 5): 36.01, (2, 10): 34.99, (2, 15): 34.64,
-        (2, 2): 35.94, (5, 5): 35.00, (10, 10): 35.05, (15, 15): 34.75, (1, 10): 34.70, (1, 8): 35.45,
+        (5, 2): 35.41, (10, 2): 35.89, (15, 2): 35.41, (2, 5): 36.01, (2, 10): 34.99,
+        (2, 15): 34.64, (2, 2): 35.94, (5, 5): 35.00, (10, 10): 35.05, (15, 15): 34.75,
+        (1, 10): 34.70, (1, 8): 35.45,
     }  # fmt: skip
     rows = [
         Row(
@@ -181,8 +183,9 @@ def _ordinal(layer: int) -> str:
 
 def _backbones(config: Mapping[str, Any]) -> Table:
     printed = {
-        "resnet18": (35.68, 84.98), "resnet34": (34.40, 84.52), "resnet50": (37.26, 91.81), "resnet101": (37.81, 85.39),
-        "resnet152": (37.32, 83.88), "wide_resnet50": (34.46, 85.71), "wide_resnet101": (34.07, 83.16),
+        "resnet18": (35.68, 84.98), "resnet34": (34.40, 84.52), "resnet50": (37.26, 91.81),
+        "resnet101": (37.81, 85.39), "resnet152": (37.32, 83.88), "wide_resnet50": (34.46, 85.71),
+        "wide_resnet101": (34.07, 83.16),
     }  # fmt: skip
     rows = [
         Row(name, {"model.backbone": name}, {"EMOTIC": a, "CAER-S": b})

@@ -1,7 +1,8 @@
 """How far training in bfloat16 strays from float32: the loss of the same batches, beside a float32
 run whose start differs in the last bit.
 
-    python -m benchmarks.precision --config=configs/faces_single.py --config.data.data_dir=DIR --output=benchmarks/precision_cpu
+    python -m benchmarks.precision --config=configs/faces_single.py \
+        --config.data.data_dir=DIR --output=benchmarks/precision_cpu
 
 Each seed (of the weights and of the data) trains three times on the same batches with the
 configuration's own recipe: in float32, in float32 from parameters that are moved to the next
@@ -10,8 +11,6 @@ tells by how much, and what bfloat16 may be blamed for is what it strays beyond 
 means of ten steps.
 """
 
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.tables import add_output, device_line, report, table
 from data.command import override
 from data.pipeline import make_dataset
 from dsct_jax.cli import Parser, run_command
@@ -115,33 +115,24 @@ def as_markdown(found: Mapping[str, Any], about: str) -> str:
     """A row for each window of steps: mean and largest deviation over the seeds; then the band that
     all of them keep to.
     """
-    lines = [
-        about,
-        "",
-        "| steps | float32 | " + " | ".join(f"{name}: mean | largest" for name in VARIANTS) + " |",
-        "|---" * (2 + 2 * len(VARIANTS)) + "|",
-    ]
-    for window, loss in enumerate(found["float32"].mean(0)):
-        cells = [
-            f"{off[:, window].mean():+.2%} | {np.abs(off[:, window]).max():.2%}"
-            for off in found["off"].values()
-        ]
-        lines.append(
-            f"| {window * WINDOW + 1}-{(window + 1) * WINDOW} | {loss:.3f} | "
-            + " | ".join(cells)
-            + " |"
+
+    def cells(offs: list[np.ndarray]) -> list[str]:
+        return [text for off in offs for text in (f"{off.mean():+.2%}", f"{np.abs(off).max():.2%}")]
+
+    offs = list(found["off"].values())
+    rows = [
+        (
+            f"{window * WINDOW + 1}-{(window + 1) * WINDOW}",
+            f"{loss:.3f}",
+            *cells([off[:, window] for off in offs]),
         )
-    cells = [f"{off.mean():+.2%} | {np.abs(off).max():.2%}" for off in found["off"].values()]
-    lines.append("| all | " + f"{found['float32'].mean():.3f} | " + " | ".join(cells) + " |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Seconds a step: "
-            + ", ".join(f"{dtype} {value:.2f}" for dtype, value in found["seconds"].items()),
-            "",
-        ]
-    )
+        for window, loss in enumerate(found["float32"].mean(0))
+    ]
+    rows.append(("all", f"{found['float32'].mean():.3f}", *cells(offs)))
+    columns = [text for name in VARIANTS for text in (f"{name}: mean", "largest")]
+    times = ", ".join(f"{dtype} {value:.2f}" for dtype, value in found["seconds"].items())
+    text = table(("steps", "float32", *columns), rows)
+    return f"{about}\n\n{text}\n\nSeconds per step: {times}"
 
 
 def run(argv: list[str] | None) -> None:
@@ -150,7 +141,7 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100, help=f"a multiple of {WINDOW}")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="writes OUTPUT.md and OUTPUT.json")
+    add_output(parser)
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.steps < WINDOW or arguments.steps % WINDOW or arguments.seeds < 1:
         raise UserError(
@@ -159,23 +150,16 @@ def run(argv: list[str] | None) -> None:
         )
     config = override(read_config(arguments.config), overrides)
     found = measure(config, steps=arguments.steps, seeds=arguments.seeds)
-    device = (
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}"
-    )
+    device = device_line()
     what = f"{config['name']}, batches of {config['train']['batch_size']}, {arguments.seeds} seeds"
-    table = as_markdown(found, f"Deviation of the loss from float32, {what} ({device})")
-    print(table, end="")
-    if arguments.output:
-        values = {
-            "about": device,
-            "float32": found["float32"],
-            "off": found["off"],
-            "seconds": found["seconds"],
-        }
-        arguments.output.with_suffix(".md").write_text(table)
-        arguments.output.with_suffix(".json").write_text(
-            json.dumps(values, default=np.ndarray.tolist) + "\n"
-        )
+    text = as_markdown(found, f"Deviation of the loss from float32, {what} ({device})")
+    numbers = {
+        "about": device,
+        "float32": found["float32"].tolist(),
+        "off": {name: off.tolist() for name, off in found["off"].items()},
+        "seconds": found["seconds"],
+    }
+    report(text, numbers, arguments.output, indent=None)
 
 
 if __name__ == "__main__":

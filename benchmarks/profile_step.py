@@ -1,17 +1,16 @@
 """Where the time of a training step goes, from jax's profiler: by part of the network, and by kind
 of work.
 
-    python -m benchmarks.profile_step --output=benchmarks/profile_step_cpu                        # R50, 480x640, batch 1
-    python -m benchmarks.profile_step --size 800x1066 --batch 8 --dtype bfloat16 --output=benchmarks/profile_step_gpu
+    python -m benchmarks.profile_step --output=benchmarks/profile_step_cpu   # R50, 480x640, batch 1
+    python -m benchmarks.profile_step --size 800x1066 --batch 8 --dtype bfloat16 \
+        --output=benchmarks/profile_step_gpu
 
 Milliseconds of a step, summed over the threads (CPU) or streams (GPU) that worked at the same time:
 the columns do not add up to the time that passes, which stands above the table. A fused program
 counts for the operation at its end.
 """
 
-import argparse
 import collections
-import platform
 import re
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import jax
 
+from benchmarks.tables import device_line, make_parser, report, table
 from benchmarks.training_step import build
 from dsct_jax.config import read_config
 from dsct_jax.model.layers import REMAT
@@ -140,14 +140,13 @@ def kind_of(what: str) -> str:
 
 def main() -> None:
     """Profiles, prints the tables, and writes them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser("benchmarks.profile_step", __doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/emotic_r50.py"))
     parser.add_argument("--size", default="480x640", help="HEIGHTxWIDTH of the padded images")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--remat", choices=REMAT, help="default: the configuration's")
     parser.add_argument("--steps", type=int, default=3, help="recorded, after two that are not")
-    parser.add_argument("--output", type=Path, help="writes OUTPUT.md")
     args = parser.parse_args()
     jax.config.update(
         "jax_enable_compilation_cache", False
@@ -188,33 +187,27 @@ def main() -> None:
         )
         by_part[part_of(path), direction_of(path)] += milliseconds / args.steps
         by_kind[kind_of(what), direction_of(path)] += milliseconds / args.steps
-    device = (
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}"
-    )
-    about = f"{args.size}, batch {args.batch}, {args.dtype}, remat {config['model']['remat']} ({device})"
-    lines = [
-        f"Training step of {args.config}, {about}: {1e3 * min(passed[2:]):.0f} to "
-        f"{1e3 * max(passed[2:]):.0f} ms. Milliseconds of work:"
+    about = f"{args.size}, batch {args.batch}, {args.dtype}, remat {config['model']['remat']}"
+    fastest, slowest = (1e3 * f(passed[2:]) for f in (min, max))
+    text = [
+        f"Training step of {args.config}, {about} ({device_line()}): {fastest:.0f} to "
+        f"{slowest:.0f} ms. Milliseconds of work:"
     ]
-    for name, rows, table in (
+    numbers = {}
+    for name, labels, counted in (
         ("part", (*PARTS, "other"), by_part),
         ("kind", (*(kind for kind, _ in KINDS), "element by element"), by_kind),
     ):
-        lines += [
-            "",
-            f"| {name} | forward | again | backward | all | share |",
-            "|---|---|---|---|---|---|",
+        directions = ("forward", "again", "backward")
+        numbers[name] = {
+            label: [counted[label, direction] for direction in directions] for label in labels
+        }
+        rows = [
+            (label, *(f"{x:.0f}" for x in (*ms, sum(ms))), f"{sum(ms) / counted.total():.0%}")
+            for label, ms in numbers[name].items()
         ]
-        for row in rows:
-            numbers = [table[row, direction] for direction in ("forward", "again", "backward")]
-            lines.append(
-                f"| {row} | "
-                + " | ".join(f"{x:.0f}" for x in (*numbers, sum(numbers)))
-                + f" | {sum(numbers) / table.total():.0%} |"
-            )
-    print("\n".join(lines))
-    if args.output:
-        args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        text.append(table((name, *directions, "all", "share"), rows))
+    report("\n\n".join(text), numbers, args.output)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Exit status 1 when memory grew by more than --allowed-growth, a program was comp
 warm-up, or the run ended by itself.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -29,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.tables import make_parser, report, table
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 COMPILED = re.compile(r"Finished XLA compilation of (\S+) in ([\d.e+-]+) sec")
@@ -138,7 +139,7 @@ def summary(
     after the warm-up.
     """
     warm = watch.warm_at()
-    report: dict[str, Any] = {
+    found: dict[str, Any] = {
         "seconds": round(samples[-1][0], 1) if samples else 0.0,
         "warm_after_seconds": warm and round(warm, 1),
         "validations": len(watch.validations),
@@ -152,7 +153,7 @@ def summary(
     speeds = [line["time/images_per_s"] for line in metrics if "time/images_per_s" in line]
     if len(speeds) >= 4:
         quarter = len(speeds) // 4
-        report["images_per_s"] = {
+        found["images_per_s"] = {
             "second_quarter": statistics.median(speeds[quarter : 2 * quarter]),
             "last_quarter": statistics.median(speeds[-quarter:]),
         }
@@ -165,16 +166,16 @@ def summary(
                 for part in (after[quarter : 2 * quarter, place], after[-quarter:, place])
             )
             slope = float(np.polyfit(after[:, 0] / 3600, after[:, place], 1)[0])
-            report[f"{name}_mib"] = {
+            found[f"{name}_mib"] = {
                 "second_quarter": round(second, 1),
                 "last_quarter": round(last, 1),
                 "peak": round(float(after[:, place].max()), 1),
                 "slope_mib_per_hour": round(slope, 1),
             }
-    return report
+    return found
 
 
-def verdict(report: dict[str, Any], status: int, *, allowed_growth: float) -> list[str]:
+def verdict(found: dict[str, Any], status: int, *, allowed_growth: float) -> list[str]:
     """What is wrong, one line each; nothing = the soak is passed."""
     wrong = []
     if status not in (0, 128 + signal.SIGTERM):
@@ -183,52 +184,39 @@ def verdict(report: dict[str, Any], status: int, *, allowed_growth: float) -> li
             if status == 1
             else f"the run ended with status {status} after SIGTERM"
         )
-    if "process_mib" not in report:
+    if "process_mib" not in found:
         wrong.append(
             "too short: there are not enough samples after the second validation; give more "
             "--minutes or validate more often"
         )
         return wrong
-    memory = report["process_mib"]
+    memory = found["process_mib"]
     if memory["last_quarter"] > memory["second_quarter"] * (1 + allowed_growth):
         wrong.append(f"memory grew from {memory['second_quarter']} to {memory['last_quarter']} MiB")
-    if report["compiled_after_warm_up"]:
+    if found["compiled_after_warm_up"]:
         wrong.append(
-            "compiled after the warm-up: "
-            f"{', '.join(sorted(set(report['compiled_after_warm_up'])))}"
+            f"compiled after the warm-up: {', '.join(sorted(set(found['compiled_after_warm_up'])))}"
         )
     return wrong
 
 
-def as_markdown(report: dict[str, Any]) -> str:
+def as_markdown(found: dict[str, Any]) -> str:
     """The summary as one table."""
-    lines = [
-        f"Soak: {report['seconds'] / 60:.1f} minutes, {report['devices']} simulated devices, "
-        f"{report['machine']}",
-        "",
-        "| what | value |",
-        "|---|---|",
-    ]
-    for name, value in report.items():
-        if name in ("samples", "command", "machine", "devices"):
-            continue
+
+    def text(value: Any) -> str:
         if isinstance(value, dict):
-            text = ", ".join(f"{key.replace('_', ' ')} {entry:.1f}" for key, entry in value.items())
-        elif isinstance(value, list):
-            text = "; ".join(map(str, value)) or "none"
-        else:
-            text = str(value)
-        lines.append(f"| {name.replace('_', ' ')} | {text} |")
-    return "\n".join(lines) + "\n"
+            return ", ".join(f"{key.replace('_', ' ')} {x:.1f}" for key, x in value.items())
+        return ("; ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+
+    about = f"{found['devices']} simulated devices, {found['machine']}"
+    hidden = ("samples", "command", "machine", "devices")
+    rows = [(k.replace("_", " "), text(x)) for k, x in found.items() if k not in hidden]
+    return f"Soak: {found['seconds'] / 60:.1f} minutes, {about}\n\n{table(('what', 'value'), rows)}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; 0 = passed, 1 = not, 2 = a mistake on the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.soak",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("benchmarks.soak", __doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--devices", type=int, default=8, help="simulated devices")
     parser.add_argument(
@@ -243,7 +231,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--workdir", type=Path, default=Path("runs/soak"), help="of the run; a fresh one"
     )
-    parser.add_argument("--output", type=Path, help="writes OUTPUT.json and OUTPUT.md")
     parser.add_argument(
         "--batch-size",
         type=int,
@@ -291,23 +278,20 @@ def main(argv: list[str] | None = None) -> int:
     metrics = (
         [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
     )
-    report = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    python = platform.python_version()
+    found: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {python}",
         "devices": arguments.devices,
+        "command": ["python", *command[1:]],
+        "status": status,
+        **summary(watch, samples, metrics),
     }
-    report |= {"command": ["python", *command[1:]], "status": status} | summary(
-        watch, samples, metrics
-    )
-    wrong = verdict(report, status, allowed_growth=arguments.allowed_growth)
-    report["verdict"] = wrong or ["passed: no growth of memory, nothing compiled after the warm-up"]
-    print(as_markdown(report))
+    wrong = verdict(found, status, allowed_growth=arguments.allowed_growth)
+    found["verdict"] = wrong or ["passed: no growth of memory, nothing compiled after the warm-up"]
     if status not in (0, 128 + signal.SIGTERM):
         print("\n".join(["the last lines of the run:", *watch.last_lines]), file=sys.stderr)
-    if arguments.output:
-        arguments.output.with_suffix(".json").write_text(
-            json.dumps(report | {"samples": [[round(x, 1) for x in s] for s in samples]}) + "\n"
-        )
-        arguments.output.with_suffix(".md").write_text(as_markdown(report))
+    rounded = [[round(x, 1) for x in sample] for sample in samples]
+    report(as_markdown(found), found | {"samples": rounded}, arguments.output, indent=None)
     return 1 if wrong else 0
 
 

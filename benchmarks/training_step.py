@@ -1,20 +1,20 @@
 """Seconds of a training step by devices, image size, batch, type and matcher, and by part:
 backbone, encoder, decoder, matcher, optimizer.
 
-    python -m benchmarks.training_step --output=benchmarks/training_step_cpu                                    # R50, 480x640, batch 1
-    python -m benchmarks.training_step --config=configs/demo.py --sizes 96x136 --batches 16 --devices 1 2 8 ...  # what spreading costs
-    python -m benchmarks.training_step --sizes 800x1066 640x853 --batches 1 2 4 8 16 32 --dtypes float32 bfloat16 --matchers scipy device
-        --output=benchmarks/training_step_gpu                                                                   # on a GPU
+R50, 480x640, batch 1; what spreading over devices costs; everything on a GPU:
+
+    python -m benchmarks.training_step --output=benchmarks/training_step_cpu
+    python -m benchmarks.training_step --config=configs/demo.py --sizes 96x136 --batches 16 \
+        --devices 1 2 8 --output=benchmarks/training_step_devices_cpu
+    python -m benchmarks.training_step --sizes 800x1066 640x853 --batches 1 2 4 8 16 32 \
+        --dtypes float32 bfloat16 --matchers scipy device --output=benchmarks/training_step_gpu
 
 Random weights and images, dropout as configured. Backbone, encoder, matcher and optimizer are timed
 alone, the first two forward and backward; "decoder" is what remains of the step: decoder, heads,
 losses, and the communication of gradients.
 """
 
-import argparse
 import itertools
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.tables import device_line, make_parser, report, row, table
 from dsct_jax.batch import Batch, Targets
 from dsct_jax.config import dataclass_from_dict, read_config
 from dsct_jax.inference.load import model_config
@@ -160,7 +161,7 @@ def measure_parts(state: TrainState, step: TrainStep, batch: Batch, runs: int) -
 
 def main() -> None:
     """Measures every combination, prints the table, and writes it with the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser("benchmarks.training_step", __doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/emotic_r50.py"))
     parser.add_argument(
         "--sizes", nargs="+", default=["480x640"], help="HEIGHTxWIDTH of the padded images"
@@ -172,18 +173,9 @@ def main() -> None:
     parser.add_argument("--matchers", nargs="+", choices=MATCHERS, default=["scipy"])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--parts", action="store_true", help="time the parts too, on one device")
-    parser.add_argument("--output", type=Path, help="writes OUTPUT.md and OUTPUT.json")
     args = parser.parse_args()
-    kind = jax.devices()[0].device_kind
-    lines = [
-        f"Training step of {args.config}, median of {args.runs} ({kind}, jax {jax.__version__}, "
-        f"Python {platform.python_version()})",
-        "",
-        "| devices | images | batch | type | remat | matcher | step ms | images/s |"
-        + "".join(f" {part} ms |" for part in PARTS),
-        "|---" * (8 + len(PARTS)) + "|",
-    ]
-    results = []
+    title = f"Training step of {args.config}, median of {args.runs} ({device_line()})"
+    rows, results = [], []
     for devices, size, batch, dtype, remat, matcher in itertools.product(
         args.devices, args.sizes, args.batches, args.dtypes, args.remat, args.matchers
     ):
@@ -215,13 +207,14 @@ def main() -> None:
             f"{batch / found['step']:.2f}",
             *(f"{1e3 * found[p]:.1f}" if p in found else "" for p in PARTS),
         ]
-        lines.append("| " + " | ".join([*map(str, case.values()), *numbers]) + " |")
-        print(lines[-1], flush=True)
-    if args.output:
-        args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
-        args.output.with_suffix(".json").write_text(
-            json.dumps({"device": kind, "results": results}, indent=1) + "\n"
-        )
+        rows.append([*case.values(), *numbers])
+        print(row(rows[-1]), flush=True)
+    columns = [
+        "devices", "images", "batch", "type", "remat", "matcher", "step ms", "images/s",
+        *(f"{part} ms" for part in PARTS),
+    ]  # fmt: skip
+    numbers = {"device": jax.devices()[0].device_kind, "results": results}
+    report(f"{title}\n\n{table(columns, rows)}", numbers, args.output)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
-
 from data.config import SPLITS, DataConfig
 from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.config import dataclass_from_dict, read_config, require, to_builtins, unknown_field
@@ -26,6 +23,9 @@ def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
     """`config` with each --config.section.field=value applied. Raises UserError when an argument of
     another form, a field that does not exist, or a value of another type.
     """
+    from absl import flags  # of the `train` extra, like the next
+    from ml_collections import ConfigDict, config_flags
+
     for argument in overrides:
         if not argument.startswith("--config."):
             raise UserError(

@@ -17,7 +17,7 @@ from typing import IO, Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from dsct_jax.errors import UserError
+from dsct_jax.errors import UserError, missing_extra
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
@@ -87,8 +87,8 @@ def whole_file(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]
 
 def run_command(run: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
     """Calls `run` and returns the exit status: its own (None = 0), 2 after one line on stderr for a
-    user's mistake, a file that the system refuses or devices that jax does not have, and 130 after
-    Ctrl-C (with the line `interrupted`).
+    user's mistake, an extra that is not installed, a file that the system refuses or devices that
+    jax does not have, and 130 after Ctrl-C (with the line `interrupted`).
     """
     try:
         return run() or 0
@@ -97,6 +97,10 @@ def run_command(run: Callable[[], int | None], *, interrupted: str = "interrupte
         return 130
     except UserError as error:
         reason = str(error)
+    except ModuleNotFoundError as error:
+        reason = str(missing_extra(error) or "")
+        if not reason:
+            raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         reason = f"{where}{error.strerror or error}"
@@ -148,7 +152,10 @@ def run_subcommand(
         hint = f"did you mean {close[0]}?" if close else f"must be one of {', '.join(commands)}"
         print(f"error: {argv[0]}: unknown command; {hint}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"{package}.{name}")
+    # an extra may be missing
+    if status := run_command(lambda: importlib.import_module(f"{package}.{name}") and None):
+        return status
+    module = sys.modules[f"{package}.{name}"]
 
     def run() -> int | None:
         parser = module.make_parser()

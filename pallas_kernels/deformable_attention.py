@@ -8,17 +8,16 @@ model uses, takes what the projections produce and does the softmax and the loca
 inside.
 
 Implementations: `reference` (plain jax.numpy, the definition), `xla` (fastest portable form; lowers
-    for every platform and for jax.export) and
-`pallas_gpu` (GPU kernels). Asked for by name, one runs or raises with the reason.
-`implementation=None` picks when the call is traced: `pallas_gpu` where jax runs on a GPU and the
-kernels support the arguments, else `xla`. `chosen_implementation` tells which, and each is logged
-once.
+for every platform and for jax.export) and `pallas_gpu` (GPU kernels). Asked for by name, one runs
+or raises with the reason. `implementation=None` picks when the call is traced: `pallas_gpu` where
+jax runs on a GPU and the kernels support the arguments, else `xla`. `chosen_implementation` returns
+which, and each is logged once.
 
 Contract of all of them:
-- Locations are (x, y), 0 and 1 the outer edges of a level; pixel centres are half-way: pixel =
-    location * size - 0.5. Outside the map lie zeros.
+- Locations are (x, y), 0 and 1 the outer edges of a level; pixel centers are half-way: pixel =
+  location * size - 0.5. Outside the map lie zeros.
 - Locations, softmax and sums are float32 whatever the type of `value` (float64 if `value` is). The
-    result has the type of `value`.
+  result has the type of `value`.
 - A location that is not finite, or far outside, contributes zero and receives a zero gradient.
 """
 
@@ -45,10 +44,8 @@ def chosen_implementation(value: Any, offsets: Any, implementation: str | None =
         ValueError: an unknown name, or an implementation that cannot run here, with the reason.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"implementation must be one of {', '.join(IMPLEMENTATIONS)} or None, got "
-            f"{implementation!r}"
-        )
+        names = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementation must be one of {names} or None, got {implementation!r}")
     if implementation in ("reference", "xla"):
         return implementation
     reason = pallas_gpu.unsupported_reason(value, offsets, platform=_platform())
@@ -137,10 +134,8 @@ def _check(
     value: jax.Array, spatial_shapes: SpatialShapes, points: jax.Array, weights: jax.Array
 ) -> None:
     if value.ndim != 4 or points.ndim != 6 or points.shape[-1] != 2:
-        raise ValueError(
-            f"value must be [b s n d] and points [b q n l p 2], got {value.shape} and "
-            f"{points.shape}"
-        )
+        shapes = f"{value.shape} and {points.shape}"
+        raise ValueError(f"value must be [b s n d] and points [b q n l p 2], got {shapes}")
     b, s, n, _ = value.shape
     if weights.shape != points.shape[:-1]:
         raise ValueError(f"weights must be [b q n l p] = {points.shape[:-1]}, got {weights.shape}")

@@ -2,9 +2,8 @@
 other implementation is tested against it.
 
 Source: Zhu et al., Deformable DETR (ICLR 2021), Eq. 3; the paper's Eq. 9;
-    ms_deform_attn_core_pytorch of the released code.
-Letters: b batch, s memory tokens (all levels, row-major, concatenated), q queries, n heads, d head
-    size, l levels, p points.
+ms_deform_attn_core_pytorch of the released code. Letters: b batch, s memory tokens (all levels,
+row-major, concatenated), q queries, n heads, d head size, l levels, p points.
 """
 
 from typing import Any
@@ -13,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-SpatialShapes = tuple[
-    tuple[Any, Any], ...
-]  # ((height, width), ...) of each level: ints, or symbolic sizes under jax.export
+# ((height, width), ...) of each level: ints, or symbolic sizes under jax.export
+SpatialShapes = tuple[tuple[Any, Any], ...]
 
 
 def deformable_attention(
@@ -33,32 +31,25 @@ def deformable_attention(
     out = jnp.zeros((b, q, n, d), dtype)
     start = 0
     for level, (height, width) in enumerate(spatial_shapes):
-        level_value = jax.lax.slice_in_dim(value, start, start + height * width, axis=1).astype(
-            dtype
-        )
-        start += height * width
-        x = (
-            no_fma(sampling_locations[:, :, :, level, :, 0].astype(dtype) * width) - 0.5
-        )  # pixel centres lie at integers
-        y = no_fma(sampling_locations[:, :, :, level, :, 1].astype(dtype) * height) - 0.5
+        end = start + height * width
+        level_value = jax.lax.slice_in_dim(value, start, end, axis=1).astype(dtype)
+        start = end
+        locations = sampling_locations[:, :, :, level].astype(dtype)
+        x = no_fma(locations[..., 0] * width) - 0.5  # pixel centers lie at integers
+        y = no_fma(locations[..., 1] * height) - 0.5
         weights = attention_weights[:, :, :, level].astype(dtype)
-        inside = (
-            (x > -1) & (x < width) & (y > -1) & (y < height)
-        )  # False for what is not finite, too
+        inside = (x > -1) & (x < width) & (y > -1) & (y < height)  # False if not finite, too
         x, y = jnp.where(inside, x, 0), jnp.where(inside, y, 0)
         left, top = jnp.floor(x), jnp.floor(y)
         for row, column in ((top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)):
             on_map = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            weight = jnp.where(
-                on_map, weights * (1 - jnp.abs(x - column)) * (1 - jnp.abs(y - row)), 0
-            )
-            token = jnp.clip(row, 0, height - 1).astype(jnp.int32) * width + jnp.clip(
-                column, 0, width - 1
-            ).astype(jnp.int32)
-            index = token.transpose(0, 2, 1, 3).reshape(b, n, -1, 1)  # b n (q p) 1
-            corner = jnp.take_along_axis(level_value.transpose(0, 2, 1, 3), index, axis=2).reshape(
-                b, n, q, -1, d
-            )
+            weight = weights * (1 - jnp.abs(x - column)) * (1 - jnp.abs(y - row))
+            weight = jnp.where(on_map, weight, 0)
+            row = jnp.clip(row, 0, height - 1).astype(jnp.int32)
+            column = jnp.clip(column, 0, width - 1).astype(jnp.int32)
+            index = (row * width + column).transpose(0, 2, 1, 3).reshape(b, n, -1, 1)  # b n (q p) 1
+            corner = jnp.take_along_axis(level_value.transpose(0, 2, 1, 3), index, axis=2)
+            corner = corner.reshape(b, n, q, -1, d)
             out += jnp.einsum("bnqpd,bqnp->bqnd", corner, weight, precision="highest")
     return out.reshape(b, q, n * d).astype(value.dtype)
 
@@ -73,26 +64,19 @@ def deformable_attention_from_offsets(
     """The same with locations reference_points + offsets / (width, height) and weights
     softmax(logits) over all levels and points.
     """
-    b, q, n, l, p = logits.shape
     dtype = jnp.promote_types(value.dtype, jnp.float32)
-    sizes = level_sizes(spatial_shapes, dtype).reshape(1, 1, 1, l, 1, 2)
-    locations = reference_points.astype(dtype)[:, :, None, :, None] + no_fma(
-        offsets.astype(dtype) / sizes
-    )
-    weights = jax.nn.softmax(logits.astype(dtype).reshape(b, q, n, l * p), axis=-1).reshape(
-        b, q, n, l, p
-    )
+    shifts = no_fma(offsets.astype(dtype) / level_sizes(spatial_shapes, dtype)[:, None])
+    locations = reference_points.astype(dtype)[:, :, None, :, None] + shifts
+    weights = jax.nn.softmax(logits.astype(dtype), axis=(-2, -1))
     return deformable_attention(value, spatial_shapes, locations, weights)
 
 
 def level_sizes(spatial_shapes: SpatialShapes, dtype) -> Float[Array, "l 2"]:
     """(width, height) of each level: the order of locations and offsets."""
-    return jnp.stack(
-        [
-            jnp.stack([jnp.asarray(width, dtype), jnp.asarray(height, dtype)])
-            for height, width in spatial_shapes
-        ]
-    )
+    sizes = [
+        (jnp.asarray(width, dtype), jnp.asarray(height, dtype)) for height, width in spatial_shapes
+    ]
+    return jnp.stack([jnp.stack(size) for size in sizes])
 
 
 def no_fma(product: jax.Array) -> jax.Array:

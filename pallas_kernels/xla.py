@@ -2,16 +2,15 @@
 and scatters of whole rows, and dense arithmetic.
 
 Forward: a scan over the levels adds the four corners of each point, row by row, to one running sum.
-    The index arithmetic stays inside the gather's
-fusion, so nothing but the sum is materialised (PyTorch's grid_sample formulation writes every
-sample of every point).
+The index arithmetic stays inside the gather's fusion, so nothing but the sum is materialized
+(PyTorch's grid_sample formulation writes every sample of every point).
 
 Backward: only the inputs are kept; corners are computed again. Two forms, chosen when the program
-    is lowered:
-- CPU: blocks of queries small enough for the cache, all corners of a block at once; one scatter a
-    block into a gradient updated in place.
+is lowered:
+- CPU: blocks of queries small enough for the cache, all corners of a block at once; one scatter per
+  block into a gradient updated in place.
 - everything else: a scan over the corners with all queries at once, the parallelism an accelerator
-    needs.
+  needs.
 
 A TPU has no fast scalar gathers, but moves rows well; both passes move only rows of `d` numbers,
 and loop over levels or corners, never over queries.
@@ -27,11 +26,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.reference import SpatialShapes, level_sizes, no_fma
 
-# (query, head) pairs a block of the CPU's backward pass; with 64 corners its rows fill 4 MiB
+# (query, head) pairs per block of the CPU's backward pass; with 64 corners its rows fill 4 MiB
 CPU_BLOCK = 512
-# partial sums a dot product; XLA's CPU backend vectorises these over the rows, a full reduction in
-# a fusion not at all
+# partial sums per dot product; XLA's CPU backend vectorizes these over the rows, a full reduction
+# in a fusion not at all
 CPU_LANES = 4
+_FourCorners = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def deformable_attention(
@@ -60,10 +60,9 @@ def deformable_attention_from_offsets(
     """See `pallas_kernels.deformable_attention`."""
     dtype = jnp.promote_types(value.dtype, jnp.float32)
     origin = no_fma(reference_points.astype(dtype) * level_sizes(spatial_shapes, dtype)) - 0.5
-    weights = jax.nn.softmax(logits.astype(dtype).reshape(*logits.shape[:3], -1), axis=-1).reshape(
-        logits.shape
-    )
-    return _sample(spatial_shapes, value, origin, offsets.astype(dtype), weights)
+    weights = jax.nn.softmax(logits.astype(dtype).reshape(*logits.shape[:3], -1))
+    offsets = offsets.astype(dtype)
+    return _sample(spatial_shapes, value, origin, offsets, weights.reshape(logits.shape))
 
 
 def _starts(spatial_shapes: SpatialShapes) -> jax.Array:
@@ -103,14 +102,10 @@ def _sample_image(spatial_shapes: SpatialShapes, value, origin, offsets, weights
             for x in (origin, offsets, weights)
         )
         for point in range(p):
-            x, y = (
-                level_origin[:, 0] + level_offsets[:, point, 0],
-                level_origin[:, 1] + level_offsets[:, point, 1],
-            )
+            x, y = (level_origin[:, axis] + level_offsets[:, point, axis] for axis in (0, 1))
+            tokens = _corner_tokens(width, height, start, x, y)
             corner_weights = _corner_weights(width, height, x, y, level_weights[:, point])
-            for token, weight in zip(
-                _corner_tokens(width, height, start, x, y), corner_weights, strict=True
-            ):
+            for token, weight in zip(tokens, corner_weights, strict=True):
                 total += _take(rows, token * n + head).astype(total.dtype) * weight[:, None]
         return total, None
 
@@ -124,9 +119,7 @@ def _forward(spatial_shapes: SpatialShapes, *inputs):
 
 def _backward(spatial_shapes: SpatialShapes, inputs, cotangent):
     value, _, offsets, weights = inputs
-    cotangent = cotangent.astype(weights.dtype).reshape(
-        *weights.shape[:2], value.shape[-1]
-    )  # q n d
+    cotangent = cotangent.astype(weights.dtype).reshape(*weights.shape[:2], -1)  # q n d
     grad_rows, grad_offsets, grad_weights = jax.lax.platform_dependent(
         *inputs,
         cotangent,
@@ -149,59 +142,45 @@ def _gradients_by_block(spatial_shapes: SpatialShapes, value, origin, offsets, w
     q, _, l, p = weights.shape
     block = min(q, max(1, CPU_BLOCK // n))
     rows, lanes = value.reshape(s * n, d), math.gcd(d, CPU_LANES)
-    sizes, start = (
-        level_sizes(spatial_shapes, weights.dtype).reshape(l, 2, 1),
-        _starts(spatial_shapes).reshape(l, 1),
-    )
-    width, height = sizes[:, 0], sizes[:, 1]
+    sizes = level_sizes(spatial_shapes, weights.dtype).reshape(l, 2, 1)
+    width, height, start = sizes[:, 0], sizes[:, 1], _starts(spatial_shapes).reshape(l, 1)
     head = (jnp.arange(block * n, dtype=jnp.int32) % n).reshape(-1, 1, 1)
 
     def first(i):  # the last block is moved back to end with the last query
         return jnp.minimum(i * block, q - block)
 
     def cut(i):
-        return tuple(
-            jax.lax.dynamic_slice_in_dim(x, first(i), block)
-            for x in (origin, offsets, weights, cotangent)
-        )
+        arrays = (origin, offsets, weights, cotangent)
+        return tuple(jax.lax.dynamic_slice_in_dim(x, first(i), block) for x in arrays)
 
     def add_block(i, carry):
         # The block was cut in the step before: a slice fused into the loops below would keep LLVM
-        # from vectorising them.
+        # from vectorizing them.
         (block_origin, block_offsets, block_weights, block_cotangent), grad_rows, *gradients = carry
-        x, y = jnp.moveaxis(
-            (block_origin[:, None, :, None] + block_offsets).reshape(-1, l, p, 2), -1, 0
-        )
+        pixels = block_origin[:, None, :, None] + block_offsets
+        x, y = jnp.moveaxis(pixels.reshape(-1, l, p, 2), -1, 0)
         corner_weights, pullback = jax.vjp(
             functools.partial(_corner_weights, width, height), x, y, block_weights.reshape(-1, l, p)
         )
-        index = jnp.stack(
-            [token * n + head for token in _corner_tokens(width, height, start, x, y)], -1
-        ).reshape(-1)
+        tokens = _corner_tokens(width, height, start, x, y)
+        index = jnp.stack([token * n + head for token in tokens], -1).reshape(-1)
         g = block_cotangent.reshape(-1, 1, d)
         partial_sums = sum(
             _take(rows, index, lane, lanes).astype(g.dtype).reshape(g.shape[0], -1, lanes)
             * g[..., lane : lane + lanes]
             for lane in range(0, d, lanes)
         )
-        scores = (partial_sums.reshape(-1, lanes) @ jnp.ones((lanes, 1), g.dtype)).reshape(
-            -1, l, p, 4
-        )
-        grad_x, grad_y, grad_weights = pullback(tuple(scores[..., corner] for corner in range(4)))
-        new = (
-            jnp.stack([grad_x, grad_y], -1).reshape(block, n, l, p, 2),
-            grad_weights.reshape(block, n, l, p),
-        )
+        scores = partial_sums.reshape(-1, lanes) @ jnp.ones((lanes, 1), g.dtype)
+        scores = scores.reshape(-1, l, p, 4)
+        *grad_xy, grad_weights = pullback(tuple(scores[..., corner] for corner in range(4)))
+        new = jnp.stack(grad_xy, -1), grad_weights
         gradients = [
-            jax.lax.dynamic_update_slice_in_dim(old, x, first(i), 0)
+            jax.lax.dynamic_update_slice_in_dim(old, x.reshape(block, *old.shape[1:]), first(i), 0)
             for old, x in zip(gradients, new, strict=True)
         ]
-        fresh = jnp.repeat(
-            first(i) + jnp.arange(block) >= i * block, n
-        )  # the others were added by the block before
-        spread = jnp.where(fresh[:, None, None, None], jnp.stack(corner_weights, -1), 0).reshape(
-            -1, l * p * 4, 1
-        )
+        # the queries before were added by the block before
+        fresh = jnp.repeat(first(i) + jnp.arange(block) >= i * block, n)[:, None, None, None]
+        spread = jnp.where(fresh, jnp.stack(corner_weights, -1), 0).reshape(-1, l * p * 4, 1)
         grad_rows = grad_rows.at[index].add((spread * g).reshape(-1, d), mode="promise_in_bounds")
         return cut(i + 1), grad_rows, *gradients
 
@@ -215,16 +194,10 @@ def _gradients_by_corner(spatial_shapes: SpatialShapes, value, origin, offsets, 
     x, y = jnp.moveaxis(origin[:, None, :, None] + offsets, (-1, 2, 3), (0, 1, 2))  # each l p q n
     width, height = level_sizes(spatial_shapes, weights.dtype).T[..., None, None, None]
     start = _starts(spatial_shapes)[:, None, None, None]
-    corner_weights, pullback = jax.vjp(
-        functools.partial(_corner_weights, width, height),
-        x,
-        y,
-        jnp.moveaxis(weights, (2, 3), (0, 1)),
-    )
-    head = jnp.arange(n, dtype=jnp.int32)
-    index = jnp.stack(
-        [token * n + head for token in _corner_tokens(width, height, start, x, y)]
-    ).reshape(-1, weights.shape[0] * n)
+    weights_at = functools.partial(_corner_weights, width, height)
+    corner_weights, pullback = jax.vjp(weights_at, x, y, jnp.moveaxis(weights, (2, 3), (0, 1)))
+    tokens = jnp.stack(_corner_tokens(width, height, start, x, y))
+    index = (tokens * n + jnp.arange(n, dtype=jnp.int32)).reshape(-1, weights.shape[0] * n)
     g = cotangent.reshape(-1, d)
 
     def add_corner(grad_rows, corner):
@@ -261,17 +234,15 @@ def _floor(width, height, x, y):
     return left, top, x - left, y - top
 
 
-def _corner_weights(
-    width, height, x, y, weights
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Weights of the top left, top right, bottom left and bottom right pixel; zero outside the map."""
+def _corner_weights(width, height, x, y, weights) -> _FourCorners:
+    """Weights of the top left, top right, bottom left and bottom right pixel; zero off the map."""
     left, top, dx, dy = _floor(width, height, x, y)
     columns = jnp.where(left >= 0, 1 - dx, 0), jnp.where(left < width - 1, dx, 0)
     rows = jnp.where(top >= 0, 1 - dy, 0) * weights, jnp.where(top < height - 1, dy, 0) * weights
     return rows[0] * columns[0], rows[0] * columns[1], rows[1] * columns[0], rows[1] * columns[1]
 
 
-def _corner_tokens(width, height, start, x, y) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _corner_tokens(width, height, start, x, y) -> _FourCorners:
     """Tokens of the same four pixels; outside the map the nearest one."""
     left, top, _, _ = (i.astype(jnp.int32) for i in _floor(width, height, x, y))
     width, height = width.astype(jnp.int32), height.astype(jnp.int32)

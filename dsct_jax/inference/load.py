@@ -132,8 +132,7 @@ def load(path: Path | str, config: Mapping[str, Any] | Path | str | None = None)
         UserError: the file or directory is missing, unreadable, or of another model.
     """
     path = Path(path)
-    given = read_config(config) if isinstance(config, str | Path) else config
-    given = None if given is None else to_builtins(given)
+    given = None if config is None else read_config(config)
     if path.suffix in PTH_SUFFIXES and path.is_file():
         return _load_pth(path, given)
     weights = read_native(path)
@@ -157,7 +156,7 @@ def _load_pth(path: Path, config: Mapping[str, Any] | None) -> Model:
     if chosen is None:
         raise UserError(
             f"{path}: a .pth file does not say which variant it is; give a configuration, such as "
-            "configs/emotic_r50_released.py"
+            "emotic_r50_released"
         )
     functions, decoder = Network(model_config(chosen)), decoder_of(chosen)
     if stored is not None:  # written by `python -m dsct_jax export`

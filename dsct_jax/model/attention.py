@@ -3,6 +3,7 @@ queries.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,26 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.model.layers import SAVED, linear, linear_in_float32, matmul_2d
+from dsct_jax.model.layers import SAVED, Linear, linear_in_float32, matmul_2d
 from pallas_kernels.deformable_attention import deformable_attention_from_offsets
 
 SpatialShapes = tuple[tuple[int, int], ...]
 
 
+class LayerShape(NamedTuple):
+    """The sizes that the layers of encoder and decoder share."""
+
+    d: int
+    num_heads: int
+    num_levels: int
+    num_points: int
+    feedforward_dim: int
+    dropout: float
+
+
 def initial_offsets(num_heads: int, num_levels: int, num_points: int) -> np.ndarray:
-    """Initial sampling offsets [n l p 2], pixels: head i introspections in direction i, point j at
-    distance j + 1 (Deformable DETR).
+    """Initial sampling offsets [n l p 2], pixels: head i looks in direction i, point j at distance
+    j + 1 (Deformable DETR).
     """
     angles = np.arange(num_heads, dtype=np.float32) * np.float32(2 * math.pi / num_heads)
     grid = np.stack([np.cos(angles), np.sin(angles)], -1)
@@ -30,21 +42,22 @@ def initial_offsets(num_heads: int, num_levels: int, num_points: int) -> np.ndar
 
 
 class DeformableAttention(nnx.Module):
-    """Each query samples `num_points` locations a head and level around its reference point.
+    """Each query samples `num_points` locations per head and level around its reference point.
     Source: Zhu et al. 2020; paper Eq. 9.
     """
 
-    def __init__(self, d: int, *, num_heads: int, num_levels: int, num_points: int, rngs: nnx.Rngs):
-        self.shape = (num_heads, num_levels, num_points)
+    def __init__(self, shape: LayerShape, *, rngs: nnx.Rngs):
+        d = shape.d
+        self.shape = (shape.num_heads, shape.num_levels, shape.num_points)
         samples = math.prod(self.shape)
         bias = jnp.asarray(initial_offsets(*self.shape)).reshape(-1)
         zeros = nnx.initializers.zeros
-        self.sampling_offsets = linear(
+        self.sampling_offsets = Linear(
             d, samples * 2, kernel_init=zeros, bias_init=lambda *_: bias, rngs=rngs
         )
-        self.attention_weights = linear(d, samples, kernel_init=zeros, rngs=rngs)
-        self.value_proj = linear(d, d, rngs=rngs)
-        self.output_proj = linear(d, d, rngs=rngs)
+        self.attention_weights = Linear(d, samples, kernel_init=zeros, rngs=rngs)
+        self.value_proj = Linear(d, d, rngs=rngs)
+        self.output_proj = Linear(d, d, rngs=rngs)
 
     def __call__(
         self,
@@ -66,9 +79,8 @@ class DeformableAttention(nnx.Module):
         """
         b, q, d = queries.shape
         n, l, p = self.shape
-        value = jnp.where(memory_padding[..., None], 0, self.value_proj(memory)).reshape(
-            b, -1, n, d // n
-        )
+        value = jnp.where(memory_padding[..., None], 0, self.value_proj(memory))
+        value = value.reshape(b, -1, n, d // n)
         # Locations and softmax are float32 whatever the type of the rest: half a bfloat16 step is
         # half a pixel at the far edge of a map.
         offsets = linear_in_float32(self.sampling_offsets, queries).reshape(b, q, n, l, p, 2)
@@ -78,20 +90,13 @@ class DeformableAttention(nnx.Module):
             offsets *= jnp.where(half > 0, half, 1)
         logits = linear_in_float32(self.attention_weights, queries).reshape(b, q, n, l, p)
         with jax.named_scope("deformable_attention"):
-            attended = deformable_attention_from_offsets(
-                value,
-                spatial_shapes,
-                reference_points,
-                offsets,
-                logits,
-                implementation=implementation,
-            )
+            where = (value, spatial_shapes, reference_points, offsets, logits)
+            attended = deformable_attention_from_offsets(*where, implementation=implementation)
         attended = checkpoint_name(attended, SAVED)
+        weights = jax.nn.softmax(logits.reshape(b, q, n, l * p)).reshape(logits.shape)
         sampled = {  # dead code under jit unless the caller keeps it
             "sampling_locations": reference_points[:, :, None, :, None, :] + offsets / sizes,
-            "attention_weights": jax.nn.softmax(logits.reshape(b, q, n, l * p)).reshape(
-                logits.shape
-            ),
+            "attention_weights": weights,
         }
         return self.output_proj(attended), sampled
 
@@ -103,8 +108,8 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, d: int, *, num_heads: int, rngs: nnx.Rngs):
         self.num_heads = num_heads
-        self.in_proj = linear(d, 3 * d, rngs=rngs)
-        self.out_proj = linear(d, d, rngs=rngs)
+        self.in_proj = Linear(d, 3 * d, rngs=rngs)
+        self.out_proj = Linear(d, d, rngs=rngs)
 
     def __call__(
         self, tokens: Float[Array, "b q d"], positions: Float[Array, "b q d"]
@@ -112,24 +117,16 @@ class SelfAttention(nnx.Module):
         """Returns the attended tokens and the attention weights [b n q q]."""
         b, q, d = tokens.shape
         assert self.in_proj.bias is not None
-        kernel, bias = (
-            self.in_proj.kernel[...].astype(tokens.dtype),
-            self.in_proj.bias[...].astype(tokens.dtype).reshape(1, 1, -1),
-        )
-        query_key = (
-            matmul_2d(tokens + positions, kernel[:, : 2 * d], tokens.dtype) + bias[..., : 2 * d]
-        )
-        value = matmul_2d(tokens, kernel[:, 2 * d :], tokens.dtype) + bias[..., 2 * d :]
+        dtype = tokens.dtype
+        kernel = self.in_proj.kernel[...].astype(dtype)
+        bias = self.in_proj.bias[...].astype(dtype).reshape(1, 1, -1)
+        both = matmul_2d(tokens + positions, kernel[:, : 2 * d], dtype) + bias[..., : 2 * d]
+        value = matmul_2d(tokens, kernel[:, 2 * d :], dtype) + bias[..., 2 * d :]
         query, key, value = (
-            x.reshape(b, q, self.num_heads, -1) for x in (*jnp.split(query_key, 2, -1), value)
+            x.reshape(b, q, self.num_heads, -1) for x in (*jnp.split(both, 2, -1), value)
         )
-        scores = jnp.einsum(
-            "bqnd,bknd->bnqk",
-            query / math.sqrt(d // self.num_heads),
-            key,
-            preferred_element_type=jnp.float32,
-        )
+        query = query / math.sqrt(d // self.num_heads)
+        scores = jnp.einsum("bqnd,bknd->bnqk", query, key, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores)
-        return self.out_proj(
-            jnp.einsum("bnqk,bknd->bqnd", weights.astype(value.dtype), value).reshape(b, q, d)
-        ), weights
+        attended = jnp.einsum("bnqk,bknd->bqnd", weights.astype(dtype), value)
+        return self.out_proj(attended.reshape(b, q, d)), weights

@@ -19,6 +19,7 @@ from dsct_jax.cli import run_command
 from dsct_jax.config import to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.results import ImageResult, ResultsInfo, stack_results
+from dsct_jax.postprocess import Decoder
 from train import RunConfig
 
 # Stands in for train.py: notes how it was called and writes the files of a run, the accuracy being
@@ -26,7 +27,8 @@ from train import RunConfig
 FAKE = """
 import json, pathlib, sys
 flags = dict(argument.lstrip("-").split("=", 1) for argument in sys.argv[3:])
-config, workdir = json.loads(pathlib.Path(flags["config"]).read_text()), pathlib.Path(flags["workdir"])
+config = json.loads(pathlib.Path(flags["config"]).read_text())
+workdir = pathlib.Path(flags["workdir"])
 with open(pathlib.Path(__file__).with_suffix(".calls"), "a") as calls:
     print(workdir.parent.name, workdir.name, flags.get("mode", "train"), file=calls)
 if workdir.name == "seed9":
@@ -35,8 +37,10 @@ workdir.mkdir(parents=True, exist_ok=True)
 (workdir / "config.json").write_text(json.dumps(config))
 if flags.get("mode") == "eval":
     accuracy = 0.5 + config["seed"] / 10 + 0.25 * (config["model"]["num_context_queries"] == 0)
-    buckets = {"1": {"images": 2, "people": 2, "accuracy": accuracy, "mAP": 0.1}, "2": {"images": 0, "people": 0}}
-    metrics = {"accuracy": accuracy, "mAP": 0.1, "mean_iou": 0.8, "majority_accuracy": 0.3, "num_images": 4, "num_people": 7, "buckets": buckets}
+    one = {"images": 2, "people": 2, "accuracy": accuracy, "mAP": 0.1}
+    buckets = {"1": one, "2": {"images": 0, "people": 0}}
+    metrics = {"accuracy": accuracy, "mAP": 0.1, "mean_iou": 0.8, "majority_accuracy": 0.3}
+    metrics |= {"num_images": 4, "num_people": 7, "buckets": buckets}
     (workdir / "metrics_test.json").write_text(json.dumps(metrics))
     (workdir / "predictions_test.npz").touch()
 """
@@ -138,7 +142,7 @@ def test_every_row_runs_once_and_the_table_holds_mean_and_spread(command, tmp_pa
         "| 80.0 ± 0.0 | 36.55 |" in text
     )
     assert "| + both selections | 2 | 60.0 ± 14.1 |" in text
-    assert "4 images, 7 people; the commonest class: 30.0 %" in text
+    assert "4 images, 7 people; the most frequent class: 30.0 %" in text
     numbers = json.loads((tmp_path / "out/table6.json").read_text())
     np.testing.assert_allclose(numbers["+ both selections"]["ours"]["accuracy"], [50, 70])
 
@@ -223,7 +227,7 @@ def test_a_directory_of_another_budget_is_refused(command, capsys):
     capsys.readouterr()
     assert command("--table=8", "--seeds=0", "--config.train.epochs=3")[0] == 2
     error = capsys.readouterr().err
-    assert "holds a run with other settings (config.train.epochs: 12 -> 3)" in error
+    assert "holds a run with other settings (config.train.epochs: 12.0 -> 3.0)" in error
 
 
 def test_cues_are_told_apart(tmp_path):
@@ -251,9 +255,8 @@ def test_cues_are_told_apart(tmp_path):
                 record.image_id, *filled, (record.height, record.width), record.boxes, record.labels
             )
         )
-    stack_results(results, ResultsInfo(run.class_names, False, True)).save(
-        tmp_path / "predictions_test.npz"
-    )
+    decoder = Decoder(run.class_names, multi_label=False, subject_logit=True)
+    stack_results(results, ResultsInfo(decoder)).save(tmp_path / "predictions_test.npz")
     assert accuracy_by_cue(tmp_path, "test") == {"expression": 1.0, "near": 0.0, "far": 0.0}
 
 

@@ -21,7 +21,7 @@ from pallas_kernels.deformable_attention import (
     deformable_attention,
     deformable_attention_from_offsets,
 )
-from pallas_kernels.tiles import Tile
+from pallas_kernels.pallas_gpu import Tile
 from pallas_kernels.workloads import PATTERNS, WORKLOADS, Workload
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

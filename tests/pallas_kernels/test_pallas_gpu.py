@@ -4,6 +4,7 @@ JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu
 
 import contextlib
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,21 @@ def test_lowers_for_cuda(name, dtype):
         text = run.trace(arguments, cotangent).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("xla.gpu.triton") == 2
     assert "deformable_attention_forward" in text and "deformable_attention_backward" in text
+
+
+def test_lowering_leaves_the_warning_filters_of_the_process_alone():
+    workload = WORKLOADS["odd_queries"]
+    arguments = {key: jnp.asarray(x) for key, x in workload.inputs().items()}
+    before = list(warnings.filters)
+    jax.eval_shape(
+        functools.partial(
+            pallas_gpu.deformable_attention_from_offsets,
+            spatial_shapes=workload.spatial_shapes,
+            partitioned=False,
+        ),
+        **arguments,
+    )
+    assert warnings.filters == before
 
 
 @pytest.mark.gpu
