@@ -70,7 +70,7 @@ def predict(
         UserError: something that is no image, or a number out of its range.
     """
     selection = Selection(threshold=threshold, min_confidence=min_confidence, nms=nms)
-    single = isinstance(images, AnyImage)
+    single = isinstance(images, AnyImage) or not isinstance(images, Iterable)
     several: Iterable[Any] = [images] if single else images
     if isinstance(several, Sized):
         batch_size = min(batch_size, max(1, len(several)))
@@ -134,8 +134,8 @@ def to_model_input(pixels: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.
     return normalize(pixels, mask), mask
 
 
-def read_rgb(image: AnyImage) -> Image.Image:
-    """One image of any accepted kind as upright RGB.
+def read_rgb(image: Any) -> Image.Image:
+    """One image of any kind that `predict` takes as upright RGB.
 
     Raises:
         UserError: a file that cannot be read, an array of another shape or type, or no image.
