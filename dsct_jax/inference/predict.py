@@ -4,7 +4,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
-from typing import Any, Protocol, overload, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -41,10 +41,6 @@ class Detector(Protocol):
         ...
 
 
-@overload
-def predict(model: Detector, images: AnyImage, **options: Any) -> list[Subject]: ...
-@overload
-def predict(model: Detector, images: Iterable[AnyImage], **options: Any) -> list[list[Subject]]: ...
 def predict(
     model: Detector,
     images: AnyImage | Iterable[AnyImage],
@@ -53,9 +49,9 @@ def predict(
     min_confidence: float | None = Selection.min_confidence,
     nms: float = Selection.nms,
     batch_size: int = BATCH_SIZE,
-) -> list[Subject] | list[list[Subject]]:
-    """The people in an image, most confident first; empty where nobody is found. Of several images
-    a list of such lists, in their order.
+) -> list[Any]:
+    """The people in one image: `Subject`s, most confident first; empty where nobody is found. Of
+    several images a list of such lists, in their order.
 
     Args:
         model: what `dsct_jax.load` returns.
@@ -71,7 +67,7 @@ def predict(
     """
     selection = Selection(threshold=threshold, min_confidence=min_confidence, nms=nms)
     single = isinstance(images, AnyImage) or not isinstance(images, Iterable)
-    several: Iterable[Any] = [images] if single else images
+    several: Any = [images] if single else images
     if isinstance(several, Sized):
         batch_size = min(batch_size, max(1, len(several)))
     answers = predict_each(model, several, selection=selection, batch_size=batch_size)

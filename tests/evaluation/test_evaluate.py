@@ -20,6 +20,7 @@ from dsct_jax.boxes import cxcywh_to_xyxy, pairwise_iou
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import fit_decoder, save_fit
 from dsct_jax.evaluation.evaluate import BUCKETS, evaluate, write_evaluation
+from dsct_jax.evaluation.measures import LOWER_IS_BETTER
 from dsct_jax.evaluation.report import format_table
 from dsct_jax.evaluation.results import ImageResult, ResultsInfo, read_results, stack_results
 from dsct_jax.evaluation.selection import select_all, select_queries
@@ -446,6 +447,7 @@ def test_multi_label_decisions_equal_scikit_learn_at_one_half_and_at_fitted_thre
             )
             np.testing.assert_allclose(metrics[f"macro_{name}{ending}"], expected, atol=1e-12)
     assert metrics["per_class"]["Yearning"]["threshold"] == thresholds[-1]
+    assert set(LOWER_IS_BETTER) <= metrics.keys()
     assert metrics["calibration"]["temperature"] == 1.5
     assert metrics["ece_calibrated"] != metrics["ece"]
 
