@@ -3,8 +3,9 @@ numbers are, what it must not be used for.
 
     python -m dsct_jax model_card --workdir=runs/demo [--split=test] [--output=MODEL_CARD.md]
 
-Filled from the run's config.json, env.json, metrics_<split>.json (train.py --mode=eval) and, where
-they exist, thresholds.json. What a run cannot know stands in the card as a question, marked "(?)".
+Filled from the run's config.json, env.json, metrics_<split>.json (train.py --mode=eval) and what
+was fitted on validation to the same checkpoint. What a run cannot know stands in the card as a
+question, marked "(?)".
 """
 
 import argparse
@@ -19,8 +20,11 @@ import numpy as np
 from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.config import read_config, require, to_builtins
 from dsct_jax.errors import UserError
-from dsct_jax.inference.load import model_config
+from dsct_jax.evaluation.calibration import stored_decoder, with_fit_beside
+from dsct_jax.inference.load import decoder_of, model_config
 from dsct_jax.model.build import Network
+from dsct_jax.postprocess import Decoder
+from dsct_jax.weights.run_directory import DIRECTORY, read_metadata
 
 # metric -> its name in the card, and the metric of guessing; fractions, shown in percent
 _METRICS = {
@@ -83,10 +87,8 @@ def model_card(workdir: Path, *, split: str = "test") -> str:
     config = read_config(_existing(workdir / "config.json", "it is no run directory"))
     remedy = f"train.py --mode=eval --split={split} writes it"
     metrics = _read_json(_existing(workdir / f"metrics_{split}.json", remedy))
-    environment, thresholds = (
-        _read_json(path) if path.is_file() else {}
-        for path in (workdir / "env.json", workdir / "thresholds.json")
-    )
+    environment = _read_json(workdir / "env.json") if (workdir / "env.json").is_file() else {}
+    decoder = _decoder(config, workdir, str(metrics.get("checkpoint", "")))
     start = config.get("init_from")
     weights = "It started from random values: no other weights are in it."
     if start:
@@ -95,7 +97,7 @@ def model_card(workdir: Path, *, split: str = "test") -> str:
         "Model": _model_lines(config, environment),
         "Data and protocol": _data_lines(config, metrics, split),
         f"Metrics on the {split} split": _metric_lines(metrics),
-        "From scores to labels": _threshold_lines(config, thresholds),
+        "From scores to labels": _threshold_lines(decoder),
         "What it is for, and what not": [_LIMITS],
         "Licenses": [_LICENSES.format(weights=weights)],
         "Who answers for it": ["(?) Name, address, date. (?) How to report a problem."],
@@ -200,18 +202,28 @@ def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _threshold_lines(config: Mapping[str, Any], thresholds: Mapping[str, Any]) -> list[str]:
-    if not thresholds:
-        several = config.get("multi_label")
-        rule = "a class counts above 0.5" if several else "the most probable class counts"
+def _decoder(config: Mapping[str, Any], workdir: Path, checkpoint: str) -> Decoder:
+    """With what was fitted to the weights that were measured, `checkpoint` being "step 3"."""
+    decoder, step = decoder_of(config), checkpoint.removeprefix("step ")
+    folder = workdir / DIRECTORY / step
+    if step.isdecimal() and folder.is_dir():
+        return stored_decoder(decoder, read_metadata(folder), workdir, int(step))
+    return with_fit_beside(workdir, decoder, checkpoint=checkpoint)
+
+
+def _threshold_lines(decoder: Decoder) -> list[str]:
+    if not decoder.fitted_on:
+        rule = (
+            "a class counts above 0.5" if decoder.multi_label else "the most probable class counts"
+        )
         return [f"Nothing was fitted on validation: {rule}."]
     lines = [
-        f"Temperature {thresholds.get('temperature', 1):.3g}, fitted on "
-        f"{thresholds.get('split', 'val')}: divide the logits by it to calibrate the scores."
+        f"Temperature {decoder.temperature:.3g}, fitted on {decoder.fitted_on}: divide the logits "
+        "by it to calibrate the scores."
     ]
-    if values := thresholds.get("thresholds"):
-        names = require(config, "class_names", tuple)
-        rows = [(name, f"{value:.3f}") for name, value in zip(names, values, strict=True)]
+    if decoder.thresholds:
+        pairs = zip(decoder.class_names, decoder.thresholds, strict=True)
+        rows = [(name, f"{value:.3f}") for name, value in pairs]
         rule = "A class counts above its threshold, which holds for scores without the temperature:"
         lines += ["", rule, "", *_table(("class", "threshold"), rows)]
     return lines

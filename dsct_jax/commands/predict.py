@@ -253,10 +253,11 @@ def run(arguments: argparse.Namespace) -> None:
         f"and {len(sources)} videos to look at",
         flush=True,
     )
-    start, unreadable = time.monotonic(), {} if arguments.skip_unreadable else None
+    start = time.monotonic()
+    unreadable: dict[Path, str] | None = {} if arguments.skip_unreadable else None
     answers = Answers(model, chosen, arguments.batch_size, unreadable)
     limits = {"every": arguments.every, "seconds": arguments.seconds}
-    document = {
+    document: dict[str, Any] = {
         "checkpoint": str(arguments.checkpoint),
         "class_names": model.decoder.class_names,
         "multi_label": model.decoder.multi_label,

@@ -19,6 +19,7 @@ beside the images (COCO style).
 """
 
 import argparse
+import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,13 +106,7 @@ def beside_sheet(
 def _answers(
     model: Model, images: Sequence[Image.Image], selection: Selection
 ) -> list[list[Subject]]:
-    return predict(
-        model,
-        images,
-        threshold=selection.threshold,
-        min_confidence=selection.min_confidence,
-        nms=selection.nms,
-    )
+    return predict(model, images, **dataclasses.asdict(selection))
 
 
 def _is_right(person: Subject, found: Sequence[Subject]) -> bool:
@@ -145,9 +140,8 @@ def embeddings(
             f"embeddings: {len(labels)} people were found; principal components need at least 3, "
             "so give more images"
         )
-    return embedding_figure(
-        introspections, labels, source="predicted emotion" if truth is None else "annotated emotion"
-    )
+    source = "predicted emotion" if truth is None else "annotated emotion"
+    return embedding_figure(introspections, labels, source=source)
 
 
 def _embedding_label(subject: Subject, file: Path, truth: GroundTruth | None) -> str:
@@ -159,9 +153,11 @@ def _embedding_label(subject: Subject, file: Path, truth: GroundTruth | None) ->
 
 def losses(runs: Sequence[str]) -> Figure:
     """Fig. 12 for the runs in these directories. Raises UserError where one has logged nothing."""
-    short = {run: Path(run).resolve().name for run in runs}
-    names = short if len(set(short.values())) == len(runs) else {run: run for run in runs}
-    series = {name: read_metrics(Path(run) / "metrics.jsonl") for run, name in names.items()}
+    folders = [expanded_path(run) for run in runs]
+    names = [folder.resolve().name for folder in folders]
+    names = names if len(set(names)) == len(runs) else list(runs)
+    logs = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+    series = dict(zip(names, logs, strict=True))
     if missing := [name for name, found in series.items() if "train/loss_class" not in found]:
         raise UserError(
             f"{missing[0]}: its metrics.jsonl has no training loss; name the --workdir of a "

@@ -130,7 +130,7 @@ def sampling_figure(introspections: Sequence[Introspection], *, layer: int) -> F
     _legend(
         figure,
         {
-            "reference point (colour: person)": ("*", "white"),
+            "reference point (color: person)": ("*", "white"),
             "sampling point, area = weight": ("o", "white"),
         },
     )
@@ -181,7 +181,7 @@ def context_figure(one: Introspection, *, person: int) -> Figure:
             _show(axes, one.image, share if row else f"layer {column + 1}\n{share}", faded=0.35)
             _box(axes, subject.box, "white")
             rest, chosen = one.context_points[~selected], one.context_points[selected]
-            _points(axes, rest, 14, color=_GREY, linewidths=0.4, zorder=2)
+            _points(axes, rest, 14.0, color=_GREY, linewidths=0.4, zorder=2)
             areas = 40 + 500 * weights
             _points(axes, chosen, areas, color=color, linewidths=1, alpha=0.85, zorder=3)
             _star(axes, layer.subject_points[query])
@@ -202,7 +202,7 @@ def context_figure(one: Introspection, *, person: int) -> Figure:
 def embedding_figure(
     introspections: Sequence[Introspection], labels: Sequence[str], *, source: str
 ) -> Figure:
-    """Principal components of the subjects' embeddings, one point a person; `labels` one for each
+    """Principal components of the subjects' embeddings, one point per person; `labels` one for each
     subject of all introspections in order, NOBODY in grey.
     """
     embeddings = np.concatenate([one.embeddings for one in introspections])
@@ -219,7 +219,7 @@ def embedding_figure(
                 "marker": MARKERS[number % len(MARKERS)],
             }
         text = f"{name} ({chosen.sum()})"
-        _points(axes, scores[chosen], 70, linewidths=0.6, alpha=0.85, label=text, **style)
+        _points(axes, scores[chosen], 70.0, linewidths=0.6, alpha=0.85, label=text, **style)
     axes.set_title(f"Subject embeddings after the last layer, by {source}", fontsize=_FONT + 1)
     axes.set_xlabel(f"first principal component, {shares[0]:.0%} of the variance", fontsize=_FONT)
     axes.set_ylabel(f"second, {shares[1]:.0%}", fontsize=_FONT)

@@ -18,13 +18,7 @@ from dsct_jax.config import differences
 from dsct_jax.errors import UserError
 from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.weights.native import is_native, read_native
-from dsct_jax.weights.rules import (
-    TensorLayout,
-    Translation,
-    detect_layout,
-    require_fit,
-    translate,
-)
+from dsct_jax.weights.rules import TensorLayout, Translation, detect_layout, require_fit, translate
 from dsct_jax.weights.tensor_files import read_tensors
 
 _CLASS_HEAD = re.compile(r"class_head/.*")
@@ -89,31 +83,27 @@ def describe(found: Translation, shapes: Shapes) -> list[str]:
     """Four lines: what was taken, re-initialized, left out, and unknown or unfit."""
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
     taken = sum(sizes[name] for name in found.arrays)
-    share = (
-        f"{len(found.arrays)} of {len(shapes)} arrays, {taken:,} of {sum(sizes.values()):,} numbers"
-    )
     return [
-        f"  taken: {share}, from {len(found.taken)} tensors",
+        f"  taken: {len(found.arrays)} of {len(shapes)} arrays, {taken:,} of "
+        f"{sum(sizes.values()):,} numbers, from {len(found.taken)} tensors",
         f"  re-initialized: {_summary(name for name in shapes if name not in found.arrays)}",
         f"  left out: {_summary(found.left_out)}",
         f"  unknown: {'; '.join(found.problems) or 'none'}",
     ]
 
 
+_NUMBER_OR_LEAF = re.compile(
+    r"[./](?=\d)|[./](?=(?:weight|bias|kernel|scale|mean|var|num_batches_tracked)$)"
+)
+
+
 def _summary(names: Iterable[str]) -> str:
     """Names by the part that says what they are, with the number of each: 'class_embed (12),
     subject_queries'.
     """
-    counts = Counter(
-        re.split(
-            r"[./](?=\d)|[./](?=(?:weight|bias|kernel|scale|mean|var|num_batches_tracked)$)", name
-        )[0]
-        for name in names
-    )
-    return (
-        ", ".join(name if count == 1 else f"{name} ({count})" for name, count in counts.items())
-        or "none"
-    )
+    counts = Counter(_NUMBER_OR_LEAF.split(name)[0] for name in names)
+    parts = (name if count == 1 else f"{name} ({count})" for name, count in counts.items())
+    return ", ".join(parts) or "none"
 
 
 def _strip_ddp_prefix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

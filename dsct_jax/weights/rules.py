@@ -21,11 +21,7 @@ from dsct_jax.errors import UserError
 # (h, w, in, out). A number behind a colon says that the tensor is that third of ours, along the
 # last axis: query, key and value, which we keep packed.
 _TO_OURS = {"same": lambda x: x, "linear": lambda x: x.T, "conv": lambda x: x.transpose(2, 3, 1, 0)}
-_TO_TORCH = {
-    "same": lambda x: x,
-    "linear": lambda x: x.T,
-    "conv": lambda x: x.transpose(3, 2, 0, 1),
-}
+_TO_TORCH = _TO_OURS | {"conv": lambda x: x.transpose(3, 2, 0, 1)}
 _RANKS = {"linear": 2, "conv": 4}
 _QKV = 3
 
@@ -232,18 +228,16 @@ class Translation:
     taken: tuple[str, ...]  # names in the file
     left_out: tuple[str, ...]  # names in the file that have no place in our model
     unmatched: tuple[str, ...]  # our paths that this kind of file does not have
-    problems: tuple[
-        str, ...
-    ]  # a text per tensor that is unknown, missing, doubled or of another shape
+    problems: tuple[str, ...]  # per tensor that is unknown, missing, doubled or of another shape
 
 
 def detect_layout(names: Iterable[str]) -> TensorLayout | None:
     """Which of the four kinds of file has these names; None when it is none of them."""
     names = list(names)
-    return next(
-        (layout for layout in LAYOUTS if any(re.fullmatch(layout.marker, name) for name in names)),
-        None,
-    )
+    for layout in LAYOUTS:
+        if any(re.fullmatch(layout.marker, name) for name in names):
+            return layout
+    return None
 
 
 def from_torch(

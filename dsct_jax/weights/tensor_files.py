@@ -17,7 +17,7 @@ import struct
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,41 +31,22 @@ from dsct_jax.errors import UserError
 _Content = tuple[dict[str, np.ndarray], dict[str, str]]  # tensors and texts by name
 PTH_SUFFIXES = (".pth", ".pt", ".bin")
 
-STORAGE_TYPES: dict[str, Any] = {
-    "FloatStorage": np.float32,
-    "DoubleStorage": np.float64,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
+_TYPES: tuple[tuple[str, str, Any], ...] = (  # PyTorch's name, safetensors' name, numpy's type
+    ("Float", "F32", np.float32), ("Double", "F64", np.float64), ("Half", "F16", np.float16),
+    ("BFloat16", "BF16", ml_dtypes.bfloat16), ("Long", "I64", np.int64), ("Int", "I32", np.int32),
+    ("Short", "I16", np.int16), ("Char", "I8", np.int8), ("Byte", "U8", np.uint8),
+    ("Bool", "BOOL", np.bool_),
+)  # fmt: skip
+STORAGE_TYPES = {f"{name}Storage": kind for name, _, kind in _TYPES}
 _STORAGE_NAMES = {np.dtype(kind): name for name, kind in STORAGE_TYPES.items()}
-_SAFETENSORS_TYPES: dict[str, Any] = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
-    "BOOL": np.bool_,
-}  # fmt: skip
-_PLAIN_FILE_START = b"".join(
-    pickle.dumps(number, protocol=2) for number in (0x1950A86A20F9469CFC6C, 1001)
-)  # magic number and protocol
+_SAFETENSORS_TYPES = {name: kind for _, name, kind in _TYPES}
+# magic number and protocol
+_PLAIN_FILE_START = b"".join(pickle.dumps(n, protocol=2) for n in (0x1950A86A20F9469CFC6C, 1001))
 
 # What a pickle or an archive that was damaged or forged can raise.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
+_UNREADABLE: tuple[type[Exception], ...] = (
+    *(pickle.UnpicklingError, struct.error, zlib.error, ArithmeticError, AttributeError),
+    *(EOFError, LookupError, MemoryError, RuntimeError, TypeError, ValueError),
 )
 
 
@@ -135,9 +116,7 @@ class _View:
         return np.lib.stride_tricks.as_strided(numbers[self.offset :], self.size, strides).copy()
 
 
-def _view(
-    storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> _View:
+def _view(storage: Any, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> _View:
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
     return _View(storage, offset, tuple(size), tuple(stride))

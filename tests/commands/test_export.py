@@ -2,6 +2,7 @@
 same bytes twice.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ import dsct_jax
 from dsct_jax import __main__
 from dsct_jax.commands.export import export, parse_sizes
 from dsct_jax.errors import UserError
-from dsct_jax.evaluation.calibration import Calibration
+from dsct_jax.evaluation.calibration import save_fit
 from dsct_jax.inference.load import Model, model_config
 from dsct_jax.model.build import Network
 from dsct_jax.parallel import make_mesh
@@ -43,7 +44,8 @@ ALONE = """
 import json, sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("flax", "optax", "orbax", "dsct_jax", "pallas_kernels", "safetensors"):
+        ours = ("flax", "optax", "orbax", "dsct_jax", "pallas_kernels", "safetensors")
+        if name.split(".")[0] in ours:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Blocked())
 import jax, jax.export, numpy as np
@@ -54,7 +56,8 @@ images, mask = np.load(images), np.load(mask)
 artifact = about["artifacts"]["x".join(map(str, images.shape[1:3]))]
 call = jax.jit(jax.export.deserialize(bytearray(open(folder + "/" + artifact, "rb").read())).call)
 for batch in (1, 7):
-    answer = call(weights, np.resize(images, (batch, *images.shape[1:])), np.resize(mask, (batch, *mask.shape[1:])))
+    inputs = (np.resize(array, (batch, *array.shape[1:])) for array in (images, mask))
+    answer = call(weights, *inputs)
     np.savez(out + str(batch), **answer)
 """
 
@@ -72,7 +75,8 @@ def model(state, tmp_path_factory):
     model = dsct_jax.load(
         write_state(tmp_path_factory.mktemp("pth") / "x.pth", state), small_config()
     )
-    model.calibration = Calibration(model.class_names, 1.5, (0.25,) * 26, "val", 100, "step 3")
+    fit = {"temperature": 1.5, "thresholds": (0.25,) * 26, "fitted_on": "val", "people": 100}
+    model.decoder = dataclasses.replace(model.decoder, **fit)
     return model
 
 
@@ -127,7 +131,7 @@ def test_stablehlo_alone_at_batch_1_and_7(stablehlo, golden, tmp_path):
 def test_what_is_recorded(stablehlo, model):
     about = json.loads((stablehlo[0] / "model.json").read_text())
     assert about["class_names"] == list(model.class_names)
-    assert about["calibration"]["thresholds"] == [0.25] * 26
+    assert about["decoder"]["thresholds"] == [0.25] * 26
     assert about["preprocessing"]["short_side"] == 800
     assert about["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
     assert about["platforms"] == ["cpu", "cuda", "tpu"]
@@ -347,9 +351,8 @@ def test_a_run_of_eight_devices_on_a_machine_with_one(model, tmp_path, golden):
     checkpoints = Checkpoints(tmp_path / "run", metadata={"config": model.config})
     checkpoints.save(state)
     checkpoints.close()
-    Calibration(model.class_names, 2.0, None, "val", 10, "step 3").save(
-        tmp_path / "run" / "thresholds.json"
-    )
+    decoder = dataclasses.replace(model.decoder, temperature=2.0)
+    save_fit(decoder, tmp_path / "run" / "thresholds.json", checkpoint="step 3")
     arguments = [
         f"--checkpoint={tmp_path / 'run'}",
         f"--output={tmp_path / 'out'}",
@@ -369,7 +372,7 @@ def test_a_run_of_eight_devices_on_a_machine_with_one(model, tmp_path, golden):
         )
     last = load_weights(tmp_path / "run", ema=False).params
     np.testing.assert_array_equal(last["class_head/bias"], model.params["class_head/bias"])
-    assert exported.calibration.temperature == 2.0
+    assert exported.decoder.temperature == 2.0
 
 
 def test_onnx(model, golden, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from dsct_jax import __main__
 from dsct_jax.commands.model_card import model_card
 from dsct_jax.errors import UserError
+from dsct_jax.inference.load import decoder_of
 from tests.inference.test_load import small_config
 
 
@@ -42,7 +43,7 @@ def run(tmp_path):
     )
     (tmp_path / "metrics_test.json").write_text(json.dumps(METRICS))
     (tmp_path / "thresholds.json").write_text(
-        json.dumps({"temperature": 1.25, "thresholds": [0.3] * 26, "split": "val"})
+        json.dumps({"temperature": 1.25, "thresholds": [0.3] * 26, "split": "val", "people": 9})
     )
     return tmp_path
 
@@ -85,3 +86,13 @@ def test_the_command(run, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(UserError, match=r"config\.json: missing"):
         model_card(tmp_path / "nowhere")
+
+
+def test_the_fit_is_the_one_of_the_measured_checkpoint(run):
+    (run / "metrics_test.json").write_text(json.dumps(METRICS | {"checkpoint": "step 3"}))
+    assert "Nothing was fitted on validation" in model_card(run)  # thresholds.json is of others
+    folder = run / "checkpoints" / "3" / "metadata"
+    folder.mkdir(parents=True)
+    decoder = decoder_of(small_config()).to_dict() | {"temperature": 0.75, "fitted_on": "val"}
+    (folder / "metadata").write_text(json.dumps({"decoder": decoder}))
+    assert "Temperature 0.75, fitted on val" in model_card(run)

@@ -600,9 +600,9 @@ def test_the_name_answers_to_a_call_even_after_the_command_was_imported():
 def test_the_names_of_many_drawings_are_found_quickly(tmp_path):
     files = [tmp_path / f"{i % 100}/{i}{'.jpg' if i % 7 else '.png'}" for i in range(20_000)]
     files += [tmp_path / "0/0.gif"]
-    start = time.perf_counter()
+    start = time.process_time()
     names = drawing_names(files, ".png")
-    assert time.perf_counter() - start < 2.0  # 0.2 s; counting in a list took minutes
+    assert time.process_time() - start < 1.0  # 0.2 s; counting in a list took minutes
     assert names[files[1]].as_posix() == "1/1.png"
     assert {names[files[0]].as_posix(), names[files[-1]].as_posix()} == {
         "0/0.png.png",

@@ -10,7 +10,7 @@ from dsct_jax.__main__ import main
 from dsct_jax.batch import Batch, Targets
 from dsct_jax.commands.report import metrics_table, read_metrics
 from dsct_jax.errors import UserError
-from dsct_jax.postprocess import Subject
+from dsct_jax.postprocess import Decoder, Subject
 from dsct_jax.visualization.drawing import (
     PALETTE,
     contact_sheet,
@@ -177,9 +177,8 @@ def test_a_batch_is_drawn_without_padding_and_filler():
     )
     logits = np.array([[[3, -3, -3, 4], [-3, 3, -3, -4]]] * 2, np.float32)
     boxes = np.broadcast_to(np.array([0.25, 0.5, 0.3, 0.4], np.float32), (2, 2, 4))
-    (picture,) = draw_batch(
-        batch, logits, boxes, class_names=("a", "b", "c"), multi_label=True, subject_logit=True
-    )
+    decoder = Decoder(("a", "b", "c"), multi_label=True, subject_logit=True)
+    (picture,) = draw_batch(batch, logits, boxes, decoder=decoder)
     assert picture.size == (80 * 10, 50 * 10)
     left, _, right, lower = bounds(picture, rgb(PALETTE[0]))
     np.testing.assert_allclose(

@@ -118,7 +118,8 @@ def test_a_deformable_detr_of_coco(functions, fresh, state, ours, tmp_path, layo
     assert "Deformable DETR" in report[0]
     assert (
         report[2]
-        == "  re-initialized: box_head/layer0 (2), box_head/layer1 (2), box_head/layer2 (2), class_head (2), subject_queries"
+        == "  re-initialized: box_head/layer0 (2), box_head/layer1 (2), box_head/layer2 (2), "
+        "class_head (2), subject_queries"
     )
     assert (
         report[3] == "  left out: class_embed (4), bbox_embed (2)"

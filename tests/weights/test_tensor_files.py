@@ -87,7 +87,7 @@ def as_tensor(
 def write_pth(
     path: Path, content: Any, storages: list[Storage] = (), *, root: str = "archive"
 ) -> Path:
-    """The archive that torch.save writes around a pickle; `content` may be raw bytes of a pickle."""
+    """The archive that torch.save writes around a pickle; `content` may be a pickle's raw bytes."""
     buffer = io.BytesIO()
     if not isinstance(content, bytes):
         Writer(buffer, protocol=2).dump(content)
