@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from dsct_jax.cli import Parser, run_command
-from dsct_jax.commands.inputs import read_image
 from dsct_jax.inference.introspection import Introspection, introspect
 from dsct_jax.inference.load import load
+from dsct_jax.inference.predict import read_rgb
 from dsct_jax.runtime import start_process
 
 
@@ -47,7 +47,7 @@ def run(argv: Sequence[str] | None) -> None:
     parser.add_argument("--checkpoint", required=True, help="run directory or .safetensors file")
     arguments = parser.parse_args(argv)
     model = load(arguments.checkpoint)
-    introspections = [introspect(model, read_image(file)) for file in arguments.images]
+    introspections = [introspect(model, read_rgb(file)) for file in arguments.images]
     print(f"{'layer':<8}{'people':>8}{'largest':>10}{'semantic':>10}{'distance':>10}")
     for layer in range(len(introspections[0].layers)):
         measures = np.array(list(weight_measures(introspections, layer))).reshape(-1, 3)

@@ -1,4 +1,4 @@
-"""Train-only randomness: DETR's recipe (paper Appendix C; released datasets/emotic.py), and colour
+"""Train-only randomness: DETR's recipe (paper Appendix C; released datasets/emotic.py), and color
 changes for training from scratch.
 
 What happens to an image is decided in two steps. `draw` turns a row of uniform numbers and the
@@ -17,12 +17,12 @@ from data.config import DataConfig
 from data.readers.records import has_area
 from dsct_jax.preprocess import Size, resize, resized_size
 
-NUM_DRAWS = 12  # uniform numbers an image and epoch
+NUM_DRAWS = 12  # uniform numbers per image and epoch
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Geometry and colour of one augmented image: flip, then resize and crop (or not), then resize."""
+    """Geometry and color of one augmented image: flip, resize and crop (or not), then resize."""
 
     size: Size  # final (height, width)
     flip: bool = False
@@ -41,20 +41,8 @@ def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) 
     region with sides between the two `crop_size` is cut out, and that is resized; else the whole
     image is resized. Sides smaller than the smallest crop are kept whole.
     """
-    (
-        flip,
-        branch,
-        before,
-        crop_width,
-        crop_height,
-        top,
-        left,
-        side,
-        brightness,
-        contrast,
-        saturation,
-        gray,
-    ) = uniform
+    flip, branch, before, crop_width, crop_height, top, left, side, *colors = uniform
+    brightness, contrast, saturation, gray = colors
     crop_resize, crop = None, None
     if branch < config.crop_probability:
         crop_resize = resized_size(height, width, _pick(config.crop_resize, before))
@@ -62,13 +50,10 @@ def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) 
         smallest, largest = config.crop_size
         height = _between(min(smallest, full_height), min(largest, full_height), crop_height)
         width = _between(min(smallest, full_width), min(largest, full_width), crop_width)
-        crop = (
-            _between(0, full_height - height, top),
-            _between(0, full_width - width, left),
-            height,
-            width,
-        )
+        corner = _between(0, full_height - height, top), _between(0, full_width - width, left)
+        crop = (*corner, height, width)
     strength = config.color_jitter
+    is_gray = gray < config.grayscale_probability
     return Transform(
         size=resized_size(height, width, _pick(config.short_sides, side), config.max_long_side),
         flip=flip < config.flip_probability,
@@ -76,9 +61,7 @@ def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) 
         crop=crop,
         brightness=1 + strength * (2 * brightness - 1),
         contrast=1 + strength * (2 * contrast - 1),
-        saturation=0.0
-        if gray < config.grayscale_probability
-        else 1 + strength * (2 * saturation - 1),
+        saturation=0.0 if is_gray else 1 + strength * (2 * saturation - 1),
     )
 
 
@@ -104,9 +87,8 @@ def apply(
 
 def flip_boxes(boxes: Float32[np.ndarray, "t 4"], width: int) -> Float32[np.ndarray, "t 4"]:
     """(x1, y1, x2, y2) pixel boxes of the mirrored image."""
-    return boxes[:, [2, 1, 0, 3]] * np.array([-1, 1, -1, 1], np.float32) + np.array(
-        [width, 0, width, 0], np.float32
-    )
+    mirrored = boxes[:, [2, 1, 0, 3]] * np.array([-1, 1, -1, 1], np.float32)
+    return mirrored + np.array([width, 0, width, 0], np.float32)
 
 
 def scale_boxes(
@@ -131,12 +113,13 @@ def crop_boxes(
 
 
 def _recolor(transform: Transform, image: Image.Image) -> Image.Image:
-    if transform.brightness != 1:
-        image = ImageEnhance.Brightness(image).enhance(transform.brightness)
-    if transform.contrast != 1:
-        image = ImageEnhance.Contrast(image).enhance(transform.contrast)
-    if transform.saturation != 1:
-        image = ImageEnhance.Color(image).enhance(transform.saturation)
+    for enhancer, factor in (
+        (ImageEnhance.Brightness, transform.brightness),
+        (ImageEnhance.Contrast, transform.contrast),
+        (ImageEnhance.Color, transform.saturation),
+    ):
+        if factor != 1:
+            image = enhancer(image).enhance(factor)
     return image
 
 

@@ -65,12 +65,10 @@ class BatchPlan:
         self._batch_size = batch_size
         self._seed = seed
         self._training = training
-        self._epochs: dict[
-            int, list[PlannedBatch]
-        ] = {}  # the last two used; two threads may compute the same one, with the same result
-        self.steps_per_epoch = (
-            -(-len(self._sizes) // batch_size) if training else len(self._epoch(0))
-        )
+        # the last two used; two threads may compute the same one, with the same result
+        self._epochs: dict[int, list[PlannedBatch]] = {}
+        steps = -(-len(self._sizes) // batch_size) if training else len(self._epoch(0))
+        self.steps_per_epoch = steps
 
     def __getitem__(self, step: int) -> PlannedBatch:
         epoch, position = divmod(step, self.steps_per_epoch)
@@ -98,14 +96,7 @@ class BatchPlan:
             transform = draw(self._config, height, width, uniforms[index].tolist())
             size, bucket = fit_bucket(transform.size, self._config.buckets)
             queue = queues[bucket]
-            queue.append(
-                (
-                    index,
-                    dataclasses.replace(transform, size=size)
-                    if size != transform.size
-                    else transform,
-                )
-            )
+            queue.append((index, dataclasses.replace(transform, size=size)))
             if len(queue) == self._batch_size:
                 batches.append(self._batch(bucket, queue))
                 queue.clear()

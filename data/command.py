@@ -4,22 +4,20 @@ changed there.
     python -m data check --config=configs/demo.py --config.data.train=100
 
 The one module of `data` that knows ml_collections: train.py and the commands of `data` read their
-    command lines the same way, here. Everything else
-takes a DataConfig.
+command lines the same way, here. Everything else takes a DataConfig.
 """
 
 import argparse
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
-from tqdm import tqdm
 
-from data.config import DataConfig
-from dsct_jax.cli import Parser
+from data.config import SPLITS, DataConfig
+from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.config import dataclass_from_dict, read_config, require, to_builtins, unknown_field
 from dsct_jax.errors import UserError
 
@@ -41,15 +39,11 @@ def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
         prefix, *path = argument.removeprefix("--").split("=")[0].split(".")
         for key in path:
             if not isinstance(fields, Mapping) or key not in fields:
-                raise unknown_field(
-                    f"--{prefix}.", key, fields if isinstance(fields, Mapping) else ()
-                )
+                known = fields if isinstance(fields, Mapping) else ()
+                raise unknown_field(f"--{prefix}.", key, known)
             fields, prefix = fields[key], f"{prefix}.{key}"
-    locked, values, arguments = (
-        ConfigDict(config).lock(),
-        flags.FlagValues(),
-        ["command", *overrides],
-    )
+    locked, values = ConfigDict(config).lock(), flags.FlagValues()
+    arguments = ["command", *overrides]
     try:
         config_flags.DEFINE_config_dict("config", locked, flag_values=values, sys_argv=arguments)
         values(arguments)
@@ -73,39 +67,43 @@ def data_config(path: Path, overrides: Sequence[str] = ()) -> DataConfig:
     return dataclass_from_dict(DataConfig, "data", require(config, "data", Mapping), **classes)
 
 
-def config_parser(prog: str, description: str | None) -> Parser:
-    """A parser with --config; a command adds its own flags and leaves what begins with --config. to
-    `parse`.
+class ConfigParser(Parser):
+    """A parser with --config, to which arguments that begin with --config. belong; a command adds
+    its own flags.
     """
-    parser = Parser(prog=prog, description=description)
-    parser.add_argument(
-        "--config",
-        type=Path,
-        required=True,
-        help="such as configs/demo.py; --config.data.FIELD=VALUE changes a field",
-    )
-    return parser
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description)
+        self.add_argument(
+            "--config",
+            type=expanded_path,
+            required=True,
+            help="such as configs/demo.py; --config.data.FIELD=VALUE changes a field",
+        )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The flags, and the DataConfig as `data`. Raises UserError."""
+        arguments, overrides = self.parse_known_args(args, namespace)
+        arguments.data = data_config(arguments.config, overrides)
+        return arguments
+
+    def add_workers(self, what: str) -> None:
+        """--workers, by default one per core."""
+        self.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=what)
 
 
-def parse(
-    parser: Parser, argv: Sequence[str] | None = None
-) -> tuple[DataConfig, argparse.Namespace]:
-    """(data configuration, the command's own flags) of a command line whose parser is a
-    `config_parser`. Raises UserError.
-    """
-    arguments, overrides = parser.parse_known_args(argv)
-    return data_config(arguments.config, overrides), arguments
+def splits_argument(text: str) -> list[str]:
+    """The type of a flag that takes splits, with commas between them."""
+    splits = list(dict.fromkeys(text.split(",")))
+    if unknown := [split for split in splits if split not in SPLITS]:
+        must = f"must be one or more of {', '.join(SPLITS)}, with commas"
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no split; {must}")
+    return splits
 
 
-T = TypeVar("T")
-
-
-def progress(things: Iterable[T], *, total: int, what: str, unit: str = "image") -> Iterable[T]:
-    """The same things, with a bar on a terminal and now and then a line of it elsewhere (stderr)."""
-    terminal = sys.stderr.isatty()
-    often = (
-        {"mininterval": 0.2, "dynamic_ncols": True}
-        if terminal
-        else {"mininterval": 10, "delay": 10}
-    )
-    return tqdm(things, total=total, desc=what, unit=unit, leave=False, **often)
+def require_at_least(arguments: argparse.Namespace, minimum: int, *names: str) -> None:
+    """Raises UserError for the first of these flags that is given and smaller."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < minimum:
+            raise UserError(f"--{name}={value} cannot be used: must be at least {minimum}")

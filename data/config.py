@@ -55,8 +55,8 @@ class DataConfig:
             command line.
     """
 
-    class_names: tuple[str, ...] = setting(shared=True)
-    multi_label: bool = setting(shared=True)
+    class_names: tuple[str, ...] = setting(doc="of the top level", shared=True)
+    multi_label: bool = setting(doc="of the top level", shared=True)
     source: str = setting(
         "coco", "prepared: data_dir is the --output of data.tools.prepare", choices=SOURCES
     )
@@ -105,8 +105,8 @@ class DataConfig:
     crop_size: tuple[int, int] = setting(
         (384, 600), "smallest and largest side of the random crop, pixels", low=1
     )
-    crop_probability: float = setting(0.5, low=0, high=1)
-    flip_probability: float = setting(0.5, low=0, high=1)
+    crop_probability: float = setting(0.5, "of the random crop (DETR)", low=0, high=1)
+    flip_probability: float = setting(0.5, "of the mirror image", low=0, high=1)
     color_jitter: float = setting(
         0.0,
         "strength of random brightness, contrast and saturation; not in the paper, for training "

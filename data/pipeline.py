@@ -3,6 +3,7 @@ any step.
 """
 
 import contextlib
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -12,8 +13,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import connection
-from typing import Any
+from typing import NamedTuple
 
+import jax
 import numpy as np
 from absl import flags
 from PIL import Image
@@ -29,9 +31,7 @@ from dsct_jax.errors import UserError
 
 try:
     import grain
-except (
-    ImportError
-):  # no wheel for every platform; threads then yield the same batches in the same order
+except ImportError:  # no wheel for every platform; threads yield the same batches in the same order
     grain = None
 
 __all__ = ["DataConfig", "Dataset", "make_dataset"]
@@ -70,55 +70,37 @@ def make_dataset(
             "config.train.batch_size to a multiple of it"
         )
     records, report = read_split(data, split)
-    plan = BatchPlan(
-        data,
-        [(record.height, record.width) for record in records],
-        batch_size=batch_size,
-        seed=seed,
-        training=training,
-    )
+    sizes = [(record.height, record.width) for record in records]
+    plan = BatchPlan(data, sizes, batch_size=batch_size, seed=seed, training=training)
     share = batch_size // host_count
     loader = BatchLoader(data, records, plan, slice(host_index * share, (host_index + 1) * share))
-    return Dataset(data, records, report, plan, loader, training=training)
+    return Dataset(records, report, plan.steps_per_epoch, loader, training, data.num_workers)
 
 
+@dataclasses.dataclass
 class Dataset:
-    """The batches of one split.
+    """The batches of one split."""
 
-    Attributes:
-        records: one per image, in the order of `Batch.image_ids`.
-        report: what the reader counted.
-        num_images: of the split.
-        steps_per_epoch: batches that show every image exactly once.
-        skipped: name of each file that could not be read -> how often it was left out (only with
-            `skip_corrupt`).
-    """
+    records: list[Record]  # one per image, in the order of `Batch.image_ids`
+    report: ReadReport  # what the reader counted
+    steps_per_epoch: int  # batches that show every image exactly once
+    _loader: "BatchLoader"
+    _training: bool
+    _num_workers: int
+    # with `skip_corrupt`: name of each file that could not be read -> how often it was skipped
+    skipped: Counter[str] = dataclasses.field(default_factory=Counter)
 
-    def __init__(
-        self,
-        data: DataConfig,
-        records: list[Record],
-        report: ReadReport,
-        plan: BatchPlan,
-        loader: "BatchLoader",
-        *,
-        training: bool,
-    ) -> None:
-        self.records = records
-        self.report = report
-        self.num_images = len(records)
-        self.steps_per_epoch = plan.steps_per_epoch
-        self.skipped: Counter[str] = Counter()
-        self._data = data
-        self._loader = loader
-        self._training = training
+    @property
+    def num_images(self) -> int:
+        """Of the split."""
+        return len(self.records)
 
     def iterator(self, start_step: int = 0, steps: int | None = None) -> Iterator[Batch]:
         """Batches from number `start_step` on, `steps` of them or to the end (training has none).
 
         Batches are made ahead of their use: in `num_workers` Grain processes when training, else in
-            threads of this process (starting processes does
-        not pay for a single evaluation pass). Leaving the loop or closing the iterator stops them.
+        threads of this process (starting processes does not pay for a single evaluation pass).
+        Leaving the loop or closing the iterator stops them.
 
         Raises:
             UserError: an image cannot be read and `skip_corrupt` is not set; the line names the
@@ -126,31 +108,32 @@ class Dataset:
         """
         end = _ENDLESS if self._training else self.steps_per_epoch
         stop = end if steps is None else min(end, start_step + steps)
-        workers = self._data.num_workers
+        workers = self._num_workers
         if grain is not None and workers > 0 and self._training:
-            elements = _load_in_processes(self._loader, start_step, stop, workers)
+            loaded = _load_in_processes(self._loader, start_step, stop, workers)
         else:
-            elements = _load_in_threads(self._loader, range(start_step, stop), max(1, workers))
-        return self._batches(elements)
+            loaded = _load_in_threads(self._loader, range(start_step, stop), max(1, workers))
+        return self._batches(loaded)
 
-    def _batches(self, elements: Iterable[dict[str, Any]]) -> Iterator[Batch]:
-        for element in elements:
-            if element["error"]:
-                raise UserError(element["error"])
-            for name, message in element["skipped"]:
+    def _batches(self, loaded: Iterable["Loaded"]) -> Iterator[Batch]:
+        for batch, skipped, error in loaded:
+            if batch is None:
+                raise UserError(error)
+            for name, message in skipped:
                 if name not in self.skipped:
-                    _log.warning("left out: %s", message)
+                    _log.warning("skipped: %s", message)
                 self.skipped[name] += 1
-            arrays = element["arrays"]
-            targets = Targets(boxes=arrays["boxes"], labels=arrays["labels"], valid=arrays["valid"])
-            yield Batch(
-                images=arrays["images"],
-                sizes=arrays["sizes"],
-                targets=targets,
-                image_ids=arrays["image_ids"],
-                original_sizes=arrays["original_sizes"],
-                real=arrays["real"],
-            )
+            yield batch
+
+
+class Loaded(NamedTuple):
+    """What became of a step. Errors are values here because an exception of a worker process
+    reaches the run as a page of its traceback.
+    """
+
+    batch: Batch | None  # None = `error` says why
+    skipped: list[tuple[str, str]]  # name and error line of each image that could not be read
+    error: str = ""
 
 
 class BatchLoader:
@@ -171,57 +154,51 @@ class BatchLoader:
         self._share = share
         self._images: dict[
             int, Image.Image
-        ] = {}  # decoded, when the configuration asks for a cache
+        ] = {}  # decoded; only when the configuration asks for it
 
-    def __call__(self, step: int) -> dict[str, Any]:
-        """`arrays` of a Batch, (name, message) of `skipped` images, and the `error` line ('' =
-        none).
-
-        Errors are values here because an exception of a worker process reaches the run as a page of
-        its traceback.
-        """
+    def __call__(self, step: int) -> Loaded:
         planned = self._plan[step]
         indices, transforms = planned.indices[self._share], planned.transforms[self._share]
-        arrays = self._empty(len(indices), planned.bucket)
-        skipped: list[tuple[str, str]] = []
+        batch = self._empty(len(indices), planned.bucket)
+        targets, skipped = batch.targets, []
         for place, (index, transform) in enumerate(zip(indices, transforms, strict=True)):
             if index == FILLER:
                 continue
             record = self._records[index]
-            arrays["image_ids"][place] = record.image_id
-            arrays["original_sizes"][place] = record.height, record.width
+            batch.image_ids[place] = record.image_id
+            batch.original_sizes[place] = record.height, record.width
             try:
                 image = self._image(record)
             except UserError as error:
                 if not self._config.skip_corrupt:
                     remedy = "repair or remove it, or set config.data.skip_corrupt=True"
-                    return {"arrays": {}, "skipped": [], "error": f"{error}; {remedy}"}
+                    return Loaded(None, [], f"{error}; {remedy}")
                 skipped.append((record.name, str(error)))
                 continue
             image, boxes, kept = apply(transform, image, record.boxes)
-            height, width = transform.size
-            arrays["images"][place, :height, :width] = np.asarray(image)
-            arrays["sizes"][place] = height, width
-            arrays["boxes"][place, : len(kept)] = xyxy_to_cxcywh(boxes) / np.array(
-                [width, height, width, height], np.float32
-            )
-            arrays["labels"][place, : len(kept)] = record.labels[kept]
-            arrays["valid"][place, : len(kept)] = True
-            arrays["real"][place] = True
-        return {"arrays": arrays, "skipped": skipped, "error": ""}
+            batch.sizes[place] = height, width = transform.size
+            batch.images[place, :height, :width] = np.asarray(image)
+            extent = np.array([width, height, width, height], np.float32)
+            targets.boxes[place, : len(kept)] = xyxy_to_cxcywh(boxes) / extent
+            targets.labels[place, : len(kept)] = record.labels[kept]
+            targets.valid[place, : len(kept)] = True
+            batch.real[place] = True
+        return Loaded(batch, skipped)
 
-    def _empty(self, count: int, bucket: tuple[int, int]) -> dict[str, np.ndarray]:
-        people = self._config.max_targets
-        return {
-            "images": np.zeros((count, *bucket, 3), np.uint8),
-            "sizes": np.full((count, 2), bucket, np.int32),
-            "boxes": np.zeros((count, people, 4), np.float32),
-            "labels": np.zeros((count, people, len(self._config.class_names)), np.float32),
-            "valid": np.zeros((count, people), np.bool_),
-            "image_ids": np.full(count, FILLER, np.int32),
-            "original_sizes": np.full((count, 2), bucket, np.int32),
-            "real": np.zeros(count, np.bool_),
-        }
+    def _empty(self, count: int, bucket: tuple[int, int]) -> Batch:
+        people, classes = self._config.max_targets, len(self._config.class_names)
+        return Batch(
+            images=np.zeros((count, *bucket, 3), np.uint8),
+            sizes=np.full((count, 2), bucket, np.int32),
+            targets=Targets(
+                boxes=np.zeros((count, people, 4), np.float32),
+                labels=np.zeros((count, people, classes), np.float32),
+                valid=np.zeros((count, people), np.bool_),
+            ),
+            image_ids=np.full(count, FILLER, np.int32),
+            original_sizes=np.full((count, 2), bucket, np.int32),
+            real=np.zeros(count, np.bool_),
+        )
 
     def _image(self, record: Record) -> Image.Image:
         image = self._images.get(record.image_id)
@@ -238,8 +215,8 @@ class BatchLoader:
 
 
 def _load_in_threads(
-    load: Callable[[int], dict[str, Any]], steps: Iterable[int], threads: int
-) -> Iterator[dict[str, Any]]:
+    load: Callable[[int], Loaded], steps: Iterable[int], threads: int
+) -> Iterator[Loaded]:
     """load(step) for every step in order, at most `threads` + 1 of them ahead of the consumer."""
     pending: deque[Future] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="data") as pool:
@@ -256,17 +233,14 @@ def _load_in_threads(
 
 
 def _load_in_processes(
-    load: Callable[[int], dict[str, Any]], start: int, stop: int, workers: int
-) -> Iterator[dict[str, Any]]:
+    load: Callable[[int], Loaded], start: int, stop: int, workers: int
+) -> Iterator[Loaded]:
     """The same through Grain's worker processes."""
     if not flags.FLAGS.is_parsed():
         # Grain hands the flags to its workers and stops where nobody has parsed any
         flags.FLAGS.mark_as_parsed()
-    dataset = (
-        grain.MapDataset.range(start, stop)
-        .map(load)
-        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-    )
+    steps = grain.MapDataset.range(start, stop).map(load)
+    dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
     with _block_signals():
         elements = iter(dataset.mp_prefetch(options, worker_init_fn=_ignore_signals))
@@ -276,9 +250,7 @@ def _load_in_processes(
         while element is not None:
             # Copies: what arrives are views of shared memory that the sender owns only until its
             # process is stopped.
-            yield element | {
-                "arrays": {name: np.array(array) for name, array in element["arrays"].items()}
-            }
+            yield element._replace(batch=jax.tree.map(np.array, element.batch))
             element = next(elements, None)
     finally:
         elements.close()
@@ -297,17 +269,15 @@ def _block_signals() -> Iterator[None]:
 
 
 def _ignore_signals(worker: int, workers: int) -> None:
-    """Called in each worker process: what a signal means is the run's business, which stops its
-    workers; and a worker whose run was killed ends.
+    """Called in each worker process: the run alone answers signals, and stops its workers; a worker
+    whose run was killed ends.
     """
     del worker, workers
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     run = multiprocessing.parent_process()
     if run is not None:
-        threading.Thread(
-            target=_exit_with_parent, args=(run.sentinel,), name="end with the run", daemon=True
-        ).start()
+        threading.Thread(target=_exit_with_parent, args=(run.sentinel,), daemon=True).start()
 
 
 def _exit_with_parent(sentinel: int) -> None:

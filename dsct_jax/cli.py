@@ -149,8 +149,6 @@ def run_subcommand(
         print(f"error: {argv[0]}: unknown command; {hint}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"{package}.{name}")
-    if not hasattr(module, "make_parser"):  # until every command of `data` has one
-        return module.main(argv[1:])
 
     def run() -> int | None:
         parser = module.make_parser()

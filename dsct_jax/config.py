@@ -20,6 +20,21 @@ from dsct_jax.errors import UserError
 T = TypeVar("T")
 Number = int | float
 
+PRESETS = Path(__file__).with_name("presets")
+_COMPARE = {"at least": ge, "at most": le, "more than": gt, "less than": lt}
+# what a configuration file may raise that fails for a reason of its own
+_CONFIG_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
 
 def setting(
     default: Any = dataclasses.MISSING,
@@ -54,14 +69,21 @@ def check_settings(section: Any, name: str) -> None:
     """
     for field in dataclasses.fields(section):
         value, rules = getattr(section, field.name), field.metadata
-        bounds = {text: bound for text, bound in rules["bounds"].items() if bound is not None}
         if rules["choices"]:
             wanted, fits = f"one of {', '.join(rules['choices'])}", value in rules["choices"]
         else:
-            wanted = " and ".join(f"{text} {bound:g}" for text, bound in bounds.items())
-            fits = all(_within(number, bounds, rules["finite"]) for number in _numbers(value))
+            numbers = _numbers(value)
+            bounds = {text: limit for text, limit in rules["bounds"].items() if limit is not None}
+            finite = not rules["finite"] or not any(map(math.isinf, numbers))
+            wanted = " and ".join(f"{text} {limit:g}" for text, limit in bounds.items())
+            wanted += "" if finite else " and finite" if wanted else "finite"
+            fits = finite and all(
+                _COMPARE[text](number, limit)
+                for text, limit in bounds.items()
+                for number in numbers
+            )
         if not fits:
-            raise cannot_be_used(f"{name}.{field.name}", value, wanted or "finite")
+            raise cannot_be_used(f"{name}.{field.name}", value, wanted)
 
 
 def cannot_be_used(field: str, value: Any, wanted: str) -> UserError:
@@ -73,12 +95,6 @@ def _numbers(value: Any) -> list[Number]:
     if isinstance(value, list | tuple):
         return [number for entry in value for number in _numbers(entry)]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
-
-
-def _within(number: Number, bounds: Mapping[str, Number], finite: bool) -> bool:
-    compare = {"at least": ge, "at most": le, "more than": gt, "less than": lt}
-    limit = math.isfinite(number) if finite else not math.isnan(number)
-    return limit and all(compare[text](number, bound) for text, bound in bounds.items())
 
 
 def defaults(section: type) -> dict[str, Any]:
@@ -110,45 +126,39 @@ def to_builtins(value: Any) -> Any:
     return value
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A configuration as plain values: of a file with `get_config()`, such as configs/demo.py, or a
-    run's config.json.
+def presets() -> tuple[str, ...]:
+    """Names of the configurations that ship with the package: those of the released weights."""
+    return tuple(sorted(path.stem for path in PRESETS.glob("*.json")))
+
+
+def read_config(source: Path | str | Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as plain values: of a file with `get_config()`, such as configs/demo.py, of a
+    run's config.json, of a preset's name, or of a mapping. A file wins over a preset of its name.
 
     Raises:
         UserError: the file is missing, fails, or gives no mapping; the line names it.
     """
+    if isinstance(source, Mapping):
+        return to_builtins(source)
+    path = Path(source)
+    if not path.exists() and str(source) in presets():
+        path = PRESETS / f"{source}.json"
     if not path.is_file():
-        raise UserError(f"--config={path}: no such file")
+        raise UserError(f"--config={source}: no such file; the presets are {', '.join(presets())}")
     if path.suffix not in (".py", ".json"):
         raise UserError(f"--config={path}: neither a .py nor a .json file")
     try:
-        config = to_builtins(
-            json.loads(path.read_text())
-            if path.suffix == ".json"
-            else runpy.run_path(str(path))["get_config"]()
-        )
-    except (
-        ArithmeticError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        NameError,
-        OSError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-    ) as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == str(path)
-        ]
+        if path.suffix == ".json":
+            config = to_builtins(json.loads(path.read_text()))
+        else:
+            config = to_builtins(runpy.run_path(str(path))["get_config"]())
+    except _CONFIG_ERRORS as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
-        reason = (
-            "has no get_config()"
-            if str(error) == "'get_config'"
-            else f"{type(error).__name__}: {error}"
-        )
+        reason = f"{type(error).__name__}: {error}"
+        if str(error) == "'get_config'":
+            reason = "has no get_config()"
         raise UserError(f"--config={where}: {' '.join(reason.split())}") from error
     if not isinstance(config, dict):
         raise UserError(

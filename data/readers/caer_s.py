@@ -4,21 +4,19 @@ json or in lists of lines.
 A line of a list is `path,label,x1,y1,x2,y2` (no header; pixels; label = class name or class
 number). The paths of a list start at a folder of its own (config.data.train="ROOT:LIST"), and it
 may name files of any folder: the split is what the list says, never what the folder is called.
-Images that a list leaves out (no face was found) are no records.
+Images that no list names (no face was found) are no records.
 """
 
 import csv
 from collections import defaultdict
 from pathlib import Path
 
-from data.config import AnnotationFile, DataConfig, class_lookup
+from data.config import AnnotationFile, DataConfig
 from data.readers.coco import read_coco
-from data.readers.records import ReadReport, Record, RecordBuilder
+from data.readers.records import ReadReport, Record, RecordBuilder, reading
 from dsct_jax.errors import UserError
 
-_LOOKED_FOR = (
-    100  # images of a list that are looked for before it is said to belong to another root
-)
+_LOOKED_FOR = 100  # images of a list; when none exists the list belongs to another root
 
 
 def read_caer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
@@ -28,24 +26,22 @@ def read_caer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadRepor
         UserError: a file, a line or a class name cannot be used; one line naming it.
     """
     files = config.annotation_files(split)
-    kinds = {file.path.suffix == ".json" for file in files}
-    if len(kinds) == 2:
+    are_json = {file.path.suffix == ".json" for file in files}
+    if len(are_json) == 2:
         raise UserError(
             f"config.data.{split}={config.annotation_file(split)!r} cannot be used: json files "
             "and lists cannot be mixed in one split"
         )
-    if kinds == {True}:
+    if are_json == {True}:
         return read_coco(config, split, locate=locate)
-    builder = RecordBuilder(", ".join(str(file.path) for file in files), config, protocol="caer_s")
+    builder = RecordBuilder([file.path for file in files], config, protocol="caer_s")
     for file in files:
-        faces = _read_list(file.path, config)
+        faces = _read_list(file.path, builder, len(config.class_names))
         _require_root(file, list(faces), split)
         for name, entries in faces.items():
+            boxes, labels = zip(*entries, strict=True)
             builder.add(
-                locate(file.root, name),
-                file.prefix + name,
-                [box for box, _ in entries],
-                [[label] for _, label in entries],
+                locate(file.root, name), file.prefix + name, boxes, [[label] for label in labels]
             )
     return builder.finish()
 
@@ -64,23 +60,20 @@ def locate(root: Path, name: str) -> Path:
     return path
 
 
-def _read_list(path: Path, config: DataConfig) -> dict[str, list[tuple[tuple[float, ...], int]]]:
+def _read_list(
+    path: Path, builder: RecordBuilder, num_classes: int
+) -> dict[str, list[tuple[tuple[float, ...], int]]]:
     """Image name -> the (x1, y1, x2, y2) box and the class number of each of its lines, in the
     order of the list.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if row]
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such box list; set config.data.data_dir and the split's file name"
-        ) from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a box list ({error})") from None
+    with (
+        reading(path, "a box list", csv.Error),
+        path.open(newline="", encoding="utf-8-sig") as file,
+    ):
+        rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if row]
     if not rows:
         raise UserError(f"{path}: lists no images")
-    find = class_lookup(config.class_names)
-    numbers = {str(index): index for index in range(len(config.class_names))}
+    numbers = {str(index): index for index in range(num_classes)}
     faces: dict[str, list[tuple[tuple[float, ...], int]]] = defaultdict(list)
     for number, row in rows:
         try:
@@ -90,13 +83,10 @@ def _read_list(path: Path, config: DataConfig) -> dict[str, list[tuple[tuple[flo
             raise UserError(
                 f"{path}:{number}: needs path,label,x1,y1,x2,y2 and not {','.join(row)!r}"
             ) from None
-        class_number = numbers.get(label, find(label))
-        if class_number is None:
-            raise UserError(
-                f"{path}:{number}: class {label!r} is not in config.class_names "
-                f"({', '.join(config.class_names)})"
-            )
-        faces[name.replace("\\", "/")].append(((x1, y1, x2, y2), class_number))
+        index = numbers.get(label)
+        if index is None:
+            index = builder.class_index(label, f"{path}:{number}: class")
+        faces[name.replace("\\", "/")].append(((x1, y1, x2, y2), index))
     return faces
 
 

@@ -7,7 +7,7 @@ counted. data/tools/build_ncaer_s.py writes these folders.
 
 from pathlib import Path
 
-from data.config import DataConfig, class_lookup
+from data.config import DataConfig
 from data.readers.records import ReadReport, Record, RecordBuilder
 from dsct_jax.errors import UserError
 
@@ -22,27 +22,18 @@ def read_ncaer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadRepo
         UserError: a folder, a class name, an image or a crop file cannot be used; one line naming
             it.
     """
-    root, folder = Path(config.data_dir), config.annotation_file(split)
-    top = root / "images" / folder
+    root = Path(config.data_dir)
+    top = root / "images" / config.annotation_file(split)
     if not top.is_dir():
         raise UserError(
             f"{top}: no such folder; set config.data.data_dir, and config.data.{split} to the "
             "split's folder below images/ and crop/"
         )
-    find = class_lookup(config.class_names)
-    builder = RecordBuilder(str(top), config, protocol="ncaer_s")
-    for class_folder in sorted(path for path in top.iterdir() if path.is_dir()):
-        label = find(class_folder.name)
-        if label is None:
-            raise UserError(
-                f"{class_folder}: class {class_folder.name!r} is not in config.class_names "
-                f"({', '.join(config.class_names)})"
-            )
-        for image in sorted(
-            path for path in class_folder.iterdir() if path.suffix.lower() in _SUFFIXES
-        ):
-            crop = root / "crop" / image.relative_to(root / "images").with_suffix(".txt")
-            boxes = _read_crop(crop)
+    builder = RecordBuilder([top], config, protocol="ncaer_s")
+    for folder in sorted(path for path in top.iterdir() if path.is_dir()):
+        label = builder.class_index(folder.name, f"{folder}: class")
+        for image in sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES):
+            boxes = _read_crop(root / "crop" / image.relative_to(root / "images"))
             if not boxes:
                 builder.report.without_people += 1
                 continue
@@ -50,25 +41,23 @@ def read_ncaer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadRepo
     return builder.finish()
 
 
-def _read_crop(path: Path) -> list[tuple[float, ...]]:
+def _read_crop(image: Path) -> list[tuple[float, ...]]:
+    path = image.with_suffix(".txt")
+    needs = "needs x1,y1,x2,y2 of the face in pixels, or 0,0,0,0"
     try:
         lines = path.read_text(encoding="utf-8").split()
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; each image needs one, with its face x1,y1,x2,y2 or 0,0,0,0"
-        ) from None
+        raise UserError(f"{path}: no such file; each image {needs}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    if not lines:
+        raise UserError(f"{path}: is empty; it {needs}")
     boxes: list[tuple[float, ...]] = []
     for number, line in enumerate(lines, 1):
         try:
             x1, y1, x2, y2 = map(float, line.split(","))
         except ValueError:
-            raise UserError(
-                f"{path}:{number}: needs x1,y1,x2,y2 in pixels and not {line!r}"
-            ) from None
+            raise UserError(f"{path}:{number}: {needs} and not {line!r}") from None
         if (x1, y1, x2, y2) != (0, 0, 0, 0):
             boxes.append((x1, y1, x2, y2))
-    if not lines:
-        raise UserError(f"{path}: is empty; it needs the face x1,y1,x2,y2 or 0,0,0,0")
     return boxes

@@ -12,7 +12,7 @@ last: classes, protocol, what the readers counted, size and SHA-256 of every fil
 
 import dataclasses
 import functools
-import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +21,17 @@ import numpy as np
 from PIL import Image
 
 from data.config import DataConfig
-from data.readers.records import ReadReport, Record
+from data.readers.records import ReadReport, Record, require_room
 from dsct_jax.errors import UserError
 from dsct_jax.preprocess import decode_image
 
 if TYPE_CHECKING:
     from tensorflow_datasets.features import FeaturesDict
 
-NAME, VERSION = (
-    "dsct",
-    "1.0.0",
-)  # VERSION changes with the form, so that no program reads a form that it does not know
+NAME = "dsct"
+VERSION = "1.0.0"  # changes with the form, so that no program reads one that it does not know
 SUMMARY = "prepared.json"
+AGAIN = "remove the folder and run python -m data prepare again"
 SHARD_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
@@ -74,12 +73,8 @@ class PreparedImage:
         path = Path(self.directory, f"{self.split}, image {self.place}")
         try:
             encoded = _data_source(self.directory, self.split)[self.place]["image"]
-        except (
-            RuntimeError,
-            OSError,
-            IndexError,
-            ValueError,
-        ) as error:  # array_record's words for a shard that is damaged
+        # array_record's errors for a shard that is damaged
+        except (RuntimeError, OSError, IndexError, ValueError) as error:
             raise damaged(path, error) from None
         return decode_image(path, encoded)
 
@@ -87,9 +82,7 @@ class PreparedImage:
 def damaged(path: Path, error: Exception) -> UserError:
     """The one line about a file of the prepared form that cannot be used."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(
-        f"{path}: damaged ({reason}); remove the folder and run data.tools.prepare again"
-    )
+    return UserError(f"{path}: damaged ({reason}); {AGAIN}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -138,22 +131,14 @@ def read_summary(directory: Path) -> dict[str, Any]:
         size = (directory / name).stat().st_size if (directory / name).exists() else None
         if size != file["bytes"]:
             found = "missing" if size is None else f"{size} bytes long"
-            raise UserError(
-                f"{directory / name}: {found}, should have {file['bytes']} bytes; remove the "
-                "folder and run data.tools.prepare again"
-            )
+            expected = f"should have {file['bytes']} bytes"
+            raise UserError(f"{directory / name}: {found}, {expected}; {AGAIN}")
     return summary
 
 
-def sha256(path: Path) -> str:
-    """The checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_prepared(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """The records of a split as data.tools.prepare got them from the raw files; `config.data_dir`
-    is its --output.
+    """The records of a split as `python -m data prepare` got them from the raw files;
+    `config.data_dir` is its --output.
 
     Raises:
         UserError: the form is incomplete or damaged, was made for other classes, or lacks the
@@ -177,31 +162,12 @@ def read_prepared(config: DataConfig, split: str) -> tuple[list[Record], ReadRep
             arrays = {name: index[name] for name in index.files}
     except (OSError, ValueError, EOFError) as error:
         raise damaged(path, error) from None
-    offsets, has_cues = arrays["offsets"], len(arrays["cues"]) > 0
     records = []
-    for place, (name, (height, width)) in enumerate(
-        zip(arrays["names"].tolist(), arrays["sizes"].tolist(), strict=True)
-    ):
-        people = slice(offsets[place], offsets[place + 1])
+    for place, (start, end) in enumerate(itertools.pairwise(arrays["offsets"].tolist())):
+        boxes, labels, cues = (arrays[name][start:end] for name in ("boxes", "labels", "cues"))
+        name, (height, width) = str(arrays["names"][place]), arrays["sizes"][place].tolist()
+        require_room(config, str(path), name, len(boxes))
         image = PreparedImage(str(directory), split, place)
-        cues = tuple(arrays["cues"][people].tolist()) if has_cues else ()
-        records.append(
-            Record(
-                place,
-                image,
-                width,
-                height,
-                arrays["boxes"][people],
-                arrays["labels"][people],
-                name,
-                cues,
-            )
-        )
-    crowded = max(records, key=lambda record: len(record.boxes))
-    if len(crowded.boxes) > config.max_targets:
-        limit = f"config.data.max_targets={config.max_targets}"
-        raise UserError(
-            f"{path}: {crowded.name} shows {len(crowded.boxes)} people, more than {limit}: raise "
-            "the limit"
-        )
+        about = (boxes, labels, name, tuple(cues.tolist()))
+        records.append(Record(place, image, width, height, *about))
     return records, ReadReport(**summary["splits"][split])

@@ -2,17 +2,18 @@
 checks that all readers share.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 from PIL import Image
 
-from data.config import DataConfig
+from data.config import DataConfig, class_lookup
 from dsct_jax.errors import UserError
-from dsct_jax.preprocess import DECODE_ERRORS, decode_image
+from dsct_jax.preprocess import DECODE_ERRORS, Size, decode_image
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,12 +24,10 @@ class Record:
     image: Path | Callable[[], Image.Image]  # a file, or something that draws the image
     width: int
     height: int
-    boxes: Float32[
-        np.ndarray, "t 4"
-    ]  # (x1, y1, x2, y2) in pixels, inside the image, each with an area
-    labels: Float32[
-        np.ndarray, "t k"
-    ]  # multi-hot or one-hot; a row of zeros = a person without a label
+    # (x1, y1, x2, y2) in pixels, inside the image, each with an area
+    boxes: Float32[np.ndarray, "t 4"]
+    # multi-hot or one-hot; a row of zeros = a person without a label
+    labels: Float32[np.ndarray, "t k"]
     name: str  # the file as the annotations call it, for messages
     cues: tuple[str, ...] = ()  # scenes only: what decided each person's emotion
 
@@ -47,18 +46,26 @@ class ReadReport:
     clipped: int = 0  # boxes cut at the image border
     dropped: int = 0  # boxes outside the image or without area
     first_dropped: str = ""
-    crowds: int = 0  # annotations of groups, left out as DETR does
+    crowds: int = 0  # annotations of groups, skipped as DETR does
     unlabelled: int = 0  # people kept without any label
     swapped: int = 0  # annotated width and height are exchanged; the file wins
     resized: int = 0  # annotated size differs from the file's in another way; the file wins
-    unrated: int = 0  # people left out because drop_unrated is set
+    unrated: int = 0  # people skipped because drop_unrated is set
     without_people: int = (
-        0  # images left out because no face was found (NCAER-S), or everybody was left out
+        0  # images skipped because no face was found (NCAER-S), or all are unrated
     )
-    unreadable: int = 0  # images left out because skip_corrupt is set
+    unreadable: int = 0  # images skipped because skip_corrupt is set
     missing: int = 0  # those of them that do not exist
     first_unreadable: str = ""
     unreadable_images: list[str] = dataclasses.field(default_factory=list)  # the error line of each
+    inverted: int = 0  # dropped boxes whose end lies before their start
+    tiny: int = 0  # boxes within the first pixel: are they divided by the image size?
+    leaving: int = 0  # boxes that end far outside the image: are they x1 y1 x2 y2?
+    first_leaving: str = ""
+    repeated: int = 0  # people with the box and the labels of another in the image
+    first_repeated: str = ""
+    notes: list[str] = dataclasses.field(default_factory=list)  # more lines, of one reader
+    suspicious: list[str] = dataclasses.field(default_factory=list)  # its more serious ones
     # which task this is (data.config.PROTOCOLS): results of different protocols cannot be compared
     protocol: str = "custom"
 
@@ -68,37 +75,66 @@ class ReadReport:
     def lines(self) -> list[str]:
         """The totals, and a line for each thing that was not as annotated."""
         protocol = "" if self.protocol == "custom" else f", protocol {self.protocol}"
-        lines = [f"{self.source}: {self.images} images, {self.people} people{protocol}"]
-        if self.clipped:
-            lines.append(f"{self.clipped} boxes cut at the image border")
-        if self.dropped:
+        counts = (
+            (self.clipped, "boxes cut at the image border"),
+            (
+                self.dropped,
+                f"boxes dropped, outside the image or without area (first: {self.first_dropped})",
+            ),
+            (self.inverted, "of these boxes have a negative width or height"),
+            (self.crowds, "crowd annotations skipped"),
+            (self.unlabelled, "people without a label (kept, without a class loss)"),
+            (
+                self.swapped,
+                "images annotated with width and height exchanged (the file's are used)",
+            ),
+            (self.unrated, "people without valence, arousal or dominance skipped"),
+            (self.without_people, "images skipped, nobody on them has a box"),
+            (self.resized, "images whose annotated size is not the file's (the file's is used)"),
+            (
+                self.unreadable,
+                f"images skipped, missing or damaged (first: {self.first_unreadable})",
+            ),
+        )
+        totals = f"{self.source}: {self.images} images, {self.people} people{protocol}"
+        counted = (f"{count} {text}" for count, text in counts if count)
+        return [totals, *counted, *self.notes, *self.suspicions()]
+
+    def suspicions(self) -> list[str]:
+        """A line for each sign that the boxes or labels do not mean what they are taken for."""
+        lines = list(self.suspicious)
+        if self.people and self.tiny > 0.9 * (self.people + self.dropped):
             lines.append(
-                f"{self.dropped} boxes dropped, outside the image or without area (first: "
-                f"{self.first_dropped})"
+                f"{self.tiny} boxes lie inside one pixel: boxes are read in pixels, these may be "
+                "divided by the image size"
             )
-        if self.crowds:
-            lines.append(f"{self.crowds} crowd annotations left out")
-        if self.unlabelled:
-            lines.append(f"{self.unlabelled} people without a label (kept, without a class loss)")
-        if self.swapped:
+        if self.people and self.leaving > 0.25 * (self.people + self.dropped):
             lines.append(
-                f"{self.swapped} images annotated with width and height exchanged (the file's are "
-                "used)"
+                f"{self.leaving} boxes end far outside their image (first: {self.first_leaving}): "
+                "boxes are read as x, y, width, height in json and x1, y1, x2, y2 in lists"
             )
-        if self.unrated:
-            lines.append(f"{self.unrated} people without valence, arousal or dominance left out")
-        if self.without_people:
-            lines.append(f"{self.without_people} images left out, nobody on them has a box")
-        if self.resized:
+        if self.repeated:
             lines.append(
-                f"{self.resized} images whose annotated size is not the file's (the file's is used)"
-            )
-        if self.unreadable:
-            lines.append(
-                f"{self.unreadable} images left out, missing or damaged (first: "
-                f"{self.first_unreadable})"
+                f"{self.repeated} people have the box and labels of another in the same image "
+                f"(first: {self.first_repeated})"
             )
         return lines
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Around what reads an annotation file: raises UserError, naming the file, when it is missing
+    or (`errors`) is not `what`.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such annotation file; set config.data.data_dir and the split's file name"
+        ) from None
+    except (OSError, UnicodeDecodeError, *errors) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be read as {what} ({reason})") from None
 
 
 def clip_boxes(
@@ -116,21 +152,29 @@ def has_area(boxes: Float32[np.ndarray, "t 4"]) -> np.ndarray:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) from a file's header, without decoding it. Raises UserError naming the file."""
+    """(height, width) from a file's header. Raises UserError naming the file."""
+    remedy = "or set config.data.skip_corrupt=True to skip it"
     try:
         with Image.open(path) as image:
             return image.height, image.width
     except FileNotFoundError:
         raise UserError(
-            f"{path}: no such image file; check config.data.data_dir, or set "
-            "config.data.skip_corrupt=True to leave it out"
+            f"{path}: no such image file; check config.data.data_dir, {remedy}"
         ) from None
     except DECODE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{path}: cannot be read as an image ({reason}); repair it, or set "
-            "config.data.skip_corrupt=True to leave it out"
+            f"{path}: cannot be read as an image ({reason}); repair it, {remedy}"
         ) from None
+
+
+def require_room(config: DataConfig, source: str, name: str, count: int) -> None:
+    """Raises UserError when an image shows more people than a batch has places for."""
+    if count > config.max_targets:
+        raise UserError(
+            f"{source}: {name} shows {count} people, more than "
+            f"config.data.max_targets={config.max_targets}: raise the limit"
+        )
 
 
 class RecordBuilder:
@@ -138,12 +182,26 @@ class RecordBuilder:
     source.
     """
 
-    def __init__(self, source: str, config: DataConfig, *, protocol: str) -> None:
+    def __init__(self, sources: Sequence[Path], config: DataConfig, *, protocol: str) -> None:
+        protocol = protocol if config.protocol == "auto" else config.protocol
         self.records: list[Record] = []
-        self.report = ReadReport(
-            source, protocol=protocol if config.protocol == "auto" else config.protocol
-        )
+        self.report = ReadReport(", ".join(map(str, sources)), protocol=protocol)
         self._config = config
+        self._find = class_lookup(config.class_names)
+
+    def class_index(self, name: object, where: str) -> int:
+        """The number of the class of that name. Raises UserError, beginning with `where`."""
+        index = self.find_class(name)
+        if index is None:
+            raise UserError(
+                f"{where} {name!r} is not in config.class_names "
+                f"({', '.join(self._config.class_names)})"
+            )
+        return index
+
+    def find_class(self, name: object) -> int | None:
+        """The same, or None."""
+        return self._find(name) if isinstance(name, str) else None
 
     def add(
         self,
@@ -161,53 +219,67 @@ class RecordBuilder:
             UserError: the image is missing or damaged and `skip_corrupt` is not set, or it shows
                 more people than `max_targets`.
         """
+        report = self.report
         try:
             height, width = image_size(path)
         except UserError as error:
             if not self._config.skip_corrupt:
                 raise
-            self.report.unreadable += 1
-            self.report.missing += not path.exists()
-            self.report.unreadable_images.append(str(error))
-            self.report.first_unreadable = self.report.first_unreadable or name
+            report.unreadable += 1
+            report.missing += not path.exists()
+            report.unreadable_images.append(str(error))
+            report.first_unreadable = report.first_unreadable or name
             return
         if annotated_size is not None and annotated_size != (height, width):
-            self.report.swapped += annotated_size == (width, height)
-            self.report.resized += annotated_size != (width, height)
+            report.swapped += annotated_size == (width, height)
+            report.resized += annotated_size != (width, height)
         given = np.array(boxes, np.float32).reshape(-1, 4)
         clipped = clip_boxes(given, height, width)
         kept = has_area(clipped)
-        self.report.clipped += int((kept & (clipped != given).any(1)).sum())
-        if not kept.all():
-            self.report.dropped += int((~kept).sum())
-            first = int(np.argmin(kept))
-            box = [round(float(value), 1) for value in given[first]]
-            self.report.first_dropped = (
-                self.report.first_dropped
-                or f"{name}, person {first}, x1 y1 x2 y2 = {box} of a {width}x{height} image"
-            )
-        if kept.sum() > self._config.max_targets:
-            limit = f"config.data.max_targets={self._config.max_targets}"
-            raise UserError(
-                f"{self.report.source}: {name} shows {kept.sum()} people, more than {limit}: "
-                "raise the limit"
-            )
+        require_room(self._config, report.source, name, int(kept.sum()))
         hot = np.zeros((len(given), len(self._config.class_names)), np.float32)
         for row, classes in zip(hot, labels, strict=True):
             row[list(classes)] = 1
+        self._count_boxes(name, given, clipped, (height, width))
         hot = hot[kept]
-        self.report.images += 1
-        self.report.people += len(hot)
-        self.report.unlabelled += int((hot.sum(1) == 0).sum())
-        self.records.append(
-            Record(len(self.records), path, width, height, clipped[kept], hot, name)
-        )
+        report.images += 1
+        report.people += len(hot)
+        report.unlabelled += int((hot.sum(1) == 0).sum())
+        repeated = len(hot) - len(np.unique(np.column_stack([clipped[kept], hot]), axis=0))
+        if repeated:
+            report.repeated += repeated
+            report.first_repeated = report.first_repeated or name
+        number = len(self.records)
+        self.records.append(Record(number, path, width, height, clipped[kept], hot, name))
+
+    def _count_boxes(
+        self,
+        name: str,
+        given: Float32[np.ndarray, "t 4"],
+        clipped: Float32[np.ndarray, "t 4"],
+        size: Size,
+    ) -> None:
+        """What the report says of the boxes of one image, as given and as clipped to it."""
+        report, kept = self.report, has_area(clipped)
+        height, width = size
+        where = f"x1 y1 x2 y2 = {{box}} of a {width}x{height} image"
+        report.clipped += int((kept & (clipped != given).any(1)).sum())
+        report.dropped += int((~kept).sum())
+        report.inverted += int((given[:, 2:] < given[:, :2]).any(1).sum())
+        report.tiny += int((kept & (given <= 1).all(1)).sum()) if min(size) > 1 else 0
+        leaving = kept & (given[:, 2:] > 1.1 * np.array([width, height])).any(1)
+        report.leaving += int(leaving.sum())
+        for places, field in ((~kept, "first_dropped"), (leaving, "first_leaving")):
+            if places.any() and not getattr(report, field):
+                first = int(np.argmax(places))
+                box = [round(float(value), 1) for value in given[first]]
+                text = f"{name}, person {first}, {where.format(box=box)}"
+                setattr(report, field, text)
 
     def finish(self) -> tuple[list[Record], ReadReport]:
         """What was collected. Raises UserError when it is nothing."""
         if not self.records:
-            first = (
-                f" (first: {self.report.unreadable_images[0]})" if self.report.unreadable else ""
-            )
+            lines = self.report.unreadable_images
+            first = f" (first: {lines[0]})" if lines else ""
             raise UserError(f"{self.report.source}: holds no usable image{first}")
         return self.records, self.report

@@ -1,4 +1,4 @@
-"""The readers by the name that `config.data.source` gives them: files on disk -> one record an
+"""The readers by the name that `config.data.source` gives them: files on disk -> one record per
 image.
 """
 

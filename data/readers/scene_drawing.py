@@ -4,19 +4,23 @@ Lengths are pixels of the final image.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 Color = tuple[int, ...]
-Length = float | int  # pixels of the final image
+Point = tuple[float, float]
+Angles = tuple[int, int]  # degrees
 _SCALE = 2
 _HEAD_HEIGHT = 1.12  # of its width
+_DARK = (25, 15, 15)
+_WHITE = (255, 255, 255)
 
 
 @dataclasses.dataclass(frozen=True)
 class Person:
-    """One person: centre of the head and its width, what they feel on the outside, and colours."""
+    """One person: center of the head and its width, what they feel on the outside, and colors."""
 
     x: float
     y: float
@@ -49,92 +53,54 @@ class Scene:
     people: tuple[Person, ...]
 
 
-class _Canvas:
-    """PIL's drawing with coordinates in final pixels."""
+class _Pen:
+    """PIL's drawing in lengths of `size` pixels around the point (x, y); y grows downwards."""
 
-    def __init__(self, image: Image.Image) -> None:
-        self._draw = ImageDraw.Draw(image)
+    def __init__(
+        self, draw: ImageDraw.ImageDraw, x: float = 0, y: float = 0, size: float = 1
+    ) -> None:
+        self._draw, self._x, self._y, self.size = draw, x, y, size
+
+    def at(self, x: float, y: float, size: float) -> "_Pen":
+        """A pen for an object of `size` pixels whose origin is at (x, y) of this pen."""
+        return _Pen(self._draw, self._x + x * self.size, self._y + y * self.size, size)
+
+    def _point(self, x: float, y: float) -> Point:
+        return (self._x + x * self.size) * _SCALE, (self._y + y * self.size) * _SCALE
+
+    def _box(self, x: float, y: float, rx: float, ry: float) -> list[float]:
+        return [*self._point(x - rx, y - ry), *self._point(x + rx, y + ry)]
+
+    def _width(self, width: float, pixels: float) -> int:
+        return max(1, round((width * self.size + pixels) * _SCALE))
 
     def ellipse(
-        self,
-        x: Length,
-        y: Length,
-        half_width: Length,
-        half_height: Length,
-        fill: Color,
-        outline: Color | None = None,
+        self, x: float, y: float, rx: float, ry: float, fill: Color, outline: Color | None = None
     ) -> None:
-        box = [
-            (x - half_width) * _SCALE,
-            (y - half_height) * _SCALE,
-            (x + half_width) * _SCALE,
-            (y + half_height) * _SCALE,
-        ]
-        self._draw.ellipse(box, fill=fill, outline=outline, width=2)
-
-    def polygon(self, points: list[tuple[Length, Length]], fill: Color) -> None:
-        self._draw.polygon([(x * _SCALE, y * _SCALE) for x, y in points], fill=fill)
+        self._draw.ellipse(self._box(x, y, rx, ry), fill=fill, outline=outline, width=2)
 
     def rectangle(
-        self,
-        x1: Length,
-        y1: Length,
-        x2: Length,
-        y2: Length,
-        fill: Color,
-        outline: Color | None = None,
+        self, x1: float, y1: float, x2: float, y2: float, fill: Color, outline: Color | None = None
     ) -> None:
-        self._draw.rectangle(
-            [x1 * _SCALE, y1 * _SCALE, x2 * _SCALE, y2 * _SCALE],
-            fill=fill,
-            outline=outline,
-            width=2,
-        )
+        box = [*self._point(x1, y1), *self._point(x2, y2)]
+        self._draw.rectangle(box, fill=fill, outline=outline, width=2)
 
-    def line(self, points: list[tuple[Length, Length]], fill: Color, width: Length) -> None:
-        self._draw.line(
-            [(x * _SCALE, y * _SCALE) for x, y in points],
-            fill=fill,
-            width=max(1, round(width * _SCALE)),
-            joint="curve",
-        )
+    def polygon(self, points: Sequence[Point], fill: Color) -> None:
+        self._draw.polygon([self._point(*point) for point in points], fill=fill)
+
+    def line(
+        self, points: Sequence[Point], fill: Color, width: float = 0, *, pixels: float = 0
+    ) -> None:
+        scaled = [self._point(*point) for point in points]
+        self._draw.line(scaled, fill=fill, width=self._width(width, pixels), joint="curve")
 
     def arc(
-        self,
-        x: Length,
-        y: Length,
-        half_width: Length,
-        half_height: Length,
-        start: int,
-        end: int,
-        fill: Color,
-        width: Length,
+        self, x: float, y: float, rx: float, ry: float, angles: Angles, fill: Color, width: float
     ) -> None:
-        box = [
-            (x - half_width) * _SCALE,
-            (y - half_height) * _SCALE,
-            (x + half_width) * _SCALE,
-            (y + half_height) * _SCALE,
-        ]
-        self._draw.arc(box, start, end, fill=fill, width=max(1, round(width * _SCALE)))
+        self._draw.arc(self._box(x, y, rx, ry), *angles, fill, self._width(width, 0))
 
-    def chord(
-        self,
-        x: Length,
-        y: Length,
-        half_width: Length,
-        half_height: Length,
-        start: int,
-        end: int,
-        fill: Color,
-    ) -> None:
-        box = [
-            (x - half_width) * _SCALE,
-            (y - half_height) * _SCALE,
-            (x + half_width) * _SCALE,
-            (y + half_height) * _SCALE,
-        ]
-        self._draw.chord(box, start, end, fill=fill)
+    def chord(self, x: float, y: float, rx: float, ry: float, angles: Angles, fill: Color) -> None:
+        self._draw.chord(self._box(x, y, rx, ry), *angles, fill=fill)
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
@@ -142,115 +108,98 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
     gravestones stand).
     """
     image = Image.new("RGB", (scene.width * _SCALE, scene.height * _SCALE))
-    canvas = _Canvas(image)
+    pen = _Pen(ImageDraw.Draw(image))
     horizon = scene.height * rng.uniform(0.56, 0.64)
-    _SETTINGS[scene.setting](canvas, scene, horizon, rng)
+    _SETTINGS[scene.setting](pen, scene, horizon, rng)
     if scene.distant:
-        _DISTANT[scene.distant](canvas, scene.distant_x, horizon + 6, scene.height * 0.27)
+        _DISTANT[scene.distant](pen.at(scene.distant_x, horizon + 6, scene.height * 0.27))
     for person in scene.people:
-        _draw_body(canvas, person, scene.height)
+        _draw_body(pen, person, scene.height)
     for place, person in enumerate(scene.people):
         if person.partner > place:
-            _draw_held_hands(canvas, person, scene.people[person.partner], scene.height)
+            _draw_held_hands(pen, person, scene.people[person.partner], scene.height)
     for person in scene.people:
-        _draw_head(canvas, person)
+        _draw_head(pen, person)
         if person.held:
-            _OBJECTS[person.held](
-                canvas,
-                person.x,
-                _chest(person, scene.height),
-                min(person.slot, person.head * 1.15) * 0.27,
-            )
+            size = min(person.slot, person.head * 1.15) * 0.27
+            _OBJECTS[person.held](pen.at(person.x, _chest(person, scene.height), size))
     pixels = np.asarray(image.reduce(_SCALE)).astype(np.int16)
     noise = rng.integers(-9, 10, pixels.shape, dtype=np.int16)
     return Image.fromarray(np.clip(pixels + noise + rng.integers(-14, 15), 0, 255).astype(np.uint8))
+
+
+# --- Settings: the surroundings -------------------------------------------------------------------
 
 
 def _shade(rng: np.random.Generator, color: Color, amount: int = 14) -> Color:
     return tuple(int(np.clip(value + rng.integers(-amount, amount + 1), 0, 255)) for value in color)
 
 
-def _ground(canvas: _Canvas, scene: Scene, horizon: Length, sky: Color, ground: Color) -> None:
-    canvas.rectangle(0, 0, scene.width, horizon, sky)
-    canvas.rectangle(0, horizon, scene.width, scene.height, ground)
+def _ground(pen: _Pen, scene: Scene, horizon: float, sky: Color, ground: Color) -> None:
+    pen.rectangle(0, 0, scene.width, horizon, sky)
+    pen.rectangle(0, horizon, scene.width, scene.height, ground)
 
 
-def _plain(canvas: _Canvas, scene: Scene, horizon: Length, rng: np.random.Generator) -> None:
-    _ground(canvas, scene, horizon, _shade(rng, (214, 218, 210)), _shade(rng, (176, 182, 150)))
+def _plain(pen: _Pen, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
+    _ground(pen, scene, horizon, _shade(rng, (214, 218, 210)), _shade(rng, (176, 182, 150)))
 
 
-def _fair(canvas: _Canvas, scene: Scene, horizon: Length, rng: np.random.Generator) -> None:
-    _ground(canvas, scene, horizon, _shade(rng, (125, 200, 250)), _shade(rng, (110, 200, 90)))
-    canvas.ellipse(
-        scene.width * rng.uniform(0.05, 0.95), scene.height * 0.2, 13, 13, (255, 225, 70)
-    )
+def _fair(pen: _Pen, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
+    _ground(pen, scene, horizon, _shade(rng, (125, 200, 250)), _shade(rng, (110, 200, 90)))
+    pen.ellipse(scene.width * rng.uniform(0.05, 0.95), scene.height * 0.2, 13, 13, (255, 225, 70))
     x, radius = scene.width * rng.uniform(0.1, 0.9), scene.height * 0.2
     y = horizon - radius
     for spoke in range(4):
         angle = math.pi * spoke / 4 + rng.uniform(0, 0.6)
         dx, dy = radius * math.cos(angle), radius * math.sin(angle)
-        canvas.line([(x - dx, y - dy), (x + dx, y + dy)], (240, 240, 250), 1.5)
-        canvas.ellipse(x + dx, y + dy, 4, 4, (250, 90, 120))
-        canvas.ellipse(x - dx, y - dy, 4, 4, (255, 170, 40))
+        pen.line([(x - dx, y - dy), (x + dx, y + dy)], (240, 240, 250), 1.5)
+        pen.ellipse(x + dx, y + dy, 4, 4, (250, 90, 120))
+        pen.ellipse(x - dx, y - dy, 4, 4, (255, 170, 40))
     colors = ((250, 70, 90), (255, 205, 50), (90, 110, 240), (255, 255, 255))
     for number, left in enumerate(range(0, scene.width, 12)):
-        canvas.polygon([(left, 2), (left + 12, 2), (left + 6, 13)], colors[number % 4])
+        pen.polygon([(left, 2), (left + 12, 2), (left + 6, 13)], colors[number % 4])
 
 
-def _rain(canvas: _Canvas, scene: Scene, horizon: Length, rng: np.random.Generator) -> None:
-    _ground(canvas, scene, horizon, _shade(rng, (112, 128, 148)), _shade(rng, (84, 98, 112)))
+def _rain(pen: _Pen, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
+    _ground(pen, scene, horizon, _shade(rng, (112, 128, 148)), _shade(rng, (84, 98, 112)))
     for _ in range(6):
-        canvas.ellipse(
-            rng.uniform(0, scene.width),
-            rng.uniform(0, 14),
-            rng.uniform(14, 26),
-            rng.uniform(7, 12),
-            _shade(rng, (78, 88, 102), 8),
-        )
-    starts = rng.uniform((0, 10), (scene.width, scene.height), (70, 2))
-    for x, y in starts.tolist():
-        canvas.line([(x, y), (x - 3, y + 11)], (176, 200, 228), 1)
+        x, y = rng.uniform(0, scene.width), rng.uniform(0, 14)
+        size = rng.uniform(14, 26), rng.uniform(7, 12)
+        pen.ellipse(x, y, *size, _shade(rng, (78, 88, 102), 8))
+    for x, y in rng.uniform((0, 10), (scene.width, scene.height), (70, 2)).tolist():
+        pen.line([(x, y), (x - 3, y + 11)], (176, 200, 228), 1)
 
 
-def _graveyard(canvas: _Canvas, scene: Scene, horizon: Length, rng: np.random.Generator) -> None:
-    _ground(canvas, scene, horizon, _shade(rng, (26, 24, 56)), _shade(rng, (38, 52, 44)))
-    canvas.ellipse(
-        scene.width * rng.uniform(0.05, 0.95), scene.height * 0.13, 12, 12, (240, 238, 205)
-    )
+def _graveyard(pen: _Pen, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
+    _ground(pen, scene, horizon, _shade(rng, (26, 24, 56)), _shade(rng, (38, 52, 44)))
+    moon = scene.width * rng.uniform(0.05, 0.95), scene.height * 0.13
+    pen.ellipse(*moon, 12, 12, (240, 238, 205))
     for _ in range(7):
         x, y = rng.uniform(0, scene.width), horizon + rng.uniform(2, scene.height * 0.3)
-        canvas.rectangle(x - 6, y - 13, x + 6, y + 4, (128, 130, 138))
-        canvas.ellipse(x, y - 13, 6, 6, (128, 130, 138))
-        canvas.line([(x, y - 14), (x, y - 4)], (60, 60, 66), 1.5)
-        canvas.line([(x - 3, y - 11), (x + 3, y - 11)], (60, 60, 66), 1.5)
-    x = scene.width * rng.uniform(0.0, 1.0)
-    canvas.line([(x, horizon + 6), (x, horizon - 46)], (12, 10, 18), 4)
+        pen.rectangle(x - 6, y - 13, x + 6, y + 4, (128, 130, 138))
+        pen.ellipse(x, y - 13, 6, 6, (128, 130, 138))
+        pen.line([(x, y - 14), (x, y - 4)], (60, 60, 66), 1.5)
+        pen.line([(x - 3, y - 11), (x + 3, y - 11)], (60, 60, 66), 1.5)
+    tree = pen.at(scene.width * rng.uniform(0.0, 1.0), horizon, 1)
+    tree.line([(0, 6), (0, -46)], (12, 10, 18), 4)
     for side, rise in ((-1, 30), (1, 38), (-1, 44)):
-        canvas.line(
-            [(x, horizon - rise + 8), (x + side * 18, horizon - rise - 14)], (12, 10, 18), 2
-        )
+        tree.line([(0, 8 - rise), (side * 18, -rise - 14)], (12, 10, 18), 2)
 
 
-def _fire(canvas: _Canvas, scene: Scene, horizon: Length, rng: np.random.Generator) -> None:
-    _ground(canvas, scene, horizon, _shade(rng, (196, 62, 36)), _shade(rng, (74, 34, 28)))
+def _fire(pen: _Pen, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
+    _ground(pen, scene, horizon, _shade(rng, (196, 62, 36)), _shade(rng, (74, 34, 28)))
     for x in np.arange(0, scene.width, 11.0):
-        top = horizon - rng.uniform(16, 46)
+        top, foot = horizon - rng.uniform(16, 46), horizon + 2
         middle = x + rng.uniform(-4, 4)
-        canvas.polygon(
-            [(x - 11, horizon + 2), (middle, top), (x + 11, horizon + 2)], (255, 150, 30)
-        )
-        canvas.polygon(
-            [(x - 6, horizon + 2), (middle, (top + horizon) / 2), (x + 6, horizon + 2)],
-            (255, 225, 80),
-        )
+        pen.polygon([(x - 11, foot), (middle, top), (x + 11, foot)], (255, 150, 30))
+        tip = (middle, (top + horizon) / 2)
+        pen.polygon([(x - 6, foot), tip, (x + 6, foot)], (255, 225, 80))
     for _ in range(3):
-        canvas.ellipse(
-            rng.uniform(0, scene.width),
-            rng.uniform(0, 18),
-            rng.uniform(14, 30),
-            rng.uniform(6, 11),
-            (58, 34, 36),
-        )
+        x, y = rng.uniform(0, scene.width), rng.uniform(0, 18)
+        pen.ellipse(x, y, rng.uniform(14, 30), rng.uniform(6, 11), (58, 34, 36))
+
+
+# --- People ---------------------------------------------------------------------------------------
 
 
 def _chest(person: Person, height: int) -> float:
@@ -258,233 +207,156 @@ def _chest(person: Person, height: int) -> float:
     return neck + (height - neck) * 0.45
 
 
-def _draw_body(canvas: _Canvas, person: Person, height: int) -> None:
+def _draw_body(pen: _Pen, person: Person, height: int) -> None:
     neck = person.y + person.head * 0.45
-    half = min(person.slot * 0.46, person.head * 0.62)
+    half, head, x = min(person.slot * 0.46, person.head * 0.62), person.head, person.x
     shade = tuple(int(value * 0.8) for value in person.shirt)
-    canvas.rectangle(
-        person.x - person.head * 0.14,
-        neck,
-        person.x + person.head * 0.14,
-        neck + person.head * 0.25,
-        person.skin,
-    )
-    top = neck + person.head * 0.2
-    outline = [
-        (person.x - half, height),
-        (person.x - half, top + 7),
-        (person.x - half * 0.6, top),
-        (person.x + half * 0.6, top),
-    ]
-    canvas.polygon([*outline, (person.x + half, top + 7), (person.x + half, height)], person.shirt)
+    pen.rectangle(x - head * 0.14, neck, x + head * 0.14, neck + head * 0.25, person.skin)
+    top = neck + head * 0.2
+    left = [(x - half, height), (x - half, top + 7), (x - half * 0.6, top)]
+    right = [(x + half * 0.6, top), (x + half, top + 7), (x + half, height)]
+    pen.polygon([*left, *right], person.shirt)
     for side in (-1, 1):
-        canvas.line(
-            [(person.x + side * half * 0.72, top + 12), (person.x + side * half * 0.72, height)],
-            shade,
-            1.5,
-        )
+        sleeve = x + side * half * 0.72
+        pen.line([(sleeve, top + 12), (sleeve, height)], shade, 1.5)
 
 
-def _draw_held_hands(canvas: _Canvas, one: Person, other: Person, height: int) -> None:
-    for person in (one, other):
-        middle = ((one.x + other.x) / 2, height * 0.88)
-        side = 1 if person is one else -1
-        shoulder = (
-            person.x + side * min(person.slot * 0.4, person.head * 0.5),
-            _chest(person, height),
-        )
-        canvas.line([shoulder, middle], person.skin, 7)
-    canvas.ellipse((one.x + other.x) / 2, height * 0.88, 7, 7, one.skin, (60, 40, 30))
+def _draw_held_hands(pen: _Pen, one: Person, other: Person, height: int) -> None:
+    middle = ((one.x + other.x) / 2, height * 0.88)
+    for person, side in ((one, 1), (other, -1)):
+        shoulder = person.x + side * min(person.slot * 0.4, person.head * 0.5)
+        pen.line([(shoulder, _chest(person, height)), middle], person.skin, 7)
+    pen.ellipse(*middle, 7, 7, one.skin, (60, 40, 30))
 
 
-def _draw_head(canvas: _Canvas, person: Person) -> None:
+def _draw_head(pen: _Pen, person: Person) -> None:
     x, y, size = person.x, person.y, person.head
     half_width, half_height = size / 2, size * _HEAD_HEIGHT / 2
     if person.long_hair:
-        canvas.rectangle(x - half_width, y, x + half_width, y + half_height * 1.05, person.hair)
-    canvas.ellipse(x, y, half_width, half_height, person.hair)
-    canvas.ellipse(x, y + half_height * 0.12, half_width * 0.9, half_height * 0.87, person.skin)
-    canvas.chord(x, y, half_width * 0.97, half_height, 205, 335, person.hair)
-    _EXPRESSIONS[person.expression](canvas, x, y + size * 0.08, size)
+        pen.rectangle(x - half_width, y, x + half_width, y + half_height * 1.05, person.hair)
+    pen.ellipse(x, y, half_width, half_height, person.hair)
+    pen.ellipse(x, y + half_height * 0.12, half_width * 0.9, half_height * 0.87, person.skin)
+    pen.chord(x, y, half_width * 0.97, half_height, (205, 335), person.hair)
+    _EXPRESSIONS[person.expression](pen.at(x, y + size * 0.08, size))
 
 
-_DARK = (25, 15, 15)
-_WHITE = (255, 255, 255)
+# --- Expressions, in widths of the head around its center -----------------------------------------
 
 
-def _eyes(
-    canvas: _Canvas, x: Length, y: Length, size: Length, *, white: Length, pupil: Length
-) -> None:
+def _eyes(pen: _Pen, *, y: float = 0.0, white: float, pupil: float) -> None:
     for side in (-1, 1):
-        canvas.ellipse(x + side * size * 0.19, y, size * white, size * white, _WHITE)
-        canvas.ellipse(x + side * size * 0.19, y, size * pupil, size * pupil, _DARK)
+        pen.ellipse(side * 0.19, y, white, white, _WHITE)
+        pen.ellipse(side * 0.19, y, pupil, pupil, _DARK)
 
 
-def _brows(
-    canvas: _Canvas,
-    x: Length,
-    y: Length,
-    size: Length,
-    *,
-    inner: Length,
-    outer: Length,
-    width: Length,
-) -> None:
-    """`inner` and `outer`: height of the two ends above the eyes, in head widths."""
+def _brows(pen: _Pen, *, inner: float, outer: float, width: float) -> None:
+    """`inner` and `outer`: height of the two ends."""
     for side in (-1, 1):
-        ends = [
-            (x + side * size * 0.08, y - size * inner),
-            (x + side * size * 0.32, y - size * outer),
-        ]
-        canvas.line(ends, _DARK, size * width)
+        pen.line([(side * 0.08, -inner), (side * 0.32, -outer)], _DARK, width)
 
 
-def _neutral_face(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
-    _eyes(canvas, x, y, size, white=0.0, pupil=0.06)
-    _brows(canvas, x, y, size, inner=0.14, outer=0.14, width=0.04)
-    canvas.line(
-        [(x - size * 0.13, y + size * 0.27), (x + size * 0.13, y + size * 0.27)], _DARK, size * 0.05
-    )
+def _neutral_face(pen: _Pen) -> None:
+    _eyes(pen, white=0.0, pupil=0.06)
+    _brows(pen, inner=0.14, outer=0.14, width=0.04)
+    pen.line([(-0.13, 0.27), (0.13, 0.27)], _DARK, 0.05)
 
 
-def _happy_face(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
+def _happy_face(pen: _Pen) -> None:
     for side in (-1, 1):
-        canvas.arc(
-            x + side * size * 0.19,
-            y + size * 0.04,
-            size * 0.1,
-            size * 0.1,
-            190,
-            350,
-            _DARK,
-            size * 0.06,
-        )
-        canvas.ellipse(
-            x + side * size * 0.29, y + size * 0.16, size * 0.08, size * 0.06, (250, 130, 130)
-        )
-    canvas.chord(x, y + size * 0.17, size * 0.26, size * 0.24, 0, 180, _DARK)
-    canvas.chord(x, y + size * 0.17, size * 0.21, size * 0.10, 0, 180, _WHITE)
+        pen.arc(side * 0.19, 0.04, 0.1, 0.1, (190, 350), _DARK, 0.06)
+        pen.ellipse(side * 0.29, 0.16, 0.08, 0.06, (250, 130, 130))
+    pen.chord(0, 0.17, 0.26, 0.24, (0, 180), _DARK)
+    pen.chord(0, 0.17, 0.21, 0.10, (0, 180), _WHITE)
 
 
-def _sad_face(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
-    _eyes(canvas, x, y + size * 0.02, size, white=0.0, pupil=0.06)
-    _brows(canvas, x, y, size, inner=0.22, outer=0.08, width=0.06)
-    canvas.arc(x, y + size * 0.40, size * 0.2, size * 0.18, 195, 345, _DARK, size * 0.07)
+def _sad_face(pen: _Pen) -> None:
+    _eyes(pen, y=0.02, white=0.0, pupil=0.06)
+    _brows(pen, inner=0.22, outer=0.08, width=0.06)
+    pen.arc(0, 0.40, 0.2, 0.18, (195, 345), _DARK, 0.07)
     for side in (-1, 1):
-        canvas.ellipse(
-            x + side * size * 0.22, y + size * 0.2, size * 0.06, size * 0.11, (70, 150, 255)
-        )
+        pen.ellipse(side * 0.22, 0.2, 0.06, 0.11, (70, 150, 255))
 
 
-def _angry_face(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
-    _eyes(canvas, x, y + size * 0.03, size, white=0.09, pupil=0.06)
-    _brows(canvas, x, y, size, inner=0.02, outer=0.20, width=0.10)
-    canvas.rectangle(x - size * 0.2, y + size * 0.2, x + size * 0.2, y + size * 0.36, _WHITE, _DARK)
+def _angry_face(pen: _Pen) -> None:
+    _eyes(pen, y=0.03, white=0.09, pupil=0.06)
+    _brows(pen, inner=0.02, outer=0.20, width=0.10)
+    pen.rectangle(-0.2, 0.2, 0.2, 0.36, _WHITE, _DARK)
     for tooth in (-0.1, 0.0, 0.1):
-        canvas.line(
-            [(x + size * tooth, y + size * 0.2), (x + size * tooth, y + size * 0.36)],
-            _DARK,
-            size * 0.03,
-        )
+        pen.line([(tooth, 0.2), (tooth, 0.36)], _DARK, 0.03)
 
 
-def _fearful_face(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
-    _eyes(canvas, x, y - size * 0.02, size, white=0.15, pupil=0.05)
-    _brows(canvas, x, y - size * 0.08, size, inner=0.2, outer=0.14, width=0.05)
-    canvas.ellipse(x, y + size * 0.3, size * 0.11, size * 0.14, _DARK)
+def _fearful_face(pen: _Pen) -> None:
+    _eyes(pen, y=-0.02, white=0.15, pupil=0.05)
+    _brows(pen, inner=0.28, outer=0.22, width=0.05)
+    pen.ellipse(0, 0.3, 0.11, 0.14, _DARK)
 
 
-def _balloon(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
-    canvas.line([(x, y), (x, y + size * 1.6)], _DARK, 1)
-    canvas.ellipse(x, y - size * 0.1, size * 0.9, size, (255, 225, 40), _DARK)
-    canvas.ellipse(x - size * 0.3, y - size * 0.4, size * 0.2, size * 0.25, _WHITE)
+# --- Objects that are held, in their own size around the chest ------------------------------------
 
 
-def _broken_heart(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
+def _balloon(pen: _Pen) -> None:
+    pen.line([(0, 0), (0, 1.6)], _DARK, pixels=1)
+    pen.ellipse(0, -0.1, 0.9, 1, (255, 225, 40), _DARK)
+    pen.ellipse(-0.3, -0.4, 0.2, 0.25, _WHITE)
+
+
+def _broken_heart(pen: _Pen) -> None:
     for side in (-1, 1):
-        canvas.ellipse(
-            x + side * size * 0.45, y - size * 0.3, size * 0.52, size * 0.52, (60, 90, 200), _DARK
-        )
-    canvas.polygon(
-        [(x - size * 0.9, y - size * 0.1), (x + size * 0.9, y - size * 0.1), (x, y + size)],
-        (60, 90, 200),
-    )
-    crack = [
-        (x, y - size * 0.6),
-        (x - size * 0.25, y - size * 0.1),
-        (x + size * 0.2, y + size * 0.25),
-        (x, y + size),
-    ]
-    canvas.line(crack, _WHITE, size * 0.18)
+        pen.ellipse(side * 0.45, -0.3, 0.52, 0.52, (60, 90, 200), _DARK)
+    pen.polygon([(-0.9, -0.1), (0.9, -0.1), (0, 1)], (60, 90, 200))
+    pen.line([(0, -0.6), (-0.25, -0.1), (0.2, 0.25), (0, 1)], _WHITE, 0.18)
 
 
-def _spider(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
-    canvas.ellipse(x, y, size * 1.1, size, (235, 235, 225))
+def _spider(pen: _Pen) -> None:
+    pen.ellipse(0, 0, 1.1, 1, (235, 235, 225))
     for side in (-1, 1):
         for leg in (-0.8, -0.25, 0.3, 0.85):
-            canvas.line(
-                [
-                    (x, y),
-                    (x + side * size * 0.6, y + size * (leg - 0.2)),
-                    (x + side * size, y + size * leg),
-                ],
-                (10, 10, 10),
-                1.2,
-            )
-    canvas.ellipse(x, y, size * 0.42, size * 0.5, (10, 10, 10))
+            pen.line([(0, 0), (side * 0.6, leg - 0.2), (side, leg)], (10, 10, 10), pixels=1.2)
+    pen.ellipse(0, 0, 0.42, 0.5, (10, 10, 10))
 
 
-def _torch(canvas: _Canvas, x: Length, y: Length, size: Length) -> None:
-    canvas.rectangle(x - size * 0.2, y, x + size * 0.2, y + size * 1.5, (90, 55, 25))
-    crown = ((-0.8, 0.2), (-0.4, -1.0), (0.0, -0.5), (0.4, -1.0), (0.8, 0.2))
-    canvas.polygon([(x + size * dx, y + size * dy) for dx, dy in crown], (225, 30, 20))
-    canvas.ellipse(x, y, size * 0.4, size * 0.4, (255, 170, 30))
+def _torch(pen: _Pen) -> None:
+    pen.rectangle(-0.2, 0, 0.2, 1.5, (90, 55, 25))
+    pen.polygon([(-0.8, 0.2), (-0.4, -1.0), (0.0, -0.5), (0.4, -1.0), (0.8, 0.2)], (225, 30, 20))
+    pen.ellipse(0, 0, 0.4, 0.4, (255, 170, 30))
 
 
-def _dancer(canvas: _Canvas, x: Length, foot: Length, height: Length) -> None:
-    _figure(canvas, x, foot, height, (255, 200, 30), arms_up=True)
+# --- Figures on the horizon, in their own height above their feet ---------------------------------
+
+
+def _figure(pen: _Pen, color: Color, *, reach: float, height: float = 1.0) -> None:
+    """`reach`: how high the hands are."""
+    pen = pen.at(0, 0, pen.size * height)
+    pen.ellipse(0, -0.83, 0.13, 0.14, (225, 180, 140))
+    pen.polygon([(-0.2, 0), (0, -0.72), (0.2, 0)], color)
+    for side in (-1, 1):
+        pen.line([(0, -0.6), (side * 0.28, -reach)], color, pixels=2)
+
+
+def _dancer(pen: _Pen) -> None:
+    _figure(pen, (255, 200, 30), reach=0.92)
     for side, color in ((-1, (250, 70, 100)), (1, (70, 130, 250))):
-        canvas.ellipse(
-            x + side * height * 0.28, foot - height * 1.02, height * 0.13, height * 0.15, color
-        )
+        pen.ellipse(side * 0.28, -1.02, 0.13, 0.15, color)
 
 
-def _mourner(canvas: _Canvas, x: Length, foot: Length, height: Length) -> None:
-    _figure(canvas, x, foot, height, (50, 60, 110), arms_up=False)
-    canvas.chord(x, foot - height * 0.82, height * 0.38, height * 0.3, 180, 360, (45, 60, 150))
+def _mourner(pen: _Pen) -> None:
+    _figure(pen, (50, 60, 110), reach=0.35)
+    pen.chord(0, -0.82, 0.38, 0.3, (180, 360), (45, 60, 150))
 
 
-def _raging_man(canvas: _Canvas, x: Length, foot: Length, height: Length) -> None:
-    for offset, rise in ((-0.26, 0.8), (0.0, 1.15), (0.26, 0.8)):
-        tip = (x + offset * height, foot - rise * height)
-        canvas.polygon(
-            [(x + (offset - 0.18) * height, foot), tip, (x + (offset + 0.18) * height, foot)],
-            (255, 140, 30),
-        )
-    _figure(canvas, x, foot, height * 0.9, (190, 20, 20), arms_up=True)
+def _raging_man(pen: _Pen) -> None:
+    for x, rise in ((-0.26, 0.8), (0.0, 1.15), (0.26, 0.8)):
+        pen.polygon([(x - 0.18, 0), (x, -rise), (x + 0.18, 0)], (255, 140, 30))
+    _figure(pen, (190, 20, 20), reach=0.92, height=0.9)
 
 
-def _ghost(canvas: _Canvas, x: Length, foot: Length, height: Length) -> None:
-    half = height * 0.28
-    canvas.ellipse(x, foot - height * 0.68, half, height * 0.32, (250, 250, 255), (70, 70, 90))
-    canvas.rectangle(x - half, foot - height * 0.68, x + half, foot, (250, 250, 255))
+def _ghost(pen: _Pen) -> None:
+    half = 0.28
+    pen.ellipse(0, -0.68, half, 0.32, (250, 250, 255), (70, 70, 90))
+    pen.rectangle(-half, -0.68, half, 0, (250, 250, 255))
     for side in (-1, 1):
-        canvas.ellipse(
-            x + side * half * 0.42, foot - height * 0.7, half * 0.22, half * 0.34, (10, 10, 20)
-        )
-    canvas.ellipse(x, foot - height * 0.42, half * 0.25, half * 0.4, (10, 10, 20))
-
-
-def _figure(
-    canvas: _Canvas, x: Length, foot: Length, height: Length, color: Color, *, arms_up: bool
-) -> None:
-    canvas.ellipse(x, foot - height * 0.83, height * 0.13, height * 0.14, (225, 180, 140))
-    canvas.polygon(
-        [(x - height * 0.2, foot), (x, foot - height * 0.72), (x + height * 0.2, foot)], color
-    )
-    reach = foot - height * (0.92 if arms_up else 0.35)
-    for side in (-1, 1):
-        canvas.line([(x, foot - height * 0.6), (x + side * height * 0.28, reach)], color, 2)
+        pen.ellipse(side * half * 0.42, -0.7, half * 0.22, half * 0.34, (10, 10, 20))
+    pen.ellipse(0, -0.42, half * 0.25, half * 0.4, (10, 10, 20))
 
 
 _SETTINGS = {"": _plain, "Anger": _fire, "Fear": _graveyard, "Happy": _fair, "Sad": _rain}

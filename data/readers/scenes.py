@@ -2,7 +2,7 @@
 near, or from something far.
 
 A scene is a pure function of (seed, index) and needs no file, so it serves the demo, the tests and
-measurements of what a model introspections at. One to four people stand in a setting; a network has
+measurements of what a model looks at. One to four people stand in a setting; a network has
 to find their heads (the boxes) and say what they feel. The emotion follows from the picture alone:
 
     1. a face with an expression: the emotion is the expression's, whatever else there is;
@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from data.config import SPLITS, DataConfig
-from data.readers.records import ReadReport, Record
+from data.readers.records import ReadReport, Record, require_room
 from data.readers.scene_drawing import Person, Scene, draw_scene
 from dsct_jax.errors import UserError
 
@@ -193,13 +193,8 @@ def read_scenes(config: DataConfig, split: str) -> tuple[list[Record], ReadRepor
     records = [
         _record(config, seed, index, f"scene {split}/{index}") for index in range(int(value))
     ]
-    if crowded := next(
-        (record for record in records if len(record.boxes) > config.max_targets), None
-    ):
-        raise UserError(
-            f"{crowded.name} shows {len(crowded.boxes)} people, more than "
-            f"config.data.max_targets={config.max_targets}: raise the limit"
-        )
+    for record in records:
+        require_room(config, f"built-in scenes {split}", record.name, len(record.boxes))
     report = ReadReport(
         f"built-in scenes {split}",
         images=len(records),
@@ -216,13 +211,6 @@ def _record(config: DataConfig, seed: int, index: int, name: str) -> Record:
         for one in all_emotions(scene, person) if config.multi_label else (emotion,):
             row[config.class_names.index(one)] = 1
     boxes = np.array([person.head_box for person in scene.people], np.float32)
-    return Record(
-        index,
-        SceneImage(seed, index),
-        scene.width,
-        scene.height,
-        boxes,
-        labels,
-        name,
-        tuple(cue for cue, _ in decided),
-    )
+    cues = tuple(cue for cue, _ in decided)
+    image = SceneImage(seed, index)
+    return Record(index, image, scene.width, scene.height, boxes, labels, name, cues)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data.readers.records import reading
 from dsct_jax.errors import UserError
 
 _NIL, _NUMBER, _STRING, _TABLE, _TORCH, _BOOLEAN = range(6)
@@ -38,27 +39,14 @@ def load_torch7(path: Path) -> Any:
         UserError: the file is missing, cut short, no Torch7 file, or holds functions or other
             classes than tensors.
     """
-    try:
+    with reading(path, "a Torch7 file"):
         content = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such annotation file; set config.data.data_dir and the split's file name"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     # A binary file begins with a type number of four bytes, the last three being zero; an ascii
     # file with a digit and the end of the line.
     source: _Binary | _Ascii = _Binary(content) if content[1:4] == b"\0\0\0" else _Ascii(content)
     try:
         return _Objects(source).read(0)
-    except (
-        struct.error,
-        ValueError,
-        OverflowError,
-        MemoryError,
-        UnicodeDecodeError,
-        IndexError,
-    ) as error:
+    except (struct.error, ValueError, OverflowError, MemoryError, IndexError) as error:
         raise UserError(
             f"{path}: not a usable Torch7 file, at byte {source.place} of {len(content)} ({error})"
         ) from None
@@ -97,10 +85,7 @@ class _Ascii:
         while self._content[self.place : self.place + 1].isspace():
             self.place += 1
         start = self.place
-        while (
-            self.place < len(self._content)
-            and not self._content[self.place : self.place + 1].isspace()
-        ):
+        while self._content[self.place : self.place + 1].strip():
             self.place += 1
         if start == self.place:
             raise ValueError("the file ends too early")
@@ -167,43 +152,31 @@ class _Objects:
                 raise ValueError("a table with a key that is neither a text nor a number")
             entries[key] = self.read(depth + 1)
         numbers = [float(number) for number in range(1, len(entries) + 1)]
-        return (
-            [entries[number] for number in numbers]
-            if all(number in entries for number in numbers)
-            else entries
-        )
+        is_list = all(number in entries for number in numbers)
+        return [entries[number] for number in numbers] if is_list else entries
 
     def _torch(self, depth: int) -> np.ndarray:
         name = self._text()
         if name.startswith("V "):  # the version of the class; the oldest files have none
             name = self._text()
-        room, _, kind = name.partition(".")
+        package, _, kind = name.partition(".")
         element = _ELEMENTS.get(kind.removesuffix("Tensor").removesuffix("Storage"))
-        if room != "torch" or element is None or not kind.endswith(("Tensor", "Storage")):
+        if package != "torch" or element is None or not kind.endswith(("Tensor", "Storage")):
             raise ValueError(f"an object of class {name}: only tensors are data")
         if kind.endswith("Storage"):
             return self._source.array(element, self._longs(1)[0])
         dimensions = self._int()
         if not 0 <= dimensions <= 16:
             raise ValueError(f"a tensor of {dimensions} dimensions")
-        shape, strides, offset = (
-            self._longs(dimensions),
-            self._longs(dimensions),
-            self._longs(1)[0] - 1,
-        )
+        shape, strides = self._longs(dimensions), self._longs(dimensions)
+        offset = self._longs(1)[0] - 1
         storage = self.read(depth + 1)
         if storage is None or dimensions == 0:
             return np.zeros(0, element)
-        last = offset + sum(
-            (size - 1) * stride for size, stride in zip(shape, strides, strict=True)
-        )
-        if (
-            offset < 0
-            or min(strides, default=0) < 0
-            or min(shape) < 0
-            or not isinstance(storage, np.ndarray)
-            or last >= len(storage)
-        ):
+        steps = zip(shape, strides, strict=True)
+        last = offset + sum((size - 1) * stride for size, stride in steps)
+        lies_within = offset >= 0 and min(strides) >= 0 and min(shape) >= 0
+        if not isinstance(storage, np.ndarray) or not lies_within or last >= len(storage):
             raise ValueError("a tensor that does not lie in its storage")
         view = np.lib.stride_tricks.as_strided(
             storage[offset:], shape, [stride * element.itemsize for stride in strides]

@@ -1,7 +1,7 @@
 """Makes NCAER-S from the CAER videos: one random frame of each part of a video, its face, and no
 video in two splits.
 
-    python -m data build_ncaer_s --videos=CAER --output=NCAER-S [--parts=4] [--seed=0] [--detector=haar]
+    python -m data build_ncaer_s --videos=CAER --output=NCAER-S [--parts=4] [--detector=haar]
 
 CAER holds {train,validation,test}/<Class>/NNNN.avi. Written are images/ and
 crop/{train,val,test}/<Class>/NNNN_PP.{jpg,txt} (a crop is x1,y1,x2,y2, or 0,0,0,0 where no face was
@@ -22,23 +22,19 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from data.command import progress
+from data.command import require_at_least
 from data.tools.faces import FaceDetector, largest_face, make_detector, opencv
-from dsct_jax.cli import Parser, run_command
+from dsct_jax.cli import Parser, expanded_path, progress, whole_file
 from dsct_jax.errors import UserError
 
-FOLDERS = {
-    "train": "train",
-    "validation": "val",
-    "val": "val",
-    "test": "test",
-}  # of the videos -> split
+# of the videos -> split
+FOLDERS = {"train": "train", "validation": "val", "val": "val", "test": "test"}
 SUFFIXES = (".avi", ".mkv", ".mov", ".mp4", ".webm")
 _JPEG_QUALITY = 95
 
@@ -85,7 +81,7 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(Frame))
 
 
 def find_videos(root: Path) -> tuple[list[Video], list[str]]:
-    """The videos by split and class, each content once, and a line for each that was left out
+    """The videos by split and class, each content once, and a line for each that was skipped
     because another has its content.
 
     Of equal videos that of test stays, then that of val, then the first, so that no split but train
@@ -96,41 +92,36 @@ def find_videos(root: Path) -> tuple[list[Video], list[str]]:
     """
     if not root.is_dir():
         raise UserError(f"--videos={root}: no such folder")
-    folders = sorted(
-        path for path in root.iterdir() if path.is_dir() and path.name.lower() in FOLDERS
-    )
-    paths = [
-        path
-        for folder in folders
+    split_of = {
+        path: FOLDERS[folder.name.lower()]
+        for folder in sorted(root.iterdir())
+        if folder.is_dir() and folder.name.lower() in FOLDERS
         for path in sorted(folder.glob("*/*"))
         if path.suffix.lower() in SUFFIXES
-    ]
-    if not paths:
+    }
+    if not split_of:
+        suffixes = ", ".join(SUFFIXES)
         raise UserError(
-            f"--videos={root}: holds no {{train,validation,test}}/<Class>/*.avi "
-            f"({', '.join(SUFFIXES)})"
+            f"--videos={root}: holds no {{train,validation,test}}/<Class>/*.avi ({suffixes})"
         )
     found: dict[str, Video] = {}
-    left_out = []
+    skipped = []
     targets: dict[tuple[str, str, str], Path] = {}
-    order = {"test": 0, "val": 1, "train": 2}
-    split_of = {path: FOLDERS[path.relative_to(root).parts[0].lower()] for path in paths}
+    in_order = sorted(
+        split_of, key=lambda path: (("test", "val", "train").index(split_of[path]), path)
+    )
     for path in progress(
-        sorted(paths, key=lambda path: (order[split_of[path]], path)),
-        total=len(paths),
-        what="looking for equal videos",
-        unit="video",
+        in_order, total=len(in_order), what="looking for equal videos", unit="video"
     ):
-        name = path.relative_to(root).as_posix()
-        twin = targets.setdefault((split_of[path], path.parent.name, path.stem), path)
+        name, split, label = path.relative_to(root).as_posix(), split_of[path], path.parent.name
+        twin = targets.setdefault((split, label, path.stem), path)
         if twin != path:
             raise UserError(f"{path} and {twin} would give images of the same names: rename one")
         digest = _digest(path)
-        if digest in found:
-            left_out.append(f"{name} is the same video as {found[digest].name}")
-            continue
-        found[digest] = Video(path, name, split_of[path], path.parent.name, digest)
-    return sorted(found.values(), key=lambda video: video.name), left_out
+        first = found.setdefault(digest, Video(path, name, split, label, digest))
+        if first.path != path:
+            skipped.append(f"{name} is the same video as {first.name}")
+    return sorted(found.values(), key=lambda video: video.name), skipped
 
 
 def _digest(path: Path) -> str:
@@ -185,9 +176,8 @@ def build_video(
     """Writes the images and crops of one video and returns their lines of the manifest. Raises
     UserError naming a video that cannot be read.
     """
-    name_seed = int.from_bytes(
-        hashlib.sha256(video.name.encode()).digest()[:8], "little"
-    )  # so that other videos change nothing for this one
+    # of its name, so that other videos change nothing for this one
+    name_seed = int.from_bytes(hashlib.sha256(video.name.encode()).digest()[:8], "little")
     frames = []
     for part, frame, pixels in read_frames(video.path, settings.parts, (settings.seed, name_seed)):
         name = f"{video.split}/{video.label}/{video.path.stem}_{part:02}"
@@ -197,19 +187,8 @@ def build_video(
         Image.fromarray(pixels).save(image, quality=_JPEG_QUALITY)
         box = largest_face(detect(pixels), *pixels.shape[:2]) or (0, 0, 0, 0)
         crop.write_text(",".join(map(str, box)) + "\n")
-        frames.append(
-            Frame(
-                video.split,
-                video.label,
-                video.name,
-                video.digest,
-                part,
-                frame,
-                f"{name}.jpg",
-                _digest(image),
-                *box,
-            )
-        )
+        source = (video.split, video.label, video.name, video.digest)
+        frames.append(Frame(*source, part, frame, f"{name}.jpg", _digest(image), *box))
     return frames
 
 
@@ -218,7 +197,7 @@ _detect: FaceDetector | None = None  # of this worker process
 
 def _start_worker(detector: str) -> None:
     global _detect
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     opencv().setNumThreads(1)
     _detect = make_detector(detector)
 
@@ -258,105 +237,46 @@ def open_build(output: Path, settings: Settings) -> list[Frame]:
             "name another folder"
         )
     path.write_text(json.dumps(values) + "\n")
-    unfinished, finished = output / "manifest.part.csv", output / "manifest.csv"
-    source = unfinished if unfinished.exists() else finished
+    source = output / "manifest.part.csv"
+    if not source.exists():
+        source = output / "manifest.csv"
     if not source.exists():
         return []
     kinds: list[Any] = [field.type for field in dataclasses.fields(Frame)]
-    rows = [
-        next(csv.reader([line]))
-        for line in source.read_text().splitlines(keepends=True)[1:]
-        if line.endswith("\n")
+    whole = [line for line in source.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    frames = [
+        Frame(*(kind(cell) for cell, kind in zip(row, kinds, strict=True)))
+        for row in csv.reader(whole[1:])
     ]
-    frames = [Frame(*(kind(cell) for cell, kind in zip(row, kinds, strict=True))) for row in rows]
-    return [
-        frame for frame in frames if frame.video != frames[-1].video
-    ]  # of the last video some lines may be lost
+    # of the last video some lines may be lost
+    return [frame for frame in frames if frame.video != frames[-1].video]
+
+
+def _write_rows(file: TextIO, rows: Sequence[Sequence[Any]]) -> None:
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    file.flush()
 
 
 def write_manifest(frames: Sequence[Frame], path: Path) -> None:
-    """The whole file, or after an interruption the one before it."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(map(dataclasses.astuple, frames))
-    temporary.replace(path)
+    """The manifest of these frames, there in full or not at all."""
+    with whole_file(path, newline="") as file:
+        _write_rows(file, [COLUMNS, *map(dataclasses.astuple, frames)])
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """The command with its arguments parsed."""
-    settings = Settings(arguments.parts, arguments.seed, arguments.detector)
-    if settings.parts < 1 or settings.seed < 0 or arguments.workers < 1:
-        raise UserError(
-            f"--parts={settings.parts} and --workers={arguments.workers} must be at least 1, "
-            f"--seed={settings.seed} at least 0"
-        )
-    opencv()
-    make_detector(settings.detector)  # a mistake is told before anything is read
-    videos, left_out = find_videos(arguments.videos)
-    output: Path = arguments.output
-    known = {video.name for video in videos}
-    frames = [frame for frame in open_build(output, settings) if frame.video in known]
-    done = {frame.video for frame in frames}
-    rest = [video for video in videos if video.name not in done]
-    unfinished = output / "manifest.part.csv"
-    write_manifest(frames, unfinished)
-    unusable = []
-    with unfinished.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        for result in progress(
-            build_all(rest, output, settings, arguments.workers),
-            total=len(rest),
-            what="frames",
-            unit="video",
-        ):
-            if isinstance(result, str):
-                unusable.append(result)
-                continue
-            writer.writerows(map(dataclasses.astuple, result))
-            file.flush()
-            frames += result
-    frames.sort(key=lambda frame: (frame.video, frame.part))
-    write_manifest(frames, unfinished)
-    unfinished.replace(output / "manifest.csv")
-    _tell(frames, left_out, sorted(unusable), output)
-    return 1 if unusable else 0
-
-
-def _tell(
-    frames: Sequence[Frame], left_out: Sequence[str], unusable: Sequence[str], output: Path
-) -> None:
-    for split in ("train", "val", "test"):
-        own = [frame for frame in frames if frame.split == split]
-        faces = sum(frame.x2 > frame.x1 for frame in own)
-        print(
-            f"{split}: {len({frame.video for frame in own})} videos, {len(own)} images, {faces} "
-            "with a face"
-        )
-    for line in left_out:
-        print(f"- left out: {line}")
-    for line in unusable:
-        print(f"! {line}")
-    print(f"every frame: {output / 'manifest.csv'}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; a user's mistake is one line on stderr and exit status 2, a video that cannot be
-    read status 1.
-    """
-    parser = Parser(prog="python -m data build_ncaer_s", description=__doc__)
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--videos",
-        type=Path,
+        type=expanded_path,
         required=True,
         help="folder with {train,validation,test}/<Class>/*.avi",
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder for images/, crop/ and manifest.csv"
+    parser.add_output(
+        "--output", folder=True, required=True, help="folder for images/, crop/ and manifest.csv"
     )
     parser.add_argument(
-        "--parts", type=int, default=4, help="stretches of a video that give a frame each"
+        "--parts", type=int, default=4, help="stretches of a video that give one frame each"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -365,4 +285,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="haar, yunet:MODEL.onnx, or MODULE:NAME, a function of your own (data/tools/faces.py)",
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    return run_command(lambda: run(parser.parse_args(argv)))
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Builds the data set; status 1 when a video cannot be read."""
+    require_at_least(arguments, 1, "parts", "workers")
+    require_at_least(arguments, 0, "seed")
+    settings = Settings(arguments.parts, arguments.seed, arguments.detector)
+    opencv()
+    make_detector(settings.detector)  # a mistake is reported before anything is read
+    videos, skipped = find_videos(arguments.videos)
+    output: Path = arguments.output
+    known = {video.name for video in videos}
+    frames = [frame for frame in open_build(output, settings) if frame.video in known]
+    done = {frame.video for frame in frames}
+    rest = [video for video in videos if video.name not in done]
+    unfinished = output / "manifest.part.csv"
+    write_manifest(frames, unfinished)
+    unusable = []
+    results = build_all(rest, output, settings, arguments.workers)
+    with unfinished.open("a", newline="") as file:
+        for result in progress(results, total=len(rest), what="frames", unit="video"):
+            if isinstance(result, str):
+                unusable.append(result)
+                continue
+            _write_rows(file, [dataclasses.astuple(frame) for frame in result])
+            frames += result
+    frames.sort(key=lambda frame: (frame.video, frame.part))
+    write_manifest(frames, output / "manifest.csv")
+    unfinished.unlink()
+    for split in dict.fromkeys(FOLDERS.values()):
+        own = [frame for frame in frames if frame.split == split]
+        faces = sum(frame.x2 > frame.x1 for frame in own)
+        num_videos = len({frame.video for frame in own})
+        print(f"{split}: {num_videos} videos, {len(own)} images, {faces} with a face")
+    for line in (
+        *(f"- skipped: {line}" for line in skipped),
+        *(f"! {one}" for one in sorted(unusable)),
+    ):
+        print(line)
+    print(f"every frame: {output / 'manifest.csv'}")
+    return 1 if unusable else 0

@@ -13,22 +13,17 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from data.command import progress
 from data.readers.records import Record
+from dsct_jax.cli import progress
 from dsct_jax.errors import UserError
 
-# of 256 bits: what saving again, resizing and slight colour changes move; unrelated images differ
+# of 256 bits: what saving again, resizing and slight color changes move; unrelated images differ
 # in about 128
 NEAR = 24
-_SIDE, _LOWEST = (
-    64,
-    16,
-)
-# the image is reduced to 64x64 grey; of its cosine transform the 16x16 lowest frequencies are
-# kept
-_COSINES = np.cos(np.pi / _SIDE * (np.arange(_SIDE) + 0.5) * np.arange(_LOWEST)[:, None]).astype(
-    np.float32
-)
+# the image is reduced to 64x64 gray; of its cosine transform the 16x16 lowest frequencies are kept
+_SIDE, _LOWEST = 64, 16
+_ANGLES = np.pi / _SIDE * (np.arange(_SIDE) + 0.5) * np.arange(_LOWEST)[:, None]
+_COSINES = np.cos(_ANGLES).astype(np.float32)
 _BLOCK = 256  # rows compared at once
 
 
@@ -41,19 +36,15 @@ class Fingerprint:
 
 
 def fingerprint(image: Image.Image) -> Fingerprint:
-    """Both fingerprints of an RGB image.
-
-    The perceptual one is the usual pHash (DCT of the reduced grey image, low frequencies against
-    their median), with 256 bits instead of 64 so that ten thousands of images do not meet by
-    chance.
+    """Both fingerprints of an RGB image. The perceptual one is the usual pHash (DCT of the reduced
+    gray image, low frequencies against their median), with 256 bits instead of 64 so that ten
+    thousands of images do not meet by chance.
     """
-    digest = hashlib.blake2b(
-        image.tobytes(), digest_size=16, salt=f"{image.width}x{image.height}".encode()[:16]
-    ).digest()
-    grey = np.asarray(
-        image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), np.float32
-    )
-    frequencies = (_COSINES @ grey @ _COSINES.T).ravel()
+    size = f"{image.width}x{image.height}".encode()[:16]
+    digest = hashlib.blake2b(image.tobytes(), digest_size=16, salt=size).digest()
+    reduced = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
+    gray = np.asarray(reduced, np.float32)
+    frequencies = (_COSINES @ gray @ _COSINES.T).ravel()
     frequencies[0] = 0  # brightness
     signs = frequencies > np.median(frequencies)
     return Fingerprint(digest, np.packbits(signs).view(np.uint64))

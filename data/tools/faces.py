@@ -71,22 +71,16 @@ def haar() -> FaceDetector:
             f"--detector=haar: OpenCV {cv2.__version__} has no cascades: install "
             "opencv-python-headless<5, or use yunet:MODEL.onnx"
         )
-    cascade = cv2.CascadeClassifier(
-        str(Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml")
-    )
+    file = Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml"
+    cascade = cv2.CascadeClassifier(str(file))
 
     def detect(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "n 5"]:
         smallest = max(20, round(_SMALLEST * min(image.shape[:2])))
-        grey = cv2.equalizeHist(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
-        found = np.array(
-            cascade.detectMultiScale(
-                grey, scaleFactor=1.1, minNeighbors=5, minSize=(smallest, smallest)
-            ),
-            np.float32,
-        ).reshape(-1, 4)
-        return np.column_stack(
-            [found[:, :2], found[:, :2] + found[:, 2:], np.ones(len(found), np.float32)]
+        gray = cv2.equalizeHist(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
+        found = cascade.detectMultiScale(
+            gray, scaleFactor=1.1, minNeighbors=5, minSize=(smallest, smallest)
         )
+        return _rows(np.array(found, np.float32).reshape(-1, 4))
 
     return detect
 
@@ -113,13 +107,19 @@ def yunet(model: Path, *, min_score: float = 0.7) -> FaceDetector:
 
     def detect(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "n 5"]:
         network.setInputSize((image.shape[1], image.shape[0]))
-        _, found = network.detect(
-            np.ascontiguousarray(image[..., ::-1])
-        )  # columns: x y w h, five landmarks, score; None = no face
-        found = np.zeros((0, 15), np.float32) if found is None else np.asarray(found, np.float32)
-        return np.column_stack([found[:, :2], found[:, :2] + found[:, 2:4], found[:, 14]])
+        # columns: x y w h, five landmarks, score; None = no face
+        _, found = network.detect(np.ascontiguousarray(image[..., ::-1]))
+        found = np.array([] if found is None else found, np.float32).reshape(-1, 15)
+        return _rows(found, found[:, 14])
 
     return detect
+
+
+def _rows(found: np.ndarray, scores: np.ndarray | float = 1.0) -> Float32[np.ndarray, "n 5"]:
+    """x1 y1 x2 y2 score of faces given as x y w h ..."""
+    rows = np.ones((len(found), 5), np.float32)
+    rows[:, :2], rows[:, 2:4], rows[:, 4] = found[:, :2], found[:, :2] + found[:, 2:4], scores
+    return rows
 
 
 def largest_face(faces: np.ndarray, height: int, width: int) -> tuple[int, int, int, int] | None:
@@ -129,19 +129,13 @@ def largest_face(faces: np.ndarray, height: int, width: int) -> tuple[int, int, 
     Raises:
         UserError: `faces` is no [n 5] array of numbers.
     """
-    if (
-        not isinstance(faces, np.ndarray)
-        or faces.ndim != 2
-        or faces.shape[1] != 5
-        or faces.dtype.kind not in "fiu"
-    ):
+    shape = getattr(faces, "shape", faces)
+    if not isinstance(faces, np.ndarray) or shape[1:] != (5,) or faces.dtype.kind not in "fiu":
         raise UserError(
-            f"--detector: returned {getattr(faces, 'shape', faces)!r}, and must return an array "
-            "[n 5]: x1 y1 x2 y2 score"
+            f"--detector: returned {shape!r}, and must return an array [n 5]: x1 y1 x2 y2 score"
         )
-    boxes = np.clip(
-        np.round(faces[np.isfinite(faces).all(1), :4]), 0, [width, height, width, height]
-    ).astype(int)
+    corners = np.round(faces[np.isfinite(faces).all(1), :4])
+    boxes = np.clip(corners, 0, [width, height, width, height]).astype(int)
     areas = (boxes[:, 2] - boxes[:, 0]).clip(0) * (boxes[:, 3] - boxes[:, 1]).clip(0)
     if not areas.any():
         return None

@@ -1,19 +1,21 @@
 """Brings a data set into the prepared form (data/readers/prepared.py): once, in parallel, and after
 an interruption from where it stood.
 
-    python -m data prepare --config=configs/caer_s_r50.py --config.data.data_dir=DIR --output=PREPARED
-    python train.py --config=configs/caer_s_r50.py --config.data.source=prepared --config.data.data_dir=PREPARED ...
+    python -m data prepare --config=configs/caer_s_r50.py --config.data.data_dir=DIR \\
+        --output=PREPARED
+    python train.py --config=configs/caer_s_r50.py --config.data.source=prepared \\
+        --config.data.data_dir=PREPARED ...
 
 Images keep their bytes, so training sees the same pixels; --short_side=N makes those whose short
 side is longer smaller (JPEG, quality 95), and their boxes with them. `--verify` compares every file
 of a finished data set with its checksum.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -23,26 +25,28 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data.augment import scale_boxes
-from data.command import config_parser, parse, progress
+from data.command import ConfigParser, require_at_least
 from data.config import SPLITS, DataConfig
 from data.readers.prepared import (
+    AGAIN,
     NAME,
     SHARD_TEMPLATE,
     SUMMARY,
     features,
     folder,
     read_summary,
-    sha256,
     write_index,
 )
 from data.readers.records import Record
 from data.readers.registry import read_split
-from dsct_jax.cli import run_command
+from dsct_jax.cli import progress, whole_file
 from dsct_jax.errors import UserError
 from dsct_jax.preprocess import Size, decode_image, resize
 
 _PLAN = "plan.json"  # what an unfinished preparation is of
 _QUALITY = 95  # JPEG, of images that are made smaller
+_MAKE_ROOM = "make room and run the same command again"
+_ANOTHER = "choose another --output, or remove the folder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +59,12 @@ class Shard:
 
     @property
     def mark(self) -> Path:
-        """Written when the shard is complete: its size and checksum."""
+        """Written when the shard is complete: its size, checksum and skipped images."""
         return self.path.with_name(self.path.name + ".done")
+
+    def done(self) -> dict[str, Any]:
+        """What the mark says."""
+        return json.loads(self.mark.read_text(encoding="utf-8"))
 
 
 def prepare(
@@ -75,9 +83,9 @@ def prepare(
         config: the raw data.
         output: what `config.data.data_dir` will be when the prepared form is read.
         splits: of train, val, test.
-        shard_images: images a file.
+        shard_images: images per file.
         short_side: longest short side in pixels of a stored image; None keeps every image as it is.
-        workers: threads; decoding and encoding, which is most of the work, run beside each other.
+        workers: threads that decode and encode.
 
     Raises:
         UserError: the raw data cannot be used, the folder holds another preparation, or the disk is
@@ -88,61 +96,37 @@ def prepare(
             "config.data.source='prepared' cannot be prepared again: name the source of the raw "
             "files"
         )
-    directory = folder(output)
-    splits = [split for split in SPLITS if split in splits]
-    read = {split: read_split(config, split) for split in splits}
-    records = {
-        split: [_smaller(record, short_side) for record in found]
-        for split, (found, _) in read.items()
-    }
+    directory, reports, records = folder(output), {}, {}
+    for split in [split for split in SPLITS if split in splits]:
+        found, report = read_split(config, split)
+        records[split] = [_smaller(record, short_side) for record in found]
+        reports[split] = dataclasses.asdict(report)
     fingerprint = _fingerprint(config, records, shard_images, short_side)
     try:
         if (directory / SUMMARY).exists():
             if read_summary(directory)["fingerprint"] != fingerprint:
                 raise UserError(
-                    f"{directory}: holds the prepared form of other data or other options; choose "
-                    "another --output, or remove the folder"
+                    f"{directory}: holds the prepared form of other data or options; {_ANOTHER}"
                 )
             return directory
         _begin(directory, fingerprint)
-        shards = [
-            shard
-            for split in splits
-            for shard in _shards(directory, split, records[split], shard_images)
-        ]
-        _write_shards(shards, len(config.class_names), short_side, config.skip_corrupt, workers)
-        left_out = {split: _left_out(shards, split) for split in splits}
-        reports = {split: dataclasses.asdict(read[split][1]) for split in splits}
-        for split, names in left_out.items():
-            records[split] = [record for record in records[split] if record.name not in names]
-            write_index(directory / f"index_{split}.npz", records[split])
-            reports[split] |= {
-                "images": len(records[split]),
-                "people": sum(len(record.boxes) for record in records[split]),
-                "unreadable": reports[split]["unreadable"] + len(names),
-                "unreadable_images": reports[split]["unreadable_images"] + list(names.values()),
-            }
-        _write_metadata(directory, config, shards, splits)
-        _finish(directory, config, reports, fingerprint)
+        shards = _shards(directory, records, shard_images)
+        _write_shards(shards, config, short_side, workers)
+        _finish(directory, config, shards, reports, fingerprint)
     except OSError as error:
-        raise UserError(
-            f"{directory}: cannot be written ({error.strerror or error}); make room and run the "
-            "same command again"
-        ) from None
+        reason = error.strerror or error
+        raise UserError(f"{directory}: cannot be written ({reason}); {_MAKE_ROOM}") from None
     return directory
 
 
 def _smaller(record: Record, short_side: int | None) -> Record:
     """The record with the size and boxes that its image will be stored with."""
-    size = _stored_size((record.height, record.width), short_side)
-    if size == (record.height, record.width):
+    before = record.height, record.width
+    height, width = size = _stored_size(before, short_side)
+    if size == before:
         return record
-    return dataclasses.replace(
-        record,
-        height=size[0],
-        width=size[1],
-        boxes=scale_boxes(record.boxes, (record.height, record.width), size),
-    )
+    boxes = scale_boxes(record.boxes, before, size)
+    return dataclasses.replace(record, height=height, width=width, boxes=boxes)
 
 
 def _stored_size(size: Size, short_side: int | None) -> Size:
@@ -157,106 +141,77 @@ def _fingerprint(
     """Of everything that the prepared files depend on, the images by the size and time of their
     files.
     """
-    digest = hashlib.sha256(
-        repr(
-            (config.class_names, config.multi_label, config.protocol, shard_images, short_side)
-        ).encode()
-    )
+    options = (config.class_names, config.multi_label, config.protocol, shard_images, short_side)
+    digest = hashlib.sha256(repr(options).encode())
     for split, found in records.items():
         digest.update(split.encode())
         for record in found:
             stat = record.image.stat() if isinstance(record.image, Path) else None
             state = (stat.st_size, stat.st_mtime_ns) if stat else record.image
-            digest.update(
-                repr((record.name, record.height, record.width, state, record.cues)).encode()
-            )
-            digest.update(record.boxes.tobytes() + record.labels.tobytes())
+            parts = (record.name, record.height, record.width, state, record.cues)
+            digest.update(repr(parts).encode() + record.boxes.tobytes() + record.labels.tobytes())
     return digest.hexdigest()
 
 
+def sha256(path: Path) -> str:
+    """The checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _begin(directory: Path, fingerprint: str) -> None:
-    """Notes what is being prepared; an interrupted preparation of something else is not mixed with
-    it.
+    """Notes what is being prepared, so that nothing else is mixed with what an interrupted call has
+    left.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     plan = directory / _PLAN
     if plan.exists() and plan.read_text(encoding="utf-8") != fingerprint:
         raise UserError(
-            f"{directory}: holds an unfinished preparation of other data or other options; choose "
-            "another --output, or remove the folder"
+            f"{directory}: holds an unfinished preparation of other data or options; {_ANOTHER}"
         )
-    _replace(plan, fingerprint)
+    with whole_file(plan) as file:
+        file.write(fingerprint)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a file so that it is there in full or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _shards(directory: Path, split: str, records: list[Record], shard_images: int) -> list[Shard]:
-    starts = range(0, len(records), shard_images)
-    return [
-        Shard(
-            directory / f"{NAME}-{split}.array_record-{number:05d}-of-{len(starts):05d}",
-            split,
-            tuple(records[start : start + shard_images]),
-        )
-        for number, start in enumerate(starts)
-    ]
+def _shards(directory: Path, records: dict[str, list[Record]], shard_images: int) -> list[Shard]:
+    shards = []
+    for split, found in records.items():
+        starts = range(0, len(found), shard_images)
+        for number, start in enumerate(starts):
+            name = f"{NAME}-{split}.array_record-{number:05d}-of-{len(starts):05d}"
+            part = tuple(found[start : start + shard_images])
+            shards.append(Shard(directory / name, split, part))
+    return shards
 
 
 def _write_shards(
-    shards: Sequence[Shard],
-    num_classes: int,
-    short_side: int | None,
-    skip_corrupt: bool,
-    workers: int,
+    shards: Sequence[Shard], config: DataConfig, short_side: int | None, workers: int
 ) -> None:
     """Those that are not complete yet."""
     missing = [shard for shard in shards if not shard.mark.exists()]
-    bar = iter(
-        progress(
-            range(total := sum(len(shard.records) for shard in missing)),
-            total=total,
-            what="preparing",
-        )
-    )
     with ThreadPoolExecutor(workers) as pool:
-        jobs = {
-            pool.submit(_write_shard, shard, num_classes, short_side, skip_corrupt): shard
-            for shard in missing
-        }
+        jobs = [pool.submit(_write_shard, shard, config, short_side) for shard in missing]
         try:
-            for job in as_completed(jobs):
+            for job in progress(as_completed(jobs), total=len(jobs), what="preparing", unit="file"):
                 job.result()
-                for _ in jobs[job].records:
-                    next(bar)
         finally:
             pool.shutdown(cancel_futures=True)
-    next(bar, None)
 
 
-def _write_shard(
-    shard: Shard, num_classes: int, short_side: int | None, skip_corrupt: bool
-) -> None:
+def _write_shard(shard: Shard, config: DataConfig, short_side: int | None) -> None:
     temporary = shard.path.with_name(shard.path.name + ".tmp")
-    layout = features(num_classes)
-    left_out: dict[str, str] = {}
-    writer = ArrayRecordWriter(
-        str(temporary), "group_size:1"
-    )  # one image a group: images are read in random order
+    layout = features(len(config.class_names))
+    skipped: dict[str, str] = {}
+    # one image per group: images are read in random order
+    writer = ArrayRecordWriter(str(temporary), "group_size:1")
     try:
         for record in shard.records:
             try:
                 image = _encoded(record, short_side)
             except UserError as error:
-                if not skip_corrupt:
-                    raise UserError(
-                        f"{error}; repair or remove it, or set config.data.skip_corrupt=True"
-                    ) from None
-                left_out[record.name] = str(error)
+                if not config.skip_corrupt:
+                    remedy = "repair or remove it, or set config.data.skip_corrupt=True"
+                    raise UserError(f"{error}; {remedy}") from None
+                skipped[record.name] = str(error)
                 continue
             example = {
                 "image": image,
@@ -269,17 +224,11 @@ def _write_shard(
         writer.close()
     except RuntimeError as error:  # array_record's only word for a disk that is full
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{temporary}: cannot be written ({reason}); make room and run the same command again"
-        ) from None
-    done = {
-        "bytes": temporary.stat().st_size,
-        "sha256": sha256(temporary),
-        "images": len(shard.records) - len(left_out),
-        "left_out": left_out,
-    }
-    os.replace(temporary, shard.path)
-    _replace(shard.mark, json.dumps(done))
+        raise UserError(f"{temporary}: cannot be written ({reason}); {_MAKE_ROOM}") from None
+    done = {"bytes": temporary.stat().st_size, "sha256": sha256(temporary), "skipped": skipped}
+    temporary.replace(shard.path)
+    with whole_file(shard.mark) as file:
+        json.dump(done, file)
 
 
 def _encoded(record: Record, short_side: int | None) -> bytes:
@@ -293,14 +242,11 @@ def _encoded(record: Record, short_side: int | None) -> bytes:
     except OSError as error:
         raise UserError(f"{record.image}: cannot be read ({error.strerror})") from None
     image = decode_image(record.image, raw)
-    size = _stored_size((image.height, image.width), short_side)
+    before = image.height, image.width
+    size = _stored_size(before, short_side)
     if size != (record.height, record.width):
         raise UserError(f"{record.image}: its size changed while it was being prepared")
-    return (
-        raw
-        if size == (image.height, image.width)
-        else _save(resize(image, size), "JPEG", quality=_QUALITY)
-    )
+    return raw if size == before else _save(resize(image, size), "JPEG", quality=_QUALITY)
 
 
 def _save(image: Any, file_format: str, **options: Any) -> bytes:
@@ -309,80 +255,69 @@ def _save(image: Any, file_format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _done(shard: Shard) -> dict[str, Any]:
-    return json.loads(shard.mark.read_text(encoding="utf-8"))
-
-
-def _left_out(shards: Sequence[Shard], split: str) -> dict[str, str]:
-    """name -> error line of the images that could not be decoded."""
-    return {
-        name: line
-        for shard in shards
-        if shard.split == split
-        for name, line in _done(shard)["left_out"].items()
-    }
-
-
-def _write_metadata(
-    directory: Path, config: DataConfig, shards: Sequence[Shard], splits: Sequence[str]
+def _finish(
+    directory: Path,
+    config: DataConfig,
+    shards: Sequence[Shard],
+    reports: dict[str, dict[str, Any]],
+    fingerprint: str,
 ) -> None:
-    """What tensorflow-datasets reads first. Its own builder would write the shards in one process,
-    and all of them again after a kill.
+    """Index, metadata of tensorflow-datasets and the summary, and then away with the marks of work
+    in progress.
     """
-    infos = []
-    for split in splits:
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=directory,
-            dataset_name=NAME,
-            split=split,
-            filetype_suffix="array_record",
-            template=SHARD_TEMPLATE,
-        )
-        done = [_done(shard) for shard in shards if shard.split == split]
-        lengths, size = [one["images"] for one in done], sum(one["bytes"] for one in done)
-        infos.append(
-            tfds.core.SplitInfo(
-                name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
-            )
-        )
-    layout = features(len(config.class_names))
+    files, infos = {}, []
+    for split, report in reports.items():
+        lengths, kept, size = [], [], 0
+        for shard in [shard for shard in shards if shard.split == split]:
+            done = shard.done()
+            skipped = done["skipped"]
+            left = [record for record in shard.records if record.name not in skipped]
+            report["unreadable_images"] += skipped.values()
+            report["unreadable"] += len(skipped)
+            files[shard.path.name] = {name: done[name] for name in ("bytes", "sha256")}
+            lengths.append(len(left))
+            kept += left
+            size += done["bytes"]
+        report["images"], report["people"] = len(kept), sum(len(one.boxes) for one in kept)
+        index = directory / f"index_{split}.npz"
+        write_index(index, kept)
+        files[index.name] = {"bytes": index.stat().st_size, "sha256": sha256(index)}
+        infos.append(_split_info(directory, split, lengths, size))
     tfds.folder_dataset.write_metadata(
         data_dir=str(directory),
-        features=layout,
+        features=features(len(config.class_names)),
         split_infos=infos,
         description="DSCT, prepared",
         check_data=False,
     )
-
-
-def _finish(directory: Path, config: DataConfig, reports: dict[str, Any], fingerprint: str) -> None:
-    """The summary, and then away with the marks of work in progress."""
-    marks = list(directory.glob("*.done"))
-    written = sorted(
-        path
-        for path in directory.iterdir()
-        if path.name.startswith((f"{NAME}-", "index_")) and path.suffix not in (".done", ".tmp")
-    )
-    summary: dict[str, Any] = {
+    summary = {
         "class_names": list(config.class_names),
         "multi_label": config.multi_label,
         "source": config.source,
         "splits": reports,
         "fingerprint": fingerprint,
-        "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in written
-        },
+        "files": files,
     }
-    for mark in marks:
-        name, done = mark.name.removesuffix(".done"), json.loads(mark.read_text(encoding="utf-8"))
-        if summary["files"][name]["sha256"] != done["sha256"]:
-            raise UserError(
-                f"{directory / name}: changed after it was written; remove it and {mark.name}, "
-                "and run the same command again"
-            )
-    _replace(directory / SUMMARY, json.dumps(summary, indent=1))
-    for path in (*marks, directory / _PLAN):
+    with whole_file(directory / SUMMARY) as file:
+        json.dump(summary, file, indent=1)
+    for path in (*(shard.mark for shard in shards), directory / _PLAN):
         path.unlink()
+
+
+def _split_info(directory: Path, split: str, lengths: list[int], size: int) -> Any:
+    """What tensorflow-datasets reads first of a split. Its own builder would write the shards in
+    one process, and all of them again after a kill.
+    """
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=directory,
+        dataset_name=NAME,
+        split=split,
+        filetype_suffix="array_record",
+        template=SHARD_TEMPLATE,
+    )
+    return tfds.core.SplitInfo(
+        name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
+    )
 
 
 def verify(output: Path) -> int:
@@ -393,19 +328,16 @@ def verify(output: Path) -> int:
     files = read_summary(directory)["files"]
     for name, file in progress(files.items(), total=len(files), what="verifying", unit="file"):
         if sha256(directory / name) != file["sha256"]:
-            raise UserError(
-                f"{directory / name}: differs from its checksum; remove the folder and run "
-                "data.tools.prepare again"
-            )
+            raise UserError(f"{directory / name}: differs from its checksum; {AGAIN}")
     return len(files)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
-    parser = config_parser("python -m data prepare", __doc__)
-    parser.add_argument(
+def make_parser() -> ConfigParser:
+    """The command line."""
+    parser = ConfigParser(__doc__)
+    parser.add_output(
         "--output",
-        type=Path,
+        folder=True,
         required=True,
         help="folder of the prepared data: later config.data.data_dir",
     )
@@ -413,44 +345,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--split", action="append", choices=SPLITS, help="only this one; may be given several times"
     )
     parser.add_argument(
-        "--short_side",
-        type=int,
-        help="make images smaller whose short side is longer than this many pixels",
+        "--short_side", type=int, help="reduce images whose short side has more pixels than this"
     )
-    parser.add_argument("--shard_images", type=int, default=256, help="images a file (default 256)")
+    parser.add_argument("--shard_images", type=int, default=256, help="images per file")
+    parser.add_workers("threads")
     parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="threads (default: one for each core)",
+        "--verify", action="store_true", help="only compare the files there with their checksums"
     )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="only compare the files that are there with their checksums",
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prepares, or verifies."""
+    require_at_least(arguments, 1, "short_side", "shard_images", "workers")
+    output = arguments.output
+    if arguments.verify:
+        print(f"{verify(output)} files are as they were written")
+        return
+    directory = prepare(
+        arguments.data,
+        output,
+        splits=arguments.split or SPLITS,
+        shard_images=arguments.shard_images,
+        short_side=arguments.short_side,
+        workers=arguments.workers,
     )
-
-    def run() -> None:
-        config, arguments = parse(parser, argv)
-        for name in ("short_side", "shard_images", "workers"):
-            if (value := getattr(arguments, name)) is not None and value < 1:
-                raise UserError(f"--{name}={value} cannot be used: must be at least 1")
-        if arguments.verify:
-            print(f"{verify(arguments.output)} files are as they were written")
-            return
-        options = {
-            name: getattr(arguments, name) for name in ("short_side", "shard_images", "workers")
-        }
-        directory = prepare(config, arguments.output, splits=arguments.split or SPLITS, **options)
-        summary = read_summary(directory)
-        for split, report in summary["splits"].items():
-            print(f"{split}: {report['images']} images, {report['people']} people")
-        print(
-            f"{sum(file['bytes'] for file in summary['files'].values()) / 1e6:.1f} MB in "
-            f"{directory}"
-        )
-        print(
-            f"use it with --config.data.source=prepared --config.data.data_dir={arguments.output}"
-        )
-
-    return run_command(run)
+    summary = read_summary(directory)
+    for split, report in summary["splits"].items():
+        print(f"{split}: {report['images']} images, {report['people']} people")
+    size = sum(file["bytes"] for file in summary["files"].values())
+    print(f"{size / 1e6:.1f} MB in {directory}")
+    print(f"use it with --config.data.source=prepared --config.data.data_dir={output}")

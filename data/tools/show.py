@@ -1,10 +1,11 @@
 """What a network is shown: raw images with their people beside what the augmentation makes of them,
 on one sheet.
 
-python -m data show --config=configs/demo.py --split=train -n 24 --output=samples.png
+    python -m data show --config=configs/demo.py --split=train -n 24 --output=samples.png
 """
 
-from collections.abc import Sequence
+import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,14 @@ from PIL import Image
 
 from data.augment import Transform, apply
 from data.batch_plan import FILLER, BatchPlan
-from data.command import config_parser, parse
+from data.command import ConfigParser, require_at_least
 from data.config import SPLITS, DataConfig
-from data.readers.records import Record
 from data.readers.registry import read_split
-from dsct_jax.cli import run_command
 from dsct_jax.errors import UserError
 from dsct_jax.postprocess import Subject
 from dsct_jax.visualization.drawing import contact_sheet, draw_subjects
 
-_PAIRS = 3  # raw and transformed, a row of the sheet
+_PAIRS = 3  # raw and transformed, per row of the sheet
 
 
 def sample_sheet(config: DataConfig, split: str, *, count: int, seed: int) -> Image.Image:
@@ -34,38 +33,28 @@ def sample_sheet(config: DataConfig, split: str, *, count: int, seed: int) -> Im
     """
     records, _ = read_split(config, split)
     sizes = [(record.height, record.width) for record in records]
-    plan = BatchPlan(
-        config, sizes, batch_size=min(count, len(records)), seed=seed, training=split == "train"
+    batch_size, training = min(count, len(records)), split == "train"
+    plan = BatchPlan(config, sizes, batch_size=batch_size, seed=seed, training=training)
+    shown = (
+        (index, transform)
+        for step in range(plan.steps_per_epoch)
+        for index, transform in zip(plan[step].indices, plan[step].transforms, strict=True)
+        if index != FILLER
     )
     tiles: list[Image.Image] = []
     captions: list[str] = []
-    for index, transform in _shown(plan, count):
+    for index, transform in itertools.islice(shown, count):
         record = records[index]
         image = record.load()
         changed, boxes, kept = apply(transform, image, record.boxes)
         tiles += [
-            _draw(image, record.boxes, record, config),
-            _draw(changed, boxes, record, config, kept),
+            _draw(image, record.boxes, record.labels, config),
+            _draw(changed, boxes, record.labels[kept], config),
         ]
         captions += [f"{_end(record.name)}  {image.width}x{image.height}", describe(transform)]
-    kind = "augmented" if split == "train" else "as evaluated"
+    kind = "augmented" if training else "as evaluated"
     legend = f"{split}: {len(records)} images. In each pair: as it is (left), {kind} (right)"
     return contact_sheet(tiles, 2 * _PAIRS, captions=captions, tile=360, legend=legend)
-
-
-def _shown(plan: BatchPlan, count: int) -> list[tuple[int, Transform]]:
-    """The first images of the stream and what is done to them."""
-    shown: list[tuple[int, Transform]] = []
-    for step in range(plan.steps_per_epoch):
-        batch = plan[step]
-        shown += [
-            (index, how)
-            for index, how in zip(batch.indices, batch.transforms, strict=True)
-            if index != FILLER
-        ]
-        if len(shown) >= count:
-            break
-    return shown[:count]
 
 
 def describe(transform: Transform) -> str:
@@ -75,9 +64,9 @@ def describe(transform: Transform) -> str:
     if transform.crop is not None:
         words.append(f"crop {transform.crop[3]}x{transform.crop[2]}")
     if transform.saturation == 0:
-        words.append("grey")
+        words.append("gray")
     elif {transform.brightness, transform.contrast, transform.saturation} != {1.0}:
-        words.append("colours")
+        words.append("colors")
     return ", ".join(words)
 
 
@@ -88,53 +77,41 @@ def _end(name: str, length: int = 24) -> str:
 def _draw(
     image: Image.Image,
     boxes: Float32[np.ndarray, "t 4"],
-    record: Record,
+    labels: Float32[np.ndarray, "t k"],
     config: DataConfig,
-    kept: np.ndarray | None = None,
 ) -> Image.Image:
-    labels = record.labels if kept is None else record.labels[kept]
-    people = [
-        Subject(
-            tuple(box),
-            {},
-            tuple(name for name, present in zip(config.class_names, row, strict=True) if present),
-            1.0,
-        )
-        for box, row in zip(boxes.tolist(), labels, strict=True)
-    ]
-    return draw_subjects(image, people)
+    names = [tuple(itertools.compress(config.class_names, row)) for row in labels]
+    people = zip(boxes.tolist(), names, strict=True)
+    return draw_subjects(image, [Subject(tuple(box), {}, name, 1.0) for box, name in people])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
-    parser = config_parser("python -m data show", __doc__)
+def make_parser() -> ConfigParser:
+    """The command line."""
+    parser = ConfigParser(__doc__)
     parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("-n", "--count", type=int, default=24, help="images on it (default 24)")
     parser.add_argument(
-        "-n", "--count", type=int, default=24, help="images on the sheet (default 24)"
+        "--seed", type=int, default=0, help="config.seed of the training to look at (default 0)"
     )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="config.seed of the training that is looked at (default 0)",
+    parser.add_output(
+        "--output",
+        folder=False,
+        default=Path("samples.png"),
+        help="the picture (default samples.png)",
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("samples.png"), help="the picture (default samples.png)"
-    )
+    return parser
 
-    def run() -> None:
-        config, arguments = parse(parser, argv)
-        if arguments.count < 1:
-            raise UserError(f"--count={arguments.count} cannot be used: must be at least 1")
-        sheet = sample_sheet(config, arguments.split, count=arguments.count, seed=arguments.seed)
-        try:
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            sheet.save(arguments.output)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{arguments.output}: cannot be written ({error}); --output must be a picture "
-                "such as samples.png"
-            ) from None
-        print(f"{arguments.output}")
 
-    return run_command(run)
+def run(arguments: argparse.Namespace) -> None:
+    """Draws the sheet."""
+    require_at_least(arguments, 1, "count")
+    output, split, seed = arguments.output, arguments.split, arguments.seed
+    sheet = sample_sheet(arguments.data, split, count=arguments.count, seed=seed)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(output)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{output}: cannot be written ({error}); --output must be a picture such as samples.png"
+        ) from None
+    print(output)

@@ -1,8 +1,9 @@
 """Divides images into train, val and test anew, by chance or so that nothing alike is in two of
 them; writes COCO-style json, copies no image.
 
-    python -m data split --config=configs/caer_s_r50.py --config.data.data_dir=DIR --config.data.train=train.txt --config.data.test=test.txt \\
-        --from=train,test --output=DIR/splits [--by=content] [--shares=70,10,20] [--seed=0]
+    python -m data split --config=configs/caer_s_r50.py --config.data.data_dir=DIR \\
+        --config.data.train=train.txt --config.data.test=test.txt --from=train,test \\
+        --output=DIR/splits [--by=content] [--shares=70,10,20] [--seed=0]
 
 The paper divides CAER-S by image, 70/10/20 (--by=image). Its images are frames of television
 scenes, so that a test image then has close relatives in train; --by=content keeps images that look
@@ -21,12 +22,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from data.command import config_parser, parse
+from data.command import ConfigParser, require_at_least, splits_argument
 from data.config import SPLITS, DataConfig
+from data.readers.coco import to_coco
 from data.readers.records import Record
 from data.readers.registry import read_split
 from data.tools.duplicates import NEAR, Fingerprint, fingerprints, near_groups
-from dsct_jax.cli import run_command
+from dsct_jax.cli import expanded_path
 from dsct_jax.errors import UserError
 
 
@@ -44,10 +46,7 @@ def assign(
     an order drawn from `seed`. Without groups (each image its own) the number of a class in a split
     is off by less than one from its share; with one class, by less than the largest group.
     """
-    strata, groups = (
-        np.unique(strata, return_inverse=True)[1],
-        np.unique(groups, return_inverse=True)[1],
-    )
+    strata, groups = (np.unique(one, return_inverse=True)[1] for one in (strata, groups))
     counts = np.zeros((groups.max(initial=-1) + 1, strata.max(initial=-1) + 1), int)
     np.add.at(counts, (groups, strata), 1)
     largest = counts.sum(1).max(initial=1)
@@ -96,9 +95,8 @@ def clip_groups(records: Sequence[Record], path: Path) -> Int[np.ndarray, " n"]:
     if missing := next((record.name for record in records if record.name not in clips), None):
         raise UserError(f"--clips={path}: has no line for {missing}")
     numbers: dict[str, int] = {}
-    return np.array(
-        [numbers.setdefault(clips[record.name], len(numbers)) for record in records], int
-    )
+    of_images = [numbers.setdefault(clips[record.name], len(numbers)) for record in records]
+    return np.array(of_images, int)
 
 
 def content_groups(records: Sequence[Record], *, near: int, workers: int) -> Int[np.ndarray, " n"]:
@@ -117,122 +115,48 @@ def strata_of(records: Sequence[Record]) -> Int[np.ndarray, " n"]:
     """The class of the first person with a label on each image; people without one, and images
     without people, are a stratum of their own.
     """
-    return np.array(
-        [next((int(row.argmax()) for row in record.labels if row.any()), -1) for record in records],
-        int,
-    )
-
-
-def as_coco(
-    records: Sequence[Record], config: DataConfig, *, info: dict[str, Any]
-) -> dict[str, Any]:
-    """A COCO-style document of these images, with file names below `data_dir` and class numbers (a
-    list of them where there may be several).
-    """
-    root = Path(config.data_dir)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image_id, record in enumerate(records, 1):
-        assert isinstance(record.image, Path)
-        name = Path(os.path.relpath(record.image, root)).as_posix()
-        images.append(
-            {"id": image_id, "file_name": name, "width": record.width, "height": record.height}
-        )
-        for box, row in zip(record.boxes.astype(float).tolist(), record.labels, strict=True):
-            classes = np.flatnonzero(row).tolist()
-            width, height = box[2] - box[0], box[3] - box[1]
-            annotations.append(
-                {
-                    "id": len(annotations)
-                    + 1,  # from 1: COCO's own evaluation takes 0 for "nobody"
-                    "image_id": image_id,
-                    "category_id": classes if config.multi_label else classes[0],
-                    "bbox": [box[0], box[1], width, height],
-                    "area": width * height,
-                    "iscrowd": 0,
-                }
-            )
-    categories = [{"id": index, "name": name} for index, name in enumerate(config.class_names)]
-    return {"info": info, "images": images, "annotations": annotations, "categories": categories}
-
-
-def run(config: DataConfig, arguments: argparse.Namespace) -> None:
-    """The command with its arguments parsed."""
-    shares = _shares(arguments.shares)
-    for split in arguments.source:
-        if split not in SPLITS:
-            raise UserError(f"--from={split}: use one or more of {', '.join(SPLITS)}, with commas")
-    if (arguments.by == "clip") != (arguments.clips is not None):
-        raise UserError(
-            "--by=clip needs --clips=FILE, a file of lines path,clip, and nothing else does"
-        )
-    records, again = pool(config, list(dict.fromkeys(arguments.source)))
-    groups = np.arange(len(records))
-    if arguments.by == "clip":
-        groups = clip_groups(records, arguments.clips)
-    elif arguments.by == "content":
-        groups = content_groups(records, near=arguments.near, workers=arguments.workers)
-    largest = int(np.bincount(groups).max())
-    print(
-        f"{len(records)} images ({again} listed more than once) in {groups.max() + 1} groups, the "
-        f"largest of {largest}"
-    )
-    if largest > 0.5 * len(records) and len(records) > 1:
-        raise UserError(
-            f"--by={arguments.by}: {largest} of {len(records)} images form one group, which "
-            f"cannot be divided; lower --near={arguments.near}"
-        )
-    chosen = assign(strata_of(records), groups, shares=shares, seed=arguments.seed)
-    info = {
-        "by": arguments.by,
-        "seed": arguments.seed,
-        "shares": list(shares),
-        "near": arguments.near,
-        "from": list(arguments.source),
-    }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for number, split in enumerate(SPLITS):
-        part = [record for record, place in zip(records, chosen, strict=True) if place == number]
-        path = arguments.output / f"{split}.json"
-        path.write_text(json.dumps(as_coco(part, config, info=info | {"split": split})) + "\n")
-        print(f"{path}: {len(part)} images, {len(part) / len(records):.1%}")
+    labeled = ((int(row.argmax()) for row in record.labels if row.any()) for record in records)
+    return np.array([next(classes, -1) for classes in labeled], int)
 
 
 def _shares(text: str) -> list[float]:
+    """The type of --shares."""
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
         shares = []
     if len(shares) != len(SPLITS) or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
-        raise UserError(
-            f"--shares={text}: must be three numbers, those of {', '.join(SPLITS)}, such as "
-            "70,10,20"
+        raise argparse.ArgumentTypeError(
+            f"{text} must be three numbers, those of {', '.join(SPLITS)}, such as 70,10,20"
         )
     return shares
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; a user's mistake is one line on stderr and exit status 2."""
-    parser = config_parser("python -m data split", __doc__)
+def make_parser() -> ConfigParser:
+    """The command line."""
+    parser = ConfigParser(__doc__)
     parser.add_argument(
         "--from",
         dest="source",
-        type=lambda text: text.split(","),
+        type=splits_argument,
         default=["train", "test"],
         help="splits to divide; train,test",
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder for train.json, val.json and test.json"
+    parser.add_output(
+        "--output", folder=True, required=True, help="folder for train.json, val.json and test.json"
     )
     parser.add_argument(
-        "--shares", default="70,10,20", help="of train, val and test; 70,10,20 is the paper's"
+        "--shares",
+        type=_shares,
+        default=[70, 10, 20],
+        help="of train, val and test; 70,10,20 is the paper's",
     )
     parser.add_argument(
         "--by", choices=["image", "content", "clip"], default="image", help="what is never divided"
     )
     parser.add_argument(
         "--clips",
-        type=Path,
+        type=expanded_path,
         help="for --by=clip: lines path,clip, the paths as the annotations have them",
     )
     parser.add_argument(
@@ -242,7 +166,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="for --by=content: bits of 256 that images looking alike differ in at most",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="images decoded at once"
+    parser.add_workers("images decoded at once")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Divides and writes the three files."""
+    config, by, near = arguments.data, arguments.by, arguments.near
+    require_at_least(arguments, 1, "workers")
+    if (by == "clip") != (arguments.clips is not None):
+        raise UserError(
+            "--by=clip needs --clips=FILE, a file of lines path,clip, and nothing else does"
+        )
+    records, num_repeated = pool(config, arguments.source)
+    groups = np.arange(len(records))
+    if by == "clip":
+        groups = clip_groups(records, arguments.clips)
+    elif by == "content":
+        groups = content_groups(records, near=near, workers=arguments.workers)
+    largest = int(np.bincount(groups).max())
+    print(
+        f"{len(records)} images ({num_repeated} listed more than once) in {groups.max() + 1} "
+        f"groups, the largest of {largest}"
     )
-    return run_command(lambda: run(*parse(parser, argv)))
+    if largest > 0.5 * len(records) and len(records) > 1:
+        raise UserError(
+            f"--by={by}: {largest} of {len(records)} images form one group, which cannot be "
+            f"divided; lower --near={near}"
+        )
+    seed, shares = arguments.seed, arguments.shares
+    chosen = assign(strata_of(records), groups, shares=shares, seed=seed)
+    info = {"by": by, "seed": seed, "shares": shares, "near": near, "from": arguments.source}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for number, split in enumerate(SPLITS):
+        part = [record for record, place in zip(records, chosen, strict=True) if place == number]
+        names = [_below(record.image, config.data_dir) for record in part]
+        path = arguments.output / f"{split}.json"
+        document = to_coco(part, names, config, info=info | {"split": split})
+        path.write_text(json.dumps(document) + "\n")
+        print(f"{path}: {len(part)} images, {len(part) / len(records):.1%}")
+        if not part:
+            print(f"- {path} is empty: too few images or groups for --shares")
+
+
+def _below(image: Any, folder: str) -> str:
+    return Path(os.path.relpath(image, folder)).as_posix()

@@ -60,28 +60,15 @@ def convert(
 def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--input",
-        type=expanded_path,
-        required=True,
-        help="third-party weights, or a model of ours",
-    )
-    parser.add_output(
-        "--output",
-        folder=True,
-        required=True,
-        help=f"directory for {MODEL_FILE} and {REPORT_FILE}",
-    )
-    parser.add_argument(
-        "--config",
-        type=expanded_path,
-        help="configuration (.py or .json) of the model to make; a model of ours brings its own",
-    )
-    parser.add_argument(
-        "--lenient",
-        action="store_true",
-        help="skip and report what does not fit, instead of stopping",
-    )
+    add = parser.add_argument
+    source = "third-party weights, or a model of ours"
+    add("--input", type=expanded_path, required=True, help=source)
+    files = f"directory for {MODEL_FILE} and {REPORT_FILE}"
+    parser.add_output("--output", folder=True, required=True, help=files)
+    config = "configuration (.py or .json) of the model to make; a model of ours brings its own"
+    add("--config", type=expanded_path, help=config)
+    skip = "skip and report what does not fit, instead of stopping"
+    add("--lenient", action="store_true", help=skip)
     return parser
 
 

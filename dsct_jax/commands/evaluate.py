@@ -17,37 +17,17 @@ from dsct_jax.postprocess import Decoder
 def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "predictions",
-        type=expanded_path,
-        help="predictions_<split>.npz, as train.py --mode=eval writes it",
-    )
-    parser.add_output(
-        "--output",
-        folder=True,
-        help="folder for metrics_<split>.json, .md and .png; without it the table is only printed",
-    )
-    parser.add_argument(
-        "--nms",
-        type=float,
-        help="suppress queries that overlap more than this (IoU) before the selection; off by "
-        "default",
-    )
-    parser.add_argument(
-        "--thresholds",
-        type=expanded_path,
-        help="thresholds.json fitted on validation; by default what the file carries, or the one "
-        "beside it that was fitted to the same checkpoint",
-    )
-    parser.add_argument(
-        "--resamples",
-        type=int,
-        default=RESAMPLES,
-        help="of the images, for the 95 %% intervals; 0 = none (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the resampling (default: %(default)s)"
-    )
+    add = parser.add_argument
+    predictions = "predictions_<split>.npz, as train.py --mode=eval writes it"
+    add("predictions", type=expanded_path, help=predictions)
+    tables = "folder for metrics_<split>.json, .md and .png; default: only print the table"
+    parser.add_output("--output", folder=True, help=tables)
+    add("--nms", type=float, help="suppress queries that overlap more (IoU) before the selection")
+    fitted = "thresholds.json of validation; default: what the file carries, or the one beside it"
+    add("--thresholds", type=expanded_path, help=fitted)
+    images = "of the images, for the 95 %% intervals; 0 = none (default: %(default)s)"
+    add("--resamples", type=int, default=RESAMPLES, help=images)
+    add("--seed", type=int, default=0, help="of the resampling (default: %(default)s)")
     return parser
 
 

@@ -18,7 +18,6 @@ bytes.
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import shutil
@@ -36,7 +35,6 @@ import numpy as np
 from dsct_jax.cli import Parser
 from dsct_jax.commands import onnx_export
 from dsct_jax.commands.flags import add_checkpoint, load_model
-from dsct_jax.config import require
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model, load
 from dsct_jax.preprocess import MEAN, STD, Size
@@ -203,11 +201,10 @@ def write_torch(model: Model, path: Path, notes: Mapping[str, Any]) -> list[str]
     when that code has no such model.
     """
     config = model.functions.config
-    name = require(model.config, "model", Mapping).get("name", "dsct")
-    if name not in EXPORTS:
-        raise UserError(f"--format=torch: no other code has config.model.name={name}")
-    layout, weights = EXPORTS[name], model.params | model.norm_stats
-    for field, value in layout.requires.items():
+    if config.name not in EXPORTS:
+        raise UserError(f"--format=torch: no other code has config.model.name={config.name}")
+    layout, weights = EXPORTS[config.name], model.params | model.norm_stats
+    for field, value in layout.requires:
         if (found := getattr(config, field)) != value:
             raise UserError(
                 f"--format=torch: {layout.title} knows config.model.{field}={value} only, this "
@@ -216,10 +213,10 @@ def write_torch(model: Model, path: Path, notes: Mapping[str, Any]) -> list[str]
     if nameless := [path for path in weights if not has_rule(path, layout)]:
         raise UserError(f"--format=torch: {layout.title} has no {nameless[0]}")
     write_pth(path, to_torch(weights, layout=layout), _texts(notes))
-    if all(getattr(config, field) == value for field, value in layout.computes.items()):
+    if all(getattr(config, field) == value for field, value in layout.computes):
         return []
-    ours = ", ".join(f"{field}={getattr(config, field)}" for field in layout.computes)
-    theirs = ", ".join(f"{field}={value}" for field, value in layout.computes.items())
+    ours = ", ".join(f"{field}={getattr(config, field)}" for field, _ in layout.computes)
+    theirs = ", ".join(f"{field}={value}" for field, value in layout.computes)
     return [f"note: trained with {ours}; the authors' code loads it, but computes {theirs}"]
 
 
@@ -297,9 +294,8 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
     for part in text.split(","):
         height, _, width = part.partition("x")
         if not (height.isdigit() and width.isdigit() and min(int(height), int(width)) >= 32):
-            raise UserError(
-                f"--sizes={text}: {part!r} is no HEIGHTxWIDTH of at least 32 pixels, such as "
-                "800x1344"
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is no HEIGHTxWIDTH of at least 32 pixels, such as 800x1344"
             )
         sizes.append((int(height), int(width)))
     return tuple(sizes)
@@ -308,28 +304,25 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
 def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser(description=__doc__)
+    add = parser.add_argument
     add_checkpoint(parser)
     parser.add_output("--output", folder=True, required=True, help="directory for what is written")
-    parser.add_argument("--format", required=True, help=" | ".join(FORMATS))
-    parser.add_argument(
-        "--sizes",
-        help="stablehlo, onnx: canvases as HEIGHTxWIDTH,...; left out: those the model was "
-        "evaluated with",
-    )
-    parser.add_argument("--batch-size", type=int, default=1, help="onnx: images per call")
+    add("--format", required=True, help=" | ".join(FORMATS))
+    sizes = "stablehlo, onnx: canvases as HEIGHTxWIDTH,...; default: those of the evaluation"
+    add("--sizes", type=parse_sizes, default=(), help=sizes)
+    add("--batch-size", type=int, default=1, help="onnx: images per call")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
     """The command with its arguments parsed. Raises UserError for what cannot be used."""
-    sizes = () if arguments.sizes is None else parse_sizes(arguments.sizes)
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size={arguments.batch_size} must be at least 1")
     lines = export(
         load_model(arguments),
         arguments.output,
         format=arguments.format,
-        sizes=sizes,
+        sizes=arguments.sizes,
         batch_size=arguments.batch_size,
     )
     print("\n".join(lines))

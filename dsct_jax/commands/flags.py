@@ -25,24 +25,13 @@ def load_model(arguments: argparse.Namespace) -> Model:
 
 def add_selection(parser: Parser) -> None:
     """--threshold, --min-confidence and --nms, which `selection` reads."""
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        help="multi-label: probability that makes a class a label; default: as fitted on "
-        "validation, or 0.5",
-    )
-    parser.add_argument(
-        "--min-confidence",
-        type=float,
-        help="confidence below which a query is nobody; default: as fitted on validation, or 0.3",
-    )
-    parser.add_argument(
-        "--nms",
-        type=float,
-        default=Selection.nms,
-        help="overlap (IoU) above which two boxes are the same person; 1 = keep all (default: "
-        "%(default)s)",
-    )
+    add = parser.add_argument
+    threshold = "multi-label: probability that makes a class a label; default: as fitted, or 0.5"
+    add("--threshold", type=float, help=threshold)
+    confidence = "below which a query is nobody; default: as fitted on validation, or 0.3"
+    add("--min-confidence", type=float, help=confidence)
+    overlap = "IoU above which two boxes are the same person (default: %(default)s; 1 = keep all)"
+    add("--nms", type=float, default=Selection.nms, help=overlap)
 
 
 def selection(arguments: argparse.Namespace) -> Selection:

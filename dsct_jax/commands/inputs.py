@@ -6,21 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
 from dsct_jax.errors import UserError
 from dsct_jax.inference import video
-from dsct_jax.preprocess import decode_image
 
 # of images, looked for in folders
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-
-
-def read_image(path: Path) -> Image.Image:
-    """The RGB image in a file, upright: its EXIF orientation is applied, as every viewer does.
-    Raises UserError for a file that is no image.
-    """
-    return decode_image(path, upright=True)
 
 
 def find_inputs(paths: Sequence[str], *, exclude: Path) -> tuple[list[Path], list[Path]]:
@@ -70,13 +60,13 @@ def drawing_names(files: Sequence[Path], suffix: str) -> dict[Path, Path]:
     """
     if not files:
         return {}
-    resolved = {file: file.resolve() for file in files}
-    top = os.path.commonpath([path.parent for path in resolved.values()])
-    relative = {file: path.relative_to(top) for file, path in resolved.items()}
-    count = Counter(path.with_suffix("") for path in relative.values())
-    return {
-        file: path.with_suffix(suffix)
-        if count[path.with_suffix("")] == 1
-        else Path(f"{path}{suffix}")
-        for file, path in relative.items()
-    }
+    folders = {folder: os.path.realpath(folder) for folder in {file.parent for file in files}}
+    top = os.path.commonpath(folders.values())
+    below = {folder: os.path.relpath(place, top) for folder, place in folders.items()}
+    relative = {file: os.path.normpath(f"{below[file.parent]}/{file.name}") for file in files}
+    count = Counter(os.path.splitext(path)[0] for path in relative.values())
+    names = {}
+    for file, path in relative.items():
+        stem = os.path.splitext(path)[0]
+        names[file] = Path((stem if count[stem] == 1 else path) + suffix)
+    return names

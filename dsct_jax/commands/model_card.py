@@ -133,7 +133,7 @@ def _model_lines(config: Mapping[str, Any], environment: Mapping[str, Any]) -> l
     lines = [
         "From an image to its people's boxes and apparent emotions, in JAX.",
         "",
-        f"- Network {fields.pop('name', 'dsct')}: "
+        f"- Network {fields.pop('name')}: "
         + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())
         + ".",
         f"- {parameters:,} parameters.",
@@ -233,11 +233,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--workdir", type=expanded_path, required=True, help="directory of the run")
-    parser.add_argument("--split", default="test", help="whose metrics_<split>.json to show")
-    parser.add_output(
-        "--output", folder=False, help="file to write; left out: WORKDIR/MODEL_CARD.md"
-    )
+    add = parser.add_argument
+    add("--workdir", type=expanded_path, required=True, help="directory of the run")
+    add("--split", default="test", help="whose metrics_<split>.json to show")
+    parser.add_output("--output", folder=False, help="default: WORKDIR/MODEL_CARD.md")
     return parser
 
 

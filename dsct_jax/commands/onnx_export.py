@@ -101,8 +101,8 @@ def _run(program: Jaxpr, constants: Any, inputs: Any) -> list[Any]:
         elif name == "remat2":
             results = _run(inner, (), arguments)
         elif name == "reduce_window_max":
-            window = (parameters[f"window_{part}"] for part in ("dimensions", "strides"))
-            results = [_max_pool(arguments[0], *window, parameters["padding"])]
+            window, strides = parameters["window_dimensions"], parameters["window_strides"]
+            results = [_max_pool(arguments[0], window, strides, parameters["padding"])]
         elif name == "stop_gradient" or (name == "tile" and set(parameters["reps"]) == {1}):
             results = arguments
         else:

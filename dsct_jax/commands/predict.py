@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,9 +25,9 @@ from PIL import Image
 from dsct_jax.batch import Predictions
 from dsct_jax.cli import Parser, progress, whole_file
 from dsct_jax.commands.flags import add_checkpoint, add_selection, load_model, selection
-from dsct_jax.commands.inputs import drawing_names, find_inputs, read_image
+from dsct_jax.commands.inputs import drawing_names, find_inputs
 from dsct_jax.errors import UserError
-from dsct_jax.inference.predict import BATCH_SIZE, Detector, predict_each
+from dsct_jax.inference.predict import BATCH_SIZE, Detector, predict_each, read_rgb
 from dsct_jax.inference.video import Video, opencv, video_writer
 from dsct_jax.postprocess import Selection, Subject
 from dsct_jax.visualization.drawing import contact_sheet, draw_subjects, sort_left_to_right
@@ -42,11 +42,8 @@ class TimedDetector:
     """
 
     def __init__(self, model: Detector):
-        self._model = model
+        self._model, self.preprocessing, self.decoder = model, model.preprocessing, model.decoder
         self._seconds: dict[tuple[int, ...], list[float]] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
 
     def __call__(self, images: Any, padding_mask: Any) -> Predictions:
         """The model's answer, waited for."""
@@ -109,7 +106,7 @@ def predict_images(answers: Answers, files: Sequence[Path], output: Path) -> lis
     def images() -> Iterator[Image.Image]:
         for file in progress(files, total=len(files)):
             try:
-                image = read_image(file)
+                image = read_rgb(file)
             except UserError as error:
                 answers.skip(file, error)
                 continue
@@ -250,72 +247,64 @@ def run(arguments: argparse.Namespace) -> None:
     if sources:
         opencv()
     start = time.monotonic()
-    timed = TimedDetector(load_model(arguments))
-    model = cast(Detector, timed)
+    model = TimedDetector(load_model(arguments))
     print(
         f"{arguments.checkpoint}: loaded in {time.monotonic() - start:.1f} s; {len(files)} images "
         f"and {len(sources)} videos to look at",
         flush=True,
     )
-    start = time.monotonic()
-    answers = Answers(
-        model, chosen, arguments.batch_size, {} if arguments.skip_unreadable else None
-    )
-    images = predict_images(answers, files, output)
-    watched = predict_videos(
-        answers, sources, output, every=arguments.every, seconds=arguments.seconds
-    )
+    start, unreadable = time.monotonic(), {} if arguments.skip_unreadable else None
+    answers = Answers(model, chosen, arguments.batch_size, unreadable)
+    limits = {"every": arguments.every, "seconds": arguments.seconds}
+    document = {
+        "checkpoint": str(arguments.checkpoint),
+        "class_names": model.decoder.class_names,
+        "multi_label": model.decoder.multi_label,
+        "selection": dataclasses.asdict(chosen)
+        | {"min_confidence": model.decoder.resolve_min_confidence(chosen)},
+        "thresholds": model.decoder.resolve_thresholds(chosen),
+        "images": predict_images(answers, files, output),
+        "videos": predict_videos(answers, sources, output, **limits),
+        "unreadable": [*(unreadable or {}).values()],
+    }
     seconds = time.monotonic() - start
-    unreadable = [*(answers.unreadable or {}).values()]
-    for reason in unreadable:
+    for reason in document["unreadable"]:
         print(f"left out: {reason}")
-    if not images and not watched:
+    if not document["images"] and not document["videos"]:
         raise UserError(
             f"none of the {len(files) + len(sources)} files could be read as an image or video"
         )
-    decoder = model.decoder
-    cut = decoder.resolve_min_confidence(chosen)
-    document = {
-        "checkpoint": str(arguments.checkpoint),
-        "class_names": list(decoder.class_names),
-        "multi_label": decoder.multi_label,
-        "selection": dataclasses.asdict(chosen) | {"min_confidence": cut},
-        "thresholds": decoder.resolve_thresholds(chosen),
-        "images": images,
-        "videos": watched,
-        "unreadable": unreadable,
-    }
-    people = _write(document, output)
-    frames = sum(len(entry["frames"]) for entry in watched)
-    videos_too = f", {frames} frames of {len(watched)} videos" if watched else ""
-    print(
-        f"{len(images)} images{videos_too}, {people} people in {seconds:.1f} s "
-        f"({(len(images) + frames) / seconds:.1f} images/s, with reading, drawing and compilation)"
-    )
-    if not people:
-        remedy = "" if decoder.min_confidence else "; train.py --mode=eval --split=val fits it"
-        print(
-            f"no person detected above confidence {cut:.3g}; a lower --min-confidence shows what "
-            f"there was{remedy}"
-        )
-    print(timed.report())
+    _write(document, output, seconds, fitted=model.decoder.min_confidence is not None)
+    print(model.report())
 
 
-def _write(document: Mapping[str, Any], output: Path) -> int:
-    """predictions.json, predictions.csv and contact_sheet.png; returns the number of people."""
-    images, class_names = document["images"], document["class_names"]
+def _write(document: Mapping[str, Any], output: Path, seconds: float, *, fitted: bool) -> None:
+    """predictions.json, predictions.csv and contact_sheet.png, and what to know about them."""
+    images, videos = document["images"], document["videos"]
     numbers, table = output / "predictions.json", output / "predictions.csv"
     with whole_file(numbers) as file:
         file.write(json.dumps(document, indent=1) + "\n")
-    rows = _rows(images, document["videos"])
-    write_csv(table, class_names, rows)
+    rows = _rows(images, videos)
+    write_csv(table, document["class_names"], rows)
     if shown := images[:SHEET_IMAGES]:
         pictures = [Image.open(output / entry["drawn"]) for entry in shown]
         captions = [Path(entry["file"]).name for entry in shown]
         contact_sheet(pictures, 4, captions=captions).save(output / "contact_sheet.png")
         print(f"overview: {output / 'contact_sheet.png'}")
+    frames = sum(len(entry["frames"]) for entry in videos)
+    watched = f", {frames} frames of {len(videos)} videos" if videos else ""
+    print(
+        f"{len(images)} images{watched}, {len(rows)} people in {seconds:.1f} s "
+        f"({(len(images) + frames) / seconds:.1f} images/s, with reading, drawing and compilation)"
+    )
+    if not rows:
+        cut = document["selection"]["min_confidence"]
+        remedy = "" if fitted else "; train.py --mode=eval --split=val fits it"
+        print(
+            f"no person detected above confidence {cut:.3g}; a lower --min-confidence shows what "
+            f"there was{remedy}"
+        )
     print(f"drawings: {output / 'drawn'}   numbers: {numbers}, {table}")
-    return len(rows)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -332,41 +321,17 @@ def _check(arguments: argparse.Namespace) -> None:
 def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "paths",
-        nargs="*",
-        metavar="PATH",
-        help="image, video, folder of both, or quoted glob pattern",
-    )
-    parser.add_argument(
-        "--camera",
-        type=int,
-        help="number of a camera to watch, usually 0; one frame at a time, until --seconds or "
-        "Ctrl-C",
-    )
+    add = parser.add_argument
+    add("paths", nargs="*", metavar="PATH", help="image, video, folder, or quoted glob pattern")
+    add("--camera", type=int, help="number of a camera to watch, until --seconds or Ctrl-C")
     add_checkpoint(parser)
-    parser.add_output(
-        "--output",
-        folder=True,
-        required=True,
-        help="folder for predictions.json, predictions.csv, contact_sheet.png and drawn/",
-    )
+    files = "predictions.json, predictions.csv, contact_sheet.png and drawn/"
+    parser.add_output("--output", folder=True, required=True, help=f"folder for {files}")
     add_selection(parser)
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=BATCH_SIZE,
-        help="images per call of the model (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--every", type=int, default=1, help="videos: look at every N-th frame only"
-    )
-    parser.add_argument(
-        "--seconds", type=float, help="videos and camera: stop after so many seconds"
-    )
-    parser.add_argument(
-        "--skip-unreadable",
-        action="store_true",
-        help="skip and list files that are no images or videos, instead of stopping",
-    )
+    images = "images per call of the model (default: %(default)s)"
+    add("--batch-size", type=int, default=BATCH_SIZE, help=images)
+    add("--every", type=int, default=1, help="videos: look at every N-th frame only")
+    add("--seconds", type=float, help="videos and camera: stop after so many seconds")
+    skip = "skip and list files that are no images or videos, instead of stopping"
+    add("--skip-unreadable", action="store_true", help=skip)
     return parser

@@ -7,6 +7,7 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -89,7 +90,7 @@ def draw_curves(series: Mapping[str, Series], path: Path, *, title: str) -> None
         if axes.has_data():
             axes.legend(fontsize=12)
         else:
-            place = {"ha": "center", "transform": axes.transAxes}
+            place: dict[str, Any] = {"ha": "center", "transform": axes.transAxes}
             axes.text(0.5, 0.5, "nothing logged yet", fontsize=13, **place)
     figure.savefig(path)
 

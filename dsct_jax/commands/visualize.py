@@ -31,13 +31,13 @@ from dsct_jax.boxes import elementwise_iou
 from dsct_jax.cli import Parser, expanded_path, progress, whole_file
 from dsct_jax.commands.flags import CHECKPOINT, add_checkpoint, add_selection, load_model, selection
 from dsct_jax.commands.ground_truth import GroundTruth, read_ground_truth
-from dsct_jax.commands.inputs import find_inputs, read_image
+from dsct_jax.commands.inputs import find_inputs
 from dsct_jax.commands.report import read_metrics
 from dsct_jax.config import read_config
 from dsct_jax.errors import UserError
 from dsct_jax.inference.introspection import Introspection, introspect
 from dsct_jax.inference.load import Model, load
-from dsct_jax.inference.predict import predict
+from dsct_jax.inference.predict import predict, read_rgb
 from dsct_jax.postprocess import Selection, Subject
 from dsct_jax.visualization.drawing import contact_sheet, draw_subjects, sort_left_to_right
 from dsct_jax.visualization.figures import (
@@ -61,7 +61,7 @@ def predictions_sheet(
     """Fig. 5 and 6: every image with the people found in it; with `truth`, the annotated ones to
     the left of it.
     """
-    images = [read_image(file) for file in files]
+    images = [read_rgb(file) for file in files]
     tiles: list[Image.Image] = []
     captions: list[str] = []
     for file, image, people in zip(files, images, _answers(model, images, selection), strict=True):
@@ -85,7 +85,7 @@ def beside_sheet(
 
     With `truth` each caption counts the annotated people whose emotions are right.
     """
-    images = [read_image(file) for file in files]
+    images = [read_rgb(file) for file in files]
     answers = [_answers(model, images, selection) for model in models]
     tiles: list[Image.Image] = []
     captions: list[str] = []
@@ -190,7 +190,7 @@ def draw(arguments: argparse.Namespace) -> Image.Image | Figure:
         other = load(arguments.compare_with, None if config is None else read_config(config))
         return beside_sheet([model, other], names, files, truth=truth, selection=chosen)
     introspections = [
-        introspect(model, read_image(file), selection=chosen)
+        introspect(model, read_rgb(file), selection=chosen)
         for file in progress(files, total=len(files))
     ]
     if figure == "activation":
@@ -278,43 +278,21 @@ def _few_colors(image: Image.Image) -> Image.Image:
 def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser(description=__doc__)
-    parser.add_argument("figure", choices=FIGURES, metavar="FIGURE", help=", ".join(FIGURES))
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        metavar="PATH",
-        help="image, folder of images, or quoted glob pattern (losses: run directory)",
-    )
+    add = parser.add_argument
+    add("figure", choices=FIGURES, metavar="FIGURE", help=", ".join(FIGURES))
+    paths = "image, folder of images, or quoted glob pattern (losses: run directory)"
+    add("paths", nargs="+", metavar="PATH", help=paths)
     add_checkpoint(parser, required=False)
     parser.add_output("--output", folder=False, required=True, help="the picture, .png")
-    parser.add_argument(
-        "--ground-truth",
-        type=expanded_path,
-        help="COCO-style annotations of the images (predictions, beside, embeddings)",
-    )
-    parser.add_argument("--compare-with", type=expanded_path, help="second checkpoint (beside)")
-    parser.add_argument(
-        "--compare-config", type=expanded_path, help="its configuration; needed for .pth only"
-    )
-    parser.add_argument(
-        "--names",
-        help="what the two checkpoints are called, such as 'early fusion,late fusion' (beside)",
-    )
-    parser.add_argument(
-        "--stage",
-        choices=["backbone", "encoder"],
-        default="backbone",
-        help="whose maps are drawn (activation)",
-    )
-    parser.add_argument(
-        "--layer", type=int, default=0, help="decoder layer from 1; 0 = the last (sampling)"
-    )
-    parser.add_argument(
-        "--person",
-        type=int,
-        default=1,
-        help="whose context queries, from 1, surest first (context)",
-    )
+    truth = "COCO-style annotations of the images (predictions, beside, embeddings)"
+    add("--ground-truth", type=expanded_path, help=truth)
+    add("--compare-with", type=expanded_path, help="second checkpoint (beside)")
+    add("--compare-config", type=expanded_path, help="its configuration; needed for .pth only")
+    add("--names", help="of the two checkpoints, as 'early fusion,late fusion' (beside)")
+    stages = ["backbone", "encoder"]
+    add("--stage", choices=stages, default=stages[0], help="whose maps are drawn (activation)")
+    add("--layer", type=int, default=0, help="decoder layer from 1; 0 = the last (sampling)")
+    add("--person", type=int, default=1, help="whose context queries; 1 = the surest (context)")
     add_selection(parser)
     return parser
 

@@ -12,29 +12,25 @@ from jaxtyping import Bool, Float
 
 from dsct_jax.batch import Predictions
 from dsct_jax.boxes import AnyArray
-from dsct_jax.config import require, to_builtins
+from dsct_jax.config import read_config, require, to_builtins
 from dsct_jax.errors import UserError
-from dsct_jax.evaluation.calibration import Calibration, calibration_of_run, parse_calibration
+from dsct_jax.evaluation.calibration import stored_decoder
 from dsct_jax.model.build import FlatParams, Network, network_config
+from dsct_jax.postprocess import Decoder
 from dsct_jax.preprocess import Preprocessing
 from dsct_jax.weights.native import parse_config, read_native
 from dsct_jax.weights.rules import from_torch
 from dsct_jax.weights.run_directory import (
-    newest_step,
     parse_run_path,
+    require_same_model,
     require_same_shapes,
 )
-from dsct_jax.weights.tensor_files import (
-    PTH_SUFFIXES,
-    read_pth,
-    read_safetensors,
-    write_safetensors,
-)
+from dsct_jax.weights.tensor_files import PTH_SUFFIXES, read_pth, write_safetensors
 
 
 class Model:
-    """A network with its weights, in evaluation mode, and what is needed to use it: class names,
-    label kind and preprocessing.
+    """A network with its weights, in evaluation mode, and what is needed to use it: how images are
+    prepared for it, and the decoder that reads its answers.
     """
 
     def __init__(
@@ -44,25 +40,27 @@ class Model:
         norm_stats: FlatParams,
         config: Mapping[str, Any],
         *,
-        calibration: Calibration | None = None,
+        decoder: Decoder | None = None,
     ):
         self.functions, self.config = functions, to_builtins(config)
-        self.calibration = calibration
-        self.thresholds = (
-            None if calibration is None else calibration.thresholds
-        )  # Eq. 4's t of each class, fitted on validation
-        self.min_confidence = (
-            None if calibration is None else calibration.min_confidence
-        )  # from which a query is a person, fitted too
+        self.decoder = decoder_of(self.config) if decoder is None else decoder
         self.params, self.norm_stats = jax.tree.map(jnp.asarray, (params, norm_stats))
-        self.class_names: tuple[str, ...] = require(self.config, "class_names", tuple)
-        self.multi_label: bool = require(self.config, "multi_label", bool)
         self.preprocessing = preprocessing_of(self.config)
 
         def forward(params, norm_stats, images, mask, details):
             return functions.bind(params, norm_stats)(images, mask, return_details=details)
 
         self._forward = jax.jit(forward, static_argnums=4)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The emotions, in the order of the logits."""
+        return self.decoder.class_names
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a person can have several emotions."""
+        return self.decoder.multi_label
 
     def __call__(
         self,
@@ -71,19 +69,14 @@ class Model:
         *,
         return_details: bool = False,
     ) -> Predictions:
-        """Normalised float32 images and their padding (True) -> logits [layers b q k+1] and boxes
+        """Normalized float32 images and their padding (True) -> logits [layers b q k+1] and boxes
         [layers b q 4]; the last layer is the answer.
 
         `return_details` adds attention weights, sampling locations, reference points and selected
-        context queries. Compiles once a shape.
+        context queries. Compiles once per shape.
         """
-        return self._forward(
-            self.params,
-            self.norm_stats,
-            jnp.asarray(images),
-            jnp.asarray(padding_mask),
-            return_details,
-        )
+        inputs = jnp.asarray(images), jnp.asarray(padding_mask)
+        return self._forward(self.params, self.norm_stats, *inputs, return_details)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Every value on the host, as params/PATH and frozen/PATH."""
@@ -95,24 +88,29 @@ class Model:
         }
 
     def save(self, path: Path | str, *, notes: Mapping[str, str] | None = None) -> None:
-        """Writes weights and configuration into one .safetensors file that `load` reads; `notes`
-        are texts to keep beside them.
+        """Writes weights, configuration and decoder into one .safetensors file that `load` reads;
+        `notes` are texts to keep beside them.
         """
-        fitted = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
-        write_safetensors(
-            Path(path),
-            self.arrays(),
-            {**(notes or {}), **fitted, "config": json.dumps(self.config, sort_keys=True)},
-        )
+        texts = {"decoder": self.decoder.to_dict(), "config": self.config}
+        stored = {name: json.dumps(value, sort_keys=True) for name, value in texts.items()}
+        write_safetensors(Path(path), self.arrays(), {**(notes or {}), **stored})
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
-    """What the configuration does to a image before the network sees it."""
+    """What the configuration does to an image before the network sees it."""
     data, fields = require(config, "data", Mapping), ("eval_short_side", "max_long_side", "buckets")
     if missing := [field for field in fields if field not in data]:
         raise UserError(f"config.data.{missing[0]}: missing; start from configs/base.py")
-    short_side, max_long_side, buckets = (data[field] for field in fields)
-    return Preprocessing(short_side=short_side, max_long_side=max_long_side, buckets=buckets)
+    return Preprocessing(*(data[field] for field in fields))
+
+
+def decoder_of(config: Mapping[str, Any]) -> Decoder:
+    """How the outputs of a configuration's weights are read, before anything is fitted."""
+    return Decoder.unfitted(
+        require(config, "class_names", tuple),
+        multi_label=require(config, "multi_label", bool),
+        class_loss=require(config, "loss", Mapping).get("class_loss", ""),
+    )
 
 
 def model_config(config: Mapping[str, Any]) -> Any:
@@ -121,67 +119,56 @@ def model_config(config: Mapping[str, Any]) -> Any:
     return network_config(require(config, "model", Mapping), len(classes))
 
 
-def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
-    """Reads a model: a run directory, a .safetensors file of `Model.save`, or a released .pth
-    (which needs `config` for its variant).
+def load(path: Path | str, config: Mapping[str, Any] | Path | str | None = None) -> Model:
+    """Reads a model: a run directory, a .safetensors file of `Model.save`, or a released .pth.
 
-    A run directory means its newest checkpoint, RUN/checkpoints/STEP that one. `config` may be left
-    out but for a .pth of others; given, it replaces the stored one and must describe the same
-    weights. Raises UserError when the file or directory is missing, unreadable, or of another
-    model.
+    Args:
+        path: RUN means its newest checkpoint, RUN/checkpoints/STEP that one.
+        config: a mapping, a file, or the name of a preset such as "emotic_r50_released". Only a
+            released .pth needs one, to say which variant it is; otherwise it replaces the stored
+            one, and must describe the same model.
+
+    Raises:
+        UserError: the file or directory is missing, unreadable, or of another model.
     """
-    path, config = Path(path), None if config is None else to_builtins(config)
+    path = Path(path)
+    given = None if config is None else read_config(config)
     if path.suffix in PTH_SUFFIXES and path.is_file():
-        tensors, texts = read_pth(path)
-        if config is None and "config" in texts:  # written by `dsct_jax.commands.export`
-            config = parse_config(texts["config"], path)
-        if config is None:
-            raise UserError(
-                f"{path}: a .pth file does not say which variant it is; give a configuration, "
-                "such as configs/emotic_r50_released.py"
-            )
-        functions = Network(model_config(config))
-        flat = from_torch(tensors, functions.param_shapes | functions.norm_stats_shapes)
-        params, norm_stats = (
-            {name: flat[name] for name in shapes}
-            for shapes in (functions.param_shapes, functions.norm_stats_shapes)
-        )
-        return Model(
-            functions,
-            params,
-            norm_stats,
-            config,
-            calibration=_parsed_calibration(texts, require(config, "class_names", tuple), path),
-        )
-    params, norm_stats, stored, *_ = read_native(path)
+        return _load_pth(path, given)
+    weights = read_native(path)
+    chosen = weights.config if given is None else given
+    functions, decoder = Network(model_config(chosen)), decoder_of(chosen)
+    require_same_model(weights.config, chosen, str(path))
+    found = {**weights.params, **weights.norm_stats}
+    require_same_shapes(functions.param_shapes | functions.norm_stats_shapes, found, str(path))
+    if weights.step is None:
+        decoder = _decoder_in(weights.metadata, decoder, path)
+    else:
+        workdir, _ = parse_run_path(path)
+        decoder = stored_decoder(decoder, weights.metadata, workdir, weights.step)
+    return Model(functions, weights.params, weights.norm_stats, chosen, decoder=decoder)
+
+
+def _load_pth(path: Path, config: Mapping[str, Any] | None) -> Model:
+    tensors, texts = read_pth(path)
+    stored = parse_config(texts["config"], path) if "config" in texts else None
     chosen = stored if config is None else config
-    class_names = require(chosen, "class_names", tuple)
-    functions = Network(model_config(chosen))
-    require_same_shapes(
-        functions.param_shapes | functions.norm_stats_shapes, {**params, **norm_stats}, str(path)
-    )
-    return Model(
-        functions, params, norm_stats, chosen, calibration=_read_calibration(path, class_names)
-    )
-
-
-def _read_calibration(path: Path, class_names: tuple[str, ...]) -> Calibration | None:
-    """What was fitted on validation for these weights: beside a run's checkpoints, or inside a
-    .safetensors file.
-    """
-    if path.is_dir():
-        workdir, step = parse_run_path(path)
-        return calibration_of_run(
-            workdir, class_names=class_names, step=newest_step(workdir) if step is None else step
+    if chosen is None:
+        raise UserError(
+            f"{path}: a .pth file does not say which variant it is; give a configuration, such as "
+            "emotic_r50_released"
         )
-    return _parsed_calibration(read_safetensors(path)[1], class_names, path)
+    functions, decoder = Network(model_config(chosen)), decoder_of(chosen)
+    if stored is not None:  # written by `python -m dsct_jax export`
+        require_same_model(stored, chosen, str(path))
+    shapes = functions.param_shapes, functions.norm_stats_shapes
+    flat = from_torch(tensors, shapes[0] | shapes[1])
+    params, norm_stats = ({name: flat[name] for name in part} for part in shapes)
+    decoder = _decoder_in(texts, decoder, path)
+    return Model(functions, params, norm_stats, chosen, decoder=decoder)
 
 
-def _parsed_calibration(
-    texts: Mapping[str, str], class_names: tuple[str, ...], path: Path
-) -> Calibration | None:
-    return (
-        parse_calibration(texts["calibration"], class_names=class_names, where=str(path))
-        if "calibration" in texts
-        else None
-    )
+def _decoder_in(texts: Mapping[str, str], decoder: Decoder, path: Path) -> Decoder:
+    """`decoder` with the fit in a file's texts; older files call it "calibration"."""
+    fit = texts.get("decoder", texts.get("calibration"))
+    return decoder if fit is None else decoder.with_fit(fit, where=str(path))

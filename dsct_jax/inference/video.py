@@ -1,4 +1,4 @@
-"""Video files and cameras as pictures one after the other, and pictures as a video file; through
+"""Video files and cameras as images one after the other, and images as a video file; through
 OpenCV (the video extra).
 """
 
@@ -15,16 +15,12 @@ from PIL import Image
 from dsct_jax.errors import UserError
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
-_USUAL_RATE = 25.0  # frames a second where a file or camera does not say
+_USUAL_RATE = 25.0  # frames per second where a file or camera does not say
 
 
 def opencv() -> Any:
-    """The module cv2, which then keeps its own warnings to itself. Raises UserError when it is not
-    installed.
-    """
-    os.environ.setdefault(
-        "OPENCV_FFMPEG_LOGLEVEL", "-8"
-    )  # read at the first video: what FFmpeg says would stand beside our own lines
+    """The module cv2, its own warnings silenced. Raises UserError when it is not installed."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg reads it at the first video
     try:
         cv2 = importlib.import_module("cv2")
     except ImportError:
@@ -42,7 +38,7 @@ class Video:
 
     Attributes:
         name: the path, or camera0.
-        rate: frames a second.
+        rate: frames per second.
         live: whether it is a camera.
         frames: how many the file says it has; None for a camera or where it does not say.
 
@@ -63,15 +59,13 @@ class Video:
             if isinstance(source, int):
                 raise UserError(f"--camera={source}: no such camera, or another program uses it")
             raise UserError(f"{source}: cannot be read as a video")
-        rate, frames = (
-            self._capture.get(cv2.CAP_PROP_FPS),
-            self._capture.get(cv2.CAP_PROP_FRAME_COUNT),
-        )
+        rate = self._capture.get(cv2.CAP_PROP_FPS)
+        frames = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self.rate = float(rate) if np.isfinite(rate) and 0 < rate < 1000 else _USUAL_RATE
         self.frames = int(frames) if isinstance(source, Path) and frames >= 1 else None
 
     def __iter__(self) -> Iterator[Image.Image]:
-        """Every frame from the first one on, RGB; can be gone through once."""
+        """Every frame from the first one on, RGB; can be iterated over once."""
         frame: Any = self._first
         while frame is not None:
             yield Image.fromarray(self._cv2.cvtColor(frame, self._cv2.COLOR_BGR2RGB))
@@ -85,7 +79,7 @@ class Video:
         self.close()
 
     def close(self) -> None:
-        """Lets the file or camera go."""
+        """Releases the file or camera."""
         self._capture.release()
 
 
@@ -102,33 +96,30 @@ def video_writer(path: Path, rate: float) -> Iterator["VideoWriter"]:
 
 
 class VideoWriter:
-    """Writes pictures of one size as an .mp4; the size is that of the first."""
+    """Writes images of one size as an .mp4; the size is that of the first."""
 
     def __init__(self, path: Path, rate: float):
         self._path, self._rate, self._cv2 = path, rate, opencv()
         self._temporary = path.with_name(f".{path.name}.part.mp4")
         self._writer: Any = None
 
-    def add(self, picture: Image.Image) -> None:
-        """Appends one RGB picture. Raises UserError when the file cannot be written."""
+    def add(self, image: Image.Image) -> None:
+        """Appends one RGB image. Raises UserError when the file cannot be written."""
         cv2 = self._cv2
         if self._writer is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            size = (
-                picture.width - picture.width % 2,
-                picture.height - picture.height % 2,
-            )  # the coder wants even sides
-            self._size = size
+            # the encoder wants even sides
+            self._size = size = image.width // 2 * 2, image.height // 2 * 2
             self._writer = cv2.VideoWriter(
                 str(self._temporary), cv2.VideoWriter_fourcc(*"mp4v"), self._rate, size
             )
             if not self._writer.isOpened():
                 raise UserError(f"{self._path}: this OpenCV cannot write .mp4 here")
-        frame = np.asarray(picture.convert("RGB"))[: self._size[1], : self._size[0], ::-1]
+        frame = np.asarray(image.convert("RGB"))[: self._size[1], : self._size[0], ::-1]
         self._writer.write(np.ascontiguousarray(frame))
 
     def close(self) -> None:
-        """Finishes the file; without a picture there is none."""
+        """Finishes the file; without a image there is none."""
         if self._writer is not None:
             self._writer.release()
             self._temporary.replace(self._path)

@@ -25,9 +25,7 @@ class Entry(NamedTuple):
     objective: str  # what training minimizes
 
 
-NETWORKS: dict[str, Entry] = {
-    "dsct": Entry(DSCTConfig, DSCT, "set_prediction"),
-}
+NETWORKS: dict[str, Entry] = {"dsct": Entry(DSCTConfig, DSCT, "set_prediction")}
 
 
 def network_entry(section: Mapping[str, Any]) -> Entry:

@@ -1,7 +1,6 @@
-"""DSCT: one network from a image to the boxes and emotions of its people (paper Fig. 3)."""
+"""DSCT: one network from an image to the boxes and emotions of its people (paper Fig. 3)."""
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -9,19 +8,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.batch import Predictions
+from dsct_jax.batch import Predictions, Targets
 from dsct_jax.config import cannot_be_used, check_settings, setting
+from dsct_jax.model.attention import LayerShape
 from dsct_jax.model.backbone import BACKBONES, ResNet
-from dsct_jax.model.decoder import DecoderLayer, FusionConfig
-from dsct_jax.model.encoder import EncoderLayer, encoder_reference_points
+from dsct_jax.model.decoder import Decoder, FusionConfig, Queries
+from dsct_jax.model.encoder import Encoder, Memory
 from dsct_jax.model.heads import BoxHead, class_head
 from dsct_jax.model.layers import (
     REMAT,
     Conv,
     DropoutNoise,
     GroupNorm,
-    linear,
-    rematerialized,
+    Linear,
     standard_normal,
     xavier_uniform,
 )
@@ -169,17 +168,15 @@ class DSCT(nnx.Module):
             ]
         )
         self.level_embed = nnx.Param(standard_normal(rngs.params(), (config.num_levels, d)))
-        common: dict[str, Any] = {
-            "num_heads": config.num_heads,
-            "num_levels": config.num_levels,
-            "num_points": config.num_points,
-            "feedforward_dim": config.feedforward_dim,
-            "dropout_rate": config.dropout,
-            "rngs": rngs,
-        }
-        self.encoder = nnx.List(
-            [EncoderLayer(d, **common) for _ in range(config.num_encoder_layers)]
+        shape = LayerShape(
+            d,
+            config.num_heads,
+            config.num_levels,
+            config.num_points,
+            config.feedforward_dim,
+            config.dropout,
         )
+        self.encoder = Encoder(shape, num_layers=config.num_encoder_layers, rngs=rngs)
         if config.num_context_queries:  # no array without elements: checkpoints cannot hold one
             self.context_queries = nnx.Param(
                 standard_normal(rngs.params(), (config.num_context_queries, 2 * d))
@@ -187,17 +184,10 @@ class DSCT(nnx.Module):
         self.subject_queries = nnx.Param(
             standard_normal(rngs.params(), (config.num_subject_queries, 2 * d))
         )
-        self.reference_points = linear(d, 2, rngs=rngs)
-        self.decoder = nnx.List(
-            [
-                DecoderLayer(
-                    d,
-                    num_context=config.num_context_queries,
-                    fusion=config.fusion_of_layer(i),
-                    **common,
-                )
-                for i in range(config.num_decoder_layers)
-            ]
+        self.reference_points = Linear(d, 2, rngs=rngs)
+        fusions = [config.fusion_of_layer(i) for i in range(config.num_decoder_layers)]
+        self.decoder = Decoder(
+            shape, num_context=config.num_context_queries, fusions=fusions, rngs=rngs
         )
         self.class_head = class_head(d, config.num_classes + 1, rngs=rngs)
         self.box_head = BoxHead(d, refines=config.box_refinement, rngs=rngs)
@@ -207,101 +197,66 @@ class DSCT(nnx.Module):
         images: Float[Array, "b h w 3"],
         padding_mask: Bool[Array, "b h w"],
         *,
+        people: Targets | None = None,
         noise: DropoutNoise | None = None,
         return_details: bool = False,
         implementation: str | None = None,
     ) -> Predictions:
-        """Normalised images and their padding (True) -> predictions of every decoder layer.
+        """Normalized images and their padding (True) -> predictions of every decoder layer.
 
-        `noise` turns dropout on, which means training; `implementation` names one of deformable
-        attention's. With `return_details` the predictions carry reference points, memory and,
-        stacked over decoder layers, everything the layers looked at.
+        `noise` turns dropout on, which means training; `people` is not read; `implementation` names
+        one of deformable attention's. With `return_details` the predictions carry reference points,
+        memory and, of each decoder layer, everything it looked at.
         """
+        del people
         remat = "none" if return_details else self.config.remat
+        how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
         # The scopes are what a profile calls the parts.
         with jax.named_scope("backbone"):
             features = self.features(images, remat=remat)
         with jax.named_scope("encoder"):
-            memory, padding, spatial_shapes, ratios = self.encode(
-                features, padding_mask, noise=noise, implementation=implementation, remat=remat
-            )
-        tokens, query_positions, reference_points = self.queries(images.shape[0])
-        references = self.box_head.references(reference_points, self.config.num_context_queries)
-        states, predicted, details = [], [], []
-        for decoder_layer in self.decoder:
-            layer_references = (
-                references[:, :, None] * jnp.tile(ratios, references.shape[-1] // 2)[:, None]
-            )
-            points, *sizes = jnp.split(layer_references, references.shape[-1] // 2, -1)
-            run = partial(
-                decoder_layer,
-                spatial_shapes=spatial_shapes,
-                noise=noise,
-                implementation=implementation,
-            )
-            with jax.named_scope("decoder"):
-                tokens, seen = rematerialized(run, remat)(
-                    tokens,
-                    query_positions,
-                    points,
-                    memory,
-                    padding,
-                    boxes=sizes[0] if sizes else None,
-                )
-            context, subject = jnp.split(references, [self.config.num_context_queries], 1)
-            with jax.named_scope("heads"):
-                predicted.append(
-                    self.box_head(
-                        tokens[:, self.config.num_context_queries :].astype(jnp.float32), subject
-                    )
-                )
-            if self.config.box_refinement:
-                references = jnp.concatenate([context, jax.lax.stop_gradient(predicted[-1])], 1)
-            states.append(tokens)
-            details.append(seen)
-        subjects = jnp.stack(states)[:, :, self.config.num_context_queries :].astype(jnp.float32)
+            memory = self.encode(features, padding_mask, **how)
+        queries = self.queries(images.shape[0])
+        states, boxes, layers = self.decoder(queries, memory, self.box_head, **how)
         with jax.named_scope("heads"):
-            logits, boxes = self.class_head(subjects), jnp.stack(predicted)
+            logits = self.class_head(
+                states[:, :, self.config.num_context_queries :].astype(jnp.float32)
+            )
         if not return_details:
             return Predictions(logits, boxes)
-        shared = {
-            "reference_points": reference_points,
-            "valid_ratios": ratios,
-            "memory": memory,
+        details = {
+            "reference_points": queries.reference_points,
+            "valid_ratios": memory.valid_ratios,
+            "memory": memory.tokens,
             "features": features,
-            "states": jnp.stack(states),
+            "states": states,
+            "layers": layers,
         }
-        return Predictions(logits, boxes, {**shared, "layers": details})
+        return Predictions(logits, boxes, details)
 
-    def features(self, images: Float[Array, "b h w 3"], *, remat: str = "none") -> list[jax.Array]:
-        """Normalised images -> one map [b h w d] of each level, in the type that the model computes
-        in.
-        """
+    def features(
+        self, images: Float[Array, "b h w 3"], *, remat: str = "none"
+    ) -> list[Float[Array, "b _ _ d"]]:
+        """Normalized images -> one map per level, in the type that the model computes in."""
         return self.project(self.backbone(images.astype(self.config.compute_dtype), remat=remat))
 
     def encode(
         self,
-        features: list[jax.Array],
+        features: list[Float[Array, "b _ _ d"]],
         padding_mask: Bool[Array, "b h w"],
         *,
         noise: DropoutNoise | None = None,
         implementation: str | None = None,
         remat: str = "none",
-    ):
-        """Maps -> memory [b s d] and its padding [b s], the static level shapes and the valid
-        ratios [b l 2].
-        """
-        memory, positions, padding, spatial_shapes, ratios = self.flatten(features, padding_mask)
-        points = encoder_reference_points(spatial_shapes, ratios)
-        for layer in self.encoder:
-            run = partial(
-                layer, spatial_shapes=spatial_shapes, noise=noise, implementation=implementation
-            )
-            memory = rematerialized(run, remat)(memory, positions, points, padding)
-        return memory, padding, spatial_shapes, ratios
+    ) -> Memory:
+        """One map per level -> what the decoder reads."""
+        memory, positions = self.flatten(features, padding_mask)
+        return self.encoder(
+            memory, positions, noise=noise, implementation=implementation, remat=remat
+        )
 
-    def project(self, features: list[jax.Array]) -> list[jax.Array]:
-        """C3, C4, C5 -> one map of hidden size a level; the levels beyond C5 are strided
+    def project(self, features: list[jax.Array]) -> list[Float[Array, "b _ _ d"]]:
+        """C3, C4, C5 -> one map of hidden size per level; the levels beyond C5 are strided
         convolutions of C5, then of each other.
         """
         levels = [project(x) for project, x in zip(self.input_proj, features, strict=False)]
@@ -311,42 +266,29 @@ class DSCT(nnx.Module):
             levels.append(source)
         return levels
 
-    def flatten(self, features: list[jax.Array], padding_mask: Bool[Array, "b h w"]):
-        """Maps -> tokens [b s d], their positions [b s d] and padding [b s], the static level
-        shapes and the valid ratios [b l 2].
-        """
+    def flatten(
+        self, features: list[Float[Array, "b _ _ d"]], padding_mask: Bool[Array, "b h w"]
+    ) -> tuple[Memory, Float[Array, "b s d"]]:
+        """Maps -> their tokens, and the positions of these."""
         tokens, positions, paddings, ratios = [], [], [], []
         for level, x in enumerate(features):
             b, h, w, d = x.shape
             mask = resize_mask(padding_mask, h, w)
-            position = (
-                sine_position(mask, d) + self.level_embed[level].reshape(1, 1, 1, d)
-            ).astype(x.dtype)
+            position = sine_position(mask, d) + self.level_embed[level].reshape(1, 1, 1, d)
             tokens.append(x.reshape(b, h * w, d))
-            positions.append(position.reshape(b, h * w, d))
+            positions.append(position.astype(x.dtype).reshape(b, h * w, d))
             paddings.append(mask.reshape(b, h * w))
             ratios.append(valid_ratio(mask))
         shapes = tuple((x.shape[1], x.shape[2]) for x in features)
-        return (
-            jnp.concatenate(tokens, 1),
-            jnp.concatenate(positions, 1),
-            jnp.concatenate(paddings, 1),
-            shapes,
-            jnp.stack(ratios, 1),
-        )
+        joined, padding = jnp.concatenate(tokens, 1), jnp.concatenate(paddings, 1)
+        memory = Memory(joined, padding, shapes, jnp.stack(ratios, 1))
+        return memory, jnp.concatenate(positions, 1)
 
-    def queries(self, b: Any):
-        """Context queries, then subject queries: tokens [b q d], positions [b q d] and reference
-        points [b q 2] in [0, 1] of the image.
-
-        `b` is an int, or a symbolic size under jax.export.
-        """
+    def queries(self, b: Any) -> Queries:
+        """Context and subject queries for `b` images: an int, or a symbolic size (jax.export)."""
         context = [self.context_queries[...]] if self.config.num_context_queries else []
         embedding = jnp.concatenate([*context, self.subject_queries[...]])
         positions, tokens = jnp.split(jnp.broadcast_to(embedding, (b, *embedding.shape)), 2, -1)
+        points = jax.nn.sigmoid(self.reference_points(positions))
         dtype = self.config.compute_dtype
-        return (
-            tokens.astype(dtype),
-            positions.astype(dtype),
-            jax.nn.sigmoid(self.reference_points(positions)),
-        )
+        return Queries(tokens.astype(dtype), positions.astype(dtype), points)

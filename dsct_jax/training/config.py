@@ -100,7 +100,7 @@ class StepConfig:
     ema_decay: float = setting(0.0, low=0, below=1)
     skip_nonfinite: bool = setting(True)
     shard_rules: Sequence[tuple[str, str]] = setting(())
-    shard_min_size: int = setting(2**14)
+    shard_min_size: int = setting(2**14, low=0)
 
     def __post_init__(self) -> None:
         check_settings(self, "train")
@@ -119,8 +119,7 @@ class TrainConfig:
     keep_checkpoints: int = setting(3, "how many, besides the best", low=1)
     log_every: int = setting(50, "steps", low=1)
     best_metric: str = setting(
-        "",
-        "of a validation, kept in a checkpoint of its own; '' = mAP (multi_label) or accuracy",
+        "", "of a validation, kept in a checkpoint of its own; '' = mAP (multi_label) or accuracy"
     )
     early_stopping: int = setting(
         0, "validations without a better one that end the run; 0 = off", low=0

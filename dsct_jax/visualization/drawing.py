@@ -6,7 +6,6 @@ can still be read at half its size.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont

@@ -49,28 +49,33 @@ def _show(axes: Axes, image: Image.Image, title: str = "", *, faded: float = 0.0
 def _box(axes: Axes, box: Sequence[float], color: str) -> None:
     x1, y1, x2, y2 = box
     for edge, width in (("black", 4.5), (color, 2.5)):
-        style = {"fill": False, "edgecolor": edge, "linewidth": width}
+        style: dict[str, Any] = {"fill": False, "edgecolor": edge, "linewidth": width}
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **style))
 
 
 def _star(axes: Axes, point: np.ndarray, color: str = REFERENCE) -> None:
-    style = {"markersize": 19, "markeredgecolor": "black", "markeredgewidth": 1.2, "zorder": 5}
+    style: dict[str, Any] = {
+        "markersize": 19,
+        "markeredgecolor": "black",
+        "markeredgewidth": 1.2,
+        "zorder": 5,
+    }
     axes.plot(*point, marker="*", color=color, clip_on=False, **style)
 
 
 def _points(axes: Axes, points: np.ndarray, areas: np.ndarray | float, **style: Any) -> None:
     """Dots [n 2] with a black edge, each of its area."""
-    axes.scatter(*points.T, s=areas, edgecolors="black", **style)
+    axes.scatter(points[:, 0], points[:, 1], s=areas, edgecolors="black", **style)
 
 
 def _legend(figure: Figure, entries: Mapping[str, tuple[str, str]]) -> None:
     """Below everything: name -> (marker, color)."""
-    style = {"markeredgecolor": "black", "linestyle": "none", "markersize": 12}
+    style: dict[str, Any] = {"markeredgecolor": "black", "linestyle": "none", "markersize": 12}
     handles = [
         Line2D([], [], marker=marker, color=color, label=name, **style)
         for name, (marker, color) in entries.items()
     ]
-    place = {"loc": "outside lower center", "ncols": min(2, len(handles))}
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(2, len(handles))}
     figure.legend(handles=handles, fontsize=_FONT, frameon=False, **place)
 
 

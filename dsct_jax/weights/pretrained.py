@@ -174,7 +174,7 @@ def _from_native(
 
 def _require_fields(path: Path, network: Network, layout: TensorLayout) -> None:
     """The most common misfit in words, such as a file whose backbone has BatchNorm."""
-    for field, value in layout.requires.items():
+    for field, value in layout.requires:
         if (found := getattr(network.config, field)) != value:
             raise UserError(
                 f"{path}: {layout.title}; set config.model.{field}={value} instead of {found}"

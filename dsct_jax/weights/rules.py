@@ -49,102 +49,97 @@ class TensorLayout:
     repeated: str = r"(?!)"
     repeated_per: str = ""
     # fields of config.model without which such a file does not fit, and what else its code computes
-    requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    computes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    requires: tuple[tuple[str, Any], ...] = ()
+    computes: tuple[tuple[str, Any], ...] = ()
 
 
-def _norm(torch: str, ours: str) -> list[Rule]:
-    return [(f"{torch}.weight", f"{ours}/scale", "same"), (f"{torch}.bias", f"{ours}/bias", "same")]
+_PARTS = {  # of a module: (PyTorch, ours, layout)
+    "conv": [("weight", "kernel", "conv"), ("bias", "bias", "same")],
+    "linear": [("weight", "kernel", "linear"), ("bias", "bias", "same")],
+    "norm": [("weight", "scale", "same"), ("bias", "bias", "same")],
+    "batch_norm": [
+        *[("weight", "scale", "same"), ("bias", "bias", "same")],
+        *[("running_mean", "mean", "same"), ("running_var", "var", "same")],
+    ],
+}
+_ATTENTION = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 
 
-def _batch_norm(torch: str, ours: str) -> list[Rule]:
-    return _norm(torch, ours) + [
-        (f"{torch}.running_{x}", f"{ours}/{x}", "same") for x in ("mean", "var")
-    ]
-
-
-def _linear(torch: str, ours: str) -> list[Rule]:
-    return [
-        (f"{torch}.weight", f"{ours}/kernel", "linear"),
-        (f"{torch}.bias", f"{ours}/bias", "same"),
-    ]
+def _module(kind: str, torch: str, ours: str) -> list[Rule]:
+    return [(f"{torch}.{theirs}", f"{ours}/{mine}", how) for theirs, mine, how in _PARTS[kind]]
 
 
 def _deformable_attention(torch: str, ours: str) -> list[Rule]:
-    parts = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
-    return [rule for part in parts for rule in _linear(f"{torch}.{part}", f"{ours}/{part}")]
-
-
-def resnet_rules(torch: str, ours: str) -> list[Rule]:
-    """torchvision's ResNet below the prefix `torch` (ending in a dot, or empty)."""
-    block = f"{torch}layer{{s}}.{{i}}"
-    mine = f"{ours}/layer{{s}}/{{i}}"
-    rules = [
-        (f"{torch}conv1.weight", f"{ours}/stem/conv/kernel", "conv"),
-        *_batch_norm(f"{torch}bn1", f"{ours}/stem/norm"),
-    ]
-    for c in range(3):
-        rules.append((f"{block}.conv{c + 1}.weight", f"{mine}/convs/{c}/kernel", "conv"))
-        rules += _batch_norm(f"{block}.bn{c + 1}", f"{mine}/norms/{c}")
-    rules.append((f"{block}.downsample.0.weight", f"{mine}/shortcut_conv/kernel", "conv"))
-    return rules + _batch_norm(f"{block}.downsample.1", f"{mine}/shortcut_norm")
-
-
-def _input_projections(prefix: str) -> list[Rule]:
-    return [
-        (f"{prefix}input_proj.{{i}}.0.weight", "input_proj/{i}/conv/kernel", "conv"),
-        (f"{prefix}input_proj.{{i}}.0.bias", "input_proj/{i}/conv/bias", "same"),
-        *_norm(f"{prefix}input_proj.{{i}}.1", "input_proj/{i}/norm"),
-    ]
-
-
-def _original_layer(stack: str, attention: tuple[str, str], norms: int) -> list[Rule]:
-    torch, ours = f"transformer.{stack}.layers.{{i}}", f"{stack}/{{i}}"
-    theirs, mine = attention
-    rules = _deformable_attention(f"{torch}.{theirs}", f"{ours}/{mine}")
-    for i in range(1, norms + 1):
-        rules += _norm(f"{torch}.norm{i}", f"{ours}/norm{i}")
-    for part in ("linear1", "linear2"):
-        rules += _linear(f"{torch}.{part}", f"{ours}/feedforward/{part}")
-    return rules
-
-
-_THEIRS = "transformer.decoder.layers.{i}.self_attn"
-_OURS = "decoder/{i}/self_attention"
-_ORIGINAL_TRANSFORMER: tuple[Rule, ...] = (
-    *resnet_rules("backbone.0.body.", "backbone"),
-    *_input_projections(""),
-    ("transformer.level_embed", "level_embed", "same"),
-    *_original_layer("encoder", ("self_attn", "self_attention"), 2),
-    *_original_layer("decoder", ("cross_attn", "cross_attention"), 3),
-    (f"{_THEIRS}.in_proj_weight", f"{_OURS}/in_proj/kernel", "linear"),
-    (f"{_THEIRS}.in_proj_bias", f"{_OURS}/in_proj/bias", "same"),
-    *_linear(f"{_THEIRS}.out_proj", f"{_OURS}/out_proj"),
-    *_linear("transformer.reference_points", "reference_points"),
-    ("query_embed.weight", "context_queries", "same"),
-)
-
-
-def _hugging_face_layer(stack: str, attention: tuple[str, str], norms: Sequence[str]) -> list[Rule]:
-    torch, ours = f"model.{stack}.layers.{{i}}", f"{stack}/{{i}}"
-    theirs, mine = attention
-    rules = _deformable_attention(f"{torch}.{theirs}", f"{ours}/{mine}")
-    for i, norm in enumerate(norms, 1):
-        rules += _norm(f"{torch}.{norm}", f"{ours}/norm{i}")
-    for i in (1, 2):
-        rules += _linear(f"{torch}.fc{i}", f"{ours}/feedforward/linear{i}")
-    return rules
+    parts = (_module("linear", f"{torch}.{part}", f"{ours}/{part}") for part in _ATTENTION)
+    return [rule for rules in parts for rule in rules]
 
 
 def _packed_projections(torch: str, ours: str) -> list[Rule]:
     return [
         (theirs, mine, f"{how}:{i}")
         for i, part in enumerate("qkv")
-        for theirs, mine, how in _linear(f"{torch}.{part}_proj", ours)
+        for theirs, mine, how in _module("linear", f"{torch}.{part}_proj", ours)
     ]
 
 
+def resnet_rules(torch: str, ours: str) -> list[Rule]:
+    """torchvision's ResNet below the prefix `torch` (ending in a dot, or empty)."""
+    block, mine = f"{torch}layer{{s}}.{{i}}", f"{ours}/layer{{s}}/{{i}}"
+    convs = [
+        (f"{torch}conv1", f"{ours}/stem/conv"),
+        (f"{block}.downsample.0", f"{mine}/shortcut_conv"),
+    ]
+    norms = [
+        (f"{torch}bn1", f"{ours}/stem/norm"),
+        (f"{block}.downsample.1", f"{mine}/shortcut_norm"),
+    ]
+    for c in range(3):
+        convs.append((f"{block}.conv{c + 1}", f"{mine}/convs/{c}"))
+        norms.append((f"{block}.bn{c + 1}", f"{mine}/norms/{c}"))
+    rules: list[Rule] = [(f"{conv}.weight", f"{path}/kernel", "conv") for conv, path in convs]
+    return rules + [rule for pair in norms for rule in _module("batch_norm", *pair)]
+
+
+_ENCODER, _DECODER = "transformer.encoder.layers.{i}", "transformer.decoder.layers.{i}"
+_ORIGINAL_TRANSFORMER: tuple[Rule, ...] = (
+    *resnet_rules("backbone.0.body.", "backbone"),
+    *_module("conv", "input_proj.{i}.0", "input_proj/{i}/conv"),
+    *_module("norm", "input_proj.{i}.1", "input_proj/{i}/norm"),
+    ("transformer.level_embed", "level_embed", "same"),
+    *_deformable_attention(f"{_ENCODER}.self_attn", "encoder/{i}/self_attention"),
+    *_module("norm", f"{_ENCODER}.norm{{n}}", "encoder/{i}/norm{n}"),
+    *_module("linear", f"{_ENCODER}.linear{{n}}", "encoder/{i}/feedforward/linear{n}"),
+    *_deformable_attention(f"{_DECODER}.cross_attn", "decoder/{i}/cross_attention"),
+    (f"{_DECODER}.self_attn.in_proj_weight", "decoder/{i}/self_attention/in_proj/kernel", "linear"),
+    (f"{_DECODER}.self_attn.in_proj_bias", "decoder/{i}/self_attention/in_proj/bias", "same"),
+    *_module("linear", f"{_DECODER}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
+    *_module("norm", f"{_DECODER}.norm{{n}}", "decoder/{i}/norm{n}"),
+    *_module("linear", f"{_DECODER}.linear{{n}}", "decoder/{i}/feedforward/linear{n}"),
+    *_module("linear", "transformer.reference_points", "reference_points"),
+    ("query_embed.weight", "context_queries", "same"),
+)
+
 _HF_BACKBONE = "model.backbone.conv_encoder.model."
+_HF_ENCODER, _HF_DECODER = "model.encoder.layers.{i}", "model.decoder.layers.{i}"
+_HUGGING_FACE: tuple[Rule, ...] = (
+    *resnet_rules(_HF_BACKBONE, "backbone"),
+    *_module("conv", "model.input_proj.{i}.0", "input_proj/{i}/conv"),
+    *_module("norm", "model.input_proj.{i}.1", "input_proj/{i}/norm"),
+    ("model.level_embed", "level_embed", "same"),
+    *_deformable_attention(f"{_HF_ENCODER}.self_attn", "encoder/{i}/self_attention"),
+    *_module("norm", f"{_HF_ENCODER}.self_attn_layer_norm", "encoder/{i}/norm1"),
+    *_module("norm", f"{_HF_ENCODER}.final_layer_norm", "encoder/{i}/norm2"),
+    *_module("linear", f"{_HF_ENCODER}.fc{{n}}", "encoder/{i}/feedforward/linear{n}"),
+    *_deformable_attention(f"{_HF_DECODER}.encoder_attn", "decoder/{i}/cross_attention"),
+    *_packed_projections(f"{_HF_DECODER}.self_attn", "decoder/{i}/self_attention/in_proj"),
+    *_module("linear", f"{_HF_DECODER}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
+    *_module("norm", f"{_HF_DECODER}.encoder_attn_layer_norm", "decoder/{i}/norm1"),
+    *_module("norm", f"{_HF_DECODER}.self_attn_layer_norm", "decoder/{i}/norm2"),
+    *_module("norm", f"{_HF_DECODER}.final_layer_norm", "decoder/{i}/norm3"),
+    *_module("linear", f"{_HF_DECODER}.fc{{n}}", "decoder/{i}/feedforward/linear{n}"),
+    *_module("linear", "model.reference_points", "reference_points"),
+    ("model.query_position_embeddings.weight", "context_queries", "same"),
+)
 
 # A backbone of transformers' own ResNet instead of timm's, which has torchvision's names.
 _HF_RESNET_SPELLINGS = (
@@ -169,58 +164,48 @@ TORCHVISION = TensorLayout(
     marker=r"layer1\.0\.conv1\.weight",
     rules=tuple(resnet_rules("", "backbone")),
     left_out=r"fc\.(weight|bias)|.*\.num_batches_tracked",
-    requires={"norm": "frozen_batch"},
+    requires=(("norm", "frozen_batch"),),
 )
+
+
+def _left_out(prefix: str) -> str:
+    """Heads and proposals of a detector, as a regex."""
+    return (
+        rf"({prefix}decoder\.)?(class|bbox)_embed\..*|{prefix}(enc_output|pos_trans)(_norm)?\..*"
+        r"|.*\.num_batches_tracked"
+    )
+
 
 DEFORMABLE_DETR = TensorLayout(
     title="Deformable DETR (original code)",
     marker=r"transformer\.encoder\.layers\.0\.self_attn\.sampling_offsets\.weight",
     rules=_ORIGINAL_TRANSFORMER,
-    left_out=r"(transformer\.decoder\.)?(class|bbox)_embed\..*|transformer\.(enc_output|pos_trans)(_norm)?\..*|.*\.num_batches_tracked",
+    left_out=_left_out(r"transformer\."),
 )
 
+_HF_PARTS = (
+    "backbone|encoder|decoder|input_proj|query_position_embeddings|level_embed|reference_points"
+)
 HUGGING_FACE = TensorLayout(
     title="Deformable DETR (Hugging Face)",
-    marker=r"(model\.)?(encoder\.layers\.0\.self_attn\.sampling_offsets\.weight|query_position_embeddings\.weight)",
-    rules=(
-        *resnet_rules(_HF_BACKBONE, "backbone"),
-        *_input_projections("model."),
-        ("model.level_embed", "level_embed", "same"),
-        *_hugging_face_layer(
-            "encoder",
-            ("self_attn", "self_attention"),
-            ("self_attn_layer_norm", "final_layer_norm"),
-        ),
-        *_hugging_face_layer(
-            "decoder",
-            ("encoder_attn", "cross_attention"),
-            ("encoder_attn_layer_norm", "self_attn_layer_norm", "final_layer_norm"),
-        ),
-        *_packed_projections("model.decoder.layers.{i}.self_attn", f"{_OURS}/in_proj"),
-        *_linear("model.decoder.layers.{i}.self_attn.out_proj", f"{_OURS}/out_proj"),
-        *_linear("model.reference_points", "reference_points"),
-        ("model.query_position_embeddings.weight", "context_queries", "same"),
-    ),
+    marker=r"(model\.)?(encoder\.layers\.0\.self_attn\.sampling_offsets\.weight"
+    r"|query_position_embeddings\.weight)",
+    rules=_HUGGING_FACE,
     spellings=(
-        (
-            r"(?=(backbone|encoder|decoder|input_proj|query_position_embeddings|level_embed|reference_points)\b)",
-            "model.",
-        ),  # the bare model
+        (rf"(?=({_HF_PARTS})\b)", "model."),  # the bare model
         (r"model\.backbone\.model\.", _HF_BACKBONE),  # as transformers 5 holds it in memory
         (r"(model\.(?:en|de)coder\.layers\.\d+)\.mlp\.", r"\1."),
         (r"(model\.decoder\.layers\.\d+\.self_attn)\.o_proj\.", r"\1.out_proj."),
         *_HF_RESNET_SPELLINGS,
     ),
-    left_out=r"(model\.decoder\.)?(class|bbox)_embed\..*|model\.(enc_output|pos_trans)(_norm)?\..*|.*\.num_batches_tracked",
+    left_out=_left_out(r"model\."),
 )
 
 RELEASED: tuple[Rule, ...] = (
     *_ORIGINAL_TRANSFORMER,
     ("query_embed_dsct.weight", "subject_queries", "same"),
-    *_linear("class_embed_dsct.0", "class_head"),
-    *_linear("bbox_embed_dsct.0.layers.0", "box_head/layer0"),
-    *_linear("bbox_embed_dsct.0.layers.1", "box_head/layer1"),
-    *_linear("bbox_embed_dsct.0.layers.2", "box_head/layer2"),
+    *_module("linear", "class_embed_dsct.0", "class_head"),
+    *_module("linear", "bbox_embed_dsct.0.layers.{n}", "box_head/layer{n}"),
 )
 
 DSCT = TensorLayout(
@@ -231,8 +216,8 @@ DSCT = TensorLayout(
     # their modules list the one shared head once per decoder layer
     repeated=r"(class_embed_dsct|bbox_embed_dsct)\.([1-9]\d*)\.(.+)",
     repeated_per="decoder",
-    requires={"norm": "frozen_batch", "box_refinement": False},
-    computes={"fusion": "released", "semantic_selection": "largest"},
+    requires=(("norm", "frozen_batch"), ("box_refinement", False)),
+    computes=(("fusion", "released"), ("semantic_selection", "largest")),
 )
 
 EXPORTS = {"dsct": DSCT}  # name of a network -> the layout of its authors' code

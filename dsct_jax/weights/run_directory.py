@@ -24,7 +24,8 @@ from dsct_jax.weights.packing import Layout, part_of, unpack
 DIRECTORY = "checkpoints"
 PARTS = ("model", "training")
 MODEL_FIELDS = ("class_names", "multi_label", "model")  # of a configuration: what the weights mean
-FREE_FIELDS = ("model.compute_dtype", "model.remat")  # how the same model is computed
+# how the same model is computed or trained
+FREE_FIELDS = ("model.compute_dtype", "model.dropout", "model.remat")
 # What orbax and tensorstore raise for files that were cut, emptied or removed, and for a full disk.
 FILE_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 _log = logging.getLogger(__name__)

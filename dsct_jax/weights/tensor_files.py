@@ -350,7 +350,8 @@ def write_safetensors(
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Sorted by name, which makes the bytes the same every time; read it with `numpy.load`."""
-    np.savez(path, **{name: np.asarray(arrays[name], order="C") for name in sorted(arrays)})
+    ordered: dict[str, Any] = {name: np.asarray(arrays[name], order="C") for name in sorted(arrays)}
+    np.savez(path, **ordered)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,13 +378,14 @@ class _Pickler(pickle._Pickler):
         if isinstance(obj, _Name):
             return obj.name
         if isinstance(obj, _View):
-            view = (obj.storage, obj.offset, obj.size, obj.stride, False, OrderedDict())
+            view: Any = (obj.storage, obj.offset, obj.size, obj.stride, False, OrderedDict())
             return _Name("torch._utils", "_rebuild_tensor_v2"), view
         return NotImplemented
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
         module = obj.module if isinstance(obj, _Name) else obj.__module__
-        self.write(f"c{module}\n{name or obj.__name__}\n".encode())
+        text = f"c{module}\n{name or obj.__name__}\n"
+        self.write(text.encode())  # type: ignore[attr-defined]
 
 
 def write_pth(path: Path, tensors: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> None:

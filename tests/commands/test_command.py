@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data.command import config_parser, data_config, parse
+from data.command import ConfigParser, data_config
 from dsct_jax.__main__ import COMMANDS, main
 from dsct_jax.cli import progress, run_command, try_output, whole_file
 from dsct_jax.errors import UserError
@@ -26,10 +26,10 @@ def test_overrides_change_the_data_section_and_the_classes():
 
 
 def test_a_command_adds_its_own_flags():
-    parser = config_parser("python -m data.some", None)
+    parser = ConfigParser(None)
     parser.add_argument("-n", type=int, default=24)
-    config, arguments = parse(parser, [f"--config={DEBUG}", "-n", "3", "--config.data.test=9"])
-    assert (arguments.n, config.test) == (3, "9")
+    arguments = parser.parse_args([f"--config={DEBUG}", "-n", "3", "--config.data.test=9"])
+    assert (arguments.n, arguments.data.test) == (3, "9")
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_command_adds_its_own_flags():
     ],
 )
 def test_mistakes_are_one_line_and_status_2(argv, says, capsys):
-    assert run_command(lambda: parse(config_parser("command", None), argv) and None) == 2
+    assert run_command(lambda: ConfigParser(None).parse_args(argv) and None) == 2
     captured = capsys.readouterr()
     assert (
         captured.err.startswith("error: ")

@@ -355,7 +355,10 @@ def test_a_run_of_eight_devices_on_a_machine_with_one(model, tmp_path, golden):
         f"--output={tmp_path / 'out'}",
         "--format=safetensors",
     ]
-    program = "import jax, sys; assert len(jax.devices()) == 1; from dsct_jax.__main__ import main; sys.exit(main(['export', *sys.argv[1:]]))"
+    program = (
+        "import jax, sys; assert len(jax.devices()) == 1; from dsct_jax.__main__ import main; "
+        "sys.exit(main(['export', *sys.argv[1:]]))"
+    )
     subprocess.run(
         [sys.executable, "-c", program, *arguments], cwd=ROOT, env=ONE_DEVICE, check=True
     )

@@ -81,7 +81,7 @@ def test_the_command(run, tmp_path, capsys):
     assert (run / "MODEL_CARD.md").read_text() == model_card(run)
     assert main([f"--workdir={run}", "--split=val"]) == 2
     assert "--split=val writes it" in capsys.readouterr().err
-    assert main([f"--workdir={run}", f"--output={tmp_path / 'no' / 'card.md'}"]) == 2
+    assert main([f"--workdir={run}", f"--output={run / 'config.json' / 'card.md'}"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(UserError, match=r"config\.json: missing"):
         model_card(tmp_path / "nowhere")

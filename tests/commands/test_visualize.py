@@ -12,15 +12,14 @@ from PIL import Image
 
 from benchmarks.fusion_weights import weight_measures
 from configs import debug
-from data.tools.samples import run as write_samples
+from data.__main__ import main as data_main
 from dsct_jax import __main__
-from dsct_jax.cli import run_command
 from dsct_jax.commands import visualize
 from dsct_jax.commands.visualize import read_ground_truth
 from dsct_jax.config import to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.inference import introspection as inside
-from dsct_jax.inference.introspection import principal_components
+from dsct_jax.inference.introspection import introspect, principal_components
 from dsct_jax.inference.load import Model, load, model_config
 from dsct_jax.model.build import Network
 from dsct_jax.postprocess import Selection, Subject
@@ -67,20 +66,8 @@ def checkpoint(tmp_path_factory):
 def samples(tmp_path_factory):
     """Three built-in scenes as files, with truth.json."""
     folder = tmp_path_factory.mktemp("samples")
-    assert (
-        run_command(
-            lambda: write_samples(
-                [
-                    "--config=configs/debug.py",
-                    "-n",
-                    "3",
-                    "--config.data.test=3",
-                    f"--output={folder}",
-                ]
-            )
-        )
-        == 0
-    )
+    arguments = ["--config=configs/debug.py", "-n", "3", "--config.data.test=3"]
+    assert data_main(["samples", *arguments, f"--output={folder}"]) == 0
     return folder
 
 
@@ -223,6 +210,29 @@ def test_samples_and_their_truth_belong_together(samples):
         assert 0 <= person.box[0] < person.box[2] <= width
 
 
+def test_annotated_classes_are_read_by_name(tmp_path):
+    """Ids are free: 1 is Anger and 2 is Happy here, whatever places these have in the model."""
+    document = {
+        "images": [{"id": 7, "file_name": "images/a.jpg"}],
+        "categories": [
+            {"id": 1, "name": "anger"},
+            {"id": 2, "name": "Happy"},
+            {"id": 9, "name": "person"},
+        ],
+        "annotations": [
+            {"image_id": 7, "bbox": [0, 0, 5, 5], "category_id": [1, 2]},
+            {"image_id": 7, "bbox": [5, 0, 5, 5], "category_id": 2},
+        ],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(document))
+    truth = read_ground_truth(tmp_path / "truth.json", ("Anger", "Fear", "Happy", "Sad"))
+    assert [person.labels for person in truth["a.jpg"]] == [("Anger", "Happy"), ("Happy",)]
+    document["annotations"][0]["category_id"] = 9
+    (tmp_path / "truth.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="not COCO-style annotations for 4 classes"):
+        read_ground_truth(tmp_path / "truth.json", ("Anger", "Fear", "Happy", "Sad"))
+
+
 def test_only_the_right_person_with_the_right_emotion_is_right():
     truth = Subject(box=(0.0, 0.0, 10.0, 10.0), probabilities={}, labels=("Sad",), paper_score=1.0)
     near = Subject(box=(1.0, 0.0, 10.0, 10.0), probabilities={}, labels=("Sad",), paper_score=0.9)
@@ -361,17 +371,11 @@ def test_a_model_without_context_has_no_context_figure(tmp_path, samples, capsys
 
 
 def test_a_split_that_is_too_small_is_one_line(tmp_path, capsys):
-    arguments = [
-        "--config=configs/debug.py",
-        "-n",
-        "9",
-        "--config.data.test=3",
-        f"--output={tmp_path}",
-    ]
-    assert run_command(lambda: write_samples(arguments)) == 2
+    samples = ["samples", "--config=configs/debug.py", f"--output={tmp_path}"]
+    assert data_main([*samples, "-n", "9", "--config.data.test=3"]) == 2
     assert "built-in scenes test has 3 images" in capsys.readouterr().err
-    with pytest.raises(UserError, match="invalid choice: 'holdout'"):
-        write_samples(["--config=configs/debug.py", "--split=holdout", f"--output={tmp_path}"])
+    assert data_main([*samples, "--split=holdout"]) == 2
+    assert "invalid choice: 'holdout'" in capsys.readouterr().err
 
 
 def test_the_weight_of_the_fusion_is_split_between_its_selections(scene):

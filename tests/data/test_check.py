@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from data.tools.check import main
+from data.__main__ import main as data_main
 from data.tools.duplicates import NEAR, duplicate_groups, exact_groups, fingerprint, near_groups
+
+
+def main(argv: list[str]) -> int:
+    return data_main(["check", *argv])
+
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("Anger", "Disgust", "Fear", "Happy", "Neutral", "Sad", "Surprise")
@@ -65,18 +70,18 @@ def check(folder: Path, *more: str, config: str = "caer_s_r50") -> int:
     )
 
 
-def test_nothing_amiss(folder, capsys):
+def test_no_problems(folder, capsys):
     assert check(folder) == 0
     printed = capsys.readouterr()
     assert (
         "protocol caer_s: CAER-S" in printed.out
-        and "nothing found amiss" in printed.out
+        and "no problems found" in printed.out
         and not printed.err
     )
     rows = {
         line.split()[0]: line.split()[1:]
         for line in printed.out.splitlines()
-        if line.startswith(("train ", "val ", "test ", "all ", "Anger ", "commonest "))
+        if line.startswith(("train ", "val ", "test ", "all ", "Anger ", "majority "))
     }
     assert rows["train"] == ["14", "-", "14", "-", "1.00", "1.00"] and rows["all"] == [
         "28",
@@ -88,7 +93,7 @@ def test_nothing_amiss(folder, capsys):
     ]
     assert (
         rows["Anger"] == ["2", "14.3%", "1", "14.3%", "1", "14.3%"]
-        and rows["commonest"] == ["14.3%"] * 3
+        and rows["majority"] == ["14.3%"] * 3
     )
 
 
@@ -138,7 +143,7 @@ def test_everything_that_can_be_wrong_is_told(folder, capsys):
         "- val: 1 boxes cut at the image border",
         "- val: 1 boxes dropped",
         "- train: nobody has the label Anger",
-        "4 finding(s) that matter",
+        "4 errors, ",
     ):
         assert line in out, line
     assert (
@@ -155,7 +160,7 @@ def test_everything_that_can_be_wrong_is_told(folder, capsys):
         and report["splits"]["train"]["missing"] == 1
         and report["splits"]["test"]["labels"]["Sad"] == 1
     )
-    assert sum(finding["matters"] for finding in report["findings"]) == 4
+    assert sum(finding["is_error"] for finding in report["findings"]) == 4
 
 
 def test_counts_of_the_released_head_box_json_must_be_right(tmp_path, capsys):
@@ -196,9 +201,9 @@ def test_counts_of_the_released_head_box_json_must_be_right(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--split=trian"], "--split=trian"),
+        (["--split=trian"], "--split: 'trian'"),
         (["--near=200"], "--near=200"),
-        (["--config.data.train=other.txt"], "other.txt: no such box list"),
+        (["--config.data.train=other.txt"], "other.txt: no such annotation file"),
         (["--config.class_names=('Anger','Disgust')"], "class 'Fear' is not in config.class_names"),
     ],
 )

@@ -14,12 +14,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs import base, ncaer_s_r50
+from data.__main__ import main as data_main
 from data.config import DataConfig
 from data.readers.ncaer_s import read_ncaer_s
 from data.tools import build_ncaer_s
-from data.tools.build_ncaer_s import choose_frames, main
+from data.tools.build_ncaer_s import choose_frames
 from data.tools.faces import largest_face, make_detector
 from dsct_jax.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    return data_main(["build_ncaer_s", *argv])
+
 
 with_opencv = pytest.mark.skipif(
     importlib.util.find_spec("cv2") is None, reason="OpenCV is not installed (the video extra)"
@@ -206,7 +212,7 @@ def test_build_and_read_back(caer, tmp_path, capsys):
     out = capsys.readouterr().out
     assert (
         "train: 3 videos, 9 images, 6 with a face" in out
-        and "left out: train/Happy/0009.avi is the same video as test/Happy/0005.avi" in out
+        and "skipped: train/Happy/0009.avi is the same video as test/Happy/0005.avi" in out
     )
     rows = list(csv.DictReader((tmp_path / "built/manifest.csv").read_text().splitlines()))
     assert len(rows) == 15 and len({row["image_hash"] for row in rows}) == 15

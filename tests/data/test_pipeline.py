@@ -233,7 +233,7 @@ def test_an_abandoned_iterator_stops_its_threads():
     calls: Counter[int] = Counter()
     load = dataset._loader
 
-    def counting(step: int) -> dict[str, Any]:
+    def counting(step: int) -> pipeline.Loaded:
         calls[step] += 1
         return load(step)
 

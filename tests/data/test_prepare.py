@@ -18,14 +18,20 @@ import pytest
 from PIL import Image
 
 from configs import base, demo
+from data.__main__ import main as data_main
 from data.config import DataConfig
 from data.pipeline import make_dataset
 from data.readers.prepared import folder, read_prepared
 from data.readers.records import Record
 from data.readers.registry import READERS, read_split
 from data.tools import prepare as command
-from data.tools.prepare import main, prepare, verify
+from data.tools.prepare import prepare, verify
 from dsct_jax.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    return data_main(["prepare", *argv])
+
 
 ROOT = Path(__file__).parents[2]
 CSV_HEAD = "Index,Folder,Filename,Image Size,BBox,Categorical_Labels,Continuous_Labels,Gender,Age"
@@ -292,7 +298,7 @@ def test_killed_anywhere_and_run_again_it_is_complete_and_correct(tmp_path):
     ]
     assert main([*argv, f"--output={whole}"]) == 0
     output = tmp_path / "killed"
-    call = [sys.executable, "-m", "data.tools.prepare", *argv, f"--output={output}"]
+    call = [sys.executable, "-m", "data", "prepare", *argv, f"--output={output}"]
     for shards in (1, 5, 12, 15):
         process = subprocess.Popen(
             call,

@@ -316,7 +316,7 @@ def test_caer_s_lines_that_cannot_be_used(tmp_path, line, says):
 
 def test_caer_s_list_for_another_root_missing_or_empty(tmp_path):
     config = caer_config(tmp_path, train="train.txt")
-    assert "train.txt: no such box list" in one_line(lambda: read_caer_s(config, "train"))
+    assert "train.txt: no such annotation file" in one_line(lambda: read_caer_s(config, "train"))
     (tmp_path / "train.txt").write_text("\n")
     assert "lists no images" in one_line(lambda: read_caer_s(config, "train"))
     (tmp_path / "train.txt").write_text("Anger/0001.png,Anger,1,2,3,4\n")

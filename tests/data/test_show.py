@@ -7,9 +7,14 @@ import pytest
 from PIL import Image
 
 from configs import demo
+from data.__main__ import main as data_main
 from data.augment import Transform
 from data.config import DataConfig
-from data.tools.show import describe, main, sample_sheet
+from data.tools.show import describe, sample_sheet
+
+
+def main(argv: list[str]) -> int:
+    return data_main(["show", *argv])
 
 
 def scenes(**changes) -> DataConfig:
@@ -52,8 +57,8 @@ def test_evaluation_is_only_resized():
             Transform((96, 128), flip=True, crop_resize=(120, 160), crop=(3, 4, 50, 60)),
             "128x96, flipped, crop 60x50",
         ),
-        (Transform((96, 128), saturation=0.0, contrast=1.1), "128x96, grey"),
-        (Transform((96, 128), contrast=1.1), "128x96, colours"),
+        (Transform((96, 128), saturation=0.0, contrast=1.1), "128x96, gray"),
+        (Transform((96, 128), contrast=1.1), "128x96, colors"),
     ],
 )
 def test_transforms_in_words(transform, text):

@@ -1,6 +1,7 @@
 """Temperature, thresholds, errors of calibration, and thresholds.json."""
 
 import dataclasses
+import json
 import logging
 
 import numpy as np
@@ -12,19 +13,31 @@ from sklearn.metrics import f1_score
 
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import (
-    Calibration,
     calibration_errors,
-    calibration_of_run,
     fit_min_confidence,
     fit_temperature,
     fit_thresholds,
     negative_log_likelihood,
-    parse_calibration,
-    read_calibration,
+    read_fit,
+    save_fit,
+    stored_decoder,
 )
+from dsct_jax.postprocess import Decoder
 
 NAMES = ("calm", "glad")
-FITTED = Calibration(NAMES, 1.25, (0.1 + 0.2, 0.75), "val", 12, "step 6", 0.1 + 0.1)
+PLAIN = Decoder(NAMES, True, True)
+FITTED = Decoder(NAMES, True, True, 1.25, (0.1 + 0.2, 0.75), 0.1 + 0.1, "val", 12)
+TEXT = json.dumps(FITTED.to_dict())
+# thresholds.json, or the text "calibration" of a .safetensors file, as they were before.
+OLDER = {
+    "class_names": NAMES,
+    "temperature": 1.25,
+    "thresholds": FITTED.thresholds,
+    "split": "val",
+    "people": 12,
+    "checkpoint": "step 6",
+    "min_confidence": FITTED.min_confidence,
+}
 
 
 @settings(deadline=None, max_examples=100)
@@ -69,11 +82,11 @@ def test_no_certainty_finds_people_better(data, n, missed):
     )
 
 
-def test_a_file_of_an_older_version_has_no_certainty():
-    text = FITTED.to_json().replace(', "min_confidence": 0.2', "")
-    assert parse_calibration(text, class_names=NAMES, where="here") == dataclasses.replace(
-        FITTED, min_confidence=None
-    )
+def test_a_fit_of_older_versions_is_read():
+    assert PLAIN.with_fit(json.dumps(OLDER), where="here") == FITTED
+    del OLDER["min_confidence"], OLDER["checkpoint"]
+    unsure = dataclasses.replace(FITTED, min_confidence=None)
+    assert PLAIN.with_fit(OLDER, where="here") == unsure
 
 
 @pytest.mark.parametrize("multi_label", [True, False])
@@ -113,38 +126,43 @@ def test_errors_by_hand():
 
 
 def test_the_file_keeps_every_digit_and_is_whole_or_not_there(tmp_path):
-    FITTED.save(tmp_path / "thresholds.json")
-    assert read_calibration(tmp_path / "thresholds.json", class_names=NAMES) == FITTED
-    assert parse_calibration(FITTED.to_json(), class_names=NAMES, where="here") == FITTED
+    path = tmp_path / "thresholds.json"
+    save_fit(FITTED, path, checkpoint="step 6")
+    assert read_fit(path, PLAIN) == (FITTED, "step 6")
+    assert PLAIN.with_fit(TEXT, where="here") == FITTED
+    assert Decoder.from_dict(json.loads(TEXT), where="here") == FITTED
     assert [path.name for path in tmp_path.iterdir()] == ["thresholds.json"]
 
 
 def test_a_run_without_a_fit_and_a_fit_of_other_weights(tmp_path, caplog):
-    assert calibration_of_run(tmp_path, class_names=NAMES, step=6) is None
-    FITTED.save(tmp_path / "thresholds.json")
-    assert calibration_of_run(tmp_path, class_names=NAMES, step=6) == FITTED
+    assert stored_decoder(PLAIN, {}, tmp_path, 6) == PLAIN
+    save_fit(FITTED, tmp_path / "thresholds.json", checkpoint="step 6")
+    assert stored_decoder(PLAIN, {}, tmp_path, 6) == FITTED
     with caplog.at_level(logging.WARNING):
-        assert calibration_of_run(tmp_path, class_names=NAMES, step=8) is None
+        assert stored_decoder(PLAIN, {}, tmp_path, 8) == PLAIN
     assert "fitted for step 6, not for step 8" in caplog.text
+    own = dataclasses.replace(FITTED, temperature=2.0)
+    assert stored_decoder(PLAIN, {"decoder": own.to_dict()}, tmp_path, 6) == own
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not what a calibration writes"),
-        ("{}", "not what a calibration writes"),
+        ("{", "not a stored fit"),
+        ("{}", "not a stored fit"),
+        ("[3]", "not a stored fit"),
         (
-            FITTED.to_json().replace("glad", "sad"),
+            TEXT.replace("glad", "sad"),
             "fitted for the classes calm, sad, not for calm, glad",
         ),
-        (FITTED.to_json().replace("1.25", "0.0"), "temperature=0.0 must be more than 0"),
-        (FITTED.to_json().replace("0.75", "7.5"), r"thresholds must be 2 numbers in \[0, 1\]"),
-        (FITTED.to_json().replace(": 0.2}", ": 1.2}"), r"min_confidence=1.2 must lie in \[0, 1\]"),
-        (FITTED.to_json().replace(", 0.75", ""), r"thresholds must be 2 numbers in \[0, 1\]"),
+        (TEXT.replace("1.25", "0.0"), "temperature=0.0 must be more than 0"),
+        (TEXT.replace("0.75", "7.5"), r"thresholds must be 2 numbers in \[0, 1\]"),
+        (TEXT.replace(": 0.2,", ": 1.2,"), r"min_confidence=1.2 must lie in \[0, 1\]"),
+        (TEXT.replace(", 0.75", ""), r"thresholds must be 2 numbers in \[0, 1\]"),
     ],
 )
 def test_a_damaged_file_is_one_line(text, message):
     with pytest.raises(UserError, match=message) as caught:
-        parse_calibration(text, class_names=NAMES, where="here")
+        PLAIN.with_fit(text, where="here")
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("here: ")

@@ -15,22 +15,24 @@ from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
 from configs.base import CAER_S_CLASSES, EMOTIC_CLASSES
+from dsct_jax.__main__ import main as command
 from dsct_jax.boxes import cxcywh_to_xyxy, pairwise_iou
-from dsct_jax.__main__ import main
 from dsct_jax.errors import UserError
-from dsct_jax.evaluation.calibration import Calibration
-from dsct_jax.evaluation.evaluate import BUCKETS, evaluate, fit_calibration, write_evaluation
+from dsct_jax.evaluation.calibration import fit_decoder, save_fit
+from dsct_jax.evaluation.evaluate import BUCKETS, evaluate, write_evaluation
 from dsct_jax.evaluation.report import format_table
 from dsct_jax.evaluation.results import ImageResult, ResultsInfo, read_results, stack_results
 from dsct_jax.evaluation.selection import select_all, select_queries
 from dsct_jax.postprocess import (
+    Decoder,
     Selection,
     class_probabilities,
     confidence,
     paper_scores,
-    select_subjects,
 )
 
+EMOTIC = Decoder(EMOTIC_CLASSES, True, True)
+CAER_S = Decoder(CAER_S_CLASSES, False, False)
 FOLDER = pathlib.Path(__file__).parents[1] / "golden"
 GOLDEN = np.load(FOLDER / "eval_protocol.npz")
 # With a softmax the released score is the constant 1/7, so its order of suppression consists of
@@ -95,10 +97,14 @@ def multi_class_results():
 def evaluate_images(images, *, class_names, multi_label, **options):
     return evaluate(
         stack_results(
-            images, ResultsInfo(tuple(class_names), multi_label, multi_label, split="test")
+            images, ResultsInfo(Decoder(tuple(class_names), multi_label, multi_label), split="test")
         ),
         **options,
     )
+
+
+def carrying(results, decoder):
+    return dataclasses.replace(results, about=dataclasses.replace(results.about, decoder=decoder))
 
 
 def pixel_boxes(result):
@@ -369,7 +375,7 @@ def test_ten_thousand_images_take_seconds():
         dataclasses.replace(result, image_id=n)
         for n, result in enumerate(multi_label_results() * 9)
     ]
-    results = stack_results(images, ResultsInfo(EMOTIC_CLASSES, True, True))
+    results = stack_results(images, ResultsInfo(EMOTIC))
     start = time.perf_counter()
     metrics = evaluate(results, resamples=100)
     assert metrics["num_images"] == 10800
@@ -380,7 +386,7 @@ def test_ten_thousand_images_take_seconds():
 
 
 def test_metrics_given_detection_are_those_of_the_people_found():
-    images, split = multi_label_results(), ResultsInfo(EMOTIC_CLASSES, True, True)
+    images, split = multi_label_results(), ResultsInfo(EMOTIC)
     metrics = evaluate(stack_results(images, split))
     detected = metrics["detected"]
     results = stack_results(images, split)
@@ -417,9 +423,14 @@ def exact_iou(a, b):
 
 
 def test_multi_label_decisions_equal_scikit_learn_at_one_half_and_at_fitted_thresholds():
-    results = stack_results(multi_label_results(), ResultsInfo(EMOTIC_CLASSES, True, True))
+    results = stack_results(multi_label_results(), ResultsInfo(EMOTIC))
     thresholds = tuple(np.linspace(0.2, 0.6, 26).tolist())
-    metrics = evaluate(results, calibration=Calibration(EMOTIC_CLASSES, 1.5, thresholds, "val", 10))
+    metrics = evaluate(
+        results,
+        decoder=dataclasses.replace(
+            EMOTIC, temperature=1.5, thresholds=thresholds, fitted_on="val"
+        ),
+    )
     queries = select_all(results, nms_threshold=None)[0]
     probabilities = class_probabilities(
         results.logits[results.image_of_person, queries], multi_label=True
@@ -442,45 +453,38 @@ def test_multi_label_decisions_equal_scikit_learn_at_one_half_and_at_fitted_thre
 def test_thresholds_fitted_on_the_split_itself_are_the_best_there():
     results = stack_results(
         multi_label_results(),
-        ResultsInfo(EMOTIC_CLASSES, True, True, split="val", checkpoint="step 3"),
+        ResultsInfo(EMOTIC, split="val", checkpoint="step 3"),
     )
-    calibration = fit_calibration(results)
-    assert (calibration.split, calibration.people, calibration.checkpoint) == (
-        "val",
-        2251,
-        "step 3",
-    )
-    best = evaluate(results, calibration=calibration)["macro_f1_fitted"]
+    decoder = fit_decoder(results)
+    assert (decoder.fitted_on, decoder.people) == ("val", 2251)
+    for own in (evaluate(results, decoder=decoder), evaluate(carrying(results, decoder))):
+        assert own == evaluate(results)  # fitted there: it would prove nothing
+    decoder = dataclasses.replace(decoder, fitted_on="elsewhere")
+    best = evaluate(carrying(results, decoder))["macro_f1_fitted"]
     rng = np.random.default_rng(0)
     for _ in range(5):
         moved = tuple(
-            np.clip(np.array(calibration.thresholds) + rng.normal(0, 0.05, 26), 0, 1).tolist()
+            np.clip(np.array(decoder.thresholds) + rng.normal(0, 0.05, 26), 0, 1).tolist()
         )
         assert (
-            evaluate(results, calibration=dataclasses.replace(calibration, thresholds=moved))[
+            evaluate(results, decoder=dataclasses.replace(decoder, thresholds=moved))[
                 "macro_f1_fitted"
             ]
             < best
         )
-    assert (
-        fit_calibration(
-            stack_results(multi_class_results(), ResultsInfo(CAER_S_CLASSES, False, False))
-        ).thresholds
-        is None
-    )
+    assert fit_decoder(stack_results(multi_class_results(), ResultsInfo(CAER_S))).thresholds is None
 
 
 def test_prediction_finds_people_best_at_the_fitted_certainty():
-    about = ResultsInfo(CAER_S_CLASSES, False, False)
+    about = ResultsInfo(CAER_S)
     images = multi_class_results()[:200]
-    fitted = fit_calibration(stack_results(images, about)).min_confidence
+    fitted = fit_decoder(stack_results(images, about)).min_confidence
 
     def f1(cut):
         found = decided = 0
         for one in images:
-            names = {"class_names": CAER_S_CLASSES, "multi_label": False, "subject_logit": False}
-            subjects = select_subjects(
-                one.logits, one.boxes, one.size, selection=Selection(min_confidence=cut), **names
+            subjects = CAER_S(
+                one.logits, one.boxes, one.size, selection=Selection(min_confidence=cut)
             )
             free = list(one.gt_boxes)
             for subject in subjects:  # surest first
@@ -500,9 +504,7 @@ def test_prediction_finds_people_best_at_the_fitted_certainty():
 
 def test_intervals_hold_the_number_repeat_with_the_seed_and_shrink_with_the_images():
     images = multi_label_results()
-    few, many = (
-        stack_results(images[:n], ResultsInfo(EMOTIC_CLASSES, True, True)) for n in (150, 1200)
-    )
+    few, many = (stack_results(images[:n], ResultsInfo(EMOTIC)) for n in (150, 1200))
     first, again, other = (
         evaluate(many, resamples=60, seed=seed)["intervals"] for seed in (1, 1, 2)
     )
@@ -544,7 +546,7 @@ def test_an_interval_is_that_of_images_repeated_by_hand():
 def stored(tmp_path):
     results = stack_results(
         multi_class_results()[:80],
-        ResultsInfo(CAER_S_CLASSES, False, False, "caer_s", "test", "step 7"),
+        ResultsInfo(CAER_S, "caer_s", "test", "step 7"),
     )
     results.save(tmp_path / "predictions_test.npz")
     return results, tmp_path / "predictions_test.npz"
@@ -560,9 +562,27 @@ def test_the_file_brings_everything_back(stored):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_file_of_an_older_version_is_read(stored):
+    results, path = stored
+    with np.load(path) as file:
+        arrays = dict(file)
+    about = {"class_names": CAER_S_CLASSES, "multi_label": False, "subject_logit": False}
+    about |= {"format": 1, "protocol": "caer_s", "split": "test", "checkpoint": "step 7"}
+    np.savez(path, **arrays | {"about": np.array(json.dumps(about))})
+    assert read_results(path).about == results.about
+    np.savez(path, **arrays | {"about": np.array(json.dumps({**about, "format": 3}))})
+    with pytest.raises(UserError, match="written by another version"):
+        read_results(path)
+
+
 def test_the_command_computes_the_same_from_the_file(stored, tmp_path, capsys):
     results, path = stored
-    assert main(["evaluate", str(path), f"--output={tmp_path / 'out'}", "--resamples=20", "--seed=4"]) == 0
+    assert (
+        command(
+            ["evaluate", str(path), f"--output={tmp_path / 'out'}", "--resamples=20", "--seed=4"]
+        )
+        == 0
+    )
     expected = evaluate(results, resamples=20, seed=4)
     assert json.loads((tmp_path / "out" / "metrics_test.json").read_text()) == json.loads(
         json.dumps(expected)
@@ -576,17 +596,29 @@ def test_the_command_computes_the_same_from_the_file(stored, tmp_path, capsys):
     assert np.ptp(np.asarray(Image.open(tmp_path / "out" / "metrics_test.png"))) == 255
 
 
-def test_the_command_uses_the_thresholds_beside_the_file(tmp_path, capsys):
-    results = stack_results(
-        multi_label_results()[:100], ResultsInfo(EMOTIC_CLASSES, True, True, split="test")
-    )
-    results.save(tmp_path / "predictions_test.npz")
-    fit_calibration(results).save(tmp_path / "thresholds.json")
-    assert main(["evaluate", str(tmp_path / "predictions_test.npz"), "--resamples=0", "--nms=0.5"]) == 0
-    assert "macro_f1_fitted" in capsys.readouterr().out
-    write_evaluation(
-        evaluate(results), tmp_path / "plain", suffix=""
-    )  # multi-label, without intervals and thresholds
+@pytest.mark.parametrize(
+    ("split", "checkpoint", "used"),
+    [("test", "step 3", True), ("val", "step 3", False), ("test", "step 4", False)],
+)
+def test_the_command_uses_a_fit_of_the_same_weights_and_another_split(
+    tmp_path, capsys, split, checkpoint, used
+):
+    about = ResultsInfo(EMOTIC, split=split, checkpoint=checkpoint)
+    results, path = stack_results(multi_label_results()[:100], about), tmp_path / "predictions.npz"
+    results.save(path)
+    decoder = dataclasses.replace(fit_decoder(results), fitted_on="val")
+    save_fit(decoder, tmp_path / "thresholds.json", checkpoint="step 3")
+    assert command(["evaluate", str(path), "--resamples=0", "--nms=0.5"]) == 0
+    assert ("macro_f1_fitted" in capsys.readouterr().out) == used
+    carrying(results, decoder).save(path)  # whatever lies beside it, it carries its own
+    (tmp_path / "thresholds.json").unlink()
+    assert command(["evaluate", str(path), "--resamples=0"]) == 0
+    assert ("macro_f1_fitted" in capsys.readouterr().out) == (split == "test")
+
+
+def test_an_evaluation_without_intervals_and_fit_is_written(tmp_path):
+    results = stack_results(multi_label_results()[:100], ResultsInfo(EMOTIC, split="test"))
+    write_evaluation(evaluate(results), tmp_path / "plain", suffix="")
     assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == [
         "metrics.json",
         "metrics.md",
@@ -606,11 +638,19 @@ def test_the_command_uses_the_thresholds_beside_the_file(tmp_path, capsys):
         (["predictions_test.npz", "--thresholds=none.json"], "none.json: cannot be read"),
         (
             ["predictions_test.npz", "--thresholds=broken.npz"],
-            "broken.npz: not what a calibration writes",
+            "broken.npz: not a stored fit",
         ),
         (
             ["predictions_test.npz", "--thresholds=emotic.json"],
             "emotic.json: fitted for the classes Affection",
+        ),
+        (
+            ["predictions_test.npz", "--thresholds=other.json"],
+            "other.json: fitted for step 6, but predictions_test.npz is of step 7",
+        ),
+        (
+            ["predictions_test.npz", "--thresholds=same.json"],
+            "same.json: fitted on test, the split",
         ),
     ],
 )
@@ -619,8 +659,11 @@ def test_what_the_command_cannot_use_is_one_line(stored, monkeypatch, capsys, ar
     monkeypatch.chdir(folder)
     (folder / "broken.npz").write_bytes(b"PK no zip")
     np.savez(folder / "other.npz", logits=np.zeros(3))
-    Calibration(EMOTIC_CLASSES, 1.0, (0.5,) * 26, "val", 3).save(folder / "emotic.json")
-    assert main(arguments) == 2
+    save_fit(EMOTIC, folder / "emotic.json", checkpoint="step 7")
+    fitted = dataclasses.replace(CAER_S, fitted_on="val")
+    save_fit(fitted, folder / "other.json", checkpoint="step 6")
+    save_fit(fit_decoder(stored[0]), folder / "same.json", checkpoint="step 7")
+    assert command(["evaluate", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1

@@ -16,10 +16,10 @@ import pytest
 
 import dsct_jax
 import train
-from dsct_jax.__main__ import main as dsct_main
+from dsct_jax.__main__ import main as command
 from dsct_jax.config import read_config, to_builtins
 from dsct_jax.errors import UserError
-from dsct_jax.evaluation.calibration import Calibration, read_calibration
+from dsct_jax.evaluation.calibration import read_fit, save_fit
 from dsct_jax.evaluation.results import read_results
 from dsct_jax.model.build import Network
 from dsct_jax.training.checkpoint import Checkpoints
@@ -50,8 +50,9 @@ def workdir(tmp_path_factory, one_device):
     """An untrained checkpoint, evaluated on val and then on test."""
     workdir, config = tmp_path_factory.mktemp("run"), small_config()
     save(workdir, config, one_device)
-    train.evaluate_checkpoint(config, workdir, "val")
-    train.evaluate_checkpoint(config, workdir, "test")
+    run = train.RunConfig.from_mapping(config)
+    train.evaluate_checkpoint(run, workdir, "val")
+    train.evaluate_checkpoint(run, workdir, "test")
     return workdir
 
 
@@ -102,33 +103,33 @@ def test_a_chosen_checkpoint(workdir, tmp_path, one_device):
     )
     checkpoints.save(dataclasses.replace(state, step=state.step + 5), progress={"best_step": 0})
     checkpoints.close()
-    chosen = train.evaluate_checkpoint(config, tmp_path, "test", step=best_step(tmp_path))
+    chosen = train.evaluate_checkpoint(run, tmp_path, "test", step=best_step(tmp_path))
     expected = json.loads((workdir / "metrics_test.json").read_text())
     assert (
         chosen["checkpoint"] == "step 0"
         and chosen["mAP"] == expected["mAP"]
         and chosen["mean_iou"] == expected["mean_iou"]
     )
-    assert train.evaluate_checkpoint(config, tmp_path, "test")["checkpoint"] == "step 5"
+    assert train.evaluate_checkpoint(run, tmp_path, "test")["checkpoint"] == "step 5"
 
 
 def test_the_numbers_come_again_from_the_file_alone(workdir, tmp_path):
-    assert dsct_main(["evaluate", str(workdir / "predictions_test.npz"), f"--output={tmp_path}"]) == 0
+    assert command(["evaluate", str(workdir / "predictions_test.npz"), f"--output={tmp_path}"]) == 0
     assert json.loads((tmp_path / "metrics_test.json").read_text()) == json.loads(
         (workdir / "metrics_test.json").read_text()
     )
 
 
 def test_a_loaded_model_decides_with_the_fitted_thresholds(workdir, tmp_path):
-    fitted = read_calibration(
-        workdir / "thresholds.json", class_names=("Anger", "Fear", "Happy", "Sad")
-    )
-    assert (fitted.split, fitted.checkpoint) == ("val", "step 0")
+    unfitted = train.RunConfig.from_mapping(small_config()).decoder
+    fitted, checkpoint = read_fit(workdir / "thresholds.json", unfitted)
+    assert (fitted.fitted_on, checkpoint) == ("val", "step 0")
     model = dsct_jax.load(workdir)
-    assert (model.thresholds, model.min_confidence) == (fitted.thresholds, fitted.min_confidence)
+    assert model.decoder == fitted
+    assert read_results(workdir / "predictions_test.npz").about.decoder == fitted
     model.save(tmp_path / "model.safetensors")
     again = dsct_jax.load(tmp_path / "model.safetensors")
-    assert (again.thresholds, again.min_confidence) == (fitted.thresholds, fitted.min_confidence)
+    assert again.decoder == fitted
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     ours = dsct_jax.predict(again, [image], min_confidence=0.0, nms=1.0)[0]
     assert len(ours) == 4
@@ -142,15 +143,15 @@ def test_a_loaded_model_decides_with_the_fitted_thresholds(workdir, tmp_path):
 
 def test_thresholds_of_other_weights_are_not_used(workdir, tmp_path, one_device, caplog):
     save(tmp_path, small_config(), one_device)
-    assert dsct_jax.load(tmp_path).thresholds is None
-    Calibration(("Anger", "Fear", "Happy", "Sad"), 1.0, (0.5,) * 4, "val", 9, "step 700").save(
-        tmp_path / "thresholds.json"
-    )
+    unfitted = dsct_jax.load(tmp_path).decoder
+    assert unfitted.thresholds is None
+    fitted = dataclasses.replace(unfitted, thresholds=(0.5,) * 4, fitted_on="val")
+    save_fit(fitted, tmp_path / "thresholds.json", checkpoint="step 700")
     with caplog.at_level("WARNING"):
-        assert dsct_jax.load(tmp_path).thresholds is None
+        assert dsct_jax.load(tmp_path).decoder == unfitted
     assert "fitted for step 700, not for step 0" in caplog.text
     (tmp_path / "thresholds.json").write_text("{")
-    with pytest.raises(UserError, match=r"thresholds\.json: not what a calibration writes"):
+    with pytest.raises(UserError, match=r"thresholds\.json: not a stored fit"):
         dsct_jax.load(tmp_path)
 
 
@@ -164,7 +165,8 @@ jax.distributed.initialize(f"localhost:{port}", 2, number)
 import train
 from dsct_jax.config import to_builtins
 config = json.loads((workdir / "config.json").read_text())
-metrics = train.evaluate_checkpoint(to_builtins(config), workdir, "test")
+run = train.RunConfig.from_mapping(to_builtins(config))
+metrics = train.evaluate_checkpoint(run, workdir, "test")
 (workdir / f"process{number}.json").write_text(json.dumps(metrics))
 """
 

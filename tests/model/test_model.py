@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from dsct_jax.errors import UserError
-from dsct_jax.model.attention import DeformableAttention, initial_offsets
+from dsct_jax.model.attention import DeformableAttention, LayerShape, initial_offsets
 from dsct_jax.model.build import Network, flatten, unflatten
 from dsct_jax.model.decoder import (
     DecoderLayer,
@@ -112,12 +112,7 @@ def test_decoder_layer_and_its_gradients(case, golden):
         else None
     )
     layer = DecoderLayer(
-        d,
-        num_heads=heads,
-        num_levels=levels,
-        num_points=points,
-        feedforward_dim=ffn,
-        dropout_rate=0.0,
+        LayerShape(d, heads, levels, points, ffn, dropout=0.0),
         num_context=context,
         fusion=fusion,
         rngs=nnx.Rngs(0),
@@ -451,7 +446,7 @@ def test_refinement_adds_up_over_the_layers_and_each_layer_learns_alone(small, g
 
 
 def test_offsets_count_in_half_boxes():
-    attention = DeformableAttention(16, num_heads=2, num_levels=1, num_points=4, rngs=nnx.Rngs(0))
+    attention = DeformableAttention(LayerShape(16, 2, 1, 4, 16, 0.0), rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     queries, memory = (jnp.asarray(rng.normal(size=(1, k, 16)), jnp.float32) for k in (2, 48))
     points = jnp.array([[[[0.5, 0.25]], [[0.5, 0.25]]]])

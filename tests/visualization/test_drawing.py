@@ -137,10 +137,26 @@ def test_contact_sheet_shows_every_picture_once():
         assert max(right - left, lower - upper) == 120
     assert len({upper for _, upper, _, _ in corners}) == 3
     assert [round(left / 123) for left, _, _, _ in corners] == [0, 1, 2, 0, 1, 2, 0]
-    with pytest.raises(ValueError, match="0 images"):
-        contact_sheet([], 3)
-    with pytest.raises(ValueError, match="1 captions for 2"):
+    with pytest.raises(ValueError, match="0 columns"):
+        contact_sheet([sheet], 0)
+    with pytest.raises(ValueError, match="2 images, 1 captions"):
         contact_sheet([sheet, sheet], 3, captions=["a"])
+
+
+def test_a_contact_sheet_of_nothing_says_so():
+    """Where every image that was to be shown is damaged, a validation or evaluation goes on."""
+    for captions in (None, []):
+        sheet = np.asarray(contact_sheet([], 3, captions=captions))
+        assert min(sheet.shape[:2]) > 20
+        assert sheet.min() < 50  # the text
+
+
+@pytest.mark.parametrize("size", [(4, 3000), (3000, 3), (1, 1), (10_000, 1)])
+def test_enlarging_ends_at_sixteen_million_pixels(size):
+    drawn = draw_subjects(Image.new("RGB", size), [subject((0, 0, *size), "Sad")])
+    assert drawn.width * drawn.height <= 16e6
+    assert (drawn.width % size[0], drawn.height % size[1]) == (0, 0)
+    assert max(contact_sheet([drawn], 1).size) < 700
 
 
 def test_a_batch_is_drawn_without_padding_and_filler():

@@ -287,9 +287,7 @@ def test_released_weights_for_other_classes(functions, state, ours, tmp_path):
     config = small_config() | {"class_names": ("Anger", "Fear"), "multi_label": False}
     smaller = Network(model_config(config))
     start = smaller.init(1)
-    *result, report = pretrained(
-        write_state(tmp_path / "x.pth", state), smaller, *start, config
-    )
+    *result, report = pretrained(write_state(tmp_path / "x.pth", state), smaller, *start, config)
     assert_taken(result, ours, start, re.compile("(?!class_head).*"))
     assert "  re-initialized: class_head (2)" in report
     assert "  left out: class_embed_dsct (2)" in report
