@@ -17,6 +17,203 @@ from dsct_jax.errors import UserError
 
 T = TypeVar("T")
 
+CLASS_LOSSES = ("focal", "softmax")
+FOCAL_NORMALIZATIONS = ("released", "paper")
+MATCHERS = ("scipy", "device")
+SCHEDULES = ("step", "cosine")
+ShardRules = Sequence[tuple[str, str]]
+# (regex over whole paths such as "opt_state/.*", axis of the mesh); the first that matches
+# counts
+FSDP: ShardRules = ((r"(params|ema|opt_state)/.*", "data"),)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatcherConfig:
+    """Weights of the three costs (the paper's theta; the released code's set_cost_*), and where the
+    assignment is solved.
+    """
+
+    cost_class: float = 2.0
+    cost_bbox: float = 5.0  # L1
+    cost_giou: float = 2.0
+    implementation: str = "scipy"
+
+    def __post_init__(self) -> None:
+        if self.implementation not in MATCHERS:
+            raise UserError(
+                f"matcher.implementation={self.implementation!r} is not one of "
+                f"{', '.join(MATCHERS)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights and forms of the loss terms; meaning and source of each in configs/base.py."""
+
+    weight_class: float = 5.0
+    weight_bbox: float = 5.0
+    weight_giou: float = 2.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    focal_normalization: str = "released"
+    class_weights: tuple[float, ...] = ()
+    class_loss: str = "focal"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "class_weights", tuple(self.class_weights)
+        )  # hashable, so that the configuration can be a static argument
+        if self.class_loss not in CLASS_LOSSES:
+            raise UserError(
+                f"loss.class_loss={self.class_loss!r} is not one of {', '.join(CLASS_LOSSES)}"
+            )
+        if self.focal_normalization not in FOCAL_NORMALIZATIONS:
+            raise UserError(
+                f"loss.focal_normalization={self.focal_normalization!r} is not one of "
+                f"{', '.join(FOCAL_NORMALIZATIONS)}"
+            )
+        if not (
+            0 <= self.focal_alpha <= 1 and self.focal_gamma >= 0 and 0 <= self.label_smoothing < 1
+        ):
+            raise UserError(
+                f"loss: focal_alpha={self.focal_alpha} must lie in [0, 1], "
+                f"focal_gamma={self.focal_gamma} be at least 0, "
+                f"label_smoothing={self.label_smoothing} lie in [0, 1)"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule and the rules over parameter paths; meaning and source of each field in
+    configs/base.py.
+    """
+
+    learning_rate: float = 2e-4
+    weight_decay: float = 1e-4
+    clip_norm: float = 0.1
+    schedule: str = "step"
+    drop_at: float = 0.8
+    warmup_steps: int = 0
+    rules: Sequence[tuple[str, float]] = ((".*", 1.0),)
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise UserError(
+                f"optimizer.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}"
+            )
+        if (
+            self.learning_rate <= 0
+            or self.weight_decay < 0
+            or self.clip_norm <= 0
+            or self.warmup_steps < 0
+        ):
+            raise UserError(
+                f"optimizer: learning_rate={self.learning_rate} and clip_norm={self.clip_norm} "
+                "must be positive, "
+                f"weight_decay={self.weight_decay} and warmup_steps={self.warmup_steps} not "
+                "negative (clip_norm=float('inf') does not clip)"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """How a step is carried out; configs/base.py explains each field (section train)."""
+
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    skip_nonfinite: bool = True
+    shard_rules: ShardRules = ()
+    shard_min_size: int = 2**14
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise UserError(f"accumulate={self.accumulate} cannot be used: must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(
+                f"ema_decay={self.ema_decay} cannot be used: must lie in [0, 1), 0 = off"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The `train` section of a configuration; configs/base.py explains each field."""
+
+    batch_size: int
+    eval_batch_size: int
+    epochs: float
+    steps: int
+    eval_every: float
+    checkpoint_every: float
+    keep_checkpoints: int
+    log_every: int
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    fsdp: bool = False
+    max_skipped: int = 20
+    best_metric: str = ""
+    early_stopping: int = 0
+    wandb: str = ""
+
+    def __post_init__(self) -> None:
+        for field in (
+            "batch_size",
+            "eval_batch_size",
+            "keep_checkpoints",
+            "log_every",
+            "accumulate",
+        ):
+            if getattr(self, field) < 1:
+                raise UserError(
+                    f"config.train.{field}={getattr(self, field)} cannot be used: must be at "
+                    "least 1"
+                )
+        for field in ("epochs", "eval_every", "checkpoint_every"):
+            if not 0 < getattr(self, field) < float("inf"):
+                raise UserError(
+                    f"config.train.{field}={getattr(self, field)} cannot be used: must be more "
+                    "than 0"
+                )
+        if self.steps < 0:
+            raise UserError(
+                f"config.train.steps={self.steps} cannot be used: must be 0 (as many as "
+                "config.train.epochs say) or more"
+            )
+        for field in ("max_skipped", "early_stopping"):
+            if getattr(self, field) < 0:
+                raise UserError(
+                    f"config.train.{field}={getattr(self, field)} cannot be used: must be 0 or more"
+                )
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(
+                f"config.train.ema_decay={self.ema_decay} cannot be used: must be at least 0 "
+                "(off) and less than 1"
+            )
+
+    @property
+    def step_config(self) -> StepConfig:
+        """The part that a step needs to know."""
+        return StepConfig(
+            accumulate=self.accumulate,
+            ema_decay=self.ema_decay,
+            shard_rules=FSDP if self.fsdp else (),
+        )
+
+    def require_divisible(self, devices: int) -> None:
+        """Raises UserError unless the global batch sizes divide by the number of devices."""
+        if self.batch_size % (devices * self.accumulate) and self.accumulate > 1:
+            parts = f"{devices} devices x config.train.accumulate={self.accumulate}"
+            raise UserError(
+                f"config.train.batch_size={self.batch_size} cannot be shared by {parts}: set it "
+                "to a multiple of their product"
+            )
+        for field in ("batch_size", "eval_batch_size"):
+            if getattr(self, field) % devices:
+                raise UserError(
+                    f"config.train.{field}={getattr(self, field)} cannot be shared by {devices} "
+                    f"devices: set it to a multiple of {devices}"
+                )
+
 
 def to_builtins(value: Any) -> Any:
     """A mapping of any kind, tuples and lists -> dict and tuple all the way down, as dataclasses

@@ -20,16 +20,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsct_jax.batch import Batch
+from dsct_jax.config import FSDP as FSDP
+from dsct_jax.config import ShardRules as ShardRules
 from dsct_jax.errors import UserError
 
 AXES = ("data", "model")
 BATCH = P(AXES)  # the first axis of everything that belongs to a batch
 LAYERED = P(None, AXES)  # [layers b ...]
-
-ShardRules = Sequence[tuple[str, str]]
-# (regex over whole paths such as "opt_state/.*", axis of the mesh); the first that matches
-# counts
-FSDP: ShardRules = ((r"(params|ema|opt_state)/.*", "data"),)
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, *, model: int = 1) -> Mesh:

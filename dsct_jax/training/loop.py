@@ -12,93 +12,14 @@ import jax
 import numpy as np
 
 from dsct_jax.batch import Batch
+from dsct_jax.config import TrainConfig as TrainConfig
 from dsct_jax.errors import UserError
-from dsct_jax.parallel import FSDP, Prefetch
+from dsct_jax.parallel import Prefetch
 from dsct_jax.runtime import CompilationLog, Preemption
 from dsct_jax.training.checkpoint import Checkpoints
 from dsct_jax.training.logbook import Logbook
 from dsct_jax.training.optimizer import OptimizerConfig, learning_rates
-from dsct_jax.training.step import StepConfig, TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """The `train` section of a configuration; configs/base.py explains each field."""
-
-    batch_size: int
-    eval_batch_size: int
-    epochs: float
-    steps: int
-    eval_every: float
-    checkpoint_every: float
-    keep_checkpoints: int
-    log_every: int
-    accumulate: int = 1
-    ema_decay: float = 0.0
-    fsdp: bool = False
-    max_skipped: int = 20
-    best_metric: str = ""
-    early_stopping: int = 0
-    wandb: str = ""
-
-    def __post_init__(self) -> None:
-        for field in (
-            "batch_size",
-            "eval_batch_size",
-            "keep_checkpoints",
-            "log_every",
-            "accumulate",
-        ):
-            if getattr(self, field) < 1:
-                raise UserError(
-                    f"config.train.{field}={getattr(self, field)} cannot be used: must be at "
-                    "least 1"
-                )
-        for field in ("epochs", "eval_every", "checkpoint_every"):
-            if not 0 < getattr(self, field) < float("inf"):
-                raise UserError(
-                    f"config.train.{field}={getattr(self, field)} cannot be used: must be more "
-                    "than 0"
-                )
-        if self.steps < 0:
-            raise UserError(
-                f"config.train.steps={self.steps} cannot be used: must be 0 (as many as "
-                "config.train.epochs say) or more"
-            )
-        for field in ("max_skipped", "early_stopping"):
-            if getattr(self, field) < 0:
-                raise UserError(
-                    f"config.train.{field}={getattr(self, field)} cannot be used: must be 0 or more"
-                )
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(
-                f"config.train.ema_decay={self.ema_decay} cannot be used: must be at least 0 "
-                "(off) and less than 1"
-            )
-
-    @property
-    def step_config(self) -> StepConfig:
-        """The part that a step needs to know."""
-        return StepConfig(
-            accumulate=self.accumulate,
-            ema_decay=self.ema_decay,
-            shard_rules=FSDP if self.fsdp else (),
-        )
-
-    def require_divisible(self, devices: int) -> None:
-        """Raises UserError unless the global batch sizes divide by the number of devices."""
-        if self.batch_size % (devices * self.accumulate) and self.accumulate > 1:
-            parts = f"{devices} devices x config.train.accumulate={self.accumulate}"
-            raise UserError(
-                f"config.train.batch_size={self.batch_size} cannot be shared by {parts}: set it "
-                "to a multiple of their product"
-            )
-        for field in ("batch_size", "eval_batch_size"):
-            if getattr(self, field) % devices:
-                raise UserError(
-                    f"config.train.{field}={getattr(self, field)} cannot be shared by {devices} "
-                    f"devices: set it to a multiple of {devices}"
-                )
+from dsct_jax.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)

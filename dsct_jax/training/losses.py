@@ -14,48 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from dsct_jax.batch import Targets
 from dsct_jax.boxes import cxcywh_to_xyxy, iou_and_giou
+from dsct_jax.config import LossConfig as LossConfig
 from dsct_jax.errors import UserError
 
-CLASS_LOSSES = ("focal", "softmax")
-FOCAL_NORMALIZATIONS = ("released", "paper")
 _EXACT = jax.lax.Precision.HIGHEST  # a one-hot product must return the very number it selects
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """Weights and forms of the loss terms; meaning and source of each in configs/base.py."""
-
-    weight_class: float = 5.0
-    weight_bbox: float = 5.0
-    weight_giou: float = 2.0
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
-    focal_normalization: str = "released"
-    class_weights: tuple[float, ...] = ()
-    class_loss: str = "focal"
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "class_weights", tuple(self.class_weights)
-        )  # hashable, so that the configuration can be a static argument
-        if self.class_loss not in CLASS_LOSSES:
-            raise UserError(
-                f"loss.class_loss={self.class_loss!r} is not one of {', '.join(CLASS_LOSSES)}"
-            )
-        if self.focal_normalization not in FOCAL_NORMALIZATIONS:
-            raise UserError(
-                f"loss.focal_normalization={self.focal_normalization!r} is not one of "
-                f"{', '.join(FOCAL_NORMALIZATIONS)}"
-            )
-        if not (
-            0 <= self.focal_alpha <= 1 and self.focal_gamma >= 0 and 0 <= self.label_smoothing < 1
-        ):
-            raise UserError(
-                f"loss: focal_alpha={self.focal_alpha} must lie in [0, 1], "
-                f"focal_gamma={self.focal_gamma} be at least 0, "
-                f"label_smoothing={self.label_smoothing} lie in [0, 1)"
-            )
 
 
 @dataclasses.dataclass(frozen=True)

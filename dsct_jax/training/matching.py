@@ -8,7 +8,6 @@ differ by less than about 1e-5 are the same to the device, which reckons in floa
 in float64.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -20,34 +19,13 @@ from scipy.optimize import linear_sum_assignment
 
 from dsct_jax.batch import Targets
 from dsct_jax.boxes import cxcywh_to_xyxy, iou_and_giou
-from dsct_jax.errors import UserError
-
-IMPLEMENTATIONS = ("scipy", "device")
+from dsct_jax.config import MatcherConfig as MatcherConfig
 
 # The released matcher fixes these two, whatever the focal loss uses, and adds _LOG_OFFSET inside
 # the logarithms.
 _ALPHA = 0.25
 _GAMMA = 2.0
 _LOG_OFFSET = 1e-8
-
-
-@dataclasses.dataclass(frozen=True)
-class MatcherConfig:
-    """Weights of the three costs (the paper's theta; the released code's set_cost_*), and where the
-    assignment is solved.
-    """
-
-    cost_class: float = 2.0
-    cost_bbox: float = 5.0  # L1
-    cost_giou: float = 2.0
-    implementation: str = "scipy"
-
-    def __post_init__(self) -> None:
-        if self.implementation not in IMPLEMENTATIONS:
-            raise UserError(
-                f"matcher.implementation={self.implementation!r} is not one of "
-                f"{', '.join(IMPLEMENTATIONS)}"
-            )
 
 
 def matching_cost(

@@ -5,7 +5,6 @@ The arithmetic is PyTorch's (decoupled decay, clipping by min(1, limit / (norm +
 released training run can be followed step by step.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,47 +14,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from dsct_jax.config import OptimizerConfig as OptimizerConfig
 from dsct_jax.errors import UserError
 
 # nested dicts of arrays (or of ShapeDtypeStructs, or of floats), keys are strings or integers
 Tree = Any
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
-SCHEDULES = ("step", "cosine")
 _DROP_FACTOR = 0.1
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW, its schedule and the rules over parameter paths; meaning and source of each field in
-    configs/base.py.
-    """
-
-    learning_rate: float = 2e-4
-    weight_decay: float = 1e-4
-    clip_norm: float = 0.1
-    schedule: str = "step"
-    drop_at: float = 0.8
-    warmup_steps: int = 0
-    rules: Sequence[tuple[str, float]] = ((".*", 1.0),)
-
-    def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise UserError(
-                f"optimizer.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}"
-            )
-        if (
-            self.learning_rate <= 0
-            or self.weight_decay < 0
-            or self.clip_norm <= 0
-            or self.warmup_steps < 0
-        ):
-            raise UserError(
-                f"optimizer: learning_rate={self.learning_rate} and clip_norm={self.clip_norm} "
-                "must be positive, "
-                f"weight_decay={self.weight_decay} and warmup_steps={self.warmup_steps} not "
-                "negative (clip_norm=float('inf') does not clip)"
-            )
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:

@@ -21,10 +21,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsct_jax.batch import Batch, Predictions, padding_mask
+from dsct_jax.config import StepConfig as StepConfig
 from dsct_jax.errors import UserError
 from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.layers import DropoutNoise
-from dsct_jax.parallel import AXES, BATCH, LAYERED, ShardRules, spec_of, state_sharding
+from dsct_jax.parallel import AXES, BATCH, LAYERED, spec_of, state_sharding
 from dsct_jax.preprocess import normalize
 from dsct_jax.training.losses import LossConfig, LossSums, count_boxes, loss_sums
 from dsct_jax.training.matching import (
@@ -55,25 +56,6 @@ class TrainState:
     )  # moving average of `params`, float32; {} = off
     skipped: Any = _ZERO  # int32 [], steps skipped in a row because something was not finite
     skipped_total: Any = _ZERO  # int32 [], the same since the start of the run
-
-
-@dataclasses.dataclass(frozen=True)
-class StepConfig:
-    """How a step is carried out; configs/base.py explains each field (section train)."""
-
-    accumulate: int = 1
-    ema_decay: float = 0.0
-    skip_nonfinite: bool = True
-    shard_rules: ShardRules = ()
-    shard_min_size: int = 2**14
-
-    def __post_init__(self) -> None:
-        if self.accumulate < 1:
-            raise UserError(f"accumulate={self.accumulate} cannot be used: must be at least 1")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(
-                f"ema_decay={self.ema_decay} cannot be used: must lie in [0, 1), 0 = off"
-            )
 
 
 def initial_state(
