@@ -26,7 +26,14 @@ from data.config import SPLITS, DataConfig
 from data.pipeline import Dataset, make_dataset
 from dsct_jax.batch import Batch, Predictions
 from dsct_jax.cli import Parser, run_command
-from dsct_jax.config import dataclass_from_dict, read_config, require
+from dsct_jax.config import (
+    LossConfig,
+    MatcherConfig,
+    OptimizerConfig,
+    dataclass_from_dict,
+    read_config,
+    require,
+)
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import FILE as CALIBRATION_FILE
 from dsct_jax.evaluation.calibration import calibration_of_run
@@ -70,10 +77,8 @@ from dsct_jax.training.loop import (
     parse_window,
     stopped_early,
 )
-from dsct_jax.training.losses import LossConfig
-from dsct_jax.training.matching import MatcherConfig
 from dsct_jax.training.memory_plan import format_plan, make_plan
-from dsct_jax.training.optimizer import OptimizerConfig
+from dsct_jax.training.objective import SetPrediction
 from dsct_jax.training.step import (
     TrainState,
     TrainStep,
@@ -297,9 +302,7 @@ def train_step(
     return make_train_step(
         functions,
         optimizer,
-        loss=run.loss,
-        matcher=run.matcher,
-        multi_label=run.multi_label,
+        objective=SetPrediction(run.loss, run.matcher, multi_label=run.multi_label),
         mesh=mesh,
         seed=run.seed,
         step_config=run.train.step_config,

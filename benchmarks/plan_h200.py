@@ -21,15 +21,20 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from benchmarks.compile_h200 import H200
-from dsct_jax.config import dataclass_from_dict, read_config
+from dsct_jax.config import (
+    MATCHERS,
+    LossConfig,
+    MatcherConfig,
+    OptimizerConfig,
+    dataclass_from_dict,
+    read_config,
+)
 from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import Network
 from dsct_jax.model.layers import REMAT
 from dsct_jax.parallel import make_mesh
-from dsct_jax.training.losses import LossConfig
-from dsct_jax.training.matching import IMPLEMENTATIONS, MatcherConfig
 from dsct_jax.training.memory_plan import format_plan, make_plan
-from dsct_jax.training.optimizer import OptimizerConfig
+from dsct_jax.training.objective import SetPrediction
 from dsct_jax.training.step import initial_state, make_train_step
 
 
@@ -41,7 +46,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--remat", choices=REMAT, default="light")
-    parser.add_argument("--matcher", choices=IMPLEMENTATIONS, default="scipy")
+    parser.add_argument("--matcher", choices=MATCHERS, default="scipy")
     args = parser.parse_args()
     config = read_config(args.config)
     config["model"] |= {"compute_dtype": args.dtype, "remat": args.remat}
@@ -59,15 +64,12 @@ def main() -> None:
         ),
         state,
     )
-    step = make_train_step(
-        functions,
-        optimizer,
-        loss=dataclass_from_dict(LossConfig, "loss", config["loss"]),
-        matcher=MatcherConfig(implementation=args.matcher),
+    objective = SetPrediction(
+        dataclass_from_dict(LossConfig, "loss", config["loss"]),
+        MatcherConfig(implementation=args.matcher),
         multi_label=config["multi_label"],
-        mesh=mesh,
-        seed=0,
     )
+    step = make_train_step(functions, optimizer, objective=objective, mesh=mesh, seed=0)
     height, width = (int(side) for side in args.size.split("x"))
     sizes = {
         "batch_size": args.batch,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.batch import Predictions
+from dsct_jax.batch import Predictions, Targets
 from dsct_jax.errors import UserError
 from dsct_jax.model.backbone import BACKBONES, ResNet
 from dsct_jax.model.decoder import DecoderLayer, FusionConfig
@@ -181,16 +181,19 @@ class DSCT(nnx.Module):
         images: Float[Array, "b h w 3"],
         padding_mask: Bool[Array, "b h w"],
         *,
+        people: Targets | None = None,
         noise: DropoutNoise | None = None,
         return_details: bool = False,
         implementation: str | None = None,
     ) -> Predictions:
         """Normalised images and their padding (True) -> predictions of every decoder layer.
 
-        `noise` turns dropout on, which means training; `implementation` names one of deformable
+        `noise` turns dropout on, which means training; `people` are for networks that learn to
+        denoise them, and not read here; `implementation` names one of deformable
         attention's. With `return_details` the predictions carry reference points, memory and,
         stacked over decoder layers, everything the layers looked at.
         """
+        del people
         remat = "none" if return_details else self.config.remat
         # The scopes are what a profile calls the parts.
         with jax.named_scope("backbone"):
