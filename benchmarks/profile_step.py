@@ -23,8 +23,8 @@ import jax
 from benchmarks.training_step import build
 from dsct_jax.config import read_config
 from dsct_jax.model.layers import REMAT
+from dsct_jax.training.halves import run_on_host
 from dsct_jax.training.objective import match_on_host
-from dsct_jax.training.step import run_on_host
 
 PARTS = (
     "backbone",

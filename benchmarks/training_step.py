@@ -40,6 +40,7 @@ from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.layers import REMAT, DropoutNoise
 from dsct_jax.parallel import BATCH, make_mesh, shard_batch
+from dsct_jax.training.halves import run_on_host
 from dsct_jax.training.matching import assign_on_device
 from dsct_jax.training.objective import MatchingProblem, SetPrediction, match_on_host
 from dsct_jax.training.step import (
@@ -48,7 +49,6 @@ from dsct_jax.training.step import (
     initial_state,
     make_train_step,
     model_input,
-    run_on_host,
 )
 
 PARTS = ("backbone", "encoder", "decoder", "matcher", "optimizer")

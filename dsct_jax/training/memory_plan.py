@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dsct_jax.batch import Batch, Targets
 from dsct_jax.parallel import BATCH
+from dsct_jax.training.halves import shapes_from_host
 from dsct_jax.training.step import TrainState, TrainStep
 
 _MIB, _GIGA = 2**20, 1e9
@@ -181,7 +182,7 @@ def _programs(step: TrainStep, state: TrainState, batch: Batch):
     if step.objective.host_half is not None:
         program, forward = _compile("first_half", step.first_half, state, batch, part)
         yield program
-        solved = step.solved_shapes(forward)
+        solved = shapes_from_host(step.objective.host_half, forward.problem, step.mesh)
     if part is None:
         yield _compile("second_half", step.second_half, state, forward, solved, batch)[0]
         return

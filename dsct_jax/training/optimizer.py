@@ -150,3 +150,25 @@ def _adamw(schedule: Schedule, weight_decay: float) -> optax.GradientTransformat
         return updates, optax.ScaleByAdamState(unless_skipped(count, state.count), mean, square)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def gradient_norms(grads: dict[str, Any]) -> dict[str, jax.Array]:
+    """L2 norm of all gradients, `grad_norm`, and of each part of the network, `grad_norm/PART` (the
+    first component of the paths).
+    """
+    squares: dict[str, Any] = {}
+    for path, value in grads.items():
+        group = path.split("/")[0]
+        squares[group] = squares.get(group, 0.0) + jnp.sum(jnp.square(value))
+    groups = {f"grad_norm/{group}": jnp.sqrt(square) for group, square in squares.items()}
+    return {"grad_norm": jnp.sqrt(sum(squares.values(), start=jnp.zeros(())))} | groups
+
+
+def moving_average(
+    ema: dict[str, Any], params: dict[str, Any], step: jax.Array, *, decay: float
+) -> dict[str, Any]:
+    """Moving average after one more step; early ones move it faster, by a decay of (1 + step) / (10
+    + step), as in TensorFlow.
+    """
+    keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, params)

@@ -26,8 +26,14 @@ from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.layers import DropoutNoise
 from dsct_jax.parallel import AXES, BATCH, LAYERED, spec_of, state_sharding
 from dsct_jax.preprocess import normalize
+from dsct_jax.training.halves import PullBack, add_axis, drop_axis, run_on_host
 from dsct_jax.training.objective import LossSums, Objective
-from dsct_jax.training.optimizer import make_optimizer, multipliers
+from dsct_jax.training.optimizer import (
+    gradient_norms,
+    make_optimizer,
+    moving_average,
+    multipliers,
+)
 
 _ZERO = np.int32(0)
 
@@ -87,85 +93,25 @@ def model_input(batch: Batch) -> tuple[jax.Array, jax.Array]:
     normalized.
     """
     mask = padding_mask(batch.sizes, *batch.images.shape[1:3])
-    images = (
-        batch.images
-        if jnp.issubdtype(batch.images.dtype, jnp.floating)
-        else normalize(batch.images, mask)
-    )
-    return images, mask
-
-
-def run_on_host(half: Callable[[Any], Any], problem: Any) -> Any:
-    """`half` of each addressable device's part of `problem`, whose arrays lead with an axis of one
-    per device; returns arrays of the same kind, on the same devices.
-    """
-    leaves, structure = jax.tree.flatten(problem)
-    parts: dict[jax.Device, list[np.ndarray]] = {}
-    for leaf in leaves:
-        for shard in leaf.addressable_shards:
-            parts.setdefault(shard.device, []).append(np.asarray(shard.data)[0])
-    solved = [
-        jax.device_put(jax.tree.map(lambda x: x[None], half(structure.unflatten(part))), device)
-        for device, part in parts.items()
-    ]
-    sharding = leaves[0].sharding
-    return jax.tree.map(
-        lambda *shards: jax.make_array_from_single_device_arrays(
-            (sharding.mesh.size, *shards[0].shape[1:]), sharding, list(shards)
-        ),
-        *solved,
-    )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _PullBack:
-    """A pull-back between two compiled functions: without the parameters that it refers to, which
-    both have, and without anything twice.
-    """
-
-    kept: list[Any]  # arbitrary shapes
-    # of each leaf of the closure: in `kept`, or the parameter's path
-    places: tuple[int | str, ...] = dataclasses.field(metadata={"static": True})
-    structure: Any = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def pack(cls, pull_back: Any, parameters: FlatParams) -> "_PullBack":
-        leaves, structure = jax.tree.flatten(pull_back)
-        paths = {id(value): path for path, value in parameters.items()}
-        unique = list({id(leaf): leaf for leaf in leaves if id(leaf) not in paths}.values())
-        numbers = {id(leaf): number for number, leaf in enumerate(unique)}
-        return cls(
-            unique,
-            tuple(paths.get(id(leaf), numbers.get(id(leaf), "")) for leaf in leaves),
-            structure,
-        )
-
-    def unpack(self, parameters: FlatParams) -> Any:
-        leaves = [
-            parameters[place] if isinstance(place, str) else self.kept[place]
-            for place in self.places
-        ]
-        return jax.tree.unflatten(self.structure, leaves)
+    if jnp.issubdtype(batch.images.dtype, jnp.floating):
+        return batch.images, mask
+    return normalize(batch.images, mask), mask
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Forward:
-    """What the first half hands to the second, for one part of the batch; between the halves every
-    array leads with an axis of one per device.
-    """
+    """What the first half hands to the second, for one part of the batch."""
 
     problem: Any  # from Objective.prepare; finite, where steps that are not finite are skipped
     predictions: Any
-    pull_back: Any  # _PullBack of the predictions with respect to the trained parameters
+    pull_back: Any  # PullBack of the predictions with respect to the trained parameters
 
 
 class TrainStep:
-    """Callable (state, batch) -> (state, metrics), the state donated; made by `make_train_step`.
-
-    A step is `first_half`, the host, `second_half`, or `second_half` alone without a host's part;
-    with accumulation `add_gradients` takes the place of `second_half`, and `update` follows.
+    """Callable, made by `make_train_step`. A step is `first_half`, the host, `second_half`, or
+    `second_half` alone where the host has no part; with accumulation `add_gradients` takes the
+    place of `second_half`, and `update` follows.
     """
 
     def __init__(
@@ -210,15 +156,6 @@ class TrainStep:
         forward = self.first_half(state, batch, part)
         return forward, run_on_host(self.objective.host_half, forward.problem)
 
-    def solved_shapes(self, forward: _Forward) -> Any:
-        """What the host gives for the `forward` of abstract arguments: shapes with shardings."""
-        sharding = NamedSharding(self.mesh, BATCH)
-        problem = jax.tree.map(lambda x: np.zeros(x.shape[1:], x.dtype), forward.problem)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((self.mesh.size, *x.shape), x.dtype, sharding=sharding),
-            self.objective.host_half(problem) if self.objective.host_half else None,
-        )
-
     def _shard(self, f: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         return jax.shard_map(
             f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
@@ -260,12 +197,7 @@ class TrainStep:
         if self.config.skip_nonfinite:
             # the step finds out by itself, and no matcher has to cope
             problem = jax.tree.map(
-                lambda x: (
-                    jnp.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
-                    if jnp.issubdtype(x.dtype, jnp.floating)
-                    else x
-                ),
-                problem,
+                lambda x: jnp.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0), problem
             )
         return _Forward(problem, predictions, pull_back)
 
@@ -274,8 +206,8 @@ class TrainStep:
 
         def first_half(values, batch, part):
             forward = self._forward(values, batch, part)
-            pull_back = _PullBack.pack(forward.pull_back, _merged(values))
-            return _add_axis(dataclasses.replace(forward, pull_back=pull_back))
+            pull_back = PullBack.pack(forward.pull_back, _merged(values))
+            return add_axis(dataclasses.replace(forward, pull_back=pull_back))
 
         return self._shard(first_half, in_specs=(P(), BATCH, P()), out_specs=BATCH)(
             _values(state), batch, part
@@ -308,7 +240,7 @@ class TrainStep:
                 forward = self._forward(values, batch, part)
                 solved, pull_back = forward.problem, forward.pull_back
             else:
-                forward, solved = _drop_axis((forward, solved))
+                forward, solved = drop_axis((forward, solved))
                 pull_back = forward.pull_back.unpack(_merged(values))
             batch = self._cut(batch, part)
 
@@ -321,9 +253,10 @@ class TrainStep:
                 cotangents, sums = jax.grad(objective, has_aux=True, allow_int=True)(
                     forward.predictions
                 )
-            sums.terms["nonfinite"] = (~_all_finite(forward.predictions)).astype(jnp.float32)
+            finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(forward.predictions)]
+            sums.terms["nonfinite"] = (~jnp.stack(finite).all()).astype(jnp.float32)
             (grads,) = pull_back(cotangents)
-            return _add_axis((grads, sums))
+            return add_axis((grads, sums))
 
         in_specs = (P(), BATCH, BATCH, BATCH, P(), P())
         return self._shard(gradients, in_specs=in_specs, out_specs=BATCH)(
@@ -391,17 +324,14 @@ class TrainStep:
                 grads, state.opt_state, state.params, skip=skip
             )
             params = optax.apply_updates(state.params, updates)
-            average = (
-                moving_average(state.ema, params, state.step, decay=self.config.ema_decay)
-                if state.ema
-                else {}
-            )
-            ema = jax.tree.map(lambda old, new: jnp.where(skip, old, new), state.ema, average)
-        new = TrainState(
+            ema = state.ema
+            if ema:
+                average = moving_average(ema, params, state.step, decay=self.config.ema_decay)
+                ema = jax.tree.map(lambda old, new: jnp.where(skip, old, new), ema, average)
+        new = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=params,
-            frozen_params=state.frozen_params,
-            norm_stats=state.norm_stats,
             opt_state=opt_state,
             ema=ema,
             skipped=jnp.where(unsound, state.skipped + 1, 0),
@@ -446,47 +376,11 @@ def _merged(values: tuple[Any, ...]) -> FlatParams:
     return params | frozen_params | norm_stats
 
 
-def _add_axis(tree: Any) -> Any:
-    """A leading axis of one on every leaf, along which the devices' values are put together."""
-    return jax.tree.map(lambda x: x[None], tree)
-
-
-def _drop_axis(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x[0], tree)
-
-
-def _all_finite(tree: Any) -> jax.Array:
-    floating = (x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
-    return jnp.stack([jnp.isfinite(x).all() for x in floating]).all()
-
-
 def _scatter(x: jax.Array, spec: P) -> jax.Array:
     """Sum over all devices, of which each keeps its slice along the axis that `spec` names."""
     ((dimension, axis),) = ((i, axis) for i, axis in enumerate(spec) if axis)
     x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
     return jax.lax.psum(x, tuple(other for other in AXES if other != axis))
-
-
-def gradient_norms(grads: FlatParams) -> dict[str, jax.Array]:
-    """L2 norm of all gradients, `grad_norm`, and of each part of the network, `grad_norm/PART` (the
-    first component of the paths).
-    """
-    squares: dict[str, Any] = {}
-    for path, value in grads.items():
-        group = path.split("/")[0]
-        squares[group] = squares.get(group, 0.0) + jnp.sum(jnp.square(value))
-    groups = {f"grad_norm/{group}": jnp.sqrt(square) for group, square in squares.items()}
-    return {"grad_norm": jnp.sqrt(sum(squares.values(), start=jnp.zeros(())))} | groups
-
-
-def moving_average(
-    ema: FlatParams, params: FlatParams, step: jax.Array, *, decay: float
-) -> FlatParams:
-    """Moving average after one more step; early ones move it faster, by a decay of (1 + step) / (10
-    + step), as in TensorFlow.
-    """
-    keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, params)
 
 
 def make_eval_step(

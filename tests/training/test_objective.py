@@ -1,4 +1,4 @@
-"""Branches of a set prediction (one-to-many, denoising, overlap), and objectives without a matching,
+"""Branches of a set prediction (one-to-many, denoising, overlap) and objectives without a matching,
 alone and inside a training step.
 """
 
@@ -32,7 +32,8 @@ def make_batch(b: int = 8, seed: int = 0) -> Batch:
     valid[0] = False
     sizes = np.full((b, 2), 8, np.int32)
     targets = Targets(boxes, labels, valid)
-    return Batch(images, sizes, targets, np.arange(b, dtype=np.int32), sizes, np.ones(b, bool))
+    batch = Batch(images, sizes, targets, np.arange(b, dtype=np.int32), sizes, np.ones(b, bool))
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def random_answer(q: int, b: int = 8, seed: int = 1) -> tuple[jax.Array, jax.Array]:
@@ -68,13 +69,15 @@ def plain_sums(logits, boxes, batch: Batch, assignment, *, repeats: int = 1) -> 
     )
 
 
+def matched(logits, boxes, targets: Targets) -> np.ndarray:
+    cost = matching_cost(logits, boxes, targets, config=MatcherConfig(), multi_label=False)
+    return assign_on_host(np.asarray(cost), np.asarray(targets.valid))
+
+
 @pytest.mark.parametrize("implementation", ["scipy", "device"])
 def test_a_network_without_branches_has_the_plain_losses(implementation):
     batch, (logits, boxes) = make_batch(), random_answer(4)
-    cost = matching_cost(logits, boxes, batch.targets, config=MatcherConfig(), multi_label=False)
-    expected = plain_sums(
-        logits, boxes, batch, assign_on_host(np.asarray(cost), batch.targets.valid)
-    )
+    expected = plain_sums(logits, boxes, batch, matched(logits, boxes, batch.targets))
     found = sums_of(set_prediction(implementation), Predictions(logits, boxes), batch)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
@@ -83,15 +86,15 @@ def test_a_network_without_branches_has_the_plain_losses(implementation):
 @pytest.mark.parametrize("repeats", [2, 3])
 def test_repeats_are_a_matching_with_targets_that_are_repeated(implementation, repeats):
     batch, (logits, boxes) = make_batch(), random_answer(7)
-    copies = jax.tree.map(lambda x: np.concatenate([x] * repeats, axis=1), batch.targets)
-    cost = matching_cost(logits, boxes, copies, config=MatcherConfig(), multi_label=False)
-    assignment = assign_on_host(np.asarray(cost), copies.valid)
+    copies = jax.tree.map(lambda x: jnp.concatenate([x] * repeats, axis=1), batch.targets)
+    assignment = matched(logits, boxes, copies)
     assert (np.bincount(assignment[0, 1][assignment[0, 1] >= 0] % T).max()) == repeats
     answer = random_answer(4, seed=2)
     branch = Branch(logits, boxes, Hungarian(repeats), name="many")
     found = sums_of(
         set_prediction(implementation), Predictions(*answer, branches=(branch,)), batch
     ).terms
+    # the copies are people too, so there are `repeats` times as many to divide by
     expected = plain_sums(logits, boxes, dataclasses.replace(batch, targets=copies), assignment)
     for name in ("loss_class", "loss_class/0", "loss_bbox", "loss_giou"):
         np.testing.assert_allclose(found[f"many/{name}"], expected.terms[name], rtol=1e-6)
@@ -116,8 +119,9 @@ def test_the_weight_of_a_branch_scales_what_it_adds_to_the_total():
 def test_known_queries_answer_for_the_people_that_they_were_made_of():
     batch, (logits, boxes) = make_batch(), random_answer(2 * T + 1)
     made_of = np.tile(np.r_[np.arange(T), np.arange(T), -1], (8, 1)).astype(np.int32)
-    valid = np.concatenate([batch.targets.valid, batch.targets.valid, np.zeros((8, 1), bool)], 1)
-    branch = Branch(logits, boxes, Known(made_of, repeats=2), name="denoising")
+    people = np.asarray(batch.targets.valid)
+    valid = np.concatenate([people, people, np.zeros((8, 1), bool)], 1)
+    branch = Branch(logits, boxes, Known(jnp.asarray(made_of), repeats=2), name="denoising")
     answer = random_answer(4, seed=2)
 
     def total(logits, boxes):
@@ -157,9 +161,7 @@ def test_overlap_gives_each_person_its_best_queries():
         np.float32,
     )
     people = np.array([[[0.3, 0.3, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2], [0.55, 0.1, 0.1, 0.1]]])
-    targets = Targets(
-        jnp.asarray(people, jnp.float32), jnp.ones((1, 3, K)), jnp.ones((1, 3), bool)
-    )
+    targets = Targets(jnp.asarray(people, jnp.float32), jnp.ones((1, 3, K)), jnp.ones((1, 3), bool))
     rule = Overlap(min_iou=0.55, repeats=2)
     found = assign_by_overlap(jnp.asarray(boxes)[None, None], targets, rule)
     np.testing.assert_array_equal(found[0, 0], [0, 0, -1, 1, -1, -1, 2])
@@ -172,9 +174,9 @@ def test_overlap_gives_each_person_its_best_queries():
 
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_filler_images_count_in_nothing(multi_label):
-    whole = make_batch(8)
-    whole.targets.valid[5:] = False
-    whole.real[5:] = False
+    whole, image = make_batch(8), jnp.arange(8)
+    people = dataclasses.replace(whole.targets, valid=whole.targets.valid & (image < 5)[:, None])
+    whole = dataclasses.replace(whole, targets=people, real=image < 5)
     logits, boxes = random_answer(4)
     real = jax.tree.map(lambda x: x[:5], whole)
     objective = set_prediction(multi_label=multi_label)
@@ -334,6 +336,4 @@ def test_an_objective_without_matching_is_one_program(accumulate, monkeypatch):
     }  # fmt: skip
     assert metrics[0]["num_images"] == 16 and metrics[0]["nonfinite"] == 0
     one, _, _ = train(LabelNetwork(), MeanLabels())
-    np.testing.assert_allclose(
-        [m["total"] for m in metrics], [m["total"] for m in one], rtol=1e-5
-    )
+    np.testing.assert_allclose([m["total"] for m in metrics], [m["total"] for m in one], rtol=1e-5)

@@ -19,6 +19,7 @@ from dsct_jax.model.build import Network
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.model.layers import DropoutNoise, dropout
 from dsct_jax.parallel import FSDP, make_mesh, shard_batch
+from dsct_jax.training.halves import shapes_from_host
 from dsct_jax.training.memory_plan import format_plan, make_plan
 from dsct_jax.training.objective import SetPrediction
 from dsct_jax.training.step import initial_state, make_train_step
@@ -245,7 +246,7 @@ def test_only_gradients_are_communicated():
     step, state, _, _ = ten_steps("8 devices")
     batch = shard_batch(synthetic_batch(32, 0), step.mesh)
     forward = step.first_half(state, batch, None)
-    solved = step.solved_shapes(forward)
+    solved = shapes_from_host(step.objective.host_half, forward.problem, step.mesh)
     texts = [
         step.first_half.lower(state, batch, None).compile().as_text(),
         step.second_half.lower(state, forward, solved, batch).compile().as_text(),
@@ -315,7 +316,8 @@ def test_metrics_name_every_term_of_every_layer_and_every_part():
 def second_half_arguments(step, state):
     batch = synthetic_batch(32, 0)
     forward = jax.eval_shape(step.first_half, state, batch, None)
-    return state, forward, step.solved_shapes(forward), batch
+    solved = shapes_from_host(step.objective.host_half, forward.problem, step.mesh)
+    return state, forward, solved, batch
 
 
 @pytest.mark.parametrize(
