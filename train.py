@@ -26,14 +26,7 @@ from data.config import SPLITS, DataConfig
 from data.pipeline import Dataset, make_dataset
 from dsct_jax.batch import Batch, Predictions
 from dsct_jax.cli import Parser, run_command
-from dsct_jax.config import (
-    LossConfig,
-    MatcherConfig,
-    OptimizerConfig,
-    dataclass_from_dict,
-    read_config,
-    require,
-)
+from dsct_jax.config import dataclass_from_dict, read_config, require
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import FILE as CALIBRATION_FILE
 from dsct_jax.evaluation.calibration import calibration_of_run
@@ -63,6 +56,7 @@ from dsct_jax.training.checkpoint import (
     require_same_model,
     require_same_shapes,
 )
+from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig
 from dsct_jax.training.logbook import Logbook, versions, write_settings
 from dsct_jax.training.loop import (
     Best,
@@ -78,7 +72,7 @@ from dsct_jax.training.loop import (
     stopped_early,
 )
 from dsct_jax.training.memory_plan import format_plan, make_plan
-from dsct_jax.training.objective import SetPrediction
+from dsct_jax.training.objective import OBJECTIVES
 from dsct_jax.training.step import (
     TrainState,
     TrainStep,
@@ -299,10 +293,11 @@ def train_step(
     functions: Network, optimizer: optax.GradientTransformation, run: RunConfig, mesh: Mesh
 ) -> TrainStep:
     """The step of a run."""
+    make_objective = OBJECTIVES[functions.entry.objective]
     return make_train_step(
         functions,
         optimizer,
-        objective=SetPrediction(run.loss, run.matcher, multi_label=run.multi_label),
+        objective=make_objective(run.loss, run.matcher, multi_label=run.multi_label),
         mesh=mesh,
         seed=run.seed,
         step_config=run.train.step_config,

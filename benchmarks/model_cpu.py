@@ -39,16 +39,11 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
 
     from configs.emotic_r50 import get_config
     from dsct_jax.batch import Batch, Targets
-    from dsct_jax.config import (
-        LossConfig,
-        MatcherConfig,
-        OptimizerConfig,
-        dataclass_from_dict,
-        to_builtins,
-    )
+    from dsct_jax.config import dataclass_from_dict, to_builtins
     from dsct_jax.inference.load import model_config
     from dsct_jax.model.build import Network
     from dsct_jax.parallel import make_mesh, shard_batch
+    from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig
     from dsct_jax.training.objective import SetPrediction
     from dsct_jax.training.step import initial_state, make_eval_step, make_train_step, model_input
 

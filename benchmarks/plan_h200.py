@@ -21,18 +21,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from benchmarks.compile_h200 import H200
-from dsct_jax.config import (
-    MATCHERS,
-    LossConfig,
-    MatcherConfig,
-    OptimizerConfig,
-    dataclass_from_dict,
-    read_config,
-)
+from dsct_jax.config import dataclass_from_dict, read_config
 from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import Network
 from dsct_jax.model.layers import REMAT
 from dsct_jax.parallel import make_mesh
+from dsct_jax.training.config import MATCHERS, LossConfig, MatcherConfig, OptimizerConfig
 from dsct_jax.training.memory_plan import format_plan, make_plan
 from dsct_jax.training.objective import SetPrediction
 from dsct_jax.training.step import initial_state, make_train_step

@@ -28,18 +28,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from dsct_jax.batch import Batch, Targets
-from dsct_jax.config import (
-    MATCHERS,
-    LossConfig,
-    MatcherConfig,
-    OptimizerConfig,
-    dataclass_from_dict,
-    read_config,
-)
+from dsct_jax.config import dataclass_from_dict, read_config
 from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.layers import REMAT, DropoutNoise
 from dsct_jax.parallel import BATCH, make_mesh, shard_batch
+from dsct_jax.training.config import MATCHERS, LossConfig, MatcherConfig, OptimizerConfig
 from dsct_jax.training.halves import run_on_host
 from dsct_jax.training.matching import assign_on_device
 from dsct_jax.training.objective import MatchingProblem, SetPrediction, match_on_host

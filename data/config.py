@@ -6,17 +6,17 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from dsct_jax.config import cannot_be_used, check_settings, setting
 from dsct_jax.errors import UserError
 
 SOURCES = ("coco", "caer_s", "ncaer_s", "emotic", "scenes", "prepared")
-LABEL_FORMATS = ("ids", "bits")
 SPLITS = ("train", "val", "test")
-PERSON_BOXES = ("head", "body")
 PROTOCOLS = {
-    "emotic_head_dsct": "EMOTIC, head boxes of the older release, as the DSCT paper's numbers (chance on its test set: 21.9 mAP)",
+    "emotic_head_dsct": "EMOTIC, head boxes of the older release, as the DSCT paper's "
+    "numbers (chance on its test set: 21.9 mAP)",
     "emotic_body_pami": "EMOTIC, body boxes of Annotations.mat (PAMI 2019)",
     "emotic_body_cvpr17": "EMOTIC, body boxes of CVPR17_Annotations.mat",
-    "caer_s": "CAER-S, one face box an image",
+    "caer_s": "CAER-S, one face box per image",
     "ncaer_s": "NCAER-S, frames of the CAER videos, no video in two splits",
     "custom": "data of your own: compare with nothing but itself",
 }
@@ -27,6 +27,14 @@ _SPELLINGS = {
     "disquitement": "disquietment",
     "doubtconfuzion": "doubtconfusion",
 }
+
+
+# what a source or a format of labels says about each person
+_LABELS = (
+    ("source", "emotic", "several labels"),
+    ("source", "ncaer_s", "one label"),
+    ("label_format", "bits", "several labels"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,107 +48,114 @@ class AnnotationFile:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The fields of configs/base.py `data` (meanings, units and defaults are told there), plus
-    `class_names` and `multi_label` of the top level.
+    """The data section of a configuration, with `class_names` and `multi_label` of its top level.
 
     Raises:
         UserError: a value that no run could use; the line names the field as it is written on the
             command line.
     """
 
-    class_names: tuple[str, ...]
-    multi_label: bool
-    source: str
-    data_dir: str
-    train: str | int
-    val: str | int
-    test: str | int
-    label_format: str
-    max_targets: int
-    short_sides: tuple[int, ...]
-    max_long_side: int
-    crop_resize: tuple[int, ...]
-    crop_size: tuple[int, int]
-    crop_probability: float
-    flip_probability: float
-    color_jitter: float
-    grayscale_probability: float
-    eval_short_side: int
-    buckets: tuple[tuple[int, int], ...]
-    num_workers: int
-    cache: bool
-    skip_corrupt: bool
-    protocol: str
-    person_box: str
-    drop_unrated: bool
+    class_names: tuple[str, ...] = setting(doc="of the top level", shared=True)
+    multi_label: bool = setting(doc="of the top level", shared=True)
+    source: str = setting(
+        "coco", "prepared: data_dir is the --output of data.tools.prepare", choices=SOURCES
+    )
+    protocol: str = setting(
+        "auto",
+        "the task named with every result; auto: as the files say (docs/datasets.md)",
+        choices=("auto", *PROTOCOLS),
+    )
+    data_dir: str = setting("", "root of the images; for scenes unused")
+    train: str | int = setting(
+        "train.json",
+        "FILE, ROOT:FILE or several with commas, below data_dir (scenes: number of images; "
+        "ncaer_s: folder)",
+    )
+    val: str | int = setting("val.json", "the same for validation")
+    test: str | int = setting("test.json", "the same for the test")
+    label_format: str = setting(
+        "ids",
+        "ids: category_id is a class number, or a list of them; bits: the 26-bit masks of the "
+        "EMOTIC head-box json",
+        choices=("ids", "bits"),
+    )
+    person_box: str = setting(
+        "head",
+        "emotic only. head: the paper's task, of Torch7 files; body: Annotations.mat, .csv or "
+        "Torch7",
+        choices=("head", "body"),
+    )
+    drop_unrated: bool = setting(
+        False,
+        "emotic only. True: exclude people whose valence, arousal or dominance is missing, as much "
+        "code does",
+    )
+    max_targets: int = setting(
+        16, "t: people kept per image; more is an error that names the image", low=1
+    )
+    short_sides: tuple[int, ...] = setting(
+        (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
+        "pixels; training: one is drawn (DETR)",
+        low=1,
+    )
+    max_long_side: int = setting(1333, "pixels", low=1)
+    crop_resize: tuple[int, ...] = setting(
+        (400, 500, 600), "short side before the random crop, pixels", low=1
+    )
+    crop_size: tuple[int, int] = setting(
+        (384, 600), "smallest and largest side of the random crop, pixels", low=1
+    )
+    crop_probability: float = setting(0.5, "of the random crop (DETR)", low=0, high=1)
+    flip_probability: float = setting(0.5, "of the mirror image", low=0, high=1)
+    color_jitter: float = setting(
+        0.0,
+        "strength of random brightness, contrast and saturation; not in the paper, for training "
+        "from scratch",
+        low=0,
+        high=1,
+    )
+    grayscale_probability: float = setting(
+        0.0,
+        "share of the training images shown without color; not in the paper, for training from "
+        "scratch",
+        low=0,
+        high=1,
+    )
+    eval_short_side: int = setting(800, "pixels", low=1)
+    buckets: tuple[tuple[int, int], ...] = setting(
+        ((800, 1344), (1344, 800), (1088, 1088)),
+        "(height, width) of the padded canvases; one compiled program each",
+        low=1,
+    )
+    num_workers: int = setting(2, "processes; 0 = in this one", low=0)
+    cache: bool = setting(
+        False, "True: keep decoded images in memory (in each worker), for small data sets"
+    )
+    skip_corrupt: bool = setting(
+        False,
+        "True: a file that cannot be read is counted and excluded instead of stopping the run",
+    )
 
     def __post_init__(self) -> None:
-        self._require(self.source in SOURCES, "source", f"one of {', '.join(SOURCES)}")
-        self._require(
-            self.protocol in ("auto", *PROTOCOLS),
-            "protocol",
-            f"auto, or one of {', '.join(PROTOCOLS)}",
-        )
-        self._require(
-            self.person_box in PERSON_BOXES, "person_box", f"one of {', '.join(PERSON_BOXES)}"
-        )
-        self._require(
-            self.source != "emotic" or self.multi_label,
-            "source",
-            "another one unless multi_label is True (an EMOTIC person has several labels)",
-        )
-        single = self.source != "ncaer_s" or not self.multi_label
-        self._require(
-            single,
-            "source",
-            "another one unless multi_label is False (an NCAER-S face has one label)",
-        )
-        self._require(
-            self.label_format in LABEL_FORMATS, "label_format", f"one of {', '.join(LABEL_FORMATS)}"
-        )
-        self._require(
-            len(set(self.class_names)) == len(self.class_names) > 0,
-            "class_names",
-            "at least one name, none twice",
-        )
-        self._require(
-            self.label_format == "ids" or self.multi_label,
-            "label_format",
-            "'ids' unless multi_label is True (a bit mask holds several labels)",
-        )
-        for name in ("max_targets", "max_long_side", "eval_short_side"):
-            self._require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("short_sides", "crop_resize"):
-            sides = getattr(self, name)
-            self._require(
-                len(sides) > 0 and min(sides) >= 1, name, "a list of pixel counts, at least one"
-            )
-        self._require(
-            len(self.crop_size) == 2 and 1 <= self.crop_size[0] <= self.crop_size[1],
-            "crop_size",
-            "(smallest, largest) in pixels",
-        )
-        for name in (
-            "crop_probability",
-            "flip_probability",
-            "color_jitter",
-            "grayscale_probability",
-        ):
-            self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
-        pairs = all(len(bucket) == 2 and min(bucket) >= 1 for bucket in self.buckets)
-        self._require(
-            len(self.buckets) > 0 and pairs,
-            "buckets",
-            "a list of (height, width) in pixels, at least one",
-        )
-        self._require(self.num_workers >= 0, "num_workers", "0 or more")
-
-    def _require(self, condition: bool, field: str, remedy: str) -> None:
-        if not condition:
-            prefix = "" if field == "class_names" else "data."
-            raise UserError(
-                f"config.{prefix}{field}={getattr(self, field)!r} cannot be used: must be {remedy}"
-            )
+        check_settings(self, "data")
+        names, sizes = self.class_names, "a list of pixel counts, at least one"
+        rules: list[tuple[str, object, str]] = [
+            ("short_sides", self.short_sides, sizes),
+            ("crop_resize", self.crop_resize, sizes),
+            ("crop_size", self.crop_size[0] <= self.crop_size[1], "(smallest, largest) in pixels"),
+            ("buckets", self.buckets, "a list of (height, width) in pixels, at least one"),
+        ]
+        for field, fits, wanted in rules:
+            if not fits:
+                raise cannot_be_used(f"data.{field}", getattr(self, field), wanted)
+        if not names or len(set(names)) < len(names):
+            raise cannot_be_used("class_names", names, "at least one name, none twice")
+        for field, value, labels in _LABELS:
+            if getattr(self, field) == value and self.multi_label != (labels == "several labels"):
+                raise UserError(
+                    f"config.data.{field}={value!r} requires config.multi_label="
+                    f"{not self.multi_label}: a person has {labels}"
+                )
 
     def annotation_file(self, split: str) -> str:
         """The value of the split's own field: an annotation file below `data_dir`, or for scenes a

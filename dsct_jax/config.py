@@ -5,17 +5,111 @@ what does not fit is an error naming the field.
 import dataclasses
 import difflib
 import json
+import math
 import runpy
 import traceback
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dsct_jax.errors import UserError
 
 T = TypeVar("T")
+Number = int | float
+
+PRESETS = Path(__file__).with_name("presets")
+_COMPARE = {"at least": ge, "at most": le, "more than": gt, "less than": lt}
+# what a configuration file may raise that fails for a reason of its own
+_CONFIG_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    doc: str = "",
+    *,
+    choices: Iterable[str] = (),
+    low: Number | None = None,
+    high: Number | None = None,
+    above: Number | None = None,
+    below: Number | None = None,
+    finite: bool = True,
+    free: bool = False,
+    shared: bool = False,
+) -> Any:
+    """A field of a section: its default, its meaning and what `check_settings` asks of it.
+
+    Args:
+        choices: the texts it may be.
+        low, high, above, below: bounds of the number, or of each number of a list.
+        finite: False lets a number be infinite.
+        free: two networks that differ in nothing else compute the same from the same weights.
+        shared: it belongs to the configuration's top level and is no key of the section.
+    """
+    rules = {"choices": tuple(choices), "finite": finite, "free": free, "shared": shared}
+    bounds = {"at least": low, "at most": high, "more than": above, "less than": below}
+    return dataclasses.field(default=default, metadata={"doc": doc, "bounds": bounds, **rules})
+
+
+def check_settings(section: Any, name: str) -> None:
+    """Raises UserError at the first field of a section (a dataclass made of `setting`s) that breaks
+    a rule of its own.
+    """
+    for field in dataclasses.fields(section):
+        value, rules = getattr(section, field.name), field.metadata
+        if rules["choices"]:
+            wanted, fits = f"one of {', '.join(rules['choices'])}", value in rules["choices"]
+        else:
+            numbers = _numbers(value)
+            bounds = {text: limit for text, limit in rules["bounds"].items() if limit is not None}
+            finite = not rules["finite"] or not any(map(math.isinf, numbers))
+            wanted = " and ".join(f"{text} {limit:g}" for text, limit in bounds.items())
+            wanted += "" if finite else " and finite" if wanted else "finite"
+            fits = finite and all(
+                _COMPARE[text](number, limit)
+                for text, limit in bounds.items()
+                for number in numbers
+            )
+        if not fits:
+            raise cannot_be_used(f"{name}.{field.name}", value, wanted)
+
+
+def cannot_be_used(field: str, value: Any, wanted: str) -> UserError:
+    """The error for a value of `config.FIELD`; `wanted` says what it must be."""
+    return UserError(f"config.{field}={value!r} cannot be used: must be {wanted}")
+
+
+def _numbers(value: Any) -> list[Number]:
+    if isinstance(value, list | tuple):
+        return [number for entry in value for number in _numbers(entry)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def defaults(section: type) -> dict[str, Any]:
+    """The section as a configuration file writes it, every field at its default."""
+    return {f.name: f.default for f in _own_fields(section)}
+
+
+def free_fields(section: type) -> tuple[str, ...]:
+    """The fields that say how the same network is computed."""
+    return tuple(field.name for field in _own_fields(section) if field.metadata.get("free"))
+
+
+def _own_fields(section: Any) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(section) if not f.metadata.get("shared")]
+
 
 CLASS_LOSSES = ("focal", "softmax")
 FOCAL_NORMALIZATIONS = ("released", "paper")
@@ -216,9 +310,11 @@ class TrainConfig:
 
 
 def to_builtins(value: Any) -> Any:
-    """A mapping of any kind, tuples and lists -> dict and tuple all the way down, as dataclasses
-    and JSON want them.
+    """A section, a mapping of any kind, tuples and lists -> dict and tuple all the way down, as a
+    configuration file and JSON have them.
     """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_builtins(getattr(value, f.name)) for f in _own_fields(value)}
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
@@ -228,45 +324,39 @@ def to_builtins(value: Any) -> Any:
     return value
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A configuration as plain values: of a file with `get_config()`, such as configs/demo.py, or a
-    run's config.json.
+def presets() -> tuple[str, ...]:
+    """Names of the configurations that ship with the package: those of the released weights."""
+    return tuple(sorted(path.stem for path in PRESETS.glob("*.json")))
+
+
+def read_config(source: Path | str | Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as plain values: of a file with `get_config()`, such as configs/demo.py, of a
+    run's config.json, of a preset's name, or of a mapping. A file wins over a preset of its name.
 
     Raises:
         UserError: the file is missing, fails, or gives no mapping; the line names it.
     """
+    if isinstance(source, Mapping):
+        return to_builtins(source)
+    path = Path(source)
+    if not path.exists() and str(source) in presets():
+        path = PRESETS / f"{source}.json"
     if not path.is_file():
-        raise UserError(f"--config={path}: no such file")
+        raise UserError(f"--config={source}: no such file; the presets are {', '.join(presets())}")
     if path.suffix not in (".py", ".json"):
         raise UserError(f"--config={path}: neither a .py nor a .json file")
     try:
-        config = to_builtins(
-            json.loads(path.read_text())
-            if path.suffix == ".json"
-            else runpy.run_path(str(path))["get_config"]()
-        )
-    except (
-        ArithmeticError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        NameError,
-        OSError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-    ) as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == str(path)
-        ]
+        if path.suffix == ".json":
+            config = to_builtins(json.loads(path.read_text()))
+        else:
+            config = to_builtins(runpy.run_path(str(path))["get_config"]())
+    except _CONFIG_ERRORS as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
-        reason = (
-            "has no get_config()"
-            if str(error) == "'get_config'"
-            else f"{type(error).__name__}: {error}"
-        )
+        reason = f"{type(error).__name__}: {error}"
+        if str(error) == "'get_config'":
+            reason = "has no get_config()"
         raise UserError(f"--config={where}: {' '.join(reason.split())}") from error
     if not isinstance(config, dict):
         raise UserError(

@@ -12,11 +12,10 @@ from jaxtyping import Bool, Float
 
 from dsct_jax.batch import Predictions
 from dsct_jax.boxes import AnyArray
-from dsct_jax.config import dataclass_from_dict, require, to_builtins
+from dsct_jax.config import read_config, require, to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import Calibration, calibration_of_run, parse_calibration
-from dsct_jax.model.build import FlatParams, Network
-from dsct_jax.model.dsct import DSCTConfig
+from dsct_jax.model.build import FlatParams, Network, network_config
 from dsct_jax.preprocess import Preprocessing
 from dsct_jax.training.checkpoint import (
     load_weights,
@@ -116,26 +115,22 @@ def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
     return Preprocessing(short_side=short_side, max_long_side=max_long_side, buckets=buckets)
 
 
-def model_config(config: Mapping[str, Any]) -> DSCTConfig:
+def model_config(config: Mapping[str, Any]) -> Any:
     """The `model` section and the number of classes as the network's configuration."""
-    return dataclass_from_dict(
-        DSCTConfig,
-        "model",
-        require(config, "model", Mapping),
-        num_classes=len(require(config, "class_names", tuple)),
-    )
+    classes = require(config, "class_names", tuple)
+    return network_config(require(config, "model", Mapping), len(classes))
 
 
-def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
+def load(path: Path | str, config: Mapping[str, Any] | Path | str | None = None) -> Model:
     """Reads a model: a run directory, a .safetensors file of `Model.save`, or a released .pth
     (which needs `config` for its variant).
 
-    A run directory means its newest checkpoint, RUN/checkpoints/STEP that one. `config` may be left
-    out but for a .pth of others; given, it replaces the stored one and must describe the same
-    weights. Raises UserError when the file or directory is missing, unreadable, or of another
+    A run directory means its newest checkpoint, RUN/checkpoints/STEP that one. `config` (a mapping,
+    a file, or a preset's name such as "emotic_r50_released") may be left out but for a .pth of
+    others; given, it replaces the stored one and must describe the same weights. Raises UserError when the file or directory is missing, unreadable, or of another
     model.
     """
-    path, config = Path(path), None if config is None else to_builtins(config)
+    path, config = Path(path), None if config is None else read_config(config)
     if path.suffix in PTH_SUFFIXES and path.is_file():
         tensors, texts = read_pth(path)
         if config is None and "config" in texts:  # written by `dsct_jax.commands.export`
@@ -143,7 +138,7 @@ def load(path: Path | str, config: Mapping[str, Any] | None = None) -> Model:
         if config is None:
             raise UserError(
                 f"{path}: a .pth file does not say which variant it is; give a configuration, "
-                "such as configs/emotic_r50_released.py"
+                "such as emotic_r50_released"
             )
         functions = Network(model_config(config))
         flat = from_torch(tensors, functions.param_shapes | functions.norm_stats_shapes)

@@ -3,6 +3,7 @@ queries.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,21 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.model.layers import SAVED, linear, linear_in_float32, matmul_2d
+from dsct_jax.model.layers import SAVED, Linear, linear_in_float32, matmul_2d
 from pallas_kernels.deformable_attention import deformable_attention_from_offsets
 
 SpatialShapes = tuple[tuple[int, int], ...]
+
+
+class LayerShape(NamedTuple):
+    """The sizes that the layers of encoder and decoder share."""
+
+    d: int
+    num_heads: int
+    num_levels: int
+    num_points: int
+    feedforward_dim: int
+    dropout: float
 
 
 def initial_offsets(num_heads: int, num_levels: int, num_points: int) -> np.ndarray:
@@ -34,17 +46,18 @@ class DeformableAttention(nnx.Module):
     Source: Zhu et al. 2020; paper Eq. 9.
     """
 
-    def __init__(self, d: int, *, num_heads: int, num_levels: int, num_points: int, rngs: nnx.Rngs):
-        self.shape = (num_heads, num_levels, num_points)
+    def __init__(self, shape: LayerShape, *, rngs: nnx.Rngs):
+        d = shape.d
+        self.shape = (shape.num_heads, shape.num_levels, shape.num_points)
         samples = math.prod(self.shape)
         bias = jnp.asarray(initial_offsets(*self.shape)).reshape(-1)
         zeros = nnx.initializers.zeros
-        self.sampling_offsets = linear(
+        self.sampling_offsets = Linear(
             d, samples * 2, kernel_init=zeros, bias_init=lambda *_: bias, rngs=rngs
         )
-        self.attention_weights = linear(d, samples, kernel_init=zeros, rngs=rngs)
-        self.value_proj = linear(d, d, rngs=rngs)
-        self.output_proj = linear(d, d, rngs=rngs)
+        self.attention_weights = Linear(d, samples, kernel_init=zeros, rngs=rngs)
+        self.value_proj = Linear(d, d, rngs=rngs)
+        self.output_proj = Linear(d, d, rngs=rngs)
 
     def __call__(
         self,
@@ -103,8 +116,8 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, d: int, *, num_heads: int, rngs: nnx.Rngs):
         self.num_heads = num_heads
-        self.in_proj = linear(d, 3 * d, rngs=rngs)
-        self.out_proj = linear(d, d, rngs=rngs)
+        self.in_proj = Linear(d, 3 * d, rngs=rngs)
+        self.out_proj = Linear(d, d, rngs=rngs)
 
     def __call__(
         self, tokens: Float[Array, "b q d"], positions: Float[Array, "b q d"]

@@ -1,16 +1,47 @@
-"""The model's values as one flat dictionary 'a/b/c' -> array, and back: what is trained, saved and
-exchanged.
+"""Which networks there are, and a network's values as one flat dictionary 'a/b/c' -> array: what is
+trained, saved and exchanged.
 """
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
+from dsct_jax.config import cannot_be_used, dataclass_from_dict
 from dsct_jax.model.dsct import DSCT, DSCTConfig
 from dsct_jax.model.layers import NormStatistic
 
 FlatParams = dict[str, Any]  # path -> array, on the device or the host
+
+
+class Entry(NamedTuple):
+    """A network that `config.model.name` can choose."""
+
+    config: type  # frozen dataclass of `setting`s: `num_classes` (shared), `name`, and its own
+    network: Callable[
+        ..., nnx.Module
+    ]  # (config, rngs) -> module; called as docs/architecture.md says
+    objective: str  # what training minimizes
+
+
+NETWORKS: dict[str, Entry] = {"dsct": Entry(DSCTConfig, DSCT, "set_prediction")}
+
+
+def network_entry(section: Mapping[str, Any]) -> Entry:
+    """The network that a configuration's `model` section names; sections older than `name` mean
+    dsct.
+    """
+    name = section.get("name", "dsct")
+    if name not in NETWORKS:
+        raise cannot_be_used("model.name", name, f"one of {', '.join(NETWORKS)}")
+    return NETWORKS[name]
+
+
+def network_config(section: Mapping[str, Any], num_classes: int) -> Any:
+    """The `model` section of a configuration as its network's dataclass. Raises UserError."""
+    config = network_entry(section).config
+    return dataclass_from_dict(config, "model", section, num_classes=num_classes)
 
 
 def flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -39,28 +70,26 @@ class Network:
     so it may be closed over by jit.
     """
 
-    def __init__(self, config: DSCTConfig):
-        self.config = config
-        abstract = nnx.eval_shape(lambda: DSCT(config, rngs=nnx.Rngs(params=0)))
-        graph, params, norm_stats = nnx.split(abstract, nnx.Param, NormStatistic)  # type: ignore[misc]
+    def __init__(self, config: Any):
+        self.config, self.entry = config, NETWORKS[config.name]
+        abstract = nnx.eval_shape(lambda: self._make(0))
+        graph, *states = nnx.split(abstract, nnx.Param, NormStatistic)  # type: ignore[misc]
         self.graph: nnx.GraphDef = graph
-        self.param_shapes = {
-            k: tuple(v.shape) for k, v in flatten(nnx.to_pure_dict(params)).items()
-        }
-        self.norm_stats_shapes = {
-            k: tuple(v.shape) for k, v in flatten(nnx.to_pure_dict(norm_stats)).items()
-        }
-        self._abstract = (params, norm_stats)
+        self._abstract = states
+        self.param_shapes, self.norm_stats_shapes = (
+            {path: tuple(value.shape) for path, value in flatten(nnx.to_pure_dict(state)).items()}
+            for state in states
+        )
+
+    def _make(self, seed: int) -> nnx.Module:
+        return self.entry.network(self.config, rngs=nnx.Rngs(params=seed))
 
     def init(self, seed: int) -> tuple[FlatParams, FlatParams]:
         """Fresh values: (trainable parameters, norm statistics)."""
-
-        _, params, norm_stats = nnx.split(
-            DSCT(self.config, rngs=nnx.Rngs(params=seed)), nnx.Param, NormStatistic
-        )  # type: ignore[misc]
+        _, params, norm_stats = nnx.split(self._make(seed), nnx.Param, NormStatistic)  # type: ignore[misc]
         return flatten(nnx.to_pure_dict(params)), flatten(nnx.to_pure_dict(norm_stats))
 
-    def bind(self, params: FlatParams, norm_stats: FlatParams) -> DSCT:
+    def bind(self, params: FlatParams, norm_stats: FlatParams) -> Any:
         """The network with these values."""
         states = []
         for abstract, flat in zip(self._abstract, (params, norm_stats), strict=True):

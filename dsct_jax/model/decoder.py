@@ -3,21 +3,24 @@ fused in every layer (paper Fig. 4).
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.model.attention import DeformableAttention, SelfAttention, SpatialShapes
-from dsct_jax.model.encoder import FeedForward
-from dsct_jax.model.layers import DropoutNoise, dropout, layer_norm, linear
+from dsct_jax.model.attention import DeformableAttention, LayerShape, SelfAttention, SpatialShapes
+from dsct_jax.model.encoder import FeedForward, Memory
+from dsct_jax.model.heads import BoxHead
+from dsct_jax.model.layers import DropoutNoise, LayerNorm, Linear, dropout, rematerialized
 
 
 @dataclasses.dataclass(frozen=True)
 class FusionConfig:
-    """How a subject query takes in context queries; the fields are explained in configs/base.py."""
+    """How a subject query takes in context queries; DSCTConfig explains the fields."""
 
     rule: str  # paper | released
     semantic_selection: str  # smallest | largest
@@ -109,29 +112,18 @@ class DecoderLayer(nnx.Module):
     """
 
     def __init__(
-        self,
-        d: int,
-        *,
-        num_heads: int,
-        num_levels: int,
-        num_points: int,
-        feedforward_dim: int,
-        dropout_rate: float,
-        num_context: int,
-        fusion: FusionConfig | None,
-        rngs: nnx.Rngs,
+        self, shape: LayerShape, *, num_context: int, fusion: FusionConfig | None, rngs: nnx.Rngs
     ):
-        self.dropout_rate, self.num_context, self.fusion = dropout_rate, num_context, fusion
-        self.self_attention = SelfAttention(d, num_heads=num_heads, rngs=rngs)
-        self.norm2 = layer_norm(d, rngs=rngs)  # numbered as in the released weights
-        self.cross_attention = DeformableAttention(
-            d, num_heads=num_heads, num_levels=num_levels, num_points=num_points, rngs=rngs
-        )
-        self.norm1 = layer_norm(d, rngs=rngs)
+        d, self.dropout_rate = shape.d, shape.dropout
+        self.num_context, self.fusion = num_context, fusion
+        self.self_attention = SelfAttention(d, num_heads=shape.num_heads, rngs=rngs)
+        self.norm2 = LayerNorm(d, rngs=rngs)  # numbered as in the released weights
+        self.cross_attention = DeformableAttention(shape, rngs=rngs)
+        self.norm1 = LayerNorm(d, rngs=rngs)
         attentive = fusion is not None and fusion.reweighting == "attentive"
-        self.context_logits = linear(d, num_context, rngs=rngs) if attentive else None
-        self.feedforward = FeedForward(d, feedforward_dim, dropout_rate=dropout_rate, rngs=rngs)
-        self.norm3 = layer_norm(d, rngs=rngs)
+        self.context_logits = Linear(d, num_context, rngs=rngs) if attentive else None
+        self.feedforward = FeedForward(shape, rngs=rngs)
+        self.norm3 = LayerNorm(d, rngs=rngs)
 
     def __call__(
         self,
@@ -162,24 +154,92 @@ class DecoderLayer(nnx.Module):
         )
         tokens = self.norm1(tokens + dropout(attended, self.dropout_rate, noise))
         if self.fusion is not None:
-            context, subject = jnp.split(tokens, [self.num_context], axis=1)
-            exact = subject.astype(jnp.float32)
-            fused, selected = (
-                # few tokens, and a selection that rounding would change: float32
-                subject_context_fusion(
-                    exact,
-                    context.astype(jnp.float32),
-                    reference_points[:, self.num_context :, 0],
-                    reference_points[:, : self.num_context, 0],
-                    config=self.fusion,
-                    attentive_logits=None
-                    if self.context_logits is None
-                    else self.context_logits(exact),
-                )
-            )
-            tokens = jnp.concatenate([context, fused.astype(tokens.dtype)], 1)
+            tokens, selected = self._fuse(tokens, reference_points[:, :, 0])
             details |= selected
         tokens = self.norm3(
             tokens + dropout(self.feedforward(tokens, noise), self.dropout_rate, noise)
         )
         return tokens, details | {"self_attention_weights": self_weights}
+
+    def _fuse(
+        self, tokens: Float[Array, "b q d"], points: Float[Array, "b q 2"]
+    ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
+        """In float32: few tokens, and a selection that rounding would change."""
+        assert self.fusion is not None
+        context, subject = jnp.split(tokens, [self.num_context], axis=1)
+        context_points, subject_points = jnp.split(points, [self.num_context], axis=1)
+        exact = subject.astype(jnp.float32)
+        fused, selected = subject_context_fusion(
+            exact,
+            context.astype(jnp.float32),
+            subject_points,
+            context_points,
+            config=self.fusion,
+            attentive_logits=self.context_logits(exact) if self.context_logits else None,
+        )
+        return jnp.concatenate([context, fused.astype(tokens.dtype)], 1), selected
+
+
+class Queries(NamedTuple):
+    """Context queries, then subject queries, before the first layer."""
+
+    tokens: Float[Array, "b q d"]
+    positions: Float[Array, "b q d"]
+    reference_points: Float[Array, "b q 2"]  # (x, y) in [0, 1] of the image
+
+
+class Decoder(nnx.List):
+    """The decoder's layers, in order, each with a box from the shared head."""
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        *,
+        num_context: int,
+        fusions: Sequence[FusionConfig | None],
+        rngs: nnx.Rngs,
+    ):
+        layer = partial(DecoderLayer, shape, num_context=num_context, rngs=rngs)
+        super().__init__([layer(fusion=fusion) for fusion in fusions])
+
+    def __call__(
+        self, queries: Queries, memory: Memory, box_head: BoxHead, *, remat: str, **how: Any
+    ) -> tuple[Float[Array, "layers b q d"], Float[Array, "layers b n 4"], list[dict[str, Any]]]:
+        """Tokens after each layer, the boxes of the subject queries (n), and what the layer looked
+        at. `how`: `noise` and `implementation` of each layer.
+
+        With box refinement a layer samples inside the box of the one before and moves it; no
+        gradient flows from layer to layer through it.
+        """
+        tokens, num_context = queries.tokens, self[0].num_context
+        references = box_head.references(queries.reference_points, num_context)
+        states, boxes, details = [], [], []
+        for layer in self:
+            run = partial(layer, spatial_shapes=memory.spatial_shapes, **how)
+            points, *sizes = _in_each_map(references, memory.valid_ratios)
+            with jax.named_scope("decoder"):
+                tokens, seen = rematerialized(run, remat)(
+                    tokens,
+                    queries.positions,
+                    points,
+                    memory.tokens,
+                    memory.padding,
+                    boxes=sizes[0] if sizes else None,
+                )
+            context, subject = jnp.split(references, [num_context], 1)
+            with jax.named_scope("heads"):
+                boxes.append(box_head(tokens[:, num_context:].astype(jnp.float32), subject))
+            if box_head.refines:
+                references = jnp.concatenate([context, jax.lax.stop_gradient(boxes[-1])], 1)
+            states.append(tokens)
+            details.append(seen)
+        return jnp.stack(states), jnp.stack(boxes), details
+
+
+def _in_each_map(
+    references: Float[Array, "b q r"], valid_ratios: Float[Array, "b l 2"]
+) -> list[Float[Array, "b q l 2"]]:
+    """Points, or points and sizes, of the image -> of each level's padded map."""
+    parts = references.shape[-1] // 2
+    scaled = references[:, :, None] * jnp.tile(valid_ratios, parts)[:, None]
+    return jnp.split(scaled, parts, -1)

@@ -1,7 +1,6 @@
-"""DSCT: one network from a image to the boxes and emotions of its people (paper Fig. 3)."""
+"""DSCT: one network from an image to the boxes and emotions of its people (paper Fig. 3)."""
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,18 +9,18 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dsct_jax.batch import Predictions, Targets
-from dsct_jax.errors import UserError
+from dsct_jax.config import cannot_be_used, check_settings, setting
+from dsct_jax.model.attention import LayerShape
 from dsct_jax.model.backbone import BACKBONES, ResNet
-from dsct_jax.model.decoder import DecoderLayer, FusionConfig
-from dsct_jax.model.encoder import EncoderLayer, encoder_reference_points
+from dsct_jax.model.decoder import Decoder, FusionConfig, Queries
+from dsct_jax.model.encoder import Encoder, Memory
 from dsct_jax.model.heads import BoxHead, class_head
 from dsct_jax.model.layers import (
     REMAT,
     Conv,
     DropoutNoise,
     GroupNorm,
-    linear,
-    rematerialized,
+    Linear,
     standard_normal,
     xavier_uniform,
 )
@@ -30,71 +29,97 @@ from dsct_jax.model.position import resize_mask, sine_position, valid_ratio
 
 @dataclasses.dataclass(frozen=True)
 class DSCTConfig:
-    """The model section of a configuration, and the number of classes; configs/base.py explains
-    each field and its source.
-    """
+    """The model section of a configuration, and the number of classes."""
 
-    num_classes: int
-    backbone: str = "resnet50"
-    norm: str = "frozen_batch"
-    hidden_dim: int = 256
-    num_heads: int = 8
-    num_points: int = 4
-    num_levels: int = 4
-    feedforward_dim: int = 1024
-    num_encoder_layers: int = 6
-    num_decoder_layers: int = 6
-    dropout: float = 0.1
-    num_subject_queries: int = 4
-    num_context_queries: int = 300
-    num_spatial_neighbors: int = 100
-    num_semantic_neighbors: int = 50
-    fusion: str = "paper"
-    semantic_selection: str = "smallest"
-    reweighting: str = "semantic"
-    fusion_layers: tuple[int, ...] = ()
-    box_refinement: bool = False
-    compute_dtype: str = "float32"
-    remat: str = "light"
+    num_classes: int = setting(doc="k", shared=True, low=1)
+    name: str = setting("dsct", "a name of dsct_jax.model.build.NETWORKS", choices=("dsct",))
+    backbone: str = setting("resnet50", "a name of model.backbone.BACKBONES", choices=BACKBONES)
+    norm: str = setting(
+        "frozen_batch",
+        "frozen_batch: statistics and scale fixed, for pretrained weights; group: trainable, for "
+        "training from scratch",
+        choices=("frozen_batch", "group"),
+    )
+    hidden_dim: int = setting(256, "d", low=1)
+    num_heads: int = setting(8, "n", low=1)
+    num_points: int = setting(4, "p, sampling points per head and level", low=1)
+    num_levels: int = setting(4, "l: C3, C4, C5 and one stride-2 convolution of C5", low=3)
+    feedforward_dim: int = setting(1024, "width inside a feed-forward block", low=1)
+    num_encoder_layers: int = setting(6, "0 = the decoder reads the backbone's maps", low=0)
+    num_decoder_layers: int = setting(6, "each predicts, the last one is the answer", low=1)
+    dropout: float = setting(0.1, "rate, in training", low=0, below=1, free=True)
+    num_subject_queries: int = setting(4, "N (Table 5: 4 for EMOTIC, 9 for CAER-S)", low=1)
+    num_context_queries: int = setting(
+        300, "M, taken from Deformable DETR; 0 = the Table 6 baseline", low=0
+    )
+    num_spatial_neighbors: int = setting(100, "K_sp, 0 = off (Figure 11)", low=0)
+    num_semantic_neighbors: int = setting(50, "K_sm, 0 = off (Figure 11)", low=0)
+    fusion: str = setting(
+        "paper",
+        "paper: Eq. 8, one softmax over both selections; released: two softmaxes and a "
+        "subject-subject term",
+        choices=("paper", "released"),
+    )
+    semantic_selection: str = setting(
+        "smallest",
+        "smallest: the paper's text; largest: the released code",
+        choices=("smallest", "largest"),
+    )
+    reweighting: str = setting(
+        "semantic", "Table 7", choices=("semantic", "equal", "spatial", "attentive")
+    )
+    fusion_layers: tuple[int, ...] = setting(
+        (),
+        "numbers from 0 of the decoder layers that fuse (Table 8), () = all of them; late fusion "
+        "= the last only",
+        low=0,
+    )
+    box_refinement: bool = setting(
+        False,
+        "True: each layer samples inside the box of the one before and refines it (Zhu et al. "
+        "2020)",
+    )
+    compute_dtype: str = setting(
+        "float32",
+        "parameters, sampling locations, softmax, fusion, heads and losses are float32 in any case",
+        choices=("float32", "bfloat16"),
+        free=True,
+    )
+    remat: str = setting(
+        "light",
+        "what training computes twice to save memory. none; light: in encoder and decoder all but "
+        "matrix products, sampled attention and dropout's bits; layers: the matrix products too; "
+        "all: residual blocks too. docs/training_step.md has what each saves and costs",
+        choices=REMAT,
+        free=True,
+    )
 
-    def __post_init__(self):
-        choices = {
-            "backbone": tuple(BACKBONES),
-            "norm": ("frozen_batch", "group"),
-            "fusion": ("paper", "released"),
-            "semantic_selection": ("smallest", "largest"),
-            "reweighting": ("semantic", "equal", "spatial", "attentive"),
-            "compute_dtype": ("float32", "bfloat16"),
-            "remat": REMAT,
+    def __post_init__(self) -> None:
+        check_settings(self, "model")
+        neighbors = self.num_context_queries or max(
+            self.num_spatial_neighbors, self.num_semantic_neighbors
+        )
+        rules = {
+            "hidden_dim": (
+                self.hidden_dim % self.num_heads == 0 and self.hidden_dim % 32 == 0,
+                f"divisible by config.model.num_heads ({self.num_heads}) and by 32",
+            ),
+            "num_spatial_neighbors": (
+                self.num_spatial_neighbors <= neighbors,
+                f"at most config.model.num_context_queries ({neighbors})",
+            ),
+            "num_semantic_neighbors": (
+                self.num_semantic_neighbors <= neighbors,
+                f"at most config.model.num_context_queries ({neighbors})",
+            ),
+            "fusion_layers": (
+                all(layer < self.num_decoder_layers for layer in self.fusion_layers),
+                f"of layers 0 to {self.num_decoder_layers - 1}",
+            ),
         }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise UserError(
-                    f"model.{field}: {getattr(self, field)!r} is none of {', '.join(allowed)}"
-                )
-        if self.hidden_dim % self.num_heads or self.hidden_dim % 4:
-            raise UserError(
-                f"model.hidden_dim: {self.hidden_dim} must divide by model.num_heads "
-                f"({self.num_heads}) and by 4"
-            )
-        if self.num_levels < 3:
-            raise UserError(
-                f"model.num_levels: {self.num_levels}, but C3, C4 and C5 already make 3"
-            )
-        for field in ("num_spatial_neighbors", "num_semantic_neighbors"):
-            if (
-                self.num_context_queries
-                and not 0 <= getattr(self, field) <= self.num_context_queries
-            ):
-                raise UserError(
-                    f"model.{field}: {getattr(self, field)} is more than "
-                    f"model.num_context_queries ({self.num_context_queries})"
-                )
-        if not set(self.fusion_layers) <= set(range(self.num_decoder_layers)):
-            raise UserError(
-                f"model.fusion_layers: {self.fusion_layers} names a layer outside 0 to "
-                f"{self.num_decoder_layers - 1}"
-            )
+        for field, (fits, wanted) in rules.items():
+            if not fits:
+                raise cannot_be_used(f"model.{field}", getattr(self, field), wanted)
 
     def fusion_of_layer(self, layer: int) -> FusionConfig | None:
         """How decoder layer `layer` fuses, None where it does not."""
@@ -143,17 +168,15 @@ class DSCT(nnx.Module):
             ]
         )
         self.level_embed = nnx.Param(standard_normal(rngs.params(), (config.num_levels, d)))
-        common: dict[str, Any] = {
-            "num_heads": config.num_heads,
-            "num_levels": config.num_levels,
-            "num_points": config.num_points,
-            "feedforward_dim": config.feedforward_dim,
-            "dropout_rate": config.dropout,
-            "rngs": rngs,
-        }
-        self.encoder = nnx.List(
-            [EncoderLayer(d, **common) for _ in range(config.num_encoder_layers)]
+        shape = LayerShape(
+            d,
+            config.num_heads,
+            config.num_levels,
+            config.num_points,
+            config.feedforward_dim,
+            config.dropout,
         )
+        self.encoder = Encoder(shape, num_layers=config.num_encoder_layers, rngs=rngs)
         if config.num_context_queries:  # no array without elements: checkpoints cannot hold one
             self.context_queries = nnx.Param(
                 standard_normal(rngs.params(), (config.num_context_queries, 2 * d))
@@ -161,17 +184,10 @@ class DSCT(nnx.Module):
         self.subject_queries = nnx.Param(
             standard_normal(rngs.params(), (config.num_subject_queries, 2 * d))
         )
-        self.reference_points = linear(d, 2, rngs=rngs)
-        self.decoder = nnx.List(
-            [
-                DecoderLayer(
-                    d,
-                    num_context=config.num_context_queries,
-                    fusion=config.fusion_of_layer(i),
-                    **common,
-                )
-                for i in range(config.num_decoder_layers)
-            ]
+        self.reference_points = Linear(d, 2, rngs=rngs)
+        fusions = [config.fusion_of_layer(i) for i in range(config.num_decoder_layers)]
+        self.decoder = Decoder(
+            shape, num_context=config.num_context_queries, fusions=fusions, rngs=rngs
         )
         self.class_head = class_head(d, config.num_classes + 1, rngs=rngs)
         self.box_head = BoxHead(d, refines=config.box_refinement, rngs=rngs)
@@ -186,99 +202,61 @@ class DSCT(nnx.Module):
         return_details: bool = False,
         implementation: str | None = None,
     ) -> Predictions:
-        """Normalised images and their padding (True) -> predictions of every decoder layer.
+        """Normalized images and their padding (True) -> predictions of every decoder layer.
 
-        `noise` turns dropout on, which means training; `people` are for networks that learn to
-        denoise them, and not read here; `implementation` names one of deformable
-        attention's. With `return_details` the predictions carry reference points, memory and,
-        stacked over decoder layers, everything the layers looked at.
+        `noise` turns dropout on, which means training; `people` is not read; `implementation` names
+        one of deformable attention's. With `return_details` the predictions carry reference points,
+        memory and, of each decoder layer, everything it looked at.
         """
         del people
         remat = "none" if return_details else self.config.remat
+        how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
         # The scopes are what a profile calls the parts.
         with jax.named_scope("backbone"):
             features = self.features(images, remat=remat)
         with jax.named_scope("encoder"):
-            memory, padding, spatial_shapes, ratios = self.encode(
-                features, padding_mask, noise=noise, implementation=implementation, remat=remat
-            )
-        tokens, query_positions, reference_points = self.queries(images.shape[0])
-        references = self.box_head.references(reference_points, self.config.num_context_queries)
-        states, predicted, details = [], [], []
-        for decoder_layer in self.decoder:
-            layer_references = (
-                references[:, :, None] * jnp.tile(ratios, references.shape[-1] // 2)[:, None]
-            )
-            points, *sizes = jnp.split(layer_references, references.shape[-1] // 2, -1)
-            run = partial(
-                decoder_layer,
-                spatial_shapes=spatial_shapes,
-                noise=noise,
-                implementation=implementation,
-            )
-            with jax.named_scope("decoder"):
-                tokens, seen = rematerialized(run, remat)(
-                    tokens,
-                    query_positions,
-                    points,
-                    memory,
-                    padding,
-                    boxes=sizes[0] if sizes else None,
-                )
-            context, subject = jnp.split(references, [self.config.num_context_queries], 1)
-            with jax.named_scope("heads"):
-                predicted.append(
-                    self.box_head(
-                        tokens[:, self.config.num_context_queries :].astype(jnp.float32), subject
-                    )
-                )
-            if self.config.box_refinement:
-                references = jnp.concatenate([context, jax.lax.stop_gradient(predicted[-1])], 1)
-            states.append(tokens)
-            details.append(seen)
-        subjects = jnp.stack(states)[:, :, self.config.num_context_queries :].astype(jnp.float32)
+            memory = self.encode(features, padding_mask, **how)
+        queries = self.queries(images.shape[0])
+        states, boxes, layers = self.decoder(queries, memory, self.box_head, **how)
         with jax.named_scope("heads"):
-            logits, boxes = self.class_head(subjects), jnp.stack(predicted)
+            logits = self.class_head(
+                states[:, :, self.config.num_context_queries :].astype(jnp.float32)
+            )
         if not return_details:
             return Predictions(logits, boxes)
-        shared = {
-            "reference_points": reference_points,
-            "valid_ratios": ratios,
-            "memory": memory,
+        details = {
+            "reference_points": queries.reference_points,
+            "valid_ratios": memory.valid_ratios,
+            "memory": memory.tokens,
             "features": features,
-            "states": jnp.stack(states),
+            "states": states,
+            "layers": layers,
         }
-        return Predictions(logits, boxes, {**shared, "layers": details})
+        return Predictions(logits, boxes, details)
 
-    def features(self, images: Float[Array, "b h w 3"], *, remat: str = "none") -> list[jax.Array]:
-        """Normalised images -> one map [b h w d] of each level, in the type that the model computes
-        in.
-        """
+    def features(
+        self, images: Float[Array, "b h w 3"], *, remat: str = "none"
+    ) -> list[Float[Array, "b _ _ d"]]:
+        """Normalized images -> one map per level, in the type that the model computes in."""
         return self.project(self.backbone(images.astype(self.config.compute_dtype), remat=remat))
 
     def encode(
         self,
-        features: list[jax.Array],
+        features: list[Float[Array, "b _ _ d"]],
         padding_mask: Bool[Array, "b h w"],
         *,
         noise: DropoutNoise | None = None,
         implementation: str | None = None,
         remat: str = "none",
-    ):
-        """Maps -> memory [b s d] and its padding [b s], the static level shapes and the valid
-        ratios [b l 2].
-        """
-        memory, positions, padding, spatial_shapes, ratios = self.flatten(features, padding_mask)
-        points = encoder_reference_points(spatial_shapes, ratios)
-        for layer in self.encoder:
-            run = partial(
-                layer, spatial_shapes=spatial_shapes, noise=noise, implementation=implementation
-            )
-            memory = rematerialized(run, remat)(memory, positions, points, padding)
-        return memory, padding, spatial_shapes, ratios
+    ) -> Memory:
+        """One map per level -> what the decoder reads."""
+        memory, positions = self.flatten(features, padding_mask)
+        return self.encoder(
+            memory, positions, noise=noise, implementation=implementation, remat=remat
+        )
 
-    def project(self, features: list[jax.Array]) -> list[jax.Array]:
-        """C3, C4, C5 -> one map of hidden size a level; the levels beyond C5 are strided
+    def project(self, features: list[jax.Array]) -> list[Float[Array, "b _ _ d"]]:
+        """C3, C4, C5 -> one map of hidden size per level; the levels beyond C5 are strided
         convolutions of C5, then of each other.
         """
         levels = [project(x) for project, x in zip(self.input_proj, features, strict=False)]
@@ -288,42 +266,29 @@ class DSCT(nnx.Module):
             levels.append(source)
         return levels
 
-    def flatten(self, features: list[jax.Array], padding_mask: Bool[Array, "b h w"]):
-        """Maps -> tokens [b s d], their positions [b s d] and padding [b s], the static level
-        shapes and the valid ratios [b l 2].
-        """
+    def flatten(
+        self, features: list[Float[Array, "b _ _ d"]], padding_mask: Bool[Array, "b h w"]
+    ) -> tuple[Memory, Float[Array, "b s d"]]:
+        """Maps -> their tokens, and the positions of these."""
         tokens, positions, paddings, ratios = [], [], [], []
         for level, x in enumerate(features):
             b, h, w, d = x.shape
             mask = resize_mask(padding_mask, h, w)
-            position = (
-                sine_position(mask, d) + self.level_embed[level].reshape(1, 1, 1, d)
-            ).astype(x.dtype)
+            position = sine_position(mask, d) + self.level_embed[level].reshape(1, 1, 1, d)
             tokens.append(x.reshape(b, h * w, d))
-            positions.append(position.reshape(b, h * w, d))
+            positions.append(position.astype(x.dtype).reshape(b, h * w, d))
             paddings.append(mask.reshape(b, h * w))
             ratios.append(valid_ratio(mask))
         shapes = tuple((x.shape[1], x.shape[2]) for x in features)
-        return (
-            jnp.concatenate(tokens, 1),
-            jnp.concatenate(positions, 1),
-            jnp.concatenate(paddings, 1),
-            shapes,
-            jnp.stack(ratios, 1),
-        )
+        joined, padding = jnp.concatenate(tokens, 1), jnp.concatenate(paddings, 1)
+        memory = Memory(joined, padding, shapes, jnp.stack(ratios, 1))
+        return memory, jnp.concatenate(positions, 1)
 
-    def queries(self, b: Any):
-        """Context queries, then subject queries: tokens [b q d], positions [b q d] and reference
-        points [b q 2] in [0, 1] of the image.
-
-        `b` is an int, or a symbolic size under jax.export.
-        """
+    def queries(self, b: Any) -> Queries:
+        """Context and subject queries for `b` images: an int, or a symbolic size (jax.export)."""
         context = [self.context_queries[...]] if self.config.num_context_queries else []
         embedding = jnp.concatenate([*context, self.subject_queries[...]])
         positions, tokens = jnp.split(jnp.broadcast_to(embedding, (b, *embedding.shape)), 2, -1)
+        points = jax.nn.sigmoid(self.reference_points(positions))
         dtype = self.config.compute_dtype
-        return (
-            tokens.astype(dtype),
-            positions.astype(dtype),
-            jax.nn.sigmoid(self.reference_points(positions)),
-        )
+        return Queries(tokens.astype(dtype), positions.astype(dtype), points)

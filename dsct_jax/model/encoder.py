@@ -2,23 +2,42 @@
 place.
 """
 
+from functools import partial
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.model.attention import DeformableAttention, SpatialShapes
-from dsct_jax.model.layers import DropoutNoise, dropout, layer_norm, linear, torch_uniform
+from dsct_jax.model.attention import DeformableAttention, LayerShape, SpatialShapes
+from dsct_jax.model.layers import (
+    DropoutNoise,
+    LayerNorm,
+    Linear,
+    dropout,
+    rematerialized,
+    torch_uniform,
+)
+
+
+class Memory(NamedTuple):
+    """What an image is to the decoder: the tokens of all levels, one after another."""
+
+    tokens: Float[Array, "b s d"]
+    padding: Bool[Array, "b s"]
+    spatial_shapes: SpatialShapes  # static
+    valid_ratios: Float[Array, "b l 2"]  # (width, height) of the image as a share of each map
 
 
 class FeedForward(nnx.Module):
     """Two dense layers with a ReLU between them."""
 
-    def __init__(self, d: int, d_inner: int, *, dropout_rate: float, rngs: nnx.Rngs):
-        self.dropout_rate = dropout_rate
-        self.linear1 = linear(d, d_inner, bias_init=torch_uniform(d), rngs=rngs)
-        self.linear2 = linear(d_inner, d, bias_init=torch_uniform(d_inner), rngs=rngs)
+    def __init__(self, shape: LayerShape, *, rngs: nnx.Rngs):
+        d, d_inner, self.dropout_rate = shape.d, shape.feedforward_dim, shape.dropout
+        self.linear1 = Linear(d, d_inner, bias_init=torch_uniform(d), rngs=rngs)
+        self.linear2 = Linear(d_inner, d, bias_init=torch_uniform(d_inner), rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b s d"], noise: DropoutNoise | None
@@ -45,26 +64,14 @@ def encoder_reference_points(
 
 
 class EncoderLayer(nnx.Module):
-    """Deformable self-attention and a feed-forward block, each with a residual and a norm after it."""
+    """Deformable self-attention and a feed-forward block, each with a residual and then a norm."""
 
-    def __init__(
-        self,
-        d: int,
-        *,
-        num_heads: int,
-        num_levels: int,
-        num_points: int,
-        feedforward_dim: int,
-        dropout_rate: float,
-        rngs: nnx.Rngs,
-    ):
-        self.dropout_rate = dropout_rate
-        self.self_attention = DeformableAttention(
-            d, num_heads=num_heads, num_levels=num_levels, num_points=num_points, rngs=rngs
-        )
-        self.norm1 = layer_norm(d, rngs=rngs)
-        self.feedforward = FeedForward(d, feedforward_dim, dropout_rate=dropout_rate, rngs=rngs)
-        self.norm2 = layer_norm(d, rngs=rngs)
+    def __init__(self, shape: LayerShape, *, rngs: nnx.Rngs):
+        self.dropout_rate = shape.dropout
+        self.self_attention = DeformableAttention(shape, rngs=rngs)
+        self.norm1 = LayerNorm(shape.d, rngs=rngs)
+        self.feedforward = FeedForward(shape, rngs=rngs)
+        self.norm2 = LayerNorm(shape.d, rngs=rngs)
 
     def __call__(
         self,
@@ -89,3 +96,21 @@ class EncoderLayer(nnx.Module):
         return self.norm2(
             memory + dropout(self.feedforward(memory, noise), self.dropout_rate, noise)
         )
+
+
+class Encoder(nnx.List):
+    """The encoder's layers, in order."""
+
+    def __init__(self, shape: LayerShape, *, num_layers: int, rngs: nnx.Rngs):
+        super().__init__([EncoderLayer(shape, rngs=rngs) for _ in range(num_layers)])
+
+    def __call__(
+        self, memory: Memory, positions: Float[Array, "b s d"], *, remat: str, **how: Any
+    ) -> Memory:
+        """`how`: `noise` and `implementation` of each layer."""
+        tokens, padding, shapes, ratios = memory
+        points = encoder_reference_points(shapes, ratios)
+        for layer in self:
+            run = rematerialized(partial(layer, spatial_shapes=shapes, **how), remat)
+            tokens = run(tokens, positions, points, padding)
+        return memory._replace(tokens=tokens)

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dsct_jax.boxes import inverse_sigmoid
-from dsct_jax.model.layers import linear, torch_uniform
+from dsct_jax.model.layers import Linear, torch_uniform
 
 INITIAL_SIZE = -2.0  # logit of a new box's width and height: about a ninth of the image
 CLASS_PRIOR_BIAS = (
@@ -21,15 +21,15 @@ class BoxHead(nnx.Module):
 
     def __init__(self, d: int, *, refines: bool = False, rngs: nnx.Rngs):
         self.refines = refines
-        self.layer0 = linear(
+        self.layer0 = Linear(
             d, d, kernel_init=torch_uniform(d), bias_init=torch_uniform(d), rngs=rngs
         )
-        self.layer1 = linear(
+        self.layer1 = Linear(
             d, d, kernel_init=torch_uniform(d), bias_init=torch_uniform(d), rngs=rngs
         )
         size = 0.0 if refines else INITIAL_SIZE
         start = lambda *_: jnp.array([0.0, 0.0, size, size])  # noqa: E731
-        self.layer2 = linear(d, 4, kernel_init=nnx.initializers.zeros, bias_init=start, rngs=rngs)
+        self.layer2 = Linear(d, 4, kernel_init=nnx.initializers.zeros, bias_init=start, rngs=rngs)
 
     def __call__(
         self, tokens: Float[Array, "*b d"], references: Float[Array, "*b r"]
@@ -58,7 +58,7 @@ class BoxHead(nnx.Module):
 
 def class_head(d: int, num_logits: int, *, rngs: nnx.Rngs) -> nnx.Linear:
     """One dense layer; `num_logits` is the number of classes plus the released extra logit."""
-    return linear(
+    return Linear(
         d,
         num_logits,
         kernel_init=torch_uniform(d),

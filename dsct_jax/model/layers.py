@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Key
 NORM_EPSILON = 1e-5  # PyTorch's; Flax's 1e-6 moves the logits by 4e-5
 
 REMAT = ("none", "light", "layers", "all")
-# name of what `rematerialized` layers never compute twice: dear to compute, small to keep
+# name of what `rematerialized` layers never compute twice: expensive to compute, small to keep
 SAVED = "kept"
 MATMUL = "product"  # name of the result of a dense layer or a 1x1 convolution
 
@@ -105,26 +105,23 @@ _matmul_2d.defvjp(
 
 
 class Linear(nnx.Linear):
-    """A dense layer in the type of its input."""
+    """A dense layer in the type of its input; the defaults are those of the transformer."""
+
+    def __init__(
+        self, d_in, d_out, *, kernel_init=xavier_uniform, bias_init=nnx.initializers.zeros, rngs
+    ):
+        super().__init__(d_in, d_out, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
 
     def __call__(
         self, inputs: Float[Array, "*n a"], out_sharding: Any = None
     ) -> Float[Array, "*n b"]:
         assert self.bias is not None and out_sharding is None
         y = matmul_2d(inputs, self.kernel[...].astype(inputs.dtype), inputs.dtype)
-        return y + self.bias[...].astype(inputs.dtype).reshape(*(1,) * (y.ndim - 1), -1)
+        return y + _as_row(self.bias[...].astype(inputs.dtype), y.ndim)
 
 
-def linear(
-    d_in: int,
-    d_out: int,
-    *,
-    rngs: nnx.Rngs,
-    kernel_init=xavier_uniform,
-    bias_init=nnx.initializers.zeros,
-) -> Linear:
-    """A dense layer; the defaults are those of the transformer (Xavier, zero bias)."""
-    return Linear(d_in, d_out, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
+def _as_row(values: Float[Array, " d"], ndim: int) -> Float[Array, "*one d"]:
+    return values.reshape(*(1,) * (ndim - 1), -1)
 
 
 def linear_in_float32(layer: Linear, x: Float[Array, "*n a"]) -> Float[Array, "*n b"]:
@@ -133,20 +130,20 @@ def linear_in_float32(layer: Linear, x: Float[Array, "*n a"]) -> Float[Array, "*
     """
     assert layer.bias is not None
     y = matmul_2d(x, layer.kernel[...].astype(x.dtype), jnp.float32)
-    return y + layer.bias[...].reshape(*(1,) * (y.ndim - 1), -1)
+    return y + _as_row(layer.bias[...], y.ndim)
 
 
 @jax.custom_vjp
 def scale_and_shift(
     x: Float[Array, "*n d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
 ) -> Float[Array, "*n d"]:
-    """x * scale + bias, with the obvious gradients in an order that XLA's CPU backend does well: a
+    """x * scale + bias, with the obvious gradients in an order that XLA's CPU backend vectorizes: a
     norm's backward pass takes a third of the time.
 
-    (What JAX derives sums the gradient of `scale` inside the loops of the normalisation, where
-    nothing is vectorised.)
+    (What JAX derives sums the gradient of `scale` inside the loops of the normalization, where
+    nothing is vectorized.)
     """
-    return x * scale.reshape(*(1,) * (x.ndim - 1), -1) + bias.reshape(*(1,) * (x.ndim - 1), -1)
+    return x * _as_row(scale, x.ndim) + _as_row(bias, x.ndim)
 
 
 def _scale_and_shift_backward(
@@ -154,7 +151,7 @@ def _scale_and_shift_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, scale = kept
     axes = tuple(range(g.ndim - 1))
-    return g * scale.reshape(*(1,) * len(axes), -1), (g * x).sum(axes), g.sum(axes)
+    return g * _as_row(scale, g.ndim), (g * x).sum(axes), g.sum(axes)
 
 
 scale_and_shift.defvjp(
@@ -163,23 +160,21 @@ scale_and_shift.defvjp(
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer normalisation in float32, returned in the type of its input."""
+    """Layer normalization in float32, returned in the type of its input."""
+
+    def __init__(self, d: int, *, rngs: nnx.Rngs):
+        super().__init__(d, epsilon=NORM_EPSILON, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "*n d"], *, mask: jax.Array | None = None
     ) -> Float[Array, "*n d"]:
         assert self.scale is not None and self.bias is not None and mask is None
         exact = x.astype(jnp.float32)
-        centred = exact - exact.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
+        centered = exact - exact.mean(-1, keepdims=True)
+        variance = jnp.square(centered).mean(-1, keepdims=True)
         return scale_and_shift(
-            centred * jax.lax.rsqrt(variance + self.epsilon), self.scale[...], self.bias[...]
+            centered * jax.lax.rsqrt(variance + self.epsilon), self.scale[...], self.bias[...]
         ).astype(x.dtype)
-
-
-def layer_norm(d: int, *, rngs: nnx.Rngs) -> LayerNorm:
-    """Layer normalisation with PyTorch's epsilon."""
-    return LayerNorm(d, epsilon=NORM_EPSILON, rngs=rngs)
 
 
 def rematerialized(layer: Callable[..., Any], rule: str) -> Callable[..., Any]:
@@ -201,7 +196,7 @@ def rematerialized(layer: Callable[..., Any], rule: str) -> Callable[..., Any]:
 
 
 class DropoutNoise:
-    """The random bits of one training step: one key an image, so that they do not depend on how a
+    """The random bits of one training step: one key per image, so that they do not depend on how a
     batch is spread over devices.
     """
 
@@ -214,7 +209,7 @@ class DropoutNoise:
         size = math.prod(shape[1:])
 
         def keep_image(key: Key[Array, ""]) -> Bool[Array, "..."]:
-            # Four masks' entries a hash. jax.random.bits spends a hash on each entry: twelve times
+            # Four entries per hash. jax.random.bits spends a hash on each entry: twelve times
             # slower on the CPU, and felt in a whole step.
             words = threefry_2x32(
                 jax.random.key_data(jax.random.fold_in(key, self._calls)),
@@ -223,7 +218,7 @@ class DropoutNoise:
             first = round(rate * 65536)  # of the values that are kept
             kept = jnp.concatenate(
                 [(words & 0xFFFF) >= first, (words >> 16) >= first]
-            )  # compared before: a byte an entry to put together
+            )  # compared before: one byte per entry to put together
             return kept[:size].reshape(shape[1:])
 
         return checkpoint_name(jax.vmap(keep_image)(self._keys), SAVED)
@@ -244,7 +239,7 @@ class Conv(nnx.Module):
     """2-D convolution, NHWC, padding k // 2 on every side (PyTorch's, not 'SAME').
 
     A 1x1 kernel is a matrix product: 1.5 to 4 times faster than XLA's convolution on the CPU and
-        the same elsewhere.
+    the same elsewhere.
     """
 
     def __init__(
@@ -275,11 +270,11 @@ class Conv(nnx.Module):
                 ((pad, pad), (pad, pad)),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
-        return x if self.bias is None else x + self.bias[...].astype(x.dtype).reshape(1, 1, 1, -1)
+        return x if self.bias is None else x + _as_row(self.bias[...].astype(x.dtype), 4)
 
 
 class NormStatistic(nnx.Variable):
-    """A value of a frozen BatchNorm: saved and loaded with the model, never trained, never decayed."""
+    """A value of a frozen BatchNorm: saved and loaded with the model, never trained."""
 
 
 class FrozenBatchNorm(nnx.Module):
@@ -296,13 +291,12 @@ class FrozenBatchNorm(nnx.Module):
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
         scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + NORM_EPSILON)
         offset = self.bias[...] - self.mean[...] * scale
-        return x * scale.astype(x.dtype).reshape(1, 1, 1, -1) + offset.astype(x.dtype).reshape(
-            1, 1, 1, -1
-        )
+        scale, offset = (_as_row(value.astype(x.dtype), 4) for value in (scale, offset))
+        return x * scale + offset
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation of NHWC maps: needs no statistics of a batch, so it is the same on one
+    """Group normalization of NHWC maps: needs no statistics of a batch, so it is the same on one
     device and on many.
 
     Source: Wu & He 2018.
@@ -317,10 +311,10 @@ class GroupNorm(nnx.Module):
         # Reduced by channel first: splitting the channel axis of the whole map into groups is four
         # times slower on the CPU.
         mean = self._over_groups(x.astype(jnp.float32).mean((1, 2)))
-        centred = x - mean
-        variance = self._over_groups(jnp.square(centred).mean((1, 2)))
+        centered = x - mean
+        variance = self._over_groups(jnp.square(centered).mean((1, 2)))
         return scale_and_shift(
-            centred * jax.lax.rsqrt(variance + NORM_EPSILON), self.scale[...], self.bias[...]
+            centered * jax.lax.rsqrt(variance + NORM_EPSILON), self.scale[...], self.bias[...]
         ).astype(x.dtype)
 
     def _over_groups(self, channels: Float[Array, "b d"]) -> Float[Array, "b 1 1 d"]:

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from dsct_jax.batch import Batch
-from dsct_jax.config import TrainConfig as TrainConfig
 from dsct_jax.errors import UserError
 from dsct_jax.parallel import Prefetch
 from dsct_jax.runtime import CompilationLog, Preemption
 from dsct_jax.training.checkpoint import Checkpoints
+from dsct_jax.training.config import TrainConfig as TrainConfig
 from dsct_jax.training.logbook import Logbook
 from dsct_jax.training.optimizer import OptimizerConfig, learning_rates
 from dsct_jax.training.step import TrainState

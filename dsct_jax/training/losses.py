@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from dsct_jax.batch import Targets
 from dsct_jax.boxes import cxcywh_to_xyxy, iou_and_giou
-from dsct_jax.config import LossConfig
 from dsct_jax.errors import UserError
+from dsct_jax.training.config import LossConfig
 
 _EXACT = jax.lax.Precision.HIGHEST  # a one-hot product must return the very number it selects
 

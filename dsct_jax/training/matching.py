@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 
 from dsct_jax.batch import Overlap, Targets
 from dsct_jax.boxes import AnyArray, cxcywh_to_xyxy, iou_and_giou
-from dsct_jax.config import MatcherConfig
+from dsct_jax.training.config import MatcherConfig
 
 # The released matcher fixes these two, whatever the focal loss uses, and adds _LOG_OFFSET inside
 # the logarithms.

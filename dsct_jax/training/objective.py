@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dsct_jax.batch import Batch, Branch, Hungarian, Known, Overlap, Predictions
-from dsct_jax.config import LossConfig, MatcherConfig
+from dsct_jax.training.config import LossConfig, MatcherConfig
 from dsct_jax.training.losses import LossSums, count_boxes, loss_sums
 from dsct_jax.training.matching import (
     assign_by_overlap,
@@ -143,6 +143,10 @@ class SetPrediction:
             config=self.loss,
             multi_label=self.multi_label,
         )
+
+
+# by the name in model.build.NETWORKS; each is made of (loss, matcher, multi_label=...)
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"set_prediction": SetPrediction}
 
 
 def _all_branches(predictions: Predictions) -> tuple[Branch, ...]:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from dsct_jax.config import OptimizerConfig
 from dsct_jax.errors import UserError
+from dsct_jax.training.config import OptimizerConfig
 
 # nested dicts of arrays (or of ShapeDtypeStructs, or of floats), keys are strings or integers
 Tree = Any

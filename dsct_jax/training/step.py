@@ -20,12 +20,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsct_jax.batch import Batch, Predictions, padding_mask
-from dsct_jax.config import OptimizerConfig, StepConfig
 from dsct_jax.errors import UserError
 from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.layers import DropoutNoise
 from dsct_jax.parallel import AXES, BATCH, LAYERED, spec_of, state_sharding
 from dsct_jax.preprocess import normalize
+from dsct_jax.training.config import OptimizerConfig, StepConfig
 from dsct_jax.training.halves import PullBack, add_axis, drop_axis, run_on_host
 from dsct_jax.training.objective import LossSums, Objective
 from dsct_jax.training.optimizer import (

@@ -117,7 +117,7 @@ def test_a_pth_with_the_configuration_of_another_model(pth):
     assert "is missing" in line
     line = refused(pth, small_config(hidden_dim=128))
     assert "has shape (64,) where the model has (128,)" in line
-    assert "model.fusion: 'relased'" in refused(pth, small_config(fusion="relased"))
+    assert "config.model.fusion='relased'" in refused(pth, small_config(fusion="relased"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ parameter counts and the ablations.
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 
 from dsct_jax.errors import UserError
-from dsct_jax.model.attention import DeformableAttention, initial_offsets
+from dsct_jax.model.attention import DeformableAttention, LayerShape, initial_offsets
 from dsct_jax.model.build import Network, flatten, unflatten
 from dsct_jax.model.decoder import (
     DecoderLayer,
@@ -111,12 +112,7 @@ def test_decoder_layer_and_its_gradients(case, golden):
         else None
     )
     layer = DecoderLayer(
-        d,
-        num_heads=heads,
-        num_levels=levels,
-        num_points=points,
-        feedforward_dim=ffn,
-        dropout_rate=0.0,
+        LayerShape(d, heads, levels, points, ffn, dropout=0.0),
         num_context=context,
         fusion=fusion,
         rngs=nnx.Rngs(0),
@@ -386,14 +382,35 @@ def test_variants_run_and_differ(change, small, golden):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backbone": "vgg"}, "model.backbone: 'vgg' is none of"),
-        ({"num_spatial_neighbors": 301}, "model.num_spatial_neighbors: 301 is more than"),
-        ({"hidden_dim": 100}, "model.hidden_dim: 100 must divide"),
-        ({"fusion_layers": (6,)}, "names a layer outside 0 to 5"),
+        ({"name": "detr"}, "name='detr' .* one of dsct"),
+        ({"backbone": "vgg"}, "backbone='vgg' .* one of resnet18, resnet34"),
+        ({"norm": "batch"}, "norm='batch' .* one of frozen_batch, group"),
+        ({"hidden_dim": 0}, "hidden_dim=0 .* at least 1"),
+        ({"hidden_dim": 100}, r"hidden_dim=100 .* divisible by config.model.num_heads \(8\)"),
+        ({"hidden_dim": 48}, "hidden_dim=48 .* by 32"),  # the groups of the input's norm
+        ({"num_heads": 0}, "num_heads=0 .* at least 1"),
+        ({"num_points": 0}, "num_points=0 .* at least 1"),
+        ({"num_levels": 2}, "num_levels=2 .* at least 3"),
+        ({"feedforward_dim": 0}, "feedforward_dim=0 .* at least 1"),
+        ({"num_encoder_layers": -1}, "num_encoder_layers=-1 .* at least 0"),
+        ({"num_decoder_layers": 0}, "num_decoder_layers=0 .* at least 1"),
+        ({"dropout": 1.0}, "dropout=1.0 .* at least 0 and less than 1"),
+        ({"dropout": -0.5}, "dropout=-0.5 .* at least 0 and less than 1"),
+        ({"dropout": math.nan}, "dropout=nan .* at least 0 and less than 1"),
+        ({"num_subject_queries": 0}, "num_subject_queries=0 .* at least 1"),
+        ({"num_context_queries": -1}, "num_context_queries=-1 .* at least 0"),
+        ({"num_spatial_neighbors": 301}, r"num_spatial_neighbors=301 .* at most .* \(300\)"),
+        ({"num_semantic_neighbors": 301}, r"num_semantic_neighbors=301 .* at most .* \(300\)"),
+        ({"num_semantic_neighbors": -1}, "num_semantic_neighbors=-1 .* at least 0"),
+        ({"fusion": "late"}, "fusion='late' .* one of paper, released"),
+        ({"fusion_layers": (6,)}, r"fusion_layers=\(6,\) .* of layers 0 to 5"),
+        ({"fusion_layers": (-1,)}, r"fusion_layers=\(-1,\) .* at least 0"),
+        ({"compute_dtype": "float16"}, "compute_dtype='float16' .* one of float32, bfloat16"),
+        ({"remat": "some"}, "remat='some' .* one of none, light, layers, all"),
     ],
 )
 def test_impossible_configurations_are_refused(change, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"^config.model.{message}"):
         DSCTConfig(num_classes=26, **change)
 
 
@@ -431,7 +448,7 @@ def test_refinement_adds_up_over_the_layers_and_each_layer_learns_alone(small, g
 
 
 def test_offsets_count_in_half_boxes():
-    attention = DeformableAttention(16, num_heads=2, num_levels=1, num_points=4, rngs=nnx.Rngs(0))
+    attention = DeformableAttention(LayerShape(16, 2, 1, 4, 16, 0.0), rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     queries, memory = (jnp.asarray(rng.normal(size=(1, k, 16)), jnp.float32) for k in (2, 48))
     points = jnp.array([[[[0.5, 0.25]], [[0.5, 0.25]]]])

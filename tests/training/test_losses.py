@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsct_jax.batch import Targets
-from dsct_jax.config import LossConfig, MatcherConfig
 from dsct_jax.errors import UserError
+from dsct_jax.training.config import LossConfig, MatcherConfig
 from dsct_jax.training.losses import count_boxes, loss_sums, sigmoid_focal_loss
 from dsct_jax.training.matching import assign_on_host, matching_cost
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dsct_jax.batch import Batch, Branch, Hungarian, Known, Overlap, Predictions, Targets
-from dsct_jax.config import LossConfig, MatcherConfig, OptimizerConfig, StepConfig
 from dsct_jax.model.build import Network
 from dsct_jax.parallel import make_mesh, shard_batch
 from dsct_jax.training import objective as objective_module
+from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig, StepConfig
 from dsct_jax.training.losses import LossSums, count_boxes, loss_sums
 from dsct_jax.training.matching import assign_by_overlap, assign_on_host, matching_cost
 from dsct_jax.training.objective import SetPrediction

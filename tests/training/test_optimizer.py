@@ -11,9 +11,9 @@ import optax
 import pytest
 
 from configs.base import get_config
-from dsct_jax.config import OptimizerConfig, StepConfig
 from dsct_jax.errors import UserError
 from dsct_jax.parallel import make_mesh
+from dsct_jax.training.config import OptimizerConfig, StepConfig
 from dsct_jax.training.optimizer import (
     learning_rates,
     make_optimizer,
@@ -238,7 +238,9 @@ def test_cosine_schedule_ends_at_zero():
 
 
 def test_a_wrong_setting_is_named():
-    with pytest.raises(UserError, match="schedule='poly' is not one of step, cosine"):
+    with pytest.raises(
+        UserError, match="schedule='poly' cannot be used: must be one of step, cosine"
+    ):
         OptimizerConfig(schedule="poly")
     with pytest.raises(UserError, match="clip_norm=0"):
         OptimizerConfig(clip_norm=0.0)

@@ -14,11 +14,11 @@ import pytest
 
 from configs.base import get_config
 from dsct_jax.batch import Batch, Targets
-from dsct_jax.config import LossConfig, MatcherConfig, OptimizerConfig, StepConfig
 from dsct_jax.model.build import Network
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.model.layers import DropoutNoise, dropout
 from dsct_jax.parallel import FSDP, make_mesh, shard_batch
+from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig, StepConfig
 from dsct_jax.training.halves import shapes_from_host
 from dsct_jax.training.memory_plan import format_plan, make_plan
 from dsct_jax.training.objective import SetPrediction
