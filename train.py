@@ -43,6 +43,7 @@ from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig,
 from dsct_jax.training.logbook import Logbook, versions, write_settings
 from dsct_jax.training.loop import Best, Meter, Preempted, Schedule, parse_window, train_loop
 from dsct_jax.training.memory_plan import format_plan, make_plan
+from dsct_jax.training.objective import OBJECTIVES
 from dsct_jax.training.optimizer import learning_rates
 from dsct_jax.training.step import (
     TrainState,
@@ -247,12 +248,11 @@ def train_step(
     network: Network, optimizer: optax.GradientTransformation, run: RunConfig, mesh: Mesh
 ) -> TrainStep:
     """The step of a run."""
+    make_objective = OBJECTIVES[network.entry.objective]
     return make_train_step(
         network,
         optimizer,
-        loss=run.loss,
-        matcher=run.matcher,
-        multi_label=run.multi_label,
+        objective=make_objective(run.loss, run.matcher, multi_label=run.multi_label),
         mesh=mesh,
         seed=run.seed,
         step_config=run.train.step_config,
