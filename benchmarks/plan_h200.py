@@ -26,10 +26,9 @@ from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import Network
 from dsct_jax.model.layers import REMAT
 from dsct_jax.parallel import make_mesh
-from dsct_jax.training.config import MATCHERS, MatcherConfig
-from dsct_jax.training.losses import LossConfig
+from dsct_jax.training.config import MATCHERS, LossConfig, MatcherConfig, OptimizerConfig
 from dsct_jax.training.memory_plan import format_plan, make_plan
-from dsct_jax.training.optimizer import OptimizerConfig
+from dsct_jax.training.objective import SetPrediction
 from dsct_jax.training.step import initial_state, make_train_step
 
 
@@ -59,15 +58,12 @@ def main() -> None:
         ),
         state,
     )
-    step = make_train_step(
-        functions,
-        optimizer,
-        loss=dataclass_from_dict(LossConfig, "loss", config["loss"]),
-        matcher=MatcherConfig(implementation=args.matcher),
+    objective = SetPrediction(
+        dataclass_from_dict(LossConfig, "loss", config["loss"]),
+        MatcherConfig(implementation=args.matcher),
         multi_label=config["multi_label"],
-        mesh=mesh,
-        seed=0,
     )
+    step = make_train_step(functions, optimizer, objective=objective, mesh=mesh, seed=0)
     height, width = (int(side) for side in args.size.split("x"))
     sizes = {
         "batch_size": args.batch,

@@ -70,7 +70,6 @@ def confusion_matrix(
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-LOWER_IS_BETTER = ("brier", "ece", "ece_calibrated")  # of a validation's metrics
 DEFINITIONS = ("step", "envelope", "eleven_point")
 _RESAMPLES_AT_ONCE = 64  # bounds the memory: this many weights per person at a time
 

@@ -30,8 +30,8 @@ class LayerShape(NamedTuple):
 
 
 def initial_offsets(num_heads: int, num_levels: int, num_points: int) -> np.ndarray:
-    """Initial sampling offsets [n l p 2], pixels: head i introspections in direction i, point j at
-    distance j + 1 (Deformable DETR).
+    """Initial sampling offsets [n l p 2], pixels: head i looks in direction i, point j at distance
+    j + 1 (Deformable DETR).
     """
     angles = np.arange(num_heads, dtype=np.float32) * np.float32(2 * math.pi / num_heads)
     grid = np.stack([np.cos(angles), np.sin(angles)], -1)
@@ -42,7 +42,7 @@ def initial_offsets(num_heads: int, num_levels: int, num_points: int) -> np.ndar
 
 
 class DeformableAttention(nnx.Module):
-    """Each query samples `num_points` locations a head and level around its reference point.
+    """Each query samples `num_points` locations per head and level around its reference point.
     Source: Zhu et al. 2020; paper Eq. 9.
     """
 
@@ -79,9 +79,8 @@ class DeformableAttention(nnx.Module):
         """
         b, q, d = queries.shape
         n, l, p = self.shape
-        value = jnp.where(memory_padding[..., None], 0, self.value_proj(memory)).reshape(
-            b, -1, n, d // n
-        )
+        value = jnp.where(memory_padding[..., None], 0, self.value_proj(memory))
+        value = value.reshape(b, -1, n, d // n)
         # Locations and softmax are float32 whatever the type of the rest: half a bfloat16 step is
         # half a pixel at the far edge of a map.
         offsets = linear_in_float32(self.sampling_offsets, queries).reshape(b, q, n, l, p, 2)
@@ -91,20 +90,13 @@ class DeformableAttention(nnx.Module):
             offsets *= jnp.where(half > 0, half, 1)
         logits = linear_in_float32(self.attention_weights, queries).reshape(b, q, n, l, p)
         with jax.named_scope("deformable_attention"):
-            attended = deformable_attention_from_offsets(
-                value,
-                spatial_shapes,
-                reference_points,
-                offsets,
-                logits,
-                implementation=implementation,
-            )
+            where = (value, spatial_shapes, reference_points, offsets, logits)
+            attended = deformable_attention_from_offsets(*where, implementation=implementation)
         attended = checkpoint_name(attended, SAVED)
+        weights = jax.nn.softmax(logits.reshape(b, q, n, l * p)).reshape(logits.shape)
         sampled = {  # dead code under jit unless the caller keeps it
             "sampling_locations": reference_points[:, :, None, :, None, :] + offsets / sizes,
-            "attention_weights": jax.nn.softmax(logits.reshape(b, q, n, l * p)).reshape(
-                logits.shape
-            ),
+            "attention_weights": weights,
         }
         return self.output_proj(attended), sampled
 
@@ -125,24 +117,16 @@ class SelfAttention(nnx.Module):
         """Returns the attended tokens and the attention weights [b n q q]."""
         b, q, d = tokens.shape
         assert self.in_proj.bias is not None
-        kernel, bias = (
-            self.in_proj.kernel[...].astype(tokens.dtype),
-            self.in_proj.bias[...].astype(tokens.dtype).reshape(1, 1, -1),
-        )
-        query_key = (
-            matmul_2d(tokens + positions, kernel[:, : 2 * d], tokens.dtype) + bias[..., : 2 * d]
-        )
-        value = matmul_2d(tokens, kernel[:, 2 * d :], tokens.dtype) + bias[..., 2 * d :]
+        dtype = tokens.dtype
+        kernel = self.in_proj.kernel[...].astype(dtype)
+        bias = self.in_proj.bias[...].astype(dtype).reshape(1, 1, -1)
+        both = matmul_2d(tokens + positions, kernel[:, : 2 * d], dtype) + bias[..., : 2 * d]
+        value = matmul_2d(tokens, kernel[:, 2 * d :], dtype) + bias[..., 2 * d :]
         query, key, value = (
-            x.reshape(b, q, self.num_heads, -1) for x in (*jnp.split(query_key, 2, -1), value)
+            x.reshape(b, q, self.num_heads, -1) for x in (*jnp.split(both, 2, -1), value)
         )
-        scores = jnp.einsum(
-            "bqnd,bknd->bnqk",
-            query / math.sqrt(d // self.num_heads),
-            key,
-            preferred_element_type=jnp.float32,
-        )
+        query = query / math.sqrt(d // self.num_heads)
+        scores = jnp.einsum("bqnd,bknd->bnqk", query, key, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores)
-        return self.out_proj(
-            jnp.einsum("bnqk,bknd->bqnd", weights.astype(value.dtype), value).reshape(b, q, d)
-        ), weights
+        attended = jnp.einsum("bnqk,bknd->bqnd", weights.astype(dtype), value)
+        return self.out_proj(attended.reshape(b, q, d)), weights

@@ -24,10 +24,15 @@ class ResNetConfig:
     wide: int = 1  # factor on the 3x3 convolution of a bottleneck (Wide-ResNet: 2)
 
     @property
+    def expansion(self) -> int:
+        """Channels of a block's result per plane."""
+        return 4 if self.bottleneck else 1
+
+    @property
     def channels(self) -> tuple[int, int, int]:
         """Channels of C3, C4, C5."""
-        expansion = 4 if self.bottleneck else 1
-        return 2 * self.width * expansion, 4 * self.width * expansion, 8 * self.width * expansion
+        c2 = self.width * self.expansion
+        return 2 * c2, 4 * c2, 8 * c2
 
 
 BACKBONES = {
@@ -39,9 +44,8 @@ BACKBONES = {
     "wide_resnet50": ResNetConfig(True, (3, 4, 6, 3), wide=2),
     "wide_resnet101": ResNetConfig(True, (3, 4, 23, 3), wide=2),
     "tiny": ResNetConfig(True, (1, 2, 2, 1), width=8),  # the size of the golden numbers: tests
-    "small": ResNetConfig(
-        False, (1, 1, 1, 1), width=16
-    ),  # trains on a CPU: the demo and other runs from scratch
+    # trains on a CPU: the demo and other runs from scratch
+    "small": ResNetConfig(False, (1, 1, 1, 1), width=16),
 }
 
 
@@ -52,7 +56,7 @@ def _norm(kind: str, channels: int) -> FrozenBatchNorm | GroupNorm:
 
 
 class Stem(nnx.Module):
-    """7x7 convolution with stride 2, normalisation, ReLU and 3x3 max pooling with stride 2."""
+    """7x7 convolution with stride 2, normalization, ReLU and 3x3 max pooling with stride 2."""
 
     def __init__(self, width: int, *, norm: str, rngs: nnx.Rngs):
         self.conv = Conv(3, width, 7, stride=2, rngs=rngs)
@@ -69,25 +73,14 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self,
-        d_in: int,
-        planes: int,
-        *,
-        stride: int,
-        config: ResNetConfig,
-        norm: str,
-        rngs: nnx.Rngs,
+        self, d_in: int, planes: int, stride: int, config: ResNetConfig, norm: str, rngs: nnx.Rngs
     ):
+        d_out = planes * config.expansion
+        # (channels in, channels out, size, stride) of each convolution
+        shapes = [(d_in, d_out, 3, stride), (d_out, d_out, 3, 1)]
         if config.bottleneck:
-            inner, d_out = planes * config.wide, planes * 4
-            shapes: tuple[tuple[int, int, int, int], ...] = (
-                (d_in, inner, 1, 1),
-                (inner, inner, 3, stride),
-                (inner, d_out, 1, 1),
-            )
-        else:
-            d_out = planes
-            shapes = ((d_in, d_out, 3, stride), (d_out, d_out, 3, 1))
+            inner = planes * config.wide
+            shapes = [(d_in, inner, 1, 1), (inner, inner, 3, stride), (inner, d_out, 1, 1)]
         self.convs = nnx.List([Conv(a, b, size, stride=s, rngs=rngs) for a, b, size, s in shapes])
         self.norms = nnx.List([_norm(norm, b) for _, b, _, _ in shapes])
         projects = stride != 1 or d_in != d_out
@@ -95,17 +88,13 @@ class Block(nnx.Module):
         self.shortcut_norm = _norm(norm, d_out) if projects else None
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        shortcut = (
-            x
-            if self.shortcut_conv is None or self.shortcut_norm is None
-            else self.shortcut_norm(self.shortcut_conv(x))
-        )
-        last = len(self.convs) - 1
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = norm(conv(x))
-            if i < last:
-                x = jax.nn.relu(x)
-        return jax.nn.relu(x + shortcut)
+        shortcut = x
+        if self.shortcut_conv is not None and self.shortcut_norm is not None:
+            shortcut = self.shortcut_norm(self.shortcut_conv(x))
+        *inner, (last_conv, last_norm) = zip(self.convs, self.norms, strict=True)
+        for conv, norm in inner:
+            x = jax.nn.relu(norm(conv(x)))
+        return jax.nn.relu(last_norm(last_conv(x)) + shortcut)
 
 
 class ResNet(nnx.Module):
@@ -115,26 +104,16 @@ class ResNet(nnx.Module):
         self.stem = Stem(config.width, norm=norm, rngs=rngs)
         layers, d_in = [], config.width
         for i, count in enumerate(config.blocks):
-            planes, blocks = config.width * 2**i, []
+            blocks: list[Block] = []
             for j in range(count):
-                blocks.append(
-                    Block(
-                        d_in,
-                        planes,
-                        stride=2 if i > 0 and j == 0 else 1,
-                        config=config,
-                        norm=norm,
-                        rngs=rngs,
-                    )
-                )
-                d_in = planes * (4 if config.bottleneck else 1)
+                planes, stride = config.width * 2**i, 2 if i > 0 and j == 0 else 1
+                blocks.append(Block(d_in, planes, stride, config, norm, rngs))
+                d_in = planes * config.expansion
             layers.append(nnx.List(blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = layers
 
     def __call__(self, images: Float[Array, "b h w 3"], *, remat: str = "none") -> list[jax.Array]:
-        """With `remat="all"` the backward pass keeps what enters each block and computes its inside
-        again.
-        """
+        """With `remat="all"` the backward pass keeps only what enters each block."""
         x, features = self.stem(images), []
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:

@@ -73,7 +73,7 @@ class Network:
     def __init__(self, config: Any):
         self.config, self.entry = config, NETWORKS[config.name]
         abstract = nnx.eval_shape(lambda: self._make(0))
-        graph, *states = nnx.split(abstract, nnx.Param, NormStatistic)  # type: ignore[misc]
+        graph, *states = nnx.split(abstract, nnx.Param, NormStatistic)
         self.graph: nnx.GraphDef = graph
         self._abstract = states
         self.param_shapes, self.norm_stats_shapes = (

@@ -44,7 +44,7 @@ def smallest_k_mask(scores: Float[Array, "*n m"], k: int) -> Bool[Array, "*n m"]
 def weighted_softmax(
     logits: Float[Array, "b q m"], counts: Float[Array, "b q m"]
 ) -> Float[Array, "b q m"]:
-    """Softmax in which entry m counts `counts` times: 0 = left out, 2 = selected twice. A row of
+    """Softmax in which entry m counts `counts` times: 0 = excluded, 2 = selected twice. A row of
     zeros gives zeros.
     """
     peak = jax.lax.stop_gradient(
@@ -69,7 +69,7 @@ def subject_context_fusion(
 
     Distances (Eq. 6) and dot products (Eq. 7, not scaled) select `num_spatial_neighbors` nearest
     and `num_semantic_neighbors` most or least similar context queries; "paper" adds one weighted
-    sum over both selections (Eq. 8; a query selected twice counts twice), "released" adds one a
+    sum over both selections (Eq. 8; a query selected twice counts twice), "released" adds one per
     selection and a third over the subject queries themselves (transformer.py:327-330). Points are
     in [0, 1] of the padded canvas. Returns the fused subject queries, and the selections and
     weights [b q m].

@@ -48,19 +48,14 @@ class FeedForward(nnx.Module):
 def encoder_reference_points(
     spatial_shapes: SpatialShapes, valid_ratios: Float[Array, "b l 2"]
 ) -> Float[Array, "b s l 2"]:
-    """Centre of every token in [0, 1] of its image, rescaled to each level's padded map."""
-    centres = []
+    """Center of every token in [0, 1] of its image, rescaled to each level's padded map."""
+    centers = []
     for level, (h, w) in enumerate(spatial_shapes):
-        y, x = np.meshgrid(
-            np.arange(h, dtype=np.float32) + 0.5,
-            np.arange(w, dtype=np.float32) + 0.5,
-            indexing="ij",
-        )
+        y, x = np.mgrid[:h, :w].astype(np.float32) + np.float32(0.5)
         grid = np.stack([x, y], -1).reshape(1, h * w, 2)
-        centres.append(
-            grid / (valid_ratios[:, None, level] * np.array([w, h], np.float32).reshape(1, 1, 2))
-        )
-    return jnp.concatenate(centres, 1)[:, :, None] * valid_ratios[:, None]
+        size = np.array([w, h], np.float32).reshape(1, 1, 2)
+        centers.append(grid / (valid_ratios[:, None, level] * size))
+    return jnp.concatenate(centers, 1)[:, :, None] * valid_ratios[:, None]
 
 
 class EncoderLayer(nnx.Module):

@@ -9,9 +9,8 @@ from dsct_jax.boxes import inverse_sigmoid
 from dsct_jax.model.layers import Linear, torch_uniform
 
 INITIAL_SIZE = -2.0  # logit of a new box's width and height: about a ninth of the image
-CLASS_PRIOR_BIAS = (
-    -4.59511985013459
-)  # -log((1 - 0.01) / 0.01): every class starts at probability 0.01 (focal loss)
+# -log((1 - 0.01) / 0.01): every class starts at probability 0.01 (focal loss)
+CLASS_PRIOR_BIAS = -4.59511985013459
 
 
 class BoxHead(nnx.Module):
@@ -21,15 +20,17 @@ class BoxHead(nnx.Module):
 
     def __init__(self, d: int, *, refines: bool = False, rngs: nnx.Rngs):
         self.refines = refines
-        self.layer0 = Linear(
-            d, d, kernel_init=torch_uniform(d), bias_init=torch_uniform(d), rngs=rngs
-        )
-        self.layer1 = Linear(
-            d, d, kernel_init=torch_uniform(d), bias_init=torch_uniform(d), rngs=rngs
-        )
+        start = torch_uniform(d)
+        self.layer0 = Linear(d, d, kernel_init=start, bias_init=start, rngs=rngs)
+        self.layer1 = Linear(d, d, kernel_init=start, bias_init=start, rngs=rngs)
         size = 0.0 if refines else INITIAL_SIZE
-        start = lambda *_: jnp.array([0.0, 0.0, size, size])  # noqa: E731
-        self.layer2 = Linear(d, 4, kernel_init=nnx.initializers.zeros, bias_init=start, rngs=rngs)
+        self.layer2 = Linear(
+            d,
+            4,
+            kernel_init=nnx.initializers.zeros,
+            bias_init=lambda *_: jnp.array([0.0, 0.0, size, size]),
+            rngs=rngs,
+        )
 
     def __call__(
         self, tokens: Float[Array, "*b d"], references: Float[Array, "*b r"]
@@ -39,9 +40,8 @@ class BoxHead(nnx.Module):
         """
         deltas = self.layer2(jax.nn.relu(self.layer1(jax.nn.relu(self.layer0(tokens)))))
         start = inverse_sigmoid(references)
-        return jax.nn.sigmoid(
-            deltas + jnp.pad(start, [(0, 0)] * (start.ndim - 1) + [(0, 4 - start.shape[-1])])
-        )
+        missing = [(0, 0)] * (start.ndim - 1) + [(0, 4 - start.shape[-1])]
+        return jax.nn.sigmoid(deltas + jnp.pad(start, missing))
 
     def references(self, points: Float[Array, "b q 2"], num_context: int) -> Float[Array, "b q r"]:
         """What the first decoder layer refers to: the points themselves, or with refinement boxes
@@ -50,9 +50,8 @@ class BoxHead(nnx.Module):
         """
         if not self.refines:
             return points
-        size = jnp.where(
-            jnp.arange(points.shape[1]) < num_context, 0.0, jax.nn.sigmoid(INITIAL_SIZE)
-        )
+        is_context = jnp.arange(points.shape[1]) < num_context
+        size = jnp.where(is_context, 0.0, jax.nn.sigmoid(INITIAL_SIZE))
         return jnp.concatenate([points, jnp.broadcast_to(size[None, :, None], points.shape)], -1)
 
 

@@ -28,18 +28,15 @@ def valid_ratio(mask: Bool[Array, "b h w"]) -> Float[Array, "b 2"]:
 def sine_position(
     mask: Bool[Array, "b h w"], d: int, *, temperature: float = 10000.0
 ) -> Float[Array, "b h w d"]:
-    """Sine embedding of pixel centres in [0, 2 pi] of the valid part: first half y, second half x
+    """Sine embedding of pixel centers in [0, 2 pi] of the valid part: first half y, second half x
     (DETR, with Deformable DETR's -0.5).
     """
     valid = (~mask).astype(jnp.float32)
     y, x = jnp.cumsum(valid, axis=1), jnp.cumsum(valid, axis=2)
     y = (y - 0.5) / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
     x = (x - 0.5) / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
-    period = (
-        (temperature ** (2 * (np.arange(d // 2) // 2) / (d // 2)))
-        .astype(np.float32)
-        .reshape(1, 1, 1, -1)
-    )
+    power = 2 * (np.arange(d // 2) // 2) / (d // 2)
+    period = (temperature**power).astype(np.float32).reshape(1, 1, 1, -1)
 
     def embed(position):
         phase = position[..., None] / period
