@@ -19,8 +19,7 @@ from dsct_jax.__main__ import main as command
 from dsct_jax.boxes import cxcywh_to_xyxy, pairwise_iou
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import fit_decoder, save_fit
-from dsct_jax.evaluation.evaluate import BUCKETS, evaluate, write_evaluation
-from dsct_jax.evaluation.measures import LOWER_IS_BETTER
+from dsct_jax.evaluation.evaluate import BUCKETS, LOWER_IS_BETTER, evaluate, write_evaluation
 from dsct_jax.evaluation.report import format_table
 from dsct_jax.evaluation.results import ImageResult, ResultsInfo, read_results, stack_results
 from dsct_jax.evaluation.selection import select_all, select_queries
