@@ -41,6 +41,7 @@ from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig,
 from dsct_jax.training.logbook import Logbook, versions
 from dsct_jax.training.loop import CONTINUES, Best, Preempted, Schedule, parse_window, train_loop
 from dsct_jax.training.memory_plan import format_plan, make_plan
+from dsct_jax.training.objective import OBJECTIVES
 from dsct_jax.training.optimizer import learning_rates
 from dsct_jax.training.step import TrainState, initial_state, make_eval_step, make_train_step
 from dsct_jax.visualization.drawing import contact_sheet, draw_shown
@@ -200,16 +201,14 @@ def build_step(
     run: RunConfig, network: Network, values: Values, mesh: Mesh, *, total_steps: int
 ) -> tuple[Any, TrainState]:
     """The training step, and the state before the first one."""
-    config = run.train.step_config
+    config, make_objective = run.train.step_config, OBJECTIVES[network.entry.objective]
     optimizer, state = initial_state(
         *values, run.optimizer, total_steps=total_steps, mesh=mesh, step_config=config
     )
     step = make_train_step(
         network,
         optimizer,
-        loss=run.loss,
-        matcher=run.matcher,
-        multi_label=run.multi_label,
+        objective=make_objective(run.loss, run.matcher, multi_label=run.multi_label),
         mesh=mesh,
         seed=run.seed,
         step_config=config,

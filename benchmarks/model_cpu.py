@@ -44,9 +44,8 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
     from dsct_jax.inference.load import model_config
     from dsct_jax.model.build import Network
     from dsct_jax.parallel import make_mesh, shard_batch
-    from dsct_jax.training.losses import LossConfig
-    from dsct_jax.training.matching import MatcherConfig
-    from dsct_jax.training.optimizer import OptimizerConfig
+    from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig
+    from dsct_jax.training.objective import SetPrediction
     from dsct_jax.training.step import initial_state, make_eval_step, make_train_step, model_input
 
     config, mesh = to_builtins(get_config()), make_mesh()
@@ -77,15 +76,8 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
     optimizer, state = initial_state(
         params, norm_stats, optimizer_config, total_steps=1000, mesh=mesh
     )
-    step = make_train_step(
-        functions,
-        optimizer,
-        loss=LossConfig(),
-        matcher=MatcherConfig(),
-        multi_label=True,
-        mesh=mesh,
-        seed=0,
-    )
+    objective = SetPrediction(LossConfig(), MatcherConfig(), multi_label=True)
+    step = make_train_step(functions, optimizer, objective=objective, mesh=mesh, seed=0)
 
     def run():
         nonlocal state

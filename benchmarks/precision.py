@@ -29,6 +29,7 @@ from dsct_jax.errors import UserError
 from dsct_jax.model.build import Network
 from dsct_jax.parallel import make_mesh, shard_batch
 from dsct_jax.runtime import start_process
+from dsct_jax.training.objective import SetPrediction
 from dsct_jax.training.step import initial_state, make_train_step
 from train import RunConfig
 
@@ -62,9 +63,7 @@ def trainer(config: Mapping[str, Any], dtype: str, steps: int) -> Callable[..., 
             params, norm_stats, run.optimizer, total_steps=total_steps, mesh=mesh
         )
         options: dict[str, Any] = {
-            "loss": run.loss,
-            "matcher": run.matcher,
-            "multi_label": run.multi_label,
+            "objective": SetPrediction(run.loss, run.matcher, multi_label=run.multi_label),
             "mesh": mesh,
             "seed": run.seed,
         }

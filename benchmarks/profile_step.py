@@ -23,7 +23,8 @@ from benchmarks.tables import device_line, make_parser, report, table
 from benchmarks.training_step import build
 from dsct_jax.config import read_config
 from dsct_jax.model.layers import REMAT
-from dsct_jax.training.step import assign_shards
+from dsct_jax.training.halves import run_on_host
+from dsct_jax.training.objective import match_on_host
 
 PARTS = (
     "backbone",
@@ -163,7 +164,7 @@ def main() -> None:
     first = step.first_half.lower(state, batch, None).compile()
     forward = first(state, batch, None)
     second = step.second_half.lower(
-        state, forward, batch, assign_shards(forward.cost, forward.valid)
+        state, forward, run_on_host(match_on_host, forward.problem), batch
     ).compile()
     places = {"predict": places_of(first.as_text()), "finish": places_of(second.as_text())}
     passed = []
@@ -173,7 +174,8 @@ def main() -> None:
                 jax.profiler.start_trace(directory)
             start = time.perf_counter()
             forward = first(state, batch, None)
-            state, terms = second(state, forward, batch, assign_shards(forward.cost, forward.valid))
+            solved = run_on_host(match_on_host, forward.problem)
+            state, terms = second(state, forward, solved, batch)
             del forward
             jax.block_until_ready((state, terms))
             passed.append(time.perf_counter() - start)

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from benchmarks.tables import device_line, make_parser, report, row, table
 from dsct_jax.batch import Batch, Targets
@@ -32,15 +33,14 @@ from dsct_jax.config import dataclass_from_dict, read_config
 from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import FlatParams, Network
 from dsct_jax.model.layers import REMAT, DropoutNoise
-from dsct_jax.parallel import make_mesh, shard_batch
-from dsct_jax.training.config import MATCHERS, MatcherConfig
-from dsct_jax.training.losses import LossConfig
+from dsct_jax.parallel import BATCH, make_mesh, shard_batch
+from dsct_jax.training.config import MATCHERS, LossConfig, MatcherConfig, OptimizerConfig
+from dsct_jax.training.halves import run_on_host
 from dsct_jax.training.matching import assign_on_device
-from dsct_jax.training.optimizer import OptimizerConfig
+from dsct_jax.training.objective import MatchingProblem, SetPrediction, match_on_host
 from dsct_jax.training.step import (
     TrainState,
     TrainStep,
-    assign_shards,
     initial_state,
     make_train_step,
     model_input,
@@ -80,15 +80,12 @@ def build(
     optimizer, state = initial_state(
         *functions.init(0), optimizer_config, total_steps=1000, mesh=mesh
     )
-    options: dict[str, Any] = {
-        "loss": dataclass_from_dict(LossConfig, "loss", config["loss"]),
-        "multi_label": config["multi_label"],
-        "mesh": mesh,
-        "seed": 0,
-    }
-    step = make_train_step(
-        functions, optimizer, matcher=MatcherConfig(implementation=matcher), **options
+    objective = SetPrediction(
+        dataclass_from_dict(LossConfig, "loss", config["loss"]),
+        MatcherConfig(implementation=matcher),
+        multi_label=config["multi_label"],
     )
+    step = make_train_step(functions, optimizer, objective=objective, mesh=mesh, seed=0)
     host_batch = make_batch(
         batch_size, *size, config["data"]["max_targets"], len(config["class_names"])
     )
@@ -147,14 +144,16 @@ def measure_parts(state: TrainState, step: TrainStep, batch: Batch, runs: int) -
     for name, f in (("backbone", backbone), ("encoder", encoder)):
         gradient = jax.jit(jax.grad(f))
         up_to[name] = seconds(partial(gradient, state.params, batch), runs)
-    predict = jax.eval_shape(step.first_half, state, batch, None)
-    cost = jax.random.normal(jax.random.key(0), predict.cost.shape)
-    on_device = jax.jit(assign_on_device)
-    assign = on_device if step.matcher.implementation == "device" else assign_shards
+    shape = jax.eval_shape(step.first_half, state, batch, None).predictions.logits.shape[:-1]
+    cost = jax.random.normal(jax.random.key(0), (*shape, batch.targets.valid.shape[-1]))
+    problem = MatchingProblem([cost], batch.targets.valid[None], repeats=(1,))
+    problem = jax.device_put(problem, NamedSharding(step.mesh, BATCH))
+    on_device = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf[0], x).solve(assign_on_device))
+    assign = partial(run_on_host, match_on_host) if step.objective.host_half else on_device
     return {
         "backbone": up_to["backbone"],
         "encoder": up_to["encoder"] - up_to["backbone"],
-        "matcher": seconds(lambda: assign(cost + 0, batch.targets.valid), runs),
+        "matcher": seconds(lambda: assign(jax.tree.map(jnp.copy, problem)), runs),
         "optimizer": seconds(lambda: update(state.params, state.opt_state), runs),
     }
 

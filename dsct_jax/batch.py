@@ -1,55 +1,112 @@
-"""The contract between data, model, losses and metrics: what one batch, its targets and its
+"""The contract between data, networks, objectives and metrics: what one batch, its targets and its
 predictions hold.
 
-Letters: b batch, h w padded image, t targets, q subject queries, k classes, layers decoder layers.
-Everything here is a pytree, so a batch can be sharded, donated or mapped over as one value. Fields
-are described in comments rather than as checked annotations because the same containers also carry
-shardings and ShapeDtypeStructs.
+Letters: b batch, h w padded image, t targets, q queries, k classes, layers decoder layers.
+Everything here is a pytree, so a batch can be sharded, donated or mapped over as one value. The
+shapes of the fields are not checked when a container is made (`no_type_check`), for the same
+containers also carry shardings and ShapeDtypeStructs; functions check what they take out of them.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@no_type_check
 class Targets:
     """The people of each image, padded to a fixed number `t`."""
 
-    boxes: Any  # float32 [b t 4], (cx, cy, w, h) in [0, 1] of the image without its padding
-    # float32 [b t k], multi-hot (multi-label) or one-hot (multi-class); all zero = the person
-    # carries no label
-    labels: Any
-    valid: Any  # bool [b t], True = a real person
+    boxes: Float[Any, "b t 4"]  # (cx, cy, w, h) in [0, 1] of the image without its padding
+    # multi-hot (multi-label) or one-hot (multi-class); all zero = the person carries no label
+    labels: Float[Any, "b t k"]
+    valid: Bool[Any, "b t"]  # True = a real person
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@no_type_check
 class Batch:
     """Padded images as they travel to the device, their sizes, and their people."""
 
-    images: Any  # uint8 [b h w 3] RGB, padded with 0 at the right and at the bottom
-    sizes: Any  # int32 [b 2], (height, width) of each image inside the padded canvas
+    images: UInt8[Any, "b h w 3"]  # RGB, padded with 0 at the right and at the bottom
+    sizes: Int[Any, "b 2"]  # (height, width) of each image inside the padded canvas
     targets: Targets
-    image_ids: Any  # int32 [b], index of the record in its data set
-    original_sizes: Any  # int32 [b 2], (height, width) of the image on disk
-    real: Any  # bool [b], False = filler that completes the last evaluation batch; never counted
+    image_ids: Int[Any, "b"]  # index of the record in its data set
+    original_sizes: Int[Any, "b 2"]  # (height, width) of the image on disk
+    real: Bool[Any, "b"]  # False = filler that completes the last batch; never counted
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Predictions:
-    """What the model says. The last layer is the answer, the others are the auxiliary outputs."""
+class Hungarian:
+    """Queries and people are paired so that the sum of costs is least; each person `repeats` times
+    (more than once: one-to-many).
+    """
 
-    # float32 [layers b q k+1]; the last logit is "a subject" (multi-label) or unused (multi-class),
-    # as released
-    logits: Any
-    boxes: Any  # float32 [layers b q 4], (cx, cy, w, h) in [0, 1] of the image without its padding
+    repeats: int = dataclasses.field(default=1, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+@no_type_check
+class Known:
+    """The network itself made these queries of the people (denoising), each person `repeats` times.
+
+    `targets` is the person of each query, -1 = nobody, which the query then has to say. A query of
+    a person that is not `Targets.valid` takes no part in the loss.
+    """
+
+    targets: Int[Any, "b q"]
+    repeats: int = dataclasses.field(default=1, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """A query answers for the person that its box overlaps most, if their IoU is at least `min_iou`
+    or no box overlaps that person more; of these the best `repeats` per person (DETA, Ouyang-Zhang
+    et al. 2022).
+    """
+
+    min_iou: float = dataclasses.field(default=0.6, metadata={"static": True})
+    repeats: int = dataclasses.field(default=4, metadata={"static": True})
+
+
+Assignment = Hungarian | Known | Overlap  # how the queries of a branch find their people
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+@no_type_check
+class Branch:
+    """Further predictions of a training step, with a loss of their own: `weight` times that of the
+    answer, logged as `name`/...
+    """
+
+    logits: Float[Any, "layers b q k+1"]
+    boxes: Float[Any, "layers b q 4"]
+    assignment: Assignment
+    name: str = dataclasses.field(metadata={"static": True})
+    weight: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+@no_type_check
+class Predictions:
+    """What a network says. The last layer is the answer, the others are the auxiliary outputs."""
+
+    # the last logit is "a subject" (multi-label) or unused (multi-class), as released
+    logits: Float[Any, "layers b q k+1"]
+    boxes: Float[Any, "layers b q 4"]  # (cx, cy, w, h) in [0, 1] of the image without its padding
     details: Any = None  # attention weights, sampling locations ... per layer, when asked for
+    branches: tuple[Branch, ...] = ()  # in training only
+    assignment: Assignment = Hungarian()  # of the answer
 
 
 def padding_mask(sizes: Int[Array, "b 2"], height: int, width: int) -> Bool[Array, "b h w"]:

@@ -147,11 +147,32 @@ def test_decode_image_reads_palettes_with_transparency_and_sixteen_bits(tmp_path
     ]
 
 
-def test_decode_image_keeps_the_stored_frame_of_a_rotated_photograph(tmp_path):
+@pytest.mark.parametrize("largest", [4095, 65535])
+def test_decode_image_reads_sixteen_bits_that_pillow_opens_as_mode_i(tmp_path, largest):
+    grey = np.array([[0, largest // 2, largest]], ">u2")
+    path = tmp_path / "deep.pgm"
+    path.write_bytes(b"P5\n3 1\n%d\n" % largest + grey.tobytes())
+    with Image.open(path) as image:
+        assert image.mode == "I"
+    np.testing.assert_array_equal(np.asarray(decode_image(path))[0, :, 0], [0, 127, 255])
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("I", np.int32), ("F", np.float32)])
+def test_decode_image_refuses_grey_without_a_range(tmp_path, mode, kind):
+    path = tmp_path / "grey.tif"
+    Image.fromarray(np.array([[0, 128, 255]], kind)).save(path)
+    with Image.open(path) as image:
+        assert image.mode == mode
+    with pytest.raises(UserError, match=rf"grey\.tif: .*PIL mode {mode}"):
+        decode_image(path)
+
+
+def test_decode_image_keeps_the_stored_frame_unless_asked_for_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn by 90 degrees to show"
     Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
     assert decode_image(tmp_path / "turned.jpg").size == (20, 10)
+    assert decode_image(tmp_path / "turned.jpg", upright=True).size == (10, 20)
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "text", "cut png"])

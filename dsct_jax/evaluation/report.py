@@ -147,8 +147,8 @@ def _classes(ax: Any, metrics: dict[str, Any]) -> None:
     values = _each(entries, "AP")
     errors = _errors(values, _each(entries, "AP_interval"))
     ax.barh(rows, values, color=_BLUE, xerr=errors, ecolor="black")
-    chance = {"color": _ORANGE, "markersize": 5, "label": "chance (share of people)"}
-    ax.plot(_each(entries, "chance"), rows, "D", **chance)
+    chance, label = _each(entries, "chance"), "chance (share of people)"
+    ax.plot(chance, rows, "D", color=_ORANGE, markersize=5, label=label)
     ax.set_yticks(rows, [f"{name} ({entry['people']})" for name, entry in named])
     ax.set(xlim=(0, 1), xlabel="AP", title="Classes (people), by AP")
 

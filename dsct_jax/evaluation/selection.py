@@ -39,7 +39,7 @@ class People:
 
     def labelled(self, num_images: int) -> "People":
         """Those that carry a label. Raises UserError, with the number of images, for nobody."""
-        carries = self.labels.any(-1)
+        carries = np.asarray(self.labels.any(-1))
         if not carries.any():
             raise UserError(
                 f"nothing to evaluate: none of the {num_images} images has a person with a label; "

@@ -4,7 +4,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
-from typing import Any, Protocol, overload, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -41,10 +41,6 @@ class Detector(Protocol):
         ...
 
 
-@overload
-def predict(model: Detector, images: AnyImage, **options: Any) -> list[Subject]: ...
-@overload
-def predict(model: Detector, images: Iterable[AnyImage], **options: Any) -> list[list[Subject]]: ...
 def predict(
     model: Detector,
     images: AnyImage | Iterable[AnyImage],
@@ -53,9 +49,9 @@ def predict(
     min_confidence: float | None = Selection.min_confidence,
     nms: float = Selection.nms,
     batch_size: int = BATCH_SIZE,
-) -> list[Subject] | list[list[Subject]]:
-    """The people in an image, most confident first; empty where nobody is found. Of several images
-    a list of such lists, in their order.
+) -> list[Any]:
+    """The people in one image: `Subject`s, most confident first; empty where nobody is found. Of
+    several images a list of such lists, in their order.
 
     Args:
         model: what `dsct_jax.load` returns.
@@ -70,8 +66,8 @@ def predict(
         UserError: something that is no image, or a number out of its range.
     """
     selection = Selection(threshold=threshold, min_confidence=min_confidence, nms=nms)
-    single = isinstance(images, AnyImage)
-    several: Iterable[Any] = [images] if single else images
+    single = isinstance(images, AnyImage) or not isinstance(images, Iterable)
+    several: Any = [images] if single else images
     if isinstance(several, Sized):
         batch_size = min(batch_size, max(1, len(several)))
     answers = predict_each(model, several, selection=selection, batch_size=batch_size)
@@ -134,8 +130,8 @@ def to_model_input(pixels: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.
     return normalize(pixels, mask), mask
 
 
-def read_rgb(image: AnyImage) -> Image.Image:
-    """One image of any accepted kind as upright RGB.
+def read_rgb(image: Any) -> Image.Image:
+    """One image of any kind that `predict` takes as upright RGB.
 
     Raises:
         UserError: a file that cannot be read, an array of another shape or type, or no image.

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dsct_jax.cli import whole_file
 from dsct_jax.config import differences
 from dsct_jax.errors import UserError
 
@@ -53,7 +53,8 @@ def write_settings(config: Mapping[str, Any], workdir: Path) -> list[str]:
         "command": sys.argv,
     }
     for name, content in (("config.json", config), ("env.json", environment)):
-        _replace(workdir / name, json.dumps(content, indent=1) + "\n")
+        with whole_file(workdir / name) as file:
+            file.write(json.dumps(content, indent=1) + "\n")
     return changed
 
 
@@ -72,13 +73,6 @@ def _commit() -> str | None:
     command, folder = ["git", "rev-parse", "HEAD"], Path(__file__).parent
     found = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     return found.stdout.strip() or None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file whole: a kill leaves the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 class Logbook(contextlib.ExitStack):
@@ -230,14 +224,14 @@ def _drop_lines(path: Path, *, after: int, validation: bool) -> None:
     """Removes the lines of later steps, and (`validation`) that of the validation of `after`."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-            step = entry["step"]
-        except (ValueError, KeyError, TypeError):  # cut by a kill
-            continue
-        repeated = validation and step == after and any(name.startswith("val/") for name in entry)
-        if step <= after and not repeated:
-            kept.append(f"{line}\n")
-    _replace(path, "".join(kept))
+    lines = path.read_text().splitlines()
+    with whole_file(path) as file:
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                step = entry["step"]
+            except (ValueError, KeyError, TypeError):  # cut by a kill
+                continue
+            again = validation and step == after and any(key.startswith("val/") for key in entry)
+            if step <= after and not again:
+                file.write(f"{line}\n")

@@ -226,8 +226,6 @@ class Profiler(contextlib.ExitStack):
 
 # (state, batch) -> (state, scalars by name)
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-
-
 CONTINUES = "the same command continues"
 
 

@@ -1,8 +1,7 @@
 """The training loss: classification, L1 and generalized IoU of every decoder layer, as named terms
 and their weighted total (paper Eq. 3).
 
-A plain function of global arrays: under `jax.jit` with the batch axis sharded, its sums are sums
-    over the whole batch.
+A plain function of the images at hand: its sums can be added up over devices and parts of a batch.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from dsct_jax.batch import Targets
 from dsct_jax.boxes import cxcywh_to_xyxy, iou_and_giou
 from dsct_jax.errors import UserError
-from dsct_jax.training.config import LossConfig as LossConfig
+from dsct_jax.training.config import LossConfig
 
 _EXACT = jax.lax.Precision.HIGHEST  # a one-hot product must return the very number it selects
 
@@ -43,16 +42,14 @@ class LossSums:
     whose gradients are accumulated.
     """
 
+    # float32 []: `total` and the loss terms, already divided by a number of the whole batch
     terms: dict[str, Any]
-    # float32 []: `total` and the loss terms, already divided by the number of boxes of the
-    # whole batch
-    ratios: dict[
-        str, tuple[Any, Any]
-    ]  # float32 [] each: numerator and denominator of what is measured beside the loss
+    # float32 [] each: numerator and denominator of what is measured beside the loss
+    ratios: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
 
     def compute(self) -> dict[str, Float[Array, ""]]:
-        """Everything under its name; `class_error`, in percent, is what lacks to the ratio of those
-        called rightly (100 where nobody is labelled).
+        """Everything under its name; `class_error` is 100 - accuracy, in percent (100 where nobody
+        is labeled).
         """
         measured = {
             name: numerator / jnp.maximum(denominator, 1)
@@ -63,115 +60,93 @@ class LossSums:
         return self.terms | measured
 
 
-def detection_losses(
-    logits: Float[Array, "layers b q c"],
-    boxes: Float[Array, "layers b q 4"],
-    targets: Targets,
-    assignment: Int[Array, "layers b q"],
-    *,
-    num_boxes: Num[Array, ""] | float,
-    config: LossConfig,
-    multi_label: bool,
-) -> dict[str, Float[Array, ""]]:
-    """`loss_sums` of a whole batch, finished."""
-    sums = loss_sums(
-        logits,
-        boxes,
-        targets,
-        assignment,
-        num_boxes=num_boxes,
-        config=config,
-        multi_label=multi_label,
-    )
-    return sums.compute()
-
-
 def loss_sums(
     logits: Float[Array, "layers b q c"],
     boxes: Float[Array, "layers b q 4"],
     targets: Targets,
     assignment: Int[Array, "layers b q"],
     *,
+    counted: Bool[Array, "b q"],
     num_boxes: Num[Array, ""] | float,
     config: LossConfig,
     multi_label: bool,
 ) -> LossSums:
-    """Unweighted terms, their weighted total, and numbers for the log only.
+    """Loss terms and measurements of these images; c = k + 1.
 
     Args:
-        logits: c = k + 1; the last one means "a subject" when `multi_label` (its target is 1 for
-            every matched query, as released) and with `class_loss="softmax"`; otherwise it has no
-            part in the loss.
-        boxes: (cx, cy, w, h) in [0, 1].
-        assignment: index of the target of each query, -1 = none (`matcher.assign_on_host`).
-        num_boxes: `count_boxes` of the global batch, whatever part of it this is.
+        assignment: target of each query, -1 = none, as from `matching.assign_on_host`.
+        counted: False = the query takes no part (a filler image); it must have no target.
+        num_boxes: people of the whole batch, from `count_boxes`; every loss term is divided by it.
 
     Returns:
-        `loss_class`, `loss_bbox`, `loss_giou` of the last layer, the same with "/0", "/1" ... for
-        the layers before it, and `total`, the weighted sum of all of them. Not in the total:
-        `cardinality_error` (mean over images of | queries whose highest logit is not the last -
-        people |, every layer), and of the last layer `class_error` (percent of the matched queries
-        whose highest logit, with the softmax loss of the classes alone, is not their class; 0 when
-        `multi_label`, as released) and `matched_iou` (mean over the matched queries, 0 when there
-        is none).
+        Sums whose `compute()` holds `loss_class`, `loss_bbox`, `loss_giou` of the last layer, those
+        of layer i before it as `loss_class/i` ..., and `total`, their weighted sum. Measured only,
+        no gradient: `cardinality_error` (mean over images of |queries whose highest logit is not
+        the last - people|, every layer), and of the last layer `class_error` (percent of the
+        matched queries whose highest logit, with the softmax loss of the classes alone, is not
+        their class; 0 when `multi_label`, as released) and `matched_iou` (mean over the matched
+        queries, 0 when there is none).
     """
     num_classes = logits.shape[-1] - 1
     if config.class_weights and len(config.class_weights) != num_classes:
         raise UserError(
             f"loss.class_weights has {len(config.class_weights)} values for {num_classes} "
-            "classes: give one a class, or () for none"
+            "classes: give one per class, or () for none"
         )
     if multi_label and config.class_loss == "softmax":
         raise UserError(
-            "loss.class_loss='softmax' needs multi_label=False: a softmax has exactly one label a "
-            "person"
+            "loss.class_loss='softmax' needs multi_label=False: a softmax has exactly one label "
+            "per person"
         )
+    # Logits this low cost nothing and learn nothing, so a query that is not counted is no negative.
+    logits = jnp.where(counted[None, :, :, None], logits, -100.0)
     matched = _gather_targets(targets, assignment)
-    count = jnp.asarray(num_boxes, jnp.float32)
-
     class_sums = _softmax_class_sums if config.class_loss == "softmax" else _focal_class_sums
     bbox_sums, giou_sums, iou_sums = _box_sums(boxes, matched)
-    terms = {
-        "class": class_sums(logits, matched, config=config, multi_label=multi_label) / count,
-        "bbox": bbox_sums / count,
-        "giou": giou_sums / count,
+    sums = {
+        "class": class_sums(logits, matched, config=config, multi_label=multi_label),
+        "bbox": bbox_sums,
+        "giou": giou_sums,
     }
     weights = {"class": config.weight_class, "bbox": config.weight_bbox, "giou": config.weight_giou}
-    losses = {
-        "total": sum(
-            (weights[name] * values.sum() for name, values in terms.items()), start=jnp.zeros(())
-        )
-    }
-    for name, values in terms.items():
-        losses |= _by_layer(f"loss_{name}", values)
+    terms: dict[str, Any] = {"total": jnp.zeros(())}
+    for name, values in sums.items():
+        values = values / jnp.asarray(num_boxes, jnp.float32)
+        terms["total"] += weights[name] * values.sum()
+        terms |= _by_layer(f"loss_{name}", values)
+    return LossSums(
+        terms,
+        _measure(logits, matched, targets.valid, counted, config=config, multi_label=multi_label)
+        | {"matched_iou": (iou_sums[-1], matched.exists[-1].sum().astype(jnp.float32))},
+    )
 
-    images = jnp.float32(logits.shape[1])
-    ratios: dict[str, tuple[Any, Any]] = {
-        name: (error, images)
-        for name, error in _by_layer(
-            "cardinality_error", _cardinality_errors(logits, targets.valid)
-        ).items()
-    }
+
+def _measure(
+    logits: Float[Array, "layers b q c"],
+    matched: _Matched,
+    valid: Bool[Array, "b t"],
+    counted: Bool[Array, "b q"],
+    *,
+    config: LossConfig,
+    multi_label: bool,
+) -> dict[str, tuple[Any, Any]]:
+    images = counted.any(-1).sum().astype(jnp.float32)
+    errors = _by_layer("cardinality_error", _cardinality_errors(logits, valid, counted))
+    ratios: dict[str, tuple[Any, Any]] = {name: (error, images) for name, error in errors.items()}
+    if multi_label:
+        return ratios | {"class_error": (jnp.zeros(()), images)}
     # Released: over all logits. With the softmax loss the last one is no class, and would hide the
     # error of the others.
-    class_logits = logits[-1, ..., :-1] if config.class_loss == "softmax" else logits[-1]
-    if multi_label:
-        ratios["class_error"] = (jnp.zeros(()), images)
-    else:
-        ratios["class_accuracy"] = _count_correct(
-            class_logits, matched.labels[-1], matched.exists[-1]
-        )
-    ratios["matched_iou"] = (iou_sums[-1], matched.exists[-1].sum().astype(jnp.float32))
-    return LossSums(losses, ratios)
+    last = logits[-1, ..., :-1] if config.class_loss == "softmax" else logits[-1]
+    return ratios | {"class_accuracy": _count_correct(last, matched.labels[-1], matched.exists[-1])}
 
 
 def _gather_targets(targets: Targets, assignment: Int[Array, "layers b q"]) -> _Matched:
     """The assigned target of each query as one-hot products, which stay local to a shard of the
     batch; a gather may not.
     """
-    chosen = jax.nn.one_hot(
-        assignment, targets.boxes.shape[-2], dtype=jnp.float32
-    )  # -1 gives a row of zeros
+    # -1 gives a row of zeros
+    chosen = jax.nn.one_hot(assignment, targets.boxes.shape[-2], dtype=jnp.float32)
     return _Matched(
         boxes=jnp.einsum("lbqt,btx->lbqx", chosen, targets.boxes, precision=_EXACT),
         labels=jnp.einsum("lbqt,btk->lbqk", chosen, targets.labels, precision=_EXACT),
@@ -215,15 +190,15 @@ def _focal_class_sums(
     class.
 
     The emotions of a person who carries no label are unknown, not absent: they take no part. That
-        the query is a subject is known.
+    the query is a subject is known.
     """
     num_classes = matched.labels.shape[-1]
-    labelled = matched.labels.any(-1)
-    targets, known = matched.labels, (labelled | ~matched.exists)[..., None]
+    labeled = matched.labels.any(-1)
+    targets, known = matched.labels, (labeled | ~matched.exists)[..., None]
     if config.label_smoothing:
         level = 1 / 2 if multi_label else 1 / num_classes
         targets = jnp.where(
-            labelled[..., None],
+            labeled[..., None],
             targets * (1 - config.label_smoothing) + config.label_smoothing * level,
             targets,
         )
@@ -257,18 +232,18 @@ def _softmax_class_sums(
     config: LossConfig,
     multi_label: bool,
 ) -> Float[Array, "layers"]:
-    """Cross-entropy over the classes where a labelled person is matched, plus "a subject" on the
+    """Cross-entropy over the classes where a labeled person is matched, plus "a subject" on the
     last logit of every query.
 
     Not in the paper: it separates finding a person from naming the emotion, for training from
-        scratch. `focal_normalization` does not apply.
+    scratch. `focal_normalization` does not apply.
     """
     del multi_label
     labels, smoothing = matched.labels, config.label_smoothing
     log_p = jax.nn.log_softmax(logits[..., :-1], axis=-1)
-    smoothed = labels * (1 - smoothing) + smoothing / labels.shape[-1] * labels.sum(
-        -1, keepdims=True
-    )  # zeros stay zeros without a label
+    # zeros stay zeros without a label
+    level = smoothing / labels.shape[-1] * labels.sum(-1, keepdims=True)
+    smoothed = labels * (1 - smoothing) + level
     entropy = -(smoothed * log_p).sum(-1)
     if config.class_weights:
         entropy = entropy * jnp.einsum(
@@ -286,9 +261,8 @@ def _box_sums(
     target_boxes = jnp.where(matched.exists[..., None], matched.boxes, jax.lax.stop_gradient(boxes))
     iou, giou = iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
     difference = boxes - target_boxes
-    distance = (difference * jax.lax.stop_gradient(jnp.sign(difference))).sum(
-        -1
-    )  # |.|, but with PyTorch's gradient 0 at 0; jnp.abs has 1 there
+    # |.|, but with PyTorch's gradient 0 at 0; jnp.abs has 1 there
+    distance = (difference * jax.lax.stop_gradient(jnp.sign(difference))).sum(-1)
     distance, giou_loss, iou = (
         jnp.where(matched.exists, values, 0).sum((1, 2))
         for values in (distance, 1 - giou, jax.lax.stop_gradient(iou))
@@ -297,16 +271,16 @@ def _box_sums(
 
 
 def _cardinality_errors(
-    logits: Float[Array, "layers b q c"], valid: Bool[Array, "b t"]
+    logits: Float[Array, "layers b q c"], valid: Bool[Array, "b t"], counted: Bool[Array, "b q"]
 ) -> Float[Array, "layers"]:
-    predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)  # layers b
-    return jnp.abs(predicted - valid.sum(-1)[None]).astype(jnp.float32).sum(-1)
+    subjects = counted & (logits.argmax(-1) != logits.shape[-1] - 1)  # layers b q
+    return jnp.abs(subjects.sum(-1) - valid.sum(-1)[None]).astype(jnp.float32).sum(-1)
 
 
 def _count_correct(
     logits: Float[Array, "b q c"], labels: Float[Array, "b q k"], exists: Bool[Array, "b q"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """How many labelled people their query calls rightly, of how many."""
-    labelled = exists & labels.any(-1)
-    right = labelled & (logits.argmax(-1) == labels.argmax(-1))
-    return right.sum().astype(jnp.float32), labelled.sum().astype(jnp.float32)
+    """How many labeled people their query classifies correctly, of how many."""
+    labeled = exists & labels.any(-1)
+    right = labeled & (logits.argmax(-1) == labels.argmax(-1))
+    return right.sum().astype(jnp.float32), labeled.sum().astype(jnp.float32)

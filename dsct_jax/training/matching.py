@@ -4,11 +4,11 @@ Section 3.2, Eq. 1-2).
 The cost is computed on the device for all decoder layers at once. The assignment is solved on the
 host by SciPy, between the two jitted halves of a step, or on the device by optax. Both find the
 optimum; where several assignments cost the same, each may return another of them, and costs that
-differ by less than about 1e-5 are the same to the device, which reckons in float32 where SciPy does
-in float64.
+differ by less than about 1e-5 are the same to the device, which computes in float32 where SciPy
+uses float64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from optax.assignment import hungarian_algorithm
 from scipy.optimize import linear_sum_assignment
 
-from dsct_jax.batch import Targets
-from dsct_jax.boxes import cxcywh_to_xyxy, iou_and_giou
-from dsct_jax.training.config import MatcherConfig as MatcherConfig
+from dsct_jax.batch import Overlap, Targets
+from dsct_jax.boxes import AnyArray, cxcywh_to_xyxy, iou_and_giou
+from dsct_jax.training.config import MatcherConfig
 
 # The released matcher fixes these two, whatever the focal loss uses, and adds _LOG_OFFSET inside
 # the logarithms.
@@ -43,27 +43,27 @@ def matching_cost(
     meaningless numbers. The class cost of a target without any label is 0. Source: the released
     matcher.py:60-100.
     """
-    lead = (1,) * (logits.ndim - 3)
-    labels = targets.labels.reshape(*lead, *targets.labels.shape)
-    target_boxes = targets.boxes.reshape(*lead, *targets.boxes.shape)[
-        ..., None, :, :
-    ]  # lead b 1 t 4
-    query_boxes = boxes[..., :, None, :]  # lead b q 1 4
-
+    query_boxes, target_boxes = _pairs(boxes, targets)
     per_class = _focal_class_cost(logits[..., :-1])
-    if multi_label:
-        per_class = (
-            per_class / per_class.shape[-1]
-        )  # the released mean over all classes, of which only the positive ones count
-    labels = jnp.broadcast_to(labels, (*logits.shape[:-3], *targets.labels.shape))
+    if multi_label:  # the released mean over all classes, of which only the positive ones count
+        per_class = per_class / per_class.shape[-1]
+    labels = jnp.broadcast_to(targets.labels, (*logits.shape[:-3], *targets.labels.shape))
     class_cost = jnp.einsum(
         "...qk,...tk->...qt", per_class, labels, precision=jax.lax.Precision.HIGHEST
     )
     bbox_cost = jnp.abs(query_boxes - target_boxes).sum(-1)
-    giou = iou_and_giou(
-        *jnp.broadcast_arrays(cxcywh_to_xyxy(query_boxes), cxcywh_to_xyxy(target_boxes))
-    )[1]
+    giou = iou_and_giou(cxcywh_to_xyxy(query_boxes), cxcywh_to_xyxy(target_boxes))[1]
     return config.cost_class * class_cost + config.cost_bbox * bbox_cost - config.cost_giou * giou
+
+
+def _pairs(
+    boxes: Float[Array, "*lead b q 4"], targets: Targets
+) -> tuple[Float[Array, "*lead b q t 4"], Float[Array, "*lead b q t 4"]]:
+    """The boxes of each query with each target."""
+    query_boxes, target_boxes = jnp.broadcast_arrays(
+        boxes[..., :, None, :], targets.boxes[..., None, :, :]
+    )
+    return query_boxes, target_boxes
 
 
 def _focal_class_cost(logits: Float[Array, "*n k"]) -> Float[Array, "*n k"]:
@@ -93,12 +93,10 @@ def assign_on_host(
     wrong = ~np.isfinite(cost) & valid[None, :, None, :]
     if wrong.any():
         layer, image = (int(i) for i in np.argwhere(wrong)[0, :2])
-        name = f"image {image} of the batch" + (
-            "" if image_ids is None else f" (id {image_ids[image]})"
-        )
+        which = "" if image_ids is None else f" (id {image_ids[image]})"
         raise FloatingPointError(
-            f"the matching cost of decoder layer {layer}, {name}, is not finite: the logits, "
-            "boxes or targets hold NaN or infinity"
+            f"the matching cost of decoder layer {layer}, image {image} of the batch{which}, is "
+            "not finite: the logits, boxes or targets hold NaN or infinity"
         )
     assignment = np.full(cost.shape[:3], -1, np.int32)
     for image in range(cost.shape[1]):
@@ -117,17 +115,15 @@ def assign_on_device(
     """`assign_on_host` as jax operations: target of each query, int32, -1 = none. Costs that are
     not finite count as 0.
 
-    Targets that are not valid become real columns of the problem, so dear that no valid one is
-    passed over for them.
+    Targets that are not valid become real columns of the problem, so expensive that no valid one
+    is passed over for them.
     """
     num_queries, num_targets = cost.shape[-2:]
     cost = jnp.where(valid[:, None, :], jnp.nan_to_num(cost, nan=0.0, posinf=0.0, neginf=0.0), 0.0)
     # Taking one more valid target may change every other pair by the whole range of costs. No
-    # dearer than needed: float32 has 24 bits.
+    # higher than needed: float32 has 24 bits.
     peak = jnp.abs(cost).max((-1, -2), keepdims=True, initial=0.0)
-    padding = (
-        2 * (num_queries + 1) * peak + 1 if num_queries < num_targets else jnp.zeros_like(peak)
-    )
+    padding = 2 * (num_queries + 1) * peak + 1 if num_queries < num_targets else 0.0
     cost = jnp.where(valid[:, None, :], cost, padding)
 
     def solve(cost, valid):
@@ -141,3 +137,33 @@ def assign_on_device(
     if num_targets == 0:
         return jnp.full(cost.shape[:3], -1, jnp.int32)
     return jax.vmap(jax.vmap(solve), in_axes=(0, None))(cost, valid)
+
+
+def assign_repeatedly(
+    cost: AnyArray, valid: AnyArray, repeats: int, *, solve: Callable[..., AnyArray]
+) -> AnyArray:
+    """Each target for up to `repeats` queries: what `solve`, one of the two above, finds of targets
+    that are repeated.
+    """
+    if repeats == 1:
+        return solve(cost, valid)
+    namespace = np if isinstance(cost, np.ndarray) else jnp
+    found = solve(namespace.tile(cost, repeats), namespace.tile(valid, repeats))
+    return namespace.where(found < 0, -1, found % max(valid.shape[-1], 1))
+
+
+def assign_by_overlap(
+    boxes: Float[Array, "layers b q 4"], targets: Targets, rule: Overlap
+) -> Int[Array, "layers b q"]:
+    """Target of each query, int32, -1 = none, by the IoU of their boxes, as `Overlap` describes."""
+    if targets.valid.shape[-1] == 0:
+        return jnp.full(boxes.shape[:3], -1, jnp.int32)
+    query_boxes, target_boxes = _pairs(boxes, targets)
+    iou = iou_and_giou(cxcywh_to_xyxy(query_boxes), cxcywh_to_xyxy(target_boxes))[0]
+    iou = jnp.where(targets.valid[:, None, :], iou, 0.0)  # layers b q t
+    best_of_someone = ((iou == iou.max(-2, keepdims=True)) & (iou > 0)).any(-1)
+    found = best_of_someone | (iou.max(-1) >= rule.min_iou)
+    chosen = found[..., None] & jax.nn.one_hot(iou.argmax(-1), iou.shape[-1], dtype=bool)
+    order = jnp.argsort(jnp.where(chosen, -iou, 1.0), axis=-2)  # of the queries of each target
+    kept = chosen & (jnp.argsort(order, axis=-2) < rule.repeats)
+    return jnp.where(kept.any(-1), kept.argmax(-1), -1).astype(jnp.int32)

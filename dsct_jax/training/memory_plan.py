@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dsct_jax.batch import Batch, Targets
-from dsct_jax.parallel import BATCH, LAYERED
+from dsct_jax.parallel import BATCH
+from dsct_jax.training.halves import shapes_from_host
 from dsct_jax.training.step import TrainState, TrainStep
 
 _MIB, _GIGA = 2**20, 1e9
@@ -87,7 +88,7 @@ def make_plan(
     # and gradients that are being added up.
     unread = _bytes_on_a_device((state.opt_state, state.ema))
     sums = 4 * sum(x.size for x in state.params.values()) if step.config.accumulate > 1 else 0
-    idle = {"first_half": unread + sums, "add_gradients": unread, "add_gradients_on_device": unread}
+    idle = {"first_half": unread + sums, "add_gradients": unread}
     plans = []
     for height, width in buckets:
         batch = _abstract_batch(batch_size, height, width, max_targets, num_classes, step.mesh)
@@ -150,35 +151,20 @@ def _abstract_batch(b: int, height: int, width: int, t: int, k: int, mesh: Mesh)
 def _programs(step: TrainStep, state: TrainState, batch: Batch):
     """The programs in the order in which a step first runs them."""
     part = None if step.config.accumulate == 1 else jax.ShapeDtypeStruct((), np.int32)
-    if step.matcher.implementation == "device" and part is None:
-        yield _compile("whole_on_device", step.whole_on_device, state, batch)[0]
-        return
-    grads = (
-        None
-        if part is None
-        else _struct(step.zeros.lower(state.params).compile(), step.zeros, state.params)
-    )
-    if step.matcher.implementation == "device":
-        program, (grads, sums) = _compile(
-            "add_gradients_on_device", step.add_gradients_on_device, grads, state, batch, part
-        )
-        yield program
-    else:
+    forward = solved = None
+    if step.objective.host_half is not None:
         program, forward = _compile("first_half", step.first_half, state, batch, part)
         yield program
-        assignment = jax.ShapeDtypeStruct(
-            forward.cost.shape[:3], np.int32, sharding=NamedSharding(step.mesh, LAYERED)
-        )
-        if part is None:
-            yield _compile("second_half", step.second_half, state, forward, batch, assignment)[0]
-            return
-        program, (grads, sums) = _compile(
-            "add_gradients", step.add_gradients, grads, state, forward, batch, part, assignment
-        )
-        yield program
-    yield _compile(
-        "update", step.update, state, grads, [sums] * step.config.accumulate, batch.targets.valid
-    )[0]
+        solved = shapes_from_host(step.objective.host_half, forward.problem, step.mesh)
+    if part is None:
+        yield _compile("second_half", step.second_half, state, forward, solved, batch)[0]
+        return
+    grads = _struct(step.zeros.lower(state.params).compile(), step.zeros, state.params)
+    program, (grads, sums) = _compile(
+        "add_gradients", step.add_gradients, grads, state, forward, solved, batch, part
+    )
+    yield program
+    yield _compile("update", step.update, state, grads, [sums] * step.config.accumulate, batch)[0]
 
 
 def _compile(name: str, function: Any, *arguments: Any) -> tuple[ProgramPlan, Any]:

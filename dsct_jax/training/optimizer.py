@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from dsct_jax.errors import UserError
-from dsct_jax.training.config import OptimizerConfig as OptimizerConfig
+from dsct_jax.training.config import OptimizerConfig
 
 # nested dicts of arrays (or of ShapeDtypeStructs, or of floats), keys are strings or integers
 Tree = Any
@@ -80,21 +80,13 @@ def multipliers(params: Tree, rules: Sequence[tuple[str, float]]) -> Tree:
 
     def multiplier_of(path, _):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        found = [
-            (pattern.pattern, multiplier)
-            for pattern, multiplier in compiled
-            if pattern.fullmatch(name)
-        ]
+        found = [rule for rule in compiled if rule[0].fullmatch(name)]
         if len(found) != 1:
-            which = (
-                "by several: " + " and ".join(repr(pattern) for pattern, _ in found)
-                if found
-                else "by none of: "
-            )
-            which += "" if found else ", ".join(repr(pattern.pattern) for pattern, _ in compiled)
+            which = "by several" if found else "by none of"
+            patterns = (repr(pattern.pattern) for pattern, _ in found or compiled)
             raise UserError(
                 f"optimizer.rules must match every parameter exactly once, but {name} is matched "
-                f"{which}"
+                f"{which}: {(' and ' if found else ', ').join(patterns)}"
             )
         return found[0][1]
 
@@ -104,20 +96,24 @@ def multipliers(params: Tree, rules: Sequence[tuple[str, float]]) -> Tree:
 def make_optimizer(
     config: OptimizerConfig, params: Tree, total_steps: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Clip, AdamW (0.9, 0.999, 1e-8), decay of every trained parameter, schedule and rules.
+    """Clip, AdamW (0.9, 0.999, 1e-8), decay of every parameter, schedule and rules.
 
-    `params` gives the paths only (ShapeDtypeStructs do). Frozen parameters are not in the gradient
-    norm, have no optimizer state and never move; their gradients are not used, so that under jit
-    the compiler drops the work of computing them. `update(..., skip=True)` moves nothing: updates
-    are 0 whatever the gradients, the state stays as it is.
+    `params` are the trained ones, and give the paths only (ShapeDtypeStructs do). `update(...,
+    skip=True)` moves nothing: updates are 0 whatever the gradients, the state stays as it is.
     """
     scales = multipliers(params, config.rules)
-    trained = jax.tree.map(lambda scale: scale > 0, scales)
-    adamw = optax.chain(
-        _clip_by_global_norm(config.clip_norm),
+
+    def clip(updates: Tree, _: Tree) -> Tree:
+        # torch.nn.utils.clip_grad_norm_: optax divides by the norm without the epsilon, and only
+        # above the limit.
+        factor = jnp.minimum(1.0, config.clip_norm / (optax.tree.norm(updates) + _CLIP_EPSILON))
+        return jax.tree.map(lambda g: g * factor, updates)
+
+    return optax.chain(
+        optax.stateless(clip),
         _adamw(make_schedule(config, total_steps), config.weight_decay),
+        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)),
     )
-    return optax.chain(optax.masked(adamw, trained), _scale_each(scales))
 
 
 def _adamw(schedule: Schedule, weight_decay: float) -> optax.GradientTransformationExtraArgs:
@@ -156,28 +152,23 @@ def _adamw(schedule: Schedule, weight_decay: float) -> optax.GradientTransformat
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """torch.nn.utils.clip_grad_norm_: optax divides by the norm without the epsilon, and only above
-    the limit.
+def gradient_norms(grads: dict[str, Any]) -> dict[str, jax.Array]:
+    """L2 norm of all gradients, `grad_norm`, and of each part of the network, `grad_norm/PART` (the
+    first component of the paths).
     """
+    squares: dict[str, Any] = {}
+    for path, value in grads.items():
+        group = path.split("/")[0]
+        squares[group] = squares.get(group, 0.0) + jnp.sum(jnp.square(value))
+    groups = {f"grad_norm/{group}": jnp.sqrt(square) for group, square in squares.items()}
+    return {"grad_norm": jnp.sqrt(sum(squares.values(), start=jnp.zeros(())))} | groups
 
-    def update(updates, state, params=None):
-        del params
-        factor = jnp.minimum(1.0, limit / (optax.tree.norm(updates) + _CLIP_EPSILON))
-        return jax.tree.map(lambda g: g * factor, updates), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def _scale_each(scales: Tree) -> optax.GradientTransformation:
-    """Each update times its own constant; a scale of 0 gives exactly 0, also from a gradient that
-    is not finite.
+def moving_average(
+    ema: dict[str, Any], params: dict[str, Any], step: jax.Array, *, decay: float
+) -> dict[str, Any]:
+    """Moving average after one more step; early ones move it faster, by a decay of (1 + step) / (10
+    + step), as in TensorFlow.
     """
-
-    def update(updates, state, params=None):
-        del params
-        return jax.tree.map(
-            lambda u, scale: u * scale if scale > 0 else jnp.zeros_like(u), updates, scales
-        ), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, ema, params)

@@ -19,7 +19,7 @@ from dsct_jax.__main__ import main as command
 from dsct_jax.boxes import cxcywh_to_xyxy, pairwise_iou
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import fit_decoder, save_fit
-from dsct_jax.evaluation.evaluate import BUCKETS, evaluate, write_evaluation
+from dsct_jax.evaluation.evaluate import BUCKETS, LOWER_IS_BETTER, evaluate, write_evaluation
 from dsct_jax.evaluation.report import format_table
 from dsct_jax.evaluation.results import ImageResult, ResultsInfo, read_results, stack_results
 from dsct_jax.evaluation.selection import select_all, select_queries
@@ -165,8 +165,10 @@ def test_multi_label_metrics_equal_the_released_ones(variant):
         [bucket["images"] for bucket in buckets], GOLDEN[f"{variant}/bucket_images"]
     )
     missing = GOLDEN[f"{variant}/bucket_classes_without_positive"]
-    np.testing.assert_allclose([bucket["mAP_present"] * (26 - n) / 26 for bucket, n in zip(buckets, missing, strict=True)],
-                               GOLDEN[f"{variant}/bucket_mAP_f64"], atol=1e-6, rtol=0)  # fmt: skip
+    means = [
+        bucket["mAP_present"] * (26 - n) / 26 for bucket, n in zip(buckets, missing, strict=True)
+    ]
+    np.testing.assert_allclose(means, GOLDEN[f"{variant}/bucket_mAP_f64"], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("variant", NMS)
@@ -446,6 +448,7 @@ def test_multi_label_decisions_equal_scikit_learn_at_one_half_and_at_fitted_thre
             )
             np.testing.assert_allclose(metrics[f"macro_{name}{ending}"], expected, atol=1e-12)
     assert metrics["per_class"]["Yearning"]["threshold"] == thresholds[-1]
+    assert set(LOWER_IS_BETTER) <= metrics.keys()
     assert metrics["calibration"]["temperature"] == 1.5
     assert metrics["ece_calibrated"] != metrics["ece"]
 

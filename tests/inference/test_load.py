@@ -2,6 +2,7 @@
 and one line for what cannot be loaded.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from dsct_jax.errors import UserError
 from dsct_jax.parallel import make_mesh, replicate
 from dsct_jax.training.checkpoint import Checkpoints
 from dsct_jax.training.step import TrainState
+from dsct_jax.weights.tensor_files import write_safetensors
 from tests.weights.test_tensor_files import Call, Global, write_pth, write_state
 
 ROOT = Path(__file__).parents[2]
@@ -68,10 +70,32 @@ def test_through_safetensors(released, golden, tmp_path):
     model = dsct_jax.load(tmp_path / "x.safetensors")
     assert model.config == released.config
     assert_golden(model, golden)
-    other = dsct_jax.load(
-        str(tmp_path / "x.safetensors"), small_config(semantic_selection="smallest")
-    )  # the same weights, read otherwise
-    assert other.functions.config.semantic_selection == "smallest"
+    same = dsct_jax.load(str(tmp_path / "x.safetensors"), small_config(dropout=0.5))
+    assert same.functions.config.dropout == 0.5  # the same model, trained otherwise
+
+
+def test_a_configuration_of_another_model_with_the_same_shapes(released, tmp_path):
+    """Which context queries are selected, and how they are fused, no shape tells."""
+    released.save(tmp_path / "x.safetensors")
+    for field, value in (("semantic_selection", "smallest"), ("fusion", "released")):
+        given = small_config(**{field: value})
+        if given["model"] != released.config["model"]:
+            assert f"config.model.{field}" in refused(tmp_path / "x.safetensors", given)
+
+
+def test_the_fit_travels_with_the_file(released, pth, tmp_path):
+    fitted = dataclasses.replace(released.decoder, thresholds=(0.25,) * 26, fitted_on="val")
+    released.decoder, plain = fitted, released.decoder
+    try:
+        released.save(tmp_path / "x.safetensors")
+    finally:
+        released.decoder = plain
+    assert dsct_jax.load(tmp_path / "x.safetensors").decoder == fitted
+    older = {"class_names": plain.class_names, "temperature": 1.0, "thresholds": (0.25,) * 26}
+    older |= {"split": "val", "people": 0, "checkpoint": "step 3", "min_confidence": None}
+    texts = {"config": json.dumps(released.config), "calibration": json.dumps(older)}
+    write_safetensors(tmp_path / "older.safetensors", released.arrays(), texts)
+    assert dsct_jax.load(tmp_path / "older.safetensors").decoder == fitted
 
 
 def test_a_run_directory(released, tmp_path):
@@ -184,18 +208,25 @@ def test_safetensors_that_cannot_be_loaded(released, tmp_path):
     "first",
     [
         "",
-        "import dsct_jax.predict",
-        "import dsct_jax.load, dsct_jax.predict",
-        "from dsct_jax.predict import main",
+        "import dsct_jax.inference.predict",
+        "import dsct_jax.inference.load, dsct_jax.inference.predict",
+        "from dsct_jax.commands.predict import run",
     ],
 )
 def test_load_and_predict_are_functions_whatever_was_imported_first(first):
-    program = f"import dsct_jax\n{first}\nimport types\nassert type(dsct_jax.load) is type(dsct_jax.predict) is types.FunctionType\n"
-    program += "from dsct_jax import predict, load\nfrom dsct_jax.predict import find_inputs\nassert predict is dsct_jax.predict\n"
-    program += "assert 'predict' in dir(dsct_jax) and dsct_jax.__version__ and dsct_jax.UserError.__name__ == 'UserError'"
+    program = f"""
+import dsct_jax
+{first}
+import types
+assert type(dsct_jax.load) is type(dsct_jax.predict) is types.FunctionType
+from dsct_jax import predict, load
+assert predict is dsct_jax.predict and 'predict' in dir(dsct_jax)
+assert dsct_jax.__version__ and dsct_jax.UserError.__name__ == 'UserError'
+"""
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_the_data_workers_load_no_model():
-    program = "import sys, data.pipeline\nassert not {'flax', 'optax', 'dsct_jax.model'} & sys.modules.keys()"
+    program = "import sys, data.pipeline\n"
+    program += "assert not {'flax', 'optax', 'dsct_jax.model'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from dsct_jax.batch import Targets
 from dsct_jax.errors import UserError
-from dsct_jax.training.losses import LossConfig, count_boxes, detection_losses, sigmoid_focal_loss
-from dsct_jax.training.matching import MatcherConfig, assign_on_host, matching_cost
+from dsct_jax.training.config import LossConfig, MatcherConfig
+from dsct_jax.training.losses import count_boxes, loss_sums, sigmoid_focal_loss
+from dsct_jax.training.matching import assign_on_host, matching_cost
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "criterion.npz")
 CASES = [
@@ -49,9 +50,16 @@ def golden(case):
 
 def total(logits, boxes, targets, assignment, config, multi_label):
     """What a training step differentiates."""
-    losses = detection_losses(
-        logits, boxes, targets, assignment, num_boxes=count_boxes(targets.valid), config=config, multi_label=multi_label
-    )  # fmt: skip
+    losses = loss_sums(
+        logits,
+        boxes,
+        targets,
+        assignment,
+        counted=jnp.ones(logits.shape[1:3], bool),
+        num_boxes=count_boxes(targets.valid),
+        config=config,
+        multi_label=multi_label,
+    ).compute()
     return losses["total"], losses
 
 

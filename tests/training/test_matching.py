@@ -13,12 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsct_jax.batch import Targets
-from dsct_jax.training.matching import (
-    MatcherConfig,
-    assign_on_device,
-    assign_on_host,
-    matching_cost,
-)
+from dsct_jax.training.config import MatcherConfig
+from dsct_jax.training.matching import assign_on_device, assign_on_host, matching_cost
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "matcher.npz")
 cost_of = jax.jit(matching_cost, static_argnames=("config", "multi_label"))

@@ -18,11 +18,11 @@ from dsct_jax.model.build import Network
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.model.layers import DropoutNoise, dropout
 from dsct_jax.parallel import FSDP, make_mesh, shard_batch
-from dsct_jax.training.losses import LossConfig
-from dsct_jax.training.matching import MatcherConfig
+from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig, StepConfig
+from dsct_jax.training.halves import shapes_from_host
 from dsct_jax.training.memory_plan import format_plan, make_plan
-from dsct_jax.training.optimizer import OptimizerConfig
-from dsct_jax.training.step import StepConfig, initial_state, make_train_step
+from dsct_jax.training.objective import SetPrediction
+from dsct_jax.training.step import initial_state, make_train_step
 from dsct_jax.weights.rules import from_torch, to_torch
 
 RULES = get_config().optimizer.rules
@@ -54,9 +54,7 @@ def trajectory(golden):
     step = make_train_step(
         functions,
         optimizer,
-        loss=LossConfig(),
-        matcher=MatcherConfig(),
-        multi_label=True,
+        objective=SetPrediction(LossConfig(), MatcherConfig(), multi_label=True),
         mesh=mesh,
         seed=0,
     )
@@ -205,9 +203,7 @@ def ten_steps(name: str):
     step = make_train_step(
         functions,
         optimizer,
-        loss=LossConfig(),
-        matcher=matcher,
-        multi_label=False,
+        objective=SetPrediction(LossConfig(), matcher, multi_label=False),
         mesh=mesh,
         seed=SEED,
         step_config=step_config,
@@ -250,10 +246,10 @@ def test_only_gradients_are_communicated():
     step, state, _, _ = ten_steps("8 devices")
     batch = shard_batch(synthetic_batch(32, 0), step.mesh)
     forward = step.first_half(state, batch, None)
-    assignment = jnp.zeros(forward.cost.shape[:3], jnp.int32)
+    solved = shapes_from_host(step.objective.host_half, forward.problem, step.mesh)
     texts = [
         step.first_half.lower(state, batch, None).compile().as_text(),
-        step.second_half.lower(state, forward, batch, assignment).compile().as_text(),
+        step.second_half.lower(state, forward, solved, batch).compile().as_text(),
     ]
     for text in texts:
         assert not re.search(r"all-gather|all-to-all|collective-permute", text)
@@ -320,7 +316,8 @@ def test_metrics_name_every_term_of_every_layer_and_every_part():
 def second_half_arguments(step, state):
     batch = synthetic_batch(32, 0)
     forward = jax.eval_shape(step.first_half, state, batch, None)
-    return state, forward, batch, jax.ShapeDtypeStruct(forward.cost.shape[:3], np.int32)
+    solved = shapes_from_host(step.objective.host_half, forward.problem, step.mesh)
+    return state, forward, solved, batch
 
 
 @pytest.mark.parametrize(
@@ -347,7 +344,7 @@ def test_plan_of_a_step(name):
         step.config.accumulate
     ]
     assert [program.name for program in bucket.programs] == (
-        ["whole_on_device"] if "matched" in name else expected
+        ["second_half"] if "matched" in name else expected
     )
     assert all(program.flops > 0 and program.argument_bytes > 0 for program in bucket.programs[:2])
     assert bucket.peak_bytes > plan.state_bytes

@@ -1,0 +1,175 @@
+"""What a training step minimizes. `SetPrediction` serves every network whose queries have to find
+their people: DSCT and the DETR family. A network whose outputs need no matching has another one.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from dsct_jax.batch import Batch, Branch, Hungarian, Known, Overlap, Predictions
+from dsct_jax.training.config import LossConfig, MatcherConfig
+from dsct_jax.training.losses import LossSums, count_boxes, loss_sums
+from dsct_jax.training.matching import (
+    assign_by_overlap,
+    assign_on_device,
+    assign_on_host,
+    assign_repeatedly,
+    matching_cost,
+)
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a step needs to know of a loss. Everything but `totals` sees the images of one device,
+    or of a part of them.
+    """
+
+    @property
+    def host_half(self) -> Callable[[Any], Any] | None:
+        """What the host makes of `prepare`'s NumPy arrays for `loss_sums`; None = nothing, which
+        makes a step one program.
+        """
+
+    def totals(self, batch: Batch) -> dict[str, Any]:
+        """Numbers of the whole batch by which losses are divided; they are logged too."""
+
+    def prepare(self, predictions: Any, batch: Batch) -> Any:
+        """What `loss_sums` takes as `prepared`, or what `host_half` makes it of. Not
+        differentiated.
+        """
+
+    def loss_sums(
+        self, predictions: Any, batch: Batch, prepared: Any, totals: dict[str, Any]
+    ) -> LossSums:
+        """Sums over these images; the gradient is that of their term `total`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MatchingProblem:
+    """All that the matching of a step needs: cost [layers b q t] and repeats of each branch, None
+    where it needs no cost, and which targets are real [b t].
+    """
+
+    costs: list[Any]
+    valid: Any
+    repeats: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def solve(self, solver: Callable[..., Any]) -> list[Any]:
+        """Assignment [layers b q] of each branch, None where there is no cost."""
+        return [
+            None if cost is None else assign_repeatedly(cost, self.valid, repeats, solve=solver)
+            for cost, repeats in zip(self.costs, self.repeats, strict=True)
+        ]
+
+
+def match_on_host(problem: MatchingProblem) -> list[np.ndarray | None]:
+    """The assignments of all branches and layers, by SciPy."""
+    return problem.solve(assign_on_host)
+
+
+@dataclasses.dataclass(frozen=True)
+class SetPrediction:
+    """Class and box losses of every layer of the answer and of each branch, whose queries find
+    their people as the branch says. The terms of a branch are named `<branch>/loss_class` ...
+    """
+
+    loss: LossConfig
+    matcher: MatcherConfig
+    multi_label: bool
+
+    @property
+    def host_half(self) -> Callable[[Any], Any] | None:
+        """SciPy's matching, where the configuration asks for it."""
+        return match_on_host if self.matcher.implementation == "scipy" else None
+
+    def totals(self, batch: Batch) -> dict[str, Float[Array, ""]]:
+        """`num_boxes`, the people of the batch."""
+        return {"num_boxes": count_boxes(batch.targets.valid)}
+
+    def prepare(self, predictions: Predictions, batch: Batch) -> Any:
+        """The matching problem for the host, or its solution by the device."""
+        branches = _all_branches(predictions)
+        costs = [
+            matching_cost(
+                branch.logits,
+                branch.boxes,
+                batch.targets,
+                config=self.matcher,
+                multi_label=self.multi_label,
+            )
+            if isinstance(branch.assignment, Hungarian)
+            else None
+            for branch in branches
+        ]
+        repeats = tuple(branch.assignment.repeats for branch in branches)
+        problem = MatchingProblem(costs, batch.targets.valid, repeats)
+        return problem if self.host_half else problem.solve(assign_on_device)
+
+    def loss_sums(
+        self,
+        predictions: Predictions,
+        batch: Batch,
+        prepared: list[Any],
+        totals: dict[str, Any],
+    ) -> LossSums:
+        """The losses of all branches; what is measured beside them, of the answer only."""
+        answer, *others = (
+            self._branch_sums(branch, batch, matched, totals)
+            for branch, matched in zip(_all_branches(predictions), prepared, strict=True)
+        )
+        terms = dict(answer.terms)
+        for branch, sums in zip(predictions.branches, others, strict=True):
+            terms["total"] += branch.weight * sums.terms.pop("total")
+            terms |= {f"{branch.name}/{name}": value for name, value in sums.terms.items()}
+        return LossSums(terms, answer.ratios)
+
+    def _branch_sums(
+        self, branch: Branch, batch: Batch, matched: Any, totals: dict[str, Any]
+    ) -> LossSums:
+        assignment, counted = _assign(branch, batch, matched)
+        return loss_sums(
+            branch.logits,
+            branch.boxes,
+            batch.targets,
+            assignment,
+            counted=counted,
+            num_boxes=totals["num_boxes"] * branch.assignment.repeats,
+            config=self.loss,
+            multi_label=self.multi_label,
+        )
+
+
+# by the name in model.build.NETWORKS; each is made of (loss, matcher, multi_label=...)
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"set_prediction": SetPrediction}
+
+
+def _all_branches(predictions: Predictions) -> tuple[Branch, ...]:
+    """The answer as a branch, and the others."""
+    answer = Branch(predictions.logits, predictions.boxes, predictions.assignment, name="")
+    return (answer, *predictions.branches)
+
+
+def _assign(
+    branch: Branch, batch: Batch, matched: Any
+) -> tuple[Int[Array, "layers b q"], Bool[Array, "b q"]]:
+    """Target of each query, -1 = none, and which queries take part: none of a filler image."""
+    shape = branch.logits.shape[:3]
+    counted = jnp.broadcast_to(batch.real[:, None], shape[1:])
+    match branch.assignment:
+        case Hungarian():
+            return matched, counted
+        case Overlap() as rule:
+            boxes = jax.lax.stop_gradient(branch.boxes)
+            return assign_by_overlap(boxes, batch.targets, rule), counted
+        case Known(targets=targets):
+            # compared instead of gathered, which stays local to a shard of the batch
+            valid = batch.targets.valid[:, None, :]  # b 1 t
+            real = ((targets[..., None] == jnp.arange(valid.shape[-1])) & valid).any(-1)
+            assignment = jnp.where(real, targets, -1).astype(jnp.int32)
+            return jnp.broadcast_to(assignment, shape), counted & (real | (targets < 0))
