@@ -5,20 +5,19 @@
         [--checkpoint=best]
     python train.py --config=configs/demo.py --workdir=runs/demo --mode=plan
 
-The same command again continues from the newest checkpoint in the workdir. docs/training.md has the
-rest.
+The same command again continues from the newest checkpoint. docs/training.md has the rest.
 """
 
 import contextlib
 import dataclasses
 import sys
+import typing
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from data.command import override
@@ -30,8 +29,7 @@ from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import FILE as FIT_FILE
 from dsct_jax.evaluation.calibration import fit_decoder, save_fit, stored_decoder
 from dsct_jax.evaluation.collect import collect_results
-from dsct_jax.evaluation.evaluate import RESAMPLES, evaluate, write_evaluation
-from dsct_jax.evaluation.measures import LOWER_IS_BETTER
+from dsct_jax.evaluation.evaluate import LOWER_IS_BETTER, RESAMPLES, evaluate, write_evaluation
 from dsct_jax.evaluation.report import format_table
 from dsct_jax.evaluation.results import ResultsInfo, Shown, SplitResults
 from dsct_jax.model.build import FlatParams, Network, network_config
@@ -40,29 +38,18 @@ from dsct_jax.postprocess import Decoder
 from dsct_jax.runtime import AUTO, full_disk_reported, init_distributed, start_process
 from dsct_jax.training.checkpoint import Checkpoints
 from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig, TrainConfig
-from dsct_jax.training.logbook import Logbook, versions, write_settings
-from dsct_jax.training.loop import Best, Meter, Preempted, Schedule, parse_window, train_loop
+from dsct_jax.training.logbook import Logbook, versions
+from dsct_jax.training.loop import CONTINUES, Best, Preempted, Schedule, parse_window, train_loop
 from dsct_jax.training.memory_plan import format_plan, make_plan
 from dsct_jax.training.objective import OBJECTIVES
 from dsct_jax.training.optimizer import learning_rates
-from dsct_jax.training.step import (
-    TrainState,
-    TrainStep,
-    initial_state,
-    make_eval_step,
-    make_train_step,
-)
+from dsct_jax.training.step import TrainState, initial_state, make_eval_step, make_train_step
 from dsct_jax.visualization.drawing import contact_sheet, draw_shown
 from dsct_jax.weights.pretrained import load_pretrained
-from dsct_jax.weights.run_directory import (
-    load_weights,
-    newest_step,
-    parse_step,
-    require_same_model,
-    require_same_shapes,
-)
+from dsct_jax.weights.run_directory import load_weights, newest_step, parse_step, require_match
 
 SHOWN_METRICS = ("mAP", "accuracy", "macro_f1", "mean_iou")  # in the line of a validation
+Values = tuple[FlatParams, FlatParams]  # parameters, norm statistics
 DRAWN_IMAGES = 24  # on the contact sheet of an evaluation
 DRAWN_IN_TRAINING = 6  # of each validation
 
@@ -98,24 +85,16 @@ class RunConfig:
     @classmethod
     def from_mapping(cls, config: Mapping[str, Any]) -> "RunConfig":
         """Raises UserError at the first field that is unknown, missing, or cannot be used."""
-        sections = {
-            "matcher": MatcherConfig,
-            "loss": LossConfig,
-            "optimizer": OptimizerConfig,
-            "train": TrainConfig,
-        }
+        kinds = typing.get_type_hints(cls)
         parts: dict[str, Any] = {
-            name: dataclass_from_dict(kind, name, require(config, name, Mapping))
-            for name, kind in sections.items()
+            name: dataclass_from_dict(kinds[name], name, require(config, name, Mapping))
+            for name in ("matcher", "loss", "optimizer", "train")
         }
-        names = require(config, "class_names", tuple)
+        names, many = require(config, "class_names", tuple), require(config, "multi_label", bool)
         parts["model"] = network_config(require(config, "model", Mapping), len(names))
+        data = require(config, "data", Mapping)
         parts["data"] = dataclass_from_dict(
-            DataConfig,
-            "data",
-            require(config, "data", Mapping),
-            class_names=names,
-            multi_label=require(config, "multi_label", bool),
+            DataConfig, "data", data, class_names=names, multi_label=many
         )
         rest = {key: value for key, value in config.items() if key not in parts}
         return dataclass_from_dict(cls, "", rest, **parts)
@@ -126,13 +105,8 @@ class RunConfig:
 
 
 def train(run: RunConfig, workdir: Path, *, profile: tuple[int, int] | None = None) -> None:
-    """Trains to the end of the schedule, evaluating and saving on the way.
-
-    Args:
-        profile: (first step, last step) that jax's profiler records.
-
-    Raises:
-        Preempted: the run was asked to stop by SIGTERM, and has saved.
+    """Trains to the end of the schedule, evaluating and saving on the way; jax's profiler records
+    the steps `profile` (first, last). Raises Preempted: asked to stop by SIGTERM, it has saved.
     """
     mesh = make_mesh()
     run.train.require_divisible(mesh.size)
@@ -140,6 +114,7 @@ def train(run: RunConfig, workdir: Path, *, profile: tuple[int, int] | None = No
     val_data = build_dataset(run, "val", training=False)
     schedule = Schedule.of(run.train, train_data.steps_per_epoch)
     network = Network(run.model)
+    eval_step = make_eval_step(network, mesh=mesh)
 
     # What the run starts from; the first that applies wins:
     # 1. continue: the newest checkpoint in the workdir that can be read, with everything in it;
@@ -147,57 +122,47 @@ def train(run: RunConfig, workdir: Path, *, profile: tuple[int, int] | None = No
     # 3. random, by config.seed.
     values = network.init(run.seed)
     if run.init_from and newest_step(workdir) is None:
-        values = pretrained(network, *values, run, workdir)
-    optimizer, state = state_before(run, *values, mesh=mesh, total_steps=schedule.total)
+        values = pretrained(run, network, values, workdir)
+    train_step, state = build_step(run, network, values, mesh, total_steps=schedule.total)
     with contextlib.ExitStack() as stack:
         checkpoints = open_checkpoints(run, workdir, steps_per_epoch=schedule.epoch)
         stack.enter_context(contextlib.closing(checkpoints))
         state, stored = checkpoints.restore_newest(state) or (state, {})
         step, progress = int(state.step), stored.get("progress", {})
 
-        changed = write_settings(run.to_dict(), workdir) if jax.process_index() == 0 else []
-        logbook = stack.enter_context(open_logbook(run, workdir, step, schedule.total, progress))
+        owed = progress.get("validation_owed", False)
+        logbook = Logbook(
+            workdir,
+            run.to_dict(),
+            start_step=step,
+            total_steps=schedule.total,
+            validation_owed=owed,
+        )
+        stack.enter_context(logbook)
         size = sum(value.size for value in state.params.values())
         what = f"{run.name}: {train_data.num_images} images, {size:,} trained parameters"
         logbook.log(f"{what}, {mesh.size} device(s), steps {step} to {schedule.total}")
-        if jax.process_count() > 1:
-            logbook.log(f"process 0 of {jax.process_count()}, the only one that writes")
-        if step > 0:
-            logbook.log_changes(changed, stored, steps_per_epoch=schedule.epoch)
+        logbook.log_changes(stored, steps_per_epoch=schedule.epoch)
         best = Best(run.best_metric, lower_is_better=run.best_metric in LOWER_IS_BETTER)
-        best.load_state(progress)
-        validation = partial(
-            validate, run, val_data, make_eval_step(network, mesh=mesh), mesh, logbook
-        )
-        if progress.get("validation_owed"):
-            best.add(step, validation(step, state)[0])
-        if step >= schedule.total:
-            logbook.log(
-                f"nothing left to train: {workdir} is already at step {step}; raise "
-                "config.train.epochs to go on, or use --mode=eval"
-            )
-        if step >= schedule.total or best.stops(run.train, logbook):
-            return
-
-        source = train_data.iterator(step, schedule.total - step)
-        batches = stack.enter_context(Prefetch(source, partial(shard_batch, mesh=mesh)))
-        train_loop(
-            train_step(network, optimizer, run, mesh),
+        batches = train_data.iterator(step, max(schedule.total - step, 0))
+        trained = train_loop(
+            train_step,
             state,
-            batches,
+            stack.enter_context(Prefetch(batches, partial(shard_batch, mesh=mesh))),
             config=run.train,
             schedule=schedule,
             checkpoints=checkpoints,
             logbook=logbook,
-            meter=Meter(progress.get("pending", ())),
+            progress=progress,
             best=best,
-            validate=validation,
+            validate=partial(validate, run, val_data, eval_step, mesh, logbook),
             learning_rates=partial(learning_rates, run.optimizer, schedule.total),
             max_programs=len(run.data.buckets),
             profile=profile,
         )
-        report_skipped(train_data, val_data, log=logbook.log)
-        best.report(logbook)
+        if trained:
+            report_skipped(train_data, val_data, log=logbook.log)
+            best.report(logbook)
 
 
 def build_dataset(run: RunConfig, split: str, *, training: bool) -> Dataset:
@@ -214,49 +179,42 @@ def build_dataset(run: RunConfig, split: str, *, training: bool) -> Dataset:
     if jax.process_index() == 0:
         print(f"{split}: {data.report}", flush=True)
     if data.report.people == 0:
-        raise UserError(
-            f"{data.report.source}: shows no person; {split} data need at least one box inside an "
-            "image"
-        )
+        need = f"{split} data need at least one box inside an image"
+        raise UserError(f"{data.report.source}: shows no person; {need}")
     return data
 
 
-def pretrained(
-    network: Network, params: FlatParams, norm_stats: FlatParams, run: RunConfig, workdir: Path
-) -> tuple[FlatParams, FlatParams]:
+def pretrained(run: RunConfig, network: Network, values: Values, workdir: Path) -> Values:
     """The weights of config.init_from in the place of random ones; what was taken is printed and
     kept in init_from.txt.
     """
-    classes = {"class_names": run.class_names, "multi_label": run.multi_label}
-    *values, lines = load_pretrained(run.init_from, network, params, norm_stats, **classes)
+    classes: dict[str, Any] = {"class_names": run.class_names, "multi_label": run.multi_label}
+    params, norm_stats, lines = load_pretrained(run.init_from, network, *values, **classes)
     if jax.process_index() == 0:
         print("\n".join(lines), flush=True)
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "init_from.txt").write_text("\n".join(lines) + "\n")
-    return tuple(values)
+    return params, norm_stats
 
 
-def state_before(
-    run: RunConfig, params: FlatParams, norm_stats: FlatParams, *, mesh: Mesh, total_steps: int
-) -> tuple[optax.GradientTransformationExtraArgs, TrainState]:
-    """The optimizer, and the state before the first step."""
-    how = {"total_steps": total_steps, "mesh": mesh, "step_config": run.train.step_config}
-    return initial_state(params, norm_stats, run.optimizer, **how)
-
-
-def train_step(
-    network: Network, optimizer: optax.GradientTransformation, run: RunConfig, mesh: Mesh
-) -> TrainStep:
-    """The step of a run."""
+def build_step(
+    run: RunConfig, network: Network, values: Values, mesh: Mesh, *, total_steps: int
+) -> tuple[Any, TrainState]:
+    """The training step, and the state before the first one."""
+    config = run.train.step_config
+    optimizer, state = initial_state(
+        *values, run.optimizer, total_steps=total_steps, mesh=mesh, step_config=config
+    )
     make_objective = OBJECTIVES[network.entry.objective]
-    return make_train_step(
+    step = make_train_step(
         network,
         optimizer,
         objective=make_objective(run.loss, run.matcher, multi_label=run.multi_label),
         mesh=mesh,
         seed=run.seed,
-        step_config=run.train.step_config,
+        step_config=config,
     )
+    return step, state
 
 
 def open_checkpoints(run: RunConfig, workdir: Path, *, steps_per_epoch: int) -> Checkpoints:
@@ -269,20 +227,6 @@ def open_checkpoints(run: RunConfig, workdir: Path, *, steps_per_epoch: int) -> 
         "versions": versions(),
     }
     return Checkpoints(workdir, keep=run.train.keep_checkpoints, metadata=metadata)
-
-
-def open_logbook(
-    run: RunConfig, workdir: Path, step: int, total_steps: int, progress: Mapping[str, Any]
-) -> Logbook:
-    """The log of a run that starts at `step`."""
-    return Logbook(
-        workdir,
-        start_step=step,
-        total_steps=total_steps,
-        validation_owed=progress.get("validation_owed", False),
-        wandb=run.train.wandb,
-        config=run.to_dict(),
-    )
 
 
 def validate(
@@ -322,29 +266,20 @@ def report_skipped(*datasets: Dataset, log: Any) -> None:
     damaged = {name for data in datasets for name in data.skipped}
     unreadable = sum(data.report.unreadable for data in datasets)
     if damaged or unreadable:
-        log(
-            f"left out: {unreadable} image(s) that could not be opened and {len(damaged)} with "
-            "damaged pixels"
-        )
+        opened = f"{unreadable} image(s) that could not be opened"
+        log(f"left out: {opened} and {len(damaged)} with damaged pixels")
 
 
 def print_plan(run: RunConfig) -> None:
-    """What a training run would take: parameters, memory, compile time and arithmetic. Compiles
-    every program; reads no data.
-    """
+    """Prints what a training run would take. Compiles every program; reads no data."""
     mesh, buckets = make_mesh(), run.data.buckets
     run.train.require_divisible(mesh.size)
     network = Network(run.model)
-    optimizer, state = state_before(run, *network.init(run.seed), mesh=mesh, total_steps=1)
+    step, state = build_step(run, network, network.init(run.seed), mesh, total_steps=1)
     devices = f"{mesh.size} {jax.devices()[0].device_kind} device(s)"
     print(f"{run.name}: {devices}; compiling {len(buckets)} size(s) of images ...", flush=True)
-    sizes = {
-        "batch_size": run.train.batch_size,
-        "max_targets": run.data.max_targets,
-        "num_classes": len(run.class_names),
-    }
-    step = train_step(network, optimizer, run, mesh)
-    print(format_plan(make_plan(step, state, buckets, **sizes)))
+    sizes = {"batch_size": run.train.batch_size, "max_targets": run.data.max_targets}
+    print(format_plan(make_plan(step, state, buckets, num_classes=len(run.class_names), **sizes)))
 
 
 def evaluate_checkpoint(
@@ -359,18 +294,17 @@ def evaluate_checkpoint(
     """
     mesh = make_mesh()
     run.train.require_divisible(mesh.size)
-    params, norm_stats, metadata, step = load_weights(workdir, step)
-    require_same_model(metadata["config"], run.to_dict(), str(workdir))
-    network, decoder = Network(run.model), run.decoder
+    weights, network, decoder = load_weights(workdir, step), Network(run.model), run.decoder
     shapes = network.param_shapes | network.norm_stats_shapes
-    require_same_shapes(shapes, params | norm_stats, str(workdir))
+    require_match(weights, run.to_dict(), shapes, str(workdir))
     if split != "val":
-        decoder = stored_decoder(decoder, metadata, workdir, step)
+        decoder = stored_decoder(decoder, weights.metadata, workdir, weights.step)
     data = build_dataset(run, split, training=False)
+    values = replicate((weights.params, weights.norm_stats), mesh)
     results, shown = collect_results(
-        partial(make_eval_step(network, mesh=mesh), *replicate((params, norm_stats), mesh)),
+        partial(make_eval_step(network, mesh=mesh), *values),
         data.iterator(),
-        ResultsInfo(decoder, data.report.protocol, split, f"step {step}"),
+        ResultsInfo(decoder, data.report.protocol, split, f"step {weights.step}"),
         num_images=data.num_images,
         source=data.report.source,
         mesh=mesh,
@@ -401,10 +335,8 @@ def write_results(
         line += f"   drawings (dashed: annotated): {sheet}"
     print(line)
     if split == "val":
-        print(
-            "temperature and thresholds fitted for prediction and for the other splits: "
-            f"{workdir / FIT_FILE}"
-        )
+        what = "temperature and thresholds fitted for prediction and for the other splits"
+        print(f"{what}: {workdir / FIT_FILE}")
     elif not decoder.fitted_on:
         print("no thresholds fitted on validation: --mode=eval --split=val makes them")
 
@@ -412,24 +344,20 @@ def write_results(
 def make_parser() -> Parser:
     """The command's own flags; what begins with --config. is left to `override`."""
     parser = Parser(description=__doc__)
-
-    def flag(name: str, text: str, **options: Any) -> None:
-        parser.add_argument(f"--{name}", help=text, **options)
-
-    flag("config", "configuration, such as configs/demo.py, or a run's config.json", type=Path)
-    flag("workdir", "directory of the run: checkpoints, metrics, settings", type=Path)
-    modes = ["train", "eval", "plan"]
-    does = "train, evaluating on the way; evaluate a checkpoint; or say what a run takes"
-    flag("mode", does, choices=modes, default="train")
-    flag("split", "what --mode=eval evaluates", choices=SPLITS, default="test")
-    newest = "which one --mode=eval evaluates: newest, best (by the validations), or a step"
-    flag("checkpoint", newest, default="newest")
-    where = f"several processes: HOST:PORT of process 0, the same for all; {AUTO}: found by JAX"
-    flag("coordinator", where)
-    flag("num_processes", "several processes: how many", type=int)
-    flag("process_id", "several processes: which of them this is, from 0", type=int)
-    steps = "records so many steps with jax's profiler, from this one on, below the workdir"
-    flag("profile", steps, metavar="STEP:NUMBER")
+    modes = "train, evaluating on the way; evaluate a checkpoint; or say what a run takes"
+    several = "several processes:"
+    for flag, text, options in (
+        ("config", "such as configs/demo.py, or a run's config.json", {"type": Path}),
+        ("workdir", "directory of the run: checkpoints, metrics, settings", {"type": Path}),
+        ("mode", modes, {"choices": ["train", "eval", "plan"], "default": "train"}),
+        ("split", "what --mode=eval evaluates", {"choices": SPLITS, "default": "test"}),
+        ("checkpoint", "what --mode=eval evaluates: newest, best or a step", {"default": "newest"}),
+        ("coordinator", f"{several} HOST:PORT of process 0; {AUTO}: auto-detected by JAX", {}),
+        ("num_processes", f"{several} how many", {"type": int}),
+        ("process_id", f"{several} which of them this is, from 0", {"type": int}),
+        ("profile", "first of the steps to profile, and how many", {"metavar": "STEP:NUMBER"}),
+    ):
+        parser.add_argument(f"--{flag}", help=text, **options)
     return parser
 
 
@@ -457,8 +385,7 @@ def run_mode(argv: list[str] | None) -> int:
             except Preempted as request:
                 print(request, flush=True)
             except KeyboardInterrupt:
-                again = "the same command continues from the last checkpoint"
-                print(f"interrupted; {again}", file=sys.stderr)
+                print(f"interrupted; {CONTINUES} from the last checkpoint", file=sys.stderr)
                 return 130
     return 0
 

@@ -23,7 +23,7 @@ from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import Network
 from dsct_jax.parallel import make_mesh
 from dsct_jax.training.checkpoint import Checkpoints
-from dsct_jax.training.loop import memory
+from dsct_jax.training.meter import memory
 from dsct_jax.training.optimizer import OptimizerConfig
 from dsct_jax.training.step import initial_state
 

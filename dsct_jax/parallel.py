@@ -2,9 +2,8 @@
 spread a run's state over its devices.
 
 Every device works on its own images, whatever the mesh: a batch is split over both axes. The axes
-    differ in what rules put on them. With
-`make_mesh(model=8)` on hosts of 8 devices, state that is split along 'model' is spread inside a
-host and copied from host to host along 'data'.
+differ in what rules put on them: with `make_mesh(model=8)` on hosts of 8 devices, state that is
+split along 'model' is spread inside a host and copied from host to host along 'data'.
 """
 
 import re
@@ -27,8 +26,7 @@ BATCH = P(AXES)  # the first axis of everything that belongs to a batch
 LAYERED = P(None, AXES)  # [layers b ...]
 
 ShardRules = Sequence[tuple[str, str]]
-# (regex over whole paths such as "opt_state/.*", axis of the mesh); the first that matches
-# counts
+# (regex over whole paths such as "opt_state/.*", axis of the mesh); the first that matches counts
 FSDP: ShardRules = ((r"(params|ema|opt_state)/.*", "data"),)
 
 
@@ -59,8 +57,8 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 def spec_of(
     path: str, shape: tuple[int, ...], mesh: Mesh, rules: ShardRules, *, min_size: int
 ) -> P:
-    """How one array is split: along its longest axis that divides by the rule's mesh axis; not at
-    all without one, or below `min_size` numbers.
+    """How one array is split: along its longest axis that is divisible by the rule's mesh axis; not
+    at all without one, or below `min_size` numbers.
     """
     axis = next((axis for pattern, axis in rules if re.fullmatch(pattern, path)), None)
     if axis is None or mesh.shape[axis] == 1 or np.prod(shape) < min_size:

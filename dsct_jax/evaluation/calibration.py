@@ -128,23 +128,16 @@ def negative_log_likelihood(
 def fit_temperature(
     logits: Float[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"], *, multi_label: bool
 ) -> float:
-    """The temperature in [0.05, 20] that makes the labels likeliest (Guo et al. 2017). Logits
+    """The temperature in [0.05, 20] that makes the labels most likely (Guo et al. 2017). Logits
     without the subject logit, at least one person.
     """
     logits = logits.astype(np.float64)
 
-    def loss(log_temperature: float) -> float:
-        return negative_log_likelihood(
-            logits / np.exp(log_temperature), labels, multi_label=multi_label
-        )
+    def loss(log_t: float) -> float:
+        return negative_log_likelihood(logits / np.exp(log_t), labels, multi_label=multi_label)
 
-    return float(
-        np.exp(
-            minimize_scalar(
-                loss, bounds=_LOG_TEMPERATURES, method="bounded", options={"xatol": 1e-4}
-            ).x
-        )
-    )
+    options = {"bounds": _LOG_TEMPERATURES, "method": "bounded", "options": {"xatol": 1e-4}}
+    return float(np.exp(minimize_scalar(loss, **options).x))
 
 
 def fit_thresholds(
@@ -215,23 +208,19 @@ def calibration_errors(
         brier = float(squared.sum(-1).mean())
     which = np.minimum((stated * NUM_BINS).astype(int), NUM_BINS - 1)
     counts = np.bincount(which, minlength=NUM_BINS)
-    sums = [
-        np.bincount(which, weights=values.astype(np.float64), minlength=NUM_BINS)
+    means = [
+        np.bincount(which, values.astype(np.float64), NUM_BINS) / np.maximum(counts, 1)
         for values in (stated, true)
     ]
-    means = [total / np.maximum(counts, 1) for total in sums]
-    bins = [
-        {
-            "low": i / NUM_BINS,
-            "high": (i + 1) / NUM_BINS,
-            "stated": float(means[0][i]),
-            "true": float(means[1][i]),
-            "count": int(counts[i]),
-        }
-        for i in np.flatnonzero(counts)
-    ]
-    return {
-        "ece": float(np.abs(means[0] - means[1]) @ counts / counts.sum()),
-        "brier": brier,
-        "bins": bins,
+    columns = {
+        "low": np.arange(NUM_BINS) / NUM_BINS,
+        "high": np.arange(1, NUM_BINS + 1) / NUM_BINS,
+        "stated": means[0],
+        "true": means[1],
+        "count": counts,
     }
+    bins = [
+        {name: values[i].item() for name, values in columns.items()} for i in np.flatnonzero(counts)
+    ]
+    ece = float(np.abs(means[0] - means[1]) @ counts / counts.sum())
+    return {"ece": ece, "brier": brier, "bins": bins}

@@ -57,9 +57,7 @@ def count(
     groups = (labels, decided, labels & decided)
     if weights is None:
         return Counts(*(group.sum(0) for group in groups))
-    weights = weights.astype(
-        np.float32
-    )  # exact up to 2**24, and a matrix product then takes milliseconds
+    weights = weights.astype(np.float32)  # exact up to 2**24; the product takes milliseconds
     return Counts(*(weights @ group.astype(np.float32) for group in groups))
 
 
@@ -72,9 +70,8 @@ def confusion_matrix(
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-LOWER_IS_BETTER = ("brier", "ece", "ece_calibrated")  # of a validation's metrics
 DEFINITIONS = ("step", "envelope", "eleven_point")
-_RESAMPLES_AT_ONCE = 64  # bounds the memory: this many weights a person at a time
+_RESAMPLES_AT_ONCE = 64  # bounds the memory: this many weights per person at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +116,8 @@ def average_precision(
     if definition == "eleven_point":
         values = np.zeros(scores.shape[1])
         for tenths in range(11):
-            first = (10 * curve.found >= tenths * positives).argmax(
-                0
-            )  # in whole numbers: 0.3 has no exact recall
+            # in whole numbers: 0.3 has no exact recall
+            first = (10 * curve.found >= tenths * positives).argmax(0)
             values += np.take_along_axis(curve.envelope, first[None], 0)[0]
         return np.where(positives > 0, values / 11, 0.0)
     precision = curve.precision if definition == "step" else curve.envelope
@@ -162,15 +158,13 @@ def resampled_average_precision(
     values = {definition: np.zeros((len(weights), scores.shape[1])) for definition in definitions}
     for start in range(0, len(weights), _RESAMPLES_AT_ONCE):
         rows = slice(start, start + _RESAMPLES_AT_ONCE)
-        chunk = np.ascontiguousarray(
-            weights[rows].T
-        )  # [n r]: the resamples lie side by side, so that taking a person takes one row
+        # [n r]: the resamples lie side by side, so that taking a person takes one row
+        chunk = np.ascontiguousarray(weights[rows].T)
         for column in np.flatnonzero(labels.any(0)):
             found, precision, hits = _weighted_curve(scores[:, column], labels[:, column], chunk)
             for definition in definitions:
-                values[definition][rows, column] = _area(
-                    found, precision, hits, definition=definition
-                )
+                area = _area(found, precision, hits, definition=definition)
+                values[definition][rows, column] = area
     return values
 
 
@@ -184,9 +178,8 @@ def _weighted_curve(
     """
     order = np.argsort(-scores, kind="stable")
     end, positive = _ends(scores[order]), np.flatnonzero(labels[order])
-    last = (
-        np.searchsorted(positive, end[positive], side="right") - 1
-    )  # the last positive of the run of equal scores
+    # the last positive of each run of equal scores
+    last = np.searchsorted(positive, end[positive], side="right") - 1
     counted = weights[order].cumsum(0, dtype=np.int32)[end[positive]]
     hits = weights[order[positive]].astype(np.int32)
     found = hits.cumsum(0, dtype=np.int32)[last]
@@ -208,19 +201,14 @@ def _area(
     if definition == "envelope":
         return (envelope * hits).sum(0) / np.maximum(total, 1)
     tenths = np.ascontiguousarray(10 * found.T)
-    firsts = np.stack(
-        [
-            np.searchsorted(row, number * np.arange(11))
-            for row, number in zip(tenths, total, strict=True)
-        ],
-        1,
-    )
+    pairs = zip(tenths, total, strict=True)
+    firsts = np.stack([np.searchsorted(row, number * np.arange(11)) for row, number in pairs], 1)
     return np.where(total > 0, np.take_along_axis(envelope, firsts, 0).mean(0), 0.0)
 
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 _RECALLS = np.linspace(0, 1, 101)
-_MAX_DETECTIONS = 100  # an image
+_MAX_DETECTIONS = 100  # per image
 _IMAGES_AT_ONCE = 2000  # bounds the memory
 
 
@@ -241,29 +229,15 @@ def box_average_precision(
     if len(gt_boxes) == 0:
         raise ValueError("box_average_precision: there is nobody to find")
     order = np.argsort(-scores, axis=1, kind="stable")[:, :_MAX_DETECTIONS]
-    scores, boxes = (
-        np.take_along_axis(scores, order, 1),
-        np.take_along_axis(boxes, order[..., None], 1),
-    )
-    starts = np.concatenate([[0], people_per_image.cumsum()])
-    matched = np.concatenate(
-        [
-            match_detections(
-                boxes[i : i + _IMAGES_AT_ONCE],
-                gt_boxes[starts[i] : starts[min(i + _IMAGES_AT_ONCE, len(boxes))]],
-                counts,
-            )
-            for i in range(0, len(boxes), _IMAGES_AT_ONCE)
-            for counts in [people_per_image[i : i + _IMAGES_AT_ONCE]]
-        ]
-    )
-    falling = np.argsort(-scores.ravel(), kind="stable")
-    return np.array(
-        [
-            _interpolated_area(hits, num_people=len(gt_boxes))
-            for hits in matched.reshape(-1, len(IOU_THRESHOLDS))[falling].T
-        ]
-    )
+    scores = np.take_along_axis(scores, order, 1)
+    boxes = np.take_along_axis(boxes, order[..., None], 1)
+    cuts = range(_IMAGES_AT_ONCE, len(boxes), _IMAGES_AT_ONCE)
+    counts = np.split(people_per_image, cuts)
+    people = np.split(gt_boxes, np.cumsum([group.sum() for group in counts])[:-1])
+    groups = zip(np.split(boxes, cuts), people, counts, strict=True)
+    matched = np.concatenate([match_detections(*group) for group in groups])
+    falling = matched.reshape(-1, len(IOU_THRESHOLDS))[np.argsort(-scores.ravel(), kind="stable")]
+    return np.array([_interpolated_area(hits, num_people=len(gt_boxes)) for hits in falling.T])
 
 
 def match_detections(
@@ -286,9 +260,8 @@ def match_detections(
     for rank in range(boxes.shape[1]):
         candidates = np.where(free, overlaps[:, rank, None], -1.0)
         best = most - 1 - candidates[..., ::-1].argmax(-1)
-        matched[:, rank] = (
-            np.take_along_axis(candidates, best[..., None], -1)[..., 0] >= IOU_THRESHOLDS
-        )
+        overlap = np.take_along_axis(candidates, best[..., None], -1)[..., 0]
+        matched[:, rank] = overlap >= IOU_THRESHOLDS
         image, threshold = np.nonzero(matched[:, rank])
         free[image, threshold, best[image, threshold]] = False
     return matched
@@ -299,9 +272,8 @@ def _interpolated_area(hits: Bool[np.ndarray, "d"], *, num_people: int) -> float
     found = hits.cumsum()
     precision = np.maximum.accumulate((found / np.arange(1, len(hits) + 1))[::-1])[::-1]
     first = np.searchsorted(found / num_people, _RECALLS, side="left")
-    return float(
-        np.where(first < len(hits), precision[np.minimum(first, len(hits) - 1)], 0.0).mean()
-    )
+    reached = precision[np.minimum(first, len(hits) - 1)]
+    return float(np.where(first < len(hits), reached, 0.0).mean())
 
 
 LEVEL = 0.95
@@ -331,8 +303,8 @@ def mean_over_present(
     """Mean over the classes that have people in a resample, times the share of all k classes that
     have people in the split.
 
-    A rare class that a resample happens to miss would else count as AP 0 there, and the interval of
-    a mAP could lie below the mAP. NaN where a resample has nobody.
+    A rare class that a resample happens to miss would otherwise count as AP 0 there, and the
+    interval of a mAP could lie below the mAP. NaN where a resample has nobody.
 
     Args:
         present: anything that is more than 0 where the class has people.

@@ -175,7 +175,7 @@ class Checkpoints:
         UserError when of another model or damaged.
         """
         step = self.latest_step() if step is None else step
-        path, values = self._path(step or 0), {}
+        path, values = self._path(step or 0), dict[str, jax.Array]()
         with damage_reported(path):
             require_same_model(read_metadata(path)["config"], self._metadata["config"], str(path))
             layout = read_layout(path)

@@ -6,13 +6,12 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from dsct_jax.cli import whole_file
 from dsct_jax.config import differences
 from dsct_jax.errors import UserError
 
@@ -54,7 +54,8 @@ def write_settings(config: Mapping[str, Any], workdir: Path) -> list[str]:
         "command": sys.argv,
     }
     for name, content in (("config.json", config), ("env.json", environment)):
-        _replace(workdir / name, json.dumps(content, indent=1) + "\n")
+        with whole_file(workdir / name) as file:
+            file.write(json.dumps(content, indent=1) + "\n")
     return changed
 
 
@@ -75,56 +76,50 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes a file whole: a kill leaves the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-class Logbook:
+class Logbook(contextlib.ExitStack):
     """Records scalars by step; on resume, lines beyond the restored step are dropped, so the file
     equals that of an unbroken run.
 
-    Of several processes only process 0 writes and prints.
+    Of several processes only process 0 writes and prints. A context manager; leaving it closes all.
     """
 
     def __init__(
         self,
         workdir: Path,
+        config: Mapping[str, Any],
         *,
         start_step: int,
         total_steps: int,
         validation_owed: bool = False,
-        wandb: str = "",
-        config: Mapping[str, Any] | None = None,
     ):
-        """`validation_owed`: that of `start_step` comes once more, and its line with it. `wandb`
-        names a Weights & Biases project that gets the same numbers; "" = none. Raises UserError
-        when its package is missing.
+        """`config` is that of the run: its train.wandb names a Weights & Biases project that gets
+        the same numbers. `validation_owed`: that of `start_step` comes once more, and its line with
+        it. Raises UserError when the package wandb is missing.
         """
-        self.workdir, self._total = workdir, total_steps
+        super().__init__()
+        self.workdir, self._start, self._total = workdir, start_step, total_steps
         self._writers: list[Callable[[int, Mapping[str, float]], None]] = []
         self._bar: tqdm | None = None
-        self._open, self._silent = contextlib.ExitStack(), jax.process_index() != 0
+        self._silent = jax.process_index() != 0
         if self._silent:
             return
-        if wandb:
-            run = _start_wandb(wandb, workdir, config or {})
+        self._changed = write_settings(config, workdir)
+        if config["train"]["wandb"]:
+            run = _start_wandb(workdir, config)
             self._writers.append(lambda step, scalars: run.log(dict(scalars), step=step))
-            self._open.callback(run.finish)
+            self.callback(run.finish)
         _drop_lines(workdir / "metrics.jsonl", after=start_step, validation=validation_owed)
-        self._file = self._open.enter_context((workdir / "metrics.jsonl").open("a"))
+        self._file = self.enter_context((workdir / "metrics.jsonl").open("a"))
         events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
-        self._events = self._open.enter_context(contextlib.closing(events))
+        self._events = self.enter_context(contextlib.closing(events))
         self._writers += [self._write_line, self._write_events]
         if sys.stderr.isatty():
             bar = tqdm(total=total_steps, initial=start_step, unit="step")
-            self._bar = self._open.enter_context(contextlib.closing(bar))
-        self._programs = self._open.enter_context((workdir / "compilations.jsonl").open("a"))
+            self._bar = self.enter_context(contextlib.closing(bar))
+        self._programs = self.enter_context((workdir / "compilations.jsonl").open("a"))
         self._compiling = start_step, ""
         jax.monitoring.register_event_duration_secs_listener(self._write_program)
-        self._open.callback(jax.monitoring.unregister_event_duration_listener, self._write_program)
+        self.callback(jax.monitoring.unregister_event_duration_listener, self._write_program)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same values as TensorBoard events."""
@@ -139,20 +134,21 @@ class Logbook:
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
 
-    def log_changes(
-        self, changed: Sequence[str], stored: Mapping[str, Any], *, steps_per_epoch: int
-    ) -> None:
+    def log_changes(self, stored: Mapping[str, Any], *, steps_per_epoch: int) -> None:
         """What is different from the start before: settings, and the length of an epoch as its
-        checkpoint's metadata have it.
+        checkpoint's metadata (`stored`) have it.
         """
-        if changed:
-            self.log(f"settings changed since the last start: config.{'; config.'.join(changed)}")
+        if jax.process_count() > 1:
+            self.log(f"process 0 of {jax.process_count()}, the only one that writes")
+        if self._silent or self._start == 0:
+            return
+        if self._changed:
+            fields = "; config.".join(self._changed)
+            self.log(f"settings changed since the last start: config.{fields}")
         before = stored.get("steps_per_epoch", steps_per_epoch)
         if before != steps_per_epoch:
-            self.log(
-                f"the training data or the batch size changed: {before} -> {steps_per_epoch} steps "
-                "per epoch"
-            )
+            what = f"{before} -> {steps_per_epoch} steps per epoch"
+            self.log(f"the training data or the batch size changed: {what}")
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """A picture among the TensorBoard events, and as the newest of its name below `workdir`."""
@@ -171,7 +167,7 @@ class Logbook:
             self._compiling = step, ""
 
     def _write_program(self, event: str, duration_secs: float, **about: Any) -> None:
-        """A line of compilations.jsonl for each program that jax compiles or takes from its cache."""
+        """A line of compilations.jsonl per program that jax compiles or takes from its cache."""
         if event != _COMPILED:
             return
         step, bucket = self._compiling
@@ -201,10 +197,6 @@ class Logbook:
         eta = "" if remaining is None else f"  ETA {_duration(remaining)}"
         self.log(f"step {step}/{self._total}  {text}{eta}")
 
-    def close(self) -> None:
-        """Flushes and closes everything."""
-        self._open.close()
-
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
@@ -212,7 +204,8 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
+def _start_wandb(workdir: Path, config: Mapping[str, Any]) -> Any:
+    project = config["train"]["wandb"]
     try:
         import wandb  # only where it is asked for: it is not among the dependencies
     except ImportError:
@@ -230,14 +223,14 @@ def _drop_lines(path: Path, *, after: int, validation: bool) -> None:
     """Removes the lines of later steps, and (`validation`) that of the validation of `after`."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-            step = entry["step"]
-        except (ValueError, KeyError, TypeError):  # cut by a kill
-            continue
-        repeated = validation and step == after and any(name.startswith("val/") for name in entry)
-        if step <= after and not repeated:
-            kept.append(f"{line}\n")
-    _replace(path, "".join(kept))
+    lines = path.read_text().splitlines()
+    with whole_file(path) as file:
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                step = entry["step"]
+            except (ValueError, KeyError, TypeError):  # cut by a kill
+                continue
+            again = validation and step == after and any(key.startswith("val/") for key in entry)
+            if step <= after and not again:
+                file.write(f"{line}\n")

@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from dsct_jax.runtime import Preemption
 from dsct_jax.training.checkpoint import Checkpoints
 from dsct_jax.training.config import TrainConfig
 from dsct_jax.training.logbook import Logbook
+from dsct_jax.training.meter import Meter, memory
 from dsct_jax.training.step import TrainState
 from dsct_jax.weights.run_directory import DIRECTORY
 
@@ -188,96 +188,6 @@ def save_batch(batch: Batch, workdir: Path, step: int) -> Path:
     return path
 
 
-PERCENTILES = (50, 90, 99)
-
-
-class Meter:
-    """The clock of a run, and the metrics of its steps since the last line of the log. Seconds that
-    belong to no step, such as a compilation, a validation or a checkpoint, are excluded.
-
-    `pending` are the metrics that `state` gave in the process before.
-    """
-
-    def __init__(self, pending: Iterable[Mapping[str, float]] = ()) -> None:
-        self._metrics: list[dict[str, Any]] = [
-            {name: np.float32(value) for name, value in metrics.items()} for metrics in pending
-        ]
-        self._seconds: list[float] = []  # of each step
-        self._last = time.monotonic()
-        self._first: tuple[int, float] | None = None  # step and time of the first line
-
-    def state(self) -> list[dict[str, float]]:
-        """The metrics of the steps since the last line, as JSON can hold them without loss."""
-        return [
-            {name: float(value) for name, value in metrics.items()}
-            for metrics in jax.device_get(self._metrics)
-        ]
-
-    def add(self, metrics: dict[str, jax.Array], *, excluded: float = 0.0) -> None:
-        """One more step has been started; of its time `excluded` seconds were a compilation."""
-        now = time.monotonic()
-        self._metrics.append(metrics)
-        self._seconds.append(max(now - self._last - excluded, 0.0))
-        self._last = now
-        if self._first is not None:
-            self._first = self._first[0], self._first[1] + excluded
-
-    def resume(self) -> None:
-        """Excludes the time since the last step: it went into a validation or a checkpoint."""
-        self._last = time.monotonic()
-
-    def pop(self, *, batch_size: int, waited: float) -> tuple[dict[str, float], dict[str, float]]:
-        """(means of the metrics, times) since the last line; `waited` are the seconds spent waiting
-        for data.
-        """
-        means, now = mean_of(self._metrics), time.monotonic()
-        seconds = max(sum(self._seconds) + now - self._last, 1e-9)
-        times = {
-            "images_per_s": len(self._seconds) * batch_size / seconds,
-            "data_wait": waited / seconds,
-        }
-        for percentile in PERCENTILES:
-            times[f"step_seconds_p{percentile}"] = float(np.percentile(self._seconds, percentile))
-        self._metrics, self._seconds, self._last = [], [], now
-        return means, times
-
-    def remaining(self, step: int, total: int) -> float | None:
-        """Seconds to the end of the run, validations and checkpoints included; known from the
-        second line on: the first steps compile and start workers.
-        """
-        now = time.monotonic()
-        if self._first is None:
-            self._first = step, now
-            return None
-        return (now - self._first[1]) / (step - self._first[0]) * (total - step)
-
-
-def mean_of(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean of every metric over the steps; of those that were skipped only their share,
-    `nonfinite`.
-    """
-    fetched = jax.device_get(steps)
-    sound = [metrics for metrics in fetched if not metrics["nonfinite"]]
-    names = sound[0] if sound else ()
-    means = {name: float(np.mean([metrics[name] for metrics in sound])) for name in names}
-    return means | {"nonfinite": float(np.mean([metrics["nonfinite"] for metrics in fetched]))}
-
-
-def memory() -> dict[str, float]:
-    """MiB: resident memory of this process where there is a /proc, and the peak of its first device
-    where it keeps count (not the CPU).
-    """
-    found, statm = {}, Path("/proc/self/statm")
-    if statm.exists():
-        pages = int(statm.read_text().split()[1])
-        found["process_mib"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-    device: Mapping[str, Any] = jax.local_devices()[0].memory_stats() or {}
-    for label, name in (("now", "bytes_in_use"), ("peak", "peak_bytes_in_use")):
-        if name in device:
-            found[f"device_{label}_mib"] = device[name] / 2**20
-    return found
-
-
 def parse_window(text: str | None) -> tuple[int, int] | None:
     """--profile=STEP:NUMBER as (first step, last step). Raises UserError."""
     if text is None:
@@ -316,6 +226,7 @@ class Profiler(contextlib.ExitStack):
 
 # (state, batch) -> (state, scalars by name)
 StepFunction = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+CONTINUES = "the same command continues"
 
 
 class Preempted(Exception):
@@ -331,45 +242,39 @@ def train_loop(
     schedule: Schedule,
     checkpoints: Checkpoints,
     logbook: Logbook,
-    meter: Meter,
+    progress: Mapping[str, Any],
     best: Best,
-    validate: Callable[[int, TrainState], tuple[dict[str, Any], Mapping[str, Any]]],
-    learning_rates: Callable[[int], Mapping[str, float]],
+    validate: Callable[[int, TrainState], tuple[dict[str, Any], dict[str, Any]]],
+    learning_rates: Callable[[int], dict[str, float]],
     max_programs: int,
     profile: tuple[int, int] | None = None,
-) -> dict[str, Any]:
-    """Trains from `state` to the end of the schedule, one batch per step; returns the metrics of
-    the last validation.
+) -> bool:
+    """Trains from `state` to the end of the schedule, one batch per step; returns whether anything
+    was left to train. Raises Preempted, after saving, and UserError: too many steps in a row were
+    not finite, or a checkpoint could not be written.
 
     Args:
+        progress: of the checkpoint that the run continues from; {} for a new run.
         validate: (step, state) -> (metrics, what it fitted for prediction, as JSON can hold it).
-        learning_rates: step -> rate by name.
         max_programs: how many shapes of images there can be, each of which is compiled once.
-        profile: (first step, last step) that jax's profiler records.
-
-    Raises: Preempted, when asked to stop, after saving; UserError, when too many steps in a row
-        were not finite, or a checkpoint could not be written.
     """
+    if _is_over(state, progress, config, schedule, logbook, best, validate):
+        return False
+    meter = Meter(config.batch_size, schedule.total, progress.get("pending", ()))
     guard = NonFiniteGuard(logbook, limit=config.max_skipped, in_a_row=int(state.skipped))
-    timed, metrics = _announcing_compilations(step_function, logbook, max_programs), {}
-    meter.resume()
     with Preemption() as preemption, Profiler(profile, logbook) as profiler:
+        run_step = _measured(step_function, logbook, meter, guard, profiler, max_programs)
         for step, batch in enumerate(batches, int(state.step) + 1):
-            profiler.before(step)
-            state, terms, seconds = timed(step, state, batch)
-            meter.add(terms, excluded=seconds)
-            guard.add(step, batch, terms["nonfinite"])
-            profiler.after(step, state)
-
+            state = run_step(step, state, batch)
             stopping, evaluating = preemption.reached(step), schedule.evaluates(step)
             saving, ends, decoder = schedule.saves(step) or stopping, False, None
             if saving or schedule.logs(step):
                 guard.look()
                 checkpoints.check()
             if schedule.logs(step):
-                means, times = meter.pop(batch_size=config.batch_size, waited=batches.pop_wait())
-                remaining = meter.remaining(step, schedule.total)
-                _write_line(logbook, step, means | learning_rates(step - 1), times, remaining)
+                means, times = meter.pop(waited=batches.pop_wait())
+                rates = learning_rates(step - 1)
+                _write_line(logbook, step, means | rates, times, meter.remaining(step))
             if evaluating and not stopping:
                 with logbook.compiling(step, "validation"):
                     metrics, decoder = validate(step, state)
@@ -377,34 +282,59 @@ def train_loop(
                 ends = best.stops(config, logbook)
                 batches.pop_wait()
             if saving or ends:
-                progress = (
-                    schedule.position(step)
-                    | best.state_dict()
-                    | {"pending": meter.state(), "validation_owed": evaluating and stopping}
-                )
-                checkpoints.save(state, progress=progress, decoder=decoder)
+                owed = {"pending": meter.state(), "validation_owed": evaluating and stopping}
+                where = schedule.position(step) | owed | best.state_dict()
+                checkpoints.save(state, progress=where, decoder=decoder)
             if evaluating or saving:
                 meter.resume()
             if stopping:
                 checkpoints.wait()
-                raise Preempted(
-                    f"asked to stop: saved at step {step}; the same command continues from there"
-                )
+                raise Preempted(f"asked to stop: saved at step {step}; {CONTINUES} from there")
             if ends:
                 break
-    return metrics
+    return True
 
 
-def _announcing_compilations(
-    step_function: StepFunction, logbook: Logbook, max_programs: int
-) -> Callable[[int, TrainState, Batch], tuple[TrainState, dict[str, jax.Array], float]]:
-    """The step, with the seconds of the first one of each size of images (0 for the others): most of
-    them are compilation, and it says so. The device may still be at work when it returns.
+def _is_over(
+    state: TrainState,
+    progress: Mapping[str, Any],
+    config: TrainConfig,
+    schedule: Schedule,
+    logbook: Logbook,
+    best: Best,
+    validate: Callable[[int, TrainState], tuple[dict[str, Any], dict[str, Any]]],
+) -> bool:
+    """Whether nothing is left to train; says so. A validation that was due when the run was stopped
+    is made up for.
+    """
+    step = int(state.step)
+    best.load_state(progress)
+    if progress.get("validation_owed"):
+        best.add(step, validate(step, state)[0])
+    if step >= schedule.total:
+        logbook.log(
+            f"nothing left to train: {logbook.workdir} is already at step {step}; raise "
+            "config.train.epochs to go on, or use --mode=eval"
+        )
+    return step >= schedule.total or best.stops(config, logbook)
+
+
+def _measured(
+    step_function: StepFunction,
+    logbook: Logbook,
+    meter: Meter,
+    guard: NonFiniteGuard,
+    profiler: Profiler,
+    max_programs: int,
+) -> Callable[[int, TrainState, Batch], TrainState]:
+    """The step with everything that watches it; the first of each size of images says how long it
+    took, mostly to compile. The device may still be at work when it returns.
     """
     seen: set[tuple[int, ...]] = set()
 
-    def run(step: int, state: TrainState, batch: Batch):
+    def run_step(step: int, state: TrainState, batch: Batch) -> TrainState:
         shape, start, seconds = batch.images.shape, time.monotonic(), 0.0
+        profiler.before(step)
         with logbook.compiling(step, "x".join(map(str, shape))):
             state, terms = step_function(state, batch)
         if shape not in seen:
@@ -412,9 +342,12 @@ def _announcing_compilations(
             seconds = time.monotonic() - start
             programs = f"program {len(seen)} of at most {max_programs}"
             logbook.log(f"compiled for images {shape} in {seconds:.1f} s ({programs})")
-        return state, terms, seconds
+        meter.add(terms, excluded=seconds)
+        guard.add(step, batch, terms["nonfinite"])
+        profiler.after(step, state)
+        return state
 
-    return run
+    return run_step
 
 
 def _write_line(

@@ -1,14 +1,12 @@
 """What a training run will take, before it starts: parameters by module, and for each bucket
 memory, compile time and arithmetic of a step.
 
-Every program is compiled, none is run: memory is what the compiler assigned, for one device of the
-    mesh.
+Every program is compiled, none is run: memory is what the compiler assigned on one device.
 """
 
-import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,37 +20,32 @@ from dsct_jax.training.step import TrainState, TrainStep
 _MIB, _GIGA = 2**20, 1e9
 
 
-@dataclasses.dataclass(frozen=True)
-class ModulePlan:
+class ModulePlan(NamedTuple):
     """Numbers of parameters of one part of the network."""
 
     name: str
     trained: int
-    frozen: int  # frozen by the optimizer's rules; statistics of frozen norms are not counted
+    frozen: int  # by the optimizer's rules; statistics of frozen norms are not counted
 
 
-@dataclasses.dataclass(frozen=True)
-class ProgramPlan:
+class ProgramPlan(NamedTuple):
     """One compiled program of a step; bytes on one device."""
 
     name: str
     compile_seconds: float  # tracing included; short where the compilation cache has it
-    # of one device as XLA counts them: the body of a loop (sampled attention) once, kernels not at
-    # all
+    # as XLA counts them: the body of a loop (sampled attention) once, kernels not at all
     flops: float
     argument_bytes: int  # of what it reads: a first half has no use for the optimizer's state
-    output_bytes: int
-    aliased_bytes: int  # outputs that take the place of arguments
+    output_bytes: int  # without those that take the place of arguments
     temporary_bytes: int
 
     @property
     def live_bytes(self) -> int:
         """Everything that exists while it runs."""
-        return self.argument_bytes + self.output_bytes - self.aliased_bytes + self.temporary_bytes
+        return self.argument_bytes + self.output_bytes + self.temporary_bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class BucketPlan:
+class BucketPlan(NamedTuple):
     """A step with images of one padded size."""
 
     image_shape: tuple[int, ...]  # b h w 3, global
@@ -60,8 +53,7 @@ class BucketPlan:
     peak_bytes: int  # on one device: the largest program with what waits beside it
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """See the module's docstring."""
 
     modules: tuple[ModulePlan, ...]
@@ -87,8 +79,7 @@ def make_plan(
         batch_size: global, as the configuration's.
 
     Raises:
-        UserError: the batch cannot be split over the devices of the mesh and the parts that are
-            accumulated.
+        UserError: the batch cannot be split over the devices and the parts that are accumulated.
     """
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
@@ -110,35 +101,24 @@ def make_plan(
 def format_plan(plan: Plan) -> str:
     """The plan as text: two tables and a line between them."""
     lines = [f"{'module':<24}{'trained':>14}{'frozen':>14}"]
-    total = ModulePlan(
-        "all", sum(m.trained for m in plan.modules), sum(m.frozen for m in plan.modules)
-    )
-    lines += [
-        f"{module.name:<24}{module.trained:>14,}{module.frozen:>14,}"
-        for module in (*plan.modules, total)
-    ]
-    lines += [
-        "",
-        f"state on each device: {plan.state_bytes / _MIB:,.0f} MiB (parameters, average, "
-        "optimizer)",
-        "",
-    ]
-    lines.append(
-        f"{'images':<20}{'program':<26}{'compile s':>10}{'GFLOP':>10}{'given MiB':>11}{'made MiB':>10}{'temp MiB':>10}{'all MiB':>10}"
-    )
+    trained = sum(module.trained for module in plan.modules)
+    frozen = sum(module.frozen for module in plan.modules)
+    for module in (*plan.modules, ModulePlan("all", trained, frozen)):
+        lines.append(f"{module.name:<24}{module.trained:>14,}{module.frozen:>14,}")
+    state = f"{plan.state_bytes / _MIB:,.0f} MiB (parameters, average, optimizer)"
+    lines += ["", f"state on each device: {state}", ""]
+    head = f"{'images':<20}{'program':<26}{'compile s':>10}{'GFLOP':>10}{'given MiB':>11}"
+    lines.append(f"{head}{'made MiB':>10}{'temp MiB':>10}{'all MiB':>10}")
     for bucket in plan.buckets:
-        shape = "x".join(str(size) for size in bucket.image_shape[:3])
+        shape = "x".join(map(str, bucket.image_shape[:3]))
         for program in bucket.programs:
-            sizes = (
-                program.argument_bytes,
-                program.output_bytes - program.aliased_bytes,
-                program.temporary_bytes,
-                program.live_bytes,
+            given, made, temporary, live = (
+                size / _MIB for size in (*program[3:], program.live_bytes)
             )
-            given, made, temporary, live = (size / _MIB for size in sizes)
-            numbers = f"{program.compile_seconds:>10.1f}{program.flops / _GIGA:>10.1f}{given:>11,.0f}{made:>10,.0f}{temporary:>10,.0f}{live:>10,.0f}"
-            lines.append(f"{shape:<20}{program.name:<26}{numbers}")
-        lines.append(f"{shape:<20}{'peak of a step':<26}{bucket.peak_bytes / _MIB:>71,.0f}")
+            cost = f"{program.compile_seconds:>10.1f}{program.flops / _GIGA:>10.1f}"
+            sizes = f"{given:>11,.0f}{made:>10,.0f}{temporary:>10,.0f}{live:>10,.0f}"
+            lines.append(f"{shape:<20}{program.name:<26}{cost}{sizes}")
+        lines.append(f"{shape:<20}{'peak of a step':<26}{bucket.peak_bytes / _MIB:>61,.0f}")
     return "\n".join(lines)
 
 
@@ -164,15 +144,8 @@ def _abstract_batch(b: int, height: int, width: int, t: int, k: int, mesh: Mesh)
         return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=NamedSharding(mesh, BATCH))
 
     targets = Targets(struct(np.float32, t, 4), struct(np.float32, t, k), struct(np.bool_, t))
-    sizes = struct(np.int32, 2)
-    return Batch(
-        struct(np.uint8, height, width, 3),
-        sizes,
-        targets,
-        struct(np.int32),
-        sizes,
-        struct(np.bool_),
-    )
+    images, sizes = struct(np.uint8, height, width, 3), struct(np.int32, 2)
+    return Batch(images, sizes, targets, struct(np.int32), sizes, struct(np.bool_))
 
 
 def _programs(step: TrainStep, state: TrainState, batch: Batch):
@@ -200,13 +173,12 @@ def _compile(name: str, function: Any, *arguments: Any) -> tuple[ProgramPlan, An
     seconds = time.perf_counter() - start
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     program = ProgramPlan(
-        name=name,
-        compile_seconds=seconds,
-        flops=float((cost or {}).get("flops", 0.0)),
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-        aliased_bytes=memory.alias_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
+        name,
+        seconds,
+        float((cost or {}).get("flops", 0.0)),
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
     )
     return program, _struct(compiled, function, *arguments)
 
@@ -216,11 +188,8 @@ def _struct(compiled: Any, function: Any, *arguments: Any) -> Any:
     chose.
     """
     shapes, structure = jax.tree.flatten(jax.eval_shape(function, *arguments))
-    shardings = jax.tree.leaves(compiled.output_shardings)
+    placed = zip(shapes, jax.tree.leaves(compiled.output_shardings), strict=True)
     return jax.tree.unflatten(
         structure,
-        [
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-            for x, s in zip(shapes, shardings, strict=True)
-        ],
+        [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x, sharding in placed],
     )

@@ -191,6 +191,14 @@ def require_same_shapes(expected: Mapping[str, Any], given: Mapping[str, Any], w
         )
 
 
+def require_match(
+    weights: Weights, config: Mapping[str, Any], shapes: Mapping[str, Any], where: str
+) -> None:
+    """Raises UserError unless `weights` are those of this configuration, with these shapes."""
+    require_same_model(weights.metadata["config"], config, where)
+    require_same_shapes(shapes, weights.params | weights.norm_stats, where)
+
+
 def read_metadata(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of itself."""
     return json.loads((checkpoint / "metadata" / "metadata").read_text())

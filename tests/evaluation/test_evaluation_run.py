@@ -50,8 +50,9 @@ def workdir(tmp_path_factory, one_device):
     """An untrained checkpoint, evaluated on val and then on test."""
     workdir, config = tmp_path_factory.mktemp("run"), small_config()
     save(workdir, config, one_device)
-    train.evaluate_checkpoint(config, workdir, "val")
-    train.evaluate_checkpoint(config, workdir, "test")
+    run = train.RunConfig.from_mapping(config)
+    train.evaluate_checkpoint(run, workdir, "val")
+    train.evaluate_checkpoint(run, workdir, "test")
     return workdir
 
 
@@ -102,14 +103,14 @@ def test_a_chosen_checkpoint(workdir, tmp_path, one_device):
     )
     checkpoints.save(dataclasses.replace(state, step=state.step + 5), progress={"best_step": 0})
     checkpoints.close()
-    chosen = train.evaluate_checkpoint(config, tmp_path, "test", step=best_step(tmp_path))
+    chosen = train.evaluate_checkpoint(run, tmp_path, "test", step=best_step(tmp_path))
     expected = json.loads((workdir / "metrics_test.json").read_text())
     assert (
         chosen["checkpoint"] == "step 0"
         and chosen["mAP"] == expected["mAP"]
         and chosen["mean_iou"] == expected["mean_iou"]
     )
-    assert train.evaluate_checkpoint(config, tmp_path, "test")["checkpoint"] == "step 5"
+    assert train.evaluate_checkpoint(run, tmp_path, "test")["checkpoint"] == "step 5"
 
 
 def test_the_numbers_come_again_from_the_file_alone(workdir, tmp_path):
@@ -164,7 +165,8 @@ jax.distributed.initialize(f"localhost:{port}", 2, number)
 import train
 from dsct_jax.config import to_builtins
 config = json.loads((workdir / "config.json").read_text())
-metrics = train.evaluate_checkpoint(to_builtins(config), workdir, "test")
+run = train.RunConfig.from_mapping(to_builtins(config))
+metrics = train.evaluate_checkpoint(run, workdir, "test")
 (workdir / f"process{number}.json").write_text(json.dumps(metrics))
 """
 

@@ -26,8 +26,8 @@ from PIL import Image
 import train
 from dsct_jax.batch import Predictions
 from dsct_jax.config import read_config, to_builtins
-from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import Network
+from dsct_jax.runtime import Preemption
 from dsct_jax.weights.run_directory import load_weights
 
 ROOT = Path(__file__).parents[2]
@@ -105,9 +105,8 @@ def test_every_logged_number_is_finite(unbroken):
 def test_what_should_move_moved_and_what_is_frozen_stayed(unbroken):
     workdir, _ = unbroken
     after, norm_stats, *_ = load_weights(workdir)
-    before, statistics = Network(model_config(read_config(ROOT / "configs" / "debug.py"))).init(
-        seed=0
-    )
+    config = train.RunConfig.from_mapping(read_config(ROOT / "configs" / "debug.py"))
+    before, statistics = Network(config.model).init(seed=0)
     assert after.keys() == before.keys()
     assert norm_stats.keys() == statistics.keys() == set()  # group norm: no statistics
     moved = {name for name in after if not np.array_equal(after[name], before[name])}
@@ -185,7 +184,9 @@ if sys.argv[1] == "writing":
     sys.addaudithook(while_writing)
 else:
     progress = train.Logbook.progress
-    train.Logbook.progress = lambda self, step, text: kill() if step == int(sys.argv[1]) else progress(self, step, text)
+    train.Logbook.progress = lambda self, step, *text: (
+        kill() if step == int(sys.argv[1]) else progress(self, step, *text)
+    )
 sys.exit(train.main(sys.argv[2:]))
 """
 
@@ -505,15 +506,53 @@ def test_a_stop_between_two_lines_leaves_the_curve_as_it_is(
     ]
     assert counting([DEBUG, f"--workdir={tmp_path / 'unbroken'}", *settings]) == 0
     for asked in (3, 4, 7):  # 4: a validation is due, and is made up for
-        monkeypatch.setattr(
-            train.Preemption, "reached", lambda self, step, asked=asked: step == asked
-        )
+        monkeypatch.setattr(Preemption, "reached", lambda self, step, asked=asked: step == asked)
         assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
         assert f"asked to stop: saved at step {asked};" in capsys.readouterr().out
         assert (tmp_path / "run" / "checkpoints" / str(asked)).is_dir()
-    monkeypatch.setattr(train.Preemption, "reached", lambda self, step: False)
+    monkeypatch.setattr(Preemption, "reached", lambda self, step: False)
     assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "unbroken")
+
+
+def test_the_best_calibration_is_the_lowest(counting, monkeypatch, tmp_path, capsys):
+    values = iter([0.4, 0.1, 0.2, 0.3])
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: {"brier": next(values)})
+    settings = ["--config.train.epochs=4", "--config.train.best_metric=brier"]
+    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
+    assert "best validation: brier 0.100 at step 4" in capsys.readouterr().out
+
+
+def test_a_validation_is_kept_with_its_checkpoint(counting, monkeypatch, tmp_path):
+    settings = ["--config.train.steps=4", "--config.train.checkpoint_every=0.5"]
+    monkeypatch.setattr(Preemption, "reached", lambda self, step: step == 4)
+    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
+    decoders = [load_weights(tmp_path / "run", step).metadata.get("decoder") for step in (2, 3, 4)]
+    assert decoders[0]["fitted_on"] == "val"
+    assert decoders[1:] == [None, None]  # none was made; one was due, and is made up for later
+
+
+def test_a_validation_that_was_owed_is_written_once(counting, monkeypatch, tmp_path):
+    settings = ["--config.train.steps=6", "--config.train.checkpoint_every=50.0"]
+    assert counting([DEBUG, f"--workdir={tmp_path / 'unbroken'}", *settings]) == 0
+    monkeypatch.setattr(Preemption, "reached", lambda self, step: step == 4)
+    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
+    monkeypatch.setattr(Preemption, "reached", lambda self, step: False)
+    for end in ("killed", "the end"):
+        loop = train.train_loop if end == "the end" else (lambda *_, **__: None)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_loop", loop)
+            assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", *settings]) == 0
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "unbroken")
+
+
+def test_compiled_programs_have_one_place(counting, monkeypatch, tmp_path):
+    """That of the user's cache (start_process), whatever the run."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    before = jax.config.jax_compilation_cache_dir
+    assert counting([DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.steps=1"]) == 0
+    assert jax.config.jax_compilation_cache_dir == before
+    assert not (tmp_path / "run" / "compiled").exists()
 
 
 def test_weights_and_biases_only_where_it_is_asked_for(counting, monkeypatch, tmp_path, capsys):
@@ -837,6 +876,42 @@ def test_an_unreadable_last_checkpoint_is_named(counting, monkeypatch, tmp_path,
         assert one_error(capsys, "checkpoints/2", "remove")
 
 
+def test_the_results_name_the_checkpoint_that_was_read(counting, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    arguments = [DEBUG, f"--workdir={tmp_path / 'run'}", "--config.train.steps=4"]
+    assert counting(arguments) == 0
+    for path in (tmp_path / "run" / "checkpoints" / "4" / "model").rglob("*"):
+        if path.is_file():
+            damage(path)
+    assert counting([*arguments, "--mode=eval", "--split=val"]) == 0
+    for name in ("metrics_val.json", "thresholds.json"):
+        assert json.loads((tmp_path / "run" / name).read_text())["checkpoint"] == "step 2"
+
+
+def test_nothing_is_drawn_where_the_first_images_are_damaged(counting, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "DRAWN_IMAGES", 2)
+    monkeypatch.setattr(train, "DRAWN_IN_TRAINING", 2)
+    arguments = [
+        DEBUG,
+        f"--workdir={tmp_path / 'run'}",
+        *images(tmp_path / "data"),
+        "--config.data.skip_corrupt=True",
+        "--config.train.steps=2",
+    ]
+    for index in (0, 1):
+        damage(tmp_path / "data" / f"{index}.png")
+    assert counting(arguments) == 0
+    assert counting([*arguments, "--mode=eval"]) == 0
+    assert not list((tmp_path / "run").glob("*predictions*.png"))
+    assert json.loads((tmp_path / "run" / "metrics_test.json").read_text())["num_images"] == 6
+
+
+def test_a_configuration_comes_back_from_json():
+    run = train.RunConfig.from_mapping(read_config(ROOT / "configs" / "emotic_r50.py"))
+    stored = to_builtins(json.loads(json.dumps(run.to_dict())))
+    assert train.RunConfig.from_mapping(stored) == run
+
+
 def test_the_process_ends_with_status_2_and_one_line(tmp_path):
     done = subprocess.run(
         command(DEBUG, f"--workdir={tmp_path}", "--config.model.foo=1"),
@@ -859,3 +934,14 @@ def test_an_interrupt_says_how_to_continue(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "train", interrupted)
     assert train.main([DEBUG, f"--workdir={tmp_path}"]) == 130
     assert "continues from the last checkpoint" in capsys.readouterr().err
+
+
+def test_an_interrupted_evaluation_promises_nothing(monkeypatch, tmp_path, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "evaluate_checkpoint", interrupted)
+    monkeypatch.setattr(train, "print_plan", interrupted)
+    for mode in ("eval", "plan"):
+        assert train.main([DEBUG, f"--workdir={tmp_path}", f"--mode={mode}"]) == 130
+        assert capsys.readouterr().err == "interrupted\n"
