@@ -205,6 +205,7 @@ def build_step(
     optimizer, state = initial_state(
         *values, run.optimizer, total_steps=total_steps, mesh=mesh, step_config=config
     )
+    make_objective = OBJECTIVES[network.entry.objective]
     step = make_train_step(
         network,
         optimizer,

@@ -14,8 +14,8 @@ from PIL import Image
 
 import dsct_jax
 import train
+from dsct_jax.__main__ import main
 from dsct_jax.batch import Predictions
-from dsct_jax.commands import export
 from dsct_jax.config import check_settings, defaults, free_fields, setting, to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.model.backbone import BACKBONES, ResNet
@@ -93,7 +93,7 @@ def test_it_predicts(workdir):
 def test_it_is_exported(workdir, tmp_path, form, capsys):
     size = [] if form == "safetensors" else ["--sizes=64x64"]
     arguments = [f"--checkpoint={workdir}", f"--output={tmp_path / 'out'}", f"--format={form}"]
-    assert export.main([*arguments, *size]) == 0
+    assert main(["export", *arguments, *size]) == 0
     assert "written" in capsys.readouterr().out
 
 
