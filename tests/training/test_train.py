@@ -439,7 +439,7 @@ def test_starting_from_the_weights_of_another_run(counting, tmp_path, capsys):
     ]
     assert counting(arguments) == 0
     out = capsys.readouterr().out
-    assert "re-initialised: class_head" in out and (second / "init_from.txt").read_text() in out
+    assert "re-initialized: class_head" in out and (second / "init_from.txt").read_text() in out
     theirs, ours = load_weights(first).params, load_weights(second).params
     for path, value in ours.items():
         assert path.startswith("class_head") or np.array_equal(value, theirs[path]), path
