@@ -1,5 +1,5 @@
-"""The process of a command: its terminal, the programs it compiled before, how it is stopped, and how
-several of them find each other. Never called by the library itself.
+"""The process of a command: its terminal, the programs it compiled before, how it is stopped, and
+how several of them find each other. Never called by the library itself.
 """
 
 import contextlib

@@ -439,7 +439,7 @@ def test_starting_from_the_weights_of_another_run(counting, tmp_path, capsys):
     ]
     assert counting(arguments) == 0
     out = capsys.readouterr().out
-    assert "re-initialised: class_head" in out and (second / "init_from.txt").read_text() in out
+    assert "re-initialized: class_head" in out and (second / "init_from.txt").read_text() in out
     theirs, ours = load_weights(first).params, load_weights(second).params
     for path, value in ours.items():
         assert path.startswith("class_head") or np.array_equal(value, theirs[path]), path
@@ -702,7 +702,7 @@ def test_a_command_that_cannot_be_used(arguments, says, tmp_path, capsys):
         ("config.data.train = 4", ["x.py, line 6", "4 is of original type <class 'int'>"]),
         ("config.modle.hidden_dim = 4", ["x.py, line 6", "modle"]),
         ("del config.train", ["config.train: missing", "configs/base.py"]),
-        ("del config.data.flip_probability", ["config.data.flip_probability: missing"]),
+        ("del config.name", ["config.name: missing", "configs/base.py"]),
         (
             "config.loss.update({'class_weights': ('heavy',)})",
             ["config.loss.class_weights", "a number"],
