@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-AnyArray = TypeVar(
-    "AnyArray", Array, np.ndarray
-)  # the two conversions serve the host (readers, drawing) and the device (losses) alike
+# some functions serve the host (readers, drawing) and the device (losses) alike
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
 
 
 def cxcywh_to_xyxy(boxes: Num[AnyArray, "*n 4"]) -> Num[AnyArray, "*n 4"]:

@@ -67,7 +67,7 @@ def run_on_host(half: Callable[[Any], Any], problem: Any) -> Any:
         for shard in leaf.addressable_shards:
             parts.setdefault(shard.device, []).append(np.asarray(shard.data)[0])
     solved = [
-        jax.device_put(add_axis(half(structure.unflatten(part))), device)
+        jax.device_put(add_axis(half(jax.tree.unflatten(structure, part))), device)
         for device, part in parts.items()
     ]
     sharding = leaves[0].sharding
