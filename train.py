@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from data.command import override
 from data.config import SPLITS, DataConfig
 from data.pipeline import Dataset, make_dataset
-from dsct_jax.cli import Parser, run_command
+from dsct_jax.cli import Parser, expanded_path, run_command
 from dsct_jax.config import dataclass_from_dict, read_config, require, to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import FILE as FIT_FILE
@@ -347,8 +347,8 @@ def make_parser() -> Parser:
     modes = "train, evaluating on the way; evaluate a checkpoint; or say what a run takes"
     several = "several processes:"
     for flag, text, options in (
-        ("config", "such as configs/demo.py, or a run's config.json", {"type": Path}),
-        ("workdir", "directory of the run: checkpoints, metrics, settings", {"type": Path}),
+        ("config", "such as configs/demo.py, or a run's config.json", {"type": expanded_path}),
+        ("workdir", "directory of the run: checkpoints, metrics, settings", {"type": expanded_path}),
         ("mode", modes, {"choices": ["train", "eval", "plan"], "default": "train"}),
         ("split", "what --mode=eval evaluates", {"choices": SPLITS, "default": "test"}),
         ("checkpoint", "what --mode=eval evaluates: newest, best or a step", {"default": "newest"}),
@@ -361,8 +361,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def run_mode(argv: list[str] | None) -> int:
-    """Reads the command line and runs the chosen mode; returns the exit status."""
+def run_mode(argv: list[str] | None) -> None:
+    """Reads the command line and runs the chosen mode."""
     arguments, overrides = make_parser().parse_known_args(argv)
     for name in ("config",) if arguments.mode == "plan" else ("config", "workdir"):
         if getattr(arguments, name) is None:
@@ -385,9 +385,8 @@ def run_mode(argv: list[str] | None) -> int:
             except Preempted as request:
                 print(request, flush=True)
             except KeyboardInterrupt:
-                print(f"interrupted; {CONTINUES} from the last checkpoint", file=sys.stderr)
-                return 130
-    return 0
+                again = f"interrupted; {CONTINUES} from the last checkpoint"
+                raise KeyboardInterrupt(again) from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -85,15 +85,15 @@ def whole_file(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]
         temporary.unlink(missing_ok=True)
 
 
-def run_command(run: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
+def run_command(run: Callable[[], int | None]) -> int:
     """Calls `run` and returns the exit status: its own (None = 0), 2 after one line on stderr for a
     user's mistake, an extra that is not installed, a file that the system refuses or devices that
-    jax does not have, and 130 after Ctrl-C (with the line `interrupted`).
+    jax does not have, and 130 after Ctrl-C (with the line of the KeyboardInterrupt, if any).
     """
     try:
         return run() or 0
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(str(interruption) or "interrupted", file=sys.stderr)
         return 130
     except UserError as error:
         reason = str(error)
@@ -152,17 +152,14 @@ def run_subcommand(
         hint = f"did you mean {close[0]}?" if close else f"must be one of {', '.join(commands)}"
         print(f"error: {argv[0]}: unknown command; {hint}", file=sys.stderr)
         return 2
-    # an extra may be missing
-    if status := run_command(lambda: importlib.import_module(f"{package}.{name}") and None):
-        return status
-    module = sys.modules[f"{package}.{name}"]
 
     def run() -> int | None:
-        parser = module.make_parser()
+        command = importlib.import_module(f"{package}.{name}")
+        parser = command.make_parser()
         parser.prog = f"{prog} {name}"
-        return module.run(parser.parse_args(argv[1:]))
+        return command.run(parser.parse_args(argv[1:]))
 
-    return run_command(run, interrupted=getattr(module, "INTERRUPTED", "interrupted"))
+    return run_command(run)
 
 
 def progress(

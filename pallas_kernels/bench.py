@@ -185,8 +185,9 @@ def measure(
         names = (workload.name, pattern, jnp.dtype(dtype).name, name)
         gather = values * sets[0][0].dtype.itemsize / forward / 1e9
         adds = values / (both - forward) / 1e6 if both > forward else None
-        measured = (forward, spreads[0], both, spreads[1], *memory[name], gather, adds)
-        results.append(Result(*names, *measured))
+        measured = (forward, spreads[0], both, spreads[1])
+        first, second = memory[name]
+        results.append(Result(*names, *measured, first, second, gather, adds))
     return results
 
 

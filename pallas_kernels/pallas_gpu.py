@@ -112,10 +112,10 @@ def _attend_forward(static: _Static, *inputs):
 
 
 def _attend_backward(static: _Static, inputs, cotangent):
-    value, _, offsets, scores = inputs
+    value, origin, offsets, scores = inputs
     cotangent = cotangent.reshape(*cotangent.shape[:2], *value.shape[2:])
     call = _partitioned_backward if static.partitioned else _backward_call
-    grad_value, grad_offsets, grad_scores = call(static, *inputs, cotangent)
+    grad_value, grad_offsets, grad_scores = call(static, value, origin, offsets, scores, cotangent)
     return (
         grad_value.astype(value.dtype),
         grad_offsets.sum((2, 4)),
@@ -242,18 +242,18 @@ def _for_each_point(sizes: _Sizes, origin_ref, offsets_ref, query, row, visit, c
     points of each level.
     """
     first = 0
-    for level, size in enumerate(sizes.static.spatial_shapes):
+    for level, (height, width) in enumerate(sizes.static.spatial_shapes):
         at = (query * sizes.l + level) * 2
         origin = plgpu.load(origin_ref.at[at]), plgpu.load(origin_ref.at[at + 1])
 
-        def point(k, carry, level=level, size=size, first=first, origin=origin):
+        def point(k, carry, level=level, height=height, width=width, first=first, origin=origin):
             sample = level * sizes.p + k
             at = (row * (sizes.l * sizes.p) + sample) * 2
             x, y = (origin[axis] + _load(offsets_ref, at + axis) for axis in (0, 1))
-            return visit(_corners(*size, x, y), first, sample, carry)
+            return visit(_corners(height, width, x, y), first, sample, carry)
 
         carry = jax.lax.fori_loop(0, sizes.p, point, carry)
-        first += math.prod(size)
+        first += height * width
     return carry
 
 

@@ -257,6 +257,11 @@ def run(arguments: argparse.Namespace) -> None:
     unreadable: dict[Path, str] | None = {} if arguments.skip_unreadable else None
     answers = Answers(model, chosen, arguments.batch_size, unreadable)
     limits = {"every": arguments.every, "seconds": arguments.seconds}
+    try:
+        images = predict_images(answers, files, output)
+        watched = predict_videos(answers, sources, output, **limits)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(INTERRUPTED) from None
     document: dict[str, Any] = {
         "checkpoint": str(arguments.checkpoint),
         "class_names": model.decoder.class_names,
@@ -264,8 +269,8 @@ def run(arguments: argparse.Namespace) -> None:
         "selection": dataclasses.asdict(chosen)
         | {"min_confidence": model.decoder.resolve_min_confidence(chosen)},
         "thresholds": model.decoder.resolve_thresholds(chosen),
-        "images": predict_images(answers, files, output),
-        "videos": predict_videos(answers, sources, output, **limits),
+        "images": images,
+        "videos": watched,
         "unreadable": [*(unreadable or {}).values()],
     }
     seconds = time.monotonic() - start
