@@ -345,10 +345,14 @@ def make_parser() -> Parser:
     """The command's own flags; what begins with --config. is left to `override`."""
     parser = Parser(description=__doc__)
     modes = "train, evaluating on the way; evaluate a checkpoint; or say what a run takes"
-    several = "several processes:"
+    several, path = "several processes:", {"type": expanded_path}
     for flag, text, options in (
-        ("config", "such as configs/demo.py, or a run's config.json", {"type": expanded_path}),
-        ("workdir", "directory of the run: checkpoints, metrics, settings", {"type": expanded_path}),
+        ("config", "such as configs/demo.py, or a run's config.json", path),
+        (
+            "workdir",
+            "directory of the run: checkpoints, metrics, settings",
+            path,
+        ),
         ("mode", modes, {"choices": ["train", "eval", "plan"], "default": "train"}),
         ("split", "what --mode=eval evaluates", {"choices": SPLITS, "default": "test"}),
         ("checkpoint", "what --mode=eval evaluates: newest, best or a step", {"default": "newest"}),
