@@ -348,11 +348,7 @@ def make_parser() -> Parser:
     several, path = "several processes:", {"type": expanded_path}
     for flag, text, options in (
         ("config", "such as configs/demo.py, or a run's config.json", path),
-        (
-            "workdir",
-            "directory of the run: checkpoints, metrics, settings",
-            path,
-        ),
+        ("workdir", "directory of the run: checkpoints, metrics, settings", path),
         ("mode", modes, {"choices": ["train", "eval", "plan"], "default": "train"}),
         ("split", "what --mode=eval evaluates", {"choices": SPLITS, "default": "test"}),
         ("checkpoint", "what --mode=eval evaluates: newest, best or a step", {"default": "newest"}),
