@@ -18,38 +18,30 @@ def main(directory: str, *files: str) -> None:
     folder = pathlib.Path(directory)
     about = json.loads((folder / "model.json").read_text())
     weights, prepared = dict(np.load(folder / about["weights"])), about["preprocessing"]
-    images = [np.load(file) for file in files]
-    fits = [
-        size
-        for size in prepared["sizes"]
-        if all(p.shape[0] <= size[0] and p.shape[1] <= size[1] for p in images)
+    pixels = [np.load(file) for file in files]
+    fitting = [
+        (height, width)
+        for height, width in prepared["sizes"]
+        if all(image.shape[0] <= height and image.shape[1] <= width for image in pixels)
     ]
-    height, width = fits[0]
-    images, mask = (
-        np.zeros((len(files), height, width, 3), np.float32),
-        np.ones((len(files), height, width), bool),
-    )
-    for i, image in enumerate(images):
+    height, width = fitting[0]
+    images = np.zeros((len(files), height, width, 3), np.float32)
+    mask = np.ones((len(files), height, width), bool)
+    for i, image in enumerate(pixels):
         h, w, _ = image.shape
-        images[i, :h, :w], mask[i, :h, :w] = (
-            (image / 255 - prepared["mean"]) / prepared["std"],
-            False,
-        )
-    exported = jax.export.deserialize(
-        bytearray((folder / about["artifacts"][f"{height}x{width}"]).read_bytes())
-    )
-    answer = jax.jit(exported.call)(weights, images, mask)
+        images[i, :h, :w] = (image / 255 - prepared["mean"]) / prepared["std"]
+        mask[i, :h, :w] = False
+    artifact = (folder / about["artifacts"][f"{height}x{width}"]).read_bytes()
+    answer = jax.jit(jax.export.deserialize(bytearray(artifact)).call)(weights, images, mask)
     logits, boxes = np.asarray(answer["logits"]), np.asarray(answer["boxes"])
-    for file, subjects, places in zip(files, logits, boxes, strict=True):
-        query = (
-            subjects[:, -1].argmax()
-            if about["subject_logit"]
-            else subjects[:, :-1].max(-1).argmax()
-        )  # the surest subject
-        emotion = about["class_names"][subjects[query, :-1].argmax()]
+    for file, queries, places in zip(files, logits, boxes, strict=True):
+        classes = queries[:, :-1]
+        # the query that is surest to answer for a person
+        best = (queries[:, -1] if about["subject_logit"] else classes.max(-1)).argmax()
+        emotion = about["class_names"][classes[best].argmax()]
         print(
-            f"{file}: {emotion} at (cx, cy, w, h) = {np.round(places[query], 4).tolist()}, logits "
-            f"{np.round(subjects[query], 4).tolist()}"
+            f"{file}: {emotion} at (cx, cy, w, h) = {np.round(places[best], 4).tolist()}, logits "
+            f"{np.round(queries[best], 4).tolist()}"
         )
 
 

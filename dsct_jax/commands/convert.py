@@ -29,18 +29,13 @@ REPORT_FILE = "report.txt"
 def convert(
     source: Path, output: Path, config: Mapping[str, Any] | None = None, *, strict: bool = True
 ) -> list[str]:
-    """Writes `output`/model.safetensors, which `dsct_jax.load` and config.init_from read, and
-    `output`/report.txt; returns the report.
-
-    Raises:
-        UserError: see `load_pretrained`; or no `config` for a third-party file.
+    """Writes `output`/model.safetensors and `output`/report.txt; returns the report. Raises
+    UserError: see `load_pretrained`; or no `config` for a third-party file.
     """
     if config is None:
         if not is_native(source):
-            raise UserError(
-                f"{source}: does not say which model it is for; give --config, such as "
-                "configs/emotic_r50_released.py"
-            )
+            remedy = "give --config, such as configs/emotic_r50_released.py"
+            raise UserError(f"{source}: does not say which model it is for; {remedy}")
         config = read_native(source).config
     network = Network(model_config(config))
     params, norm_stats, report = load_pretrained(

@@ -64,13 +64,10 @@ def _fitted(about: ResultsInfo, arguments: argparse.Namespace) -> Decoder:
         return with_fit_beside(folder, about.decoder, checkpoint=about.checkpoint)
     decoder, checkpoint = read_fit(path, about.decoder)
     if checkpoint and about.checkpoint and checkpoint != about.checkpoint:
-        raise UserError(
-            f"--thresholds={path}: fitted for {checkpoint}, but {arguments.predictions} is of "
-            f"{about.checkpoint}; evaluate that one, or fit again"
-        )
+        reason = f"fitted for {checkpoint}, but {arguments.predictions} is of {about.checkpoint}"
+        raise UserError(f"--thresholds={path}: {reason}; evaluate that one, or fit again")
     if decoder.fitted_on == about.split:
-        raise UserError(
-            f"--thresholds={path}: fitted on {about.split}, the split of "
-            f"{arguments.predictions} itself, where they would prove nothing; name another split"
-        )
+        reason = f"fitted on {about.split}, the split of {arguments.predictions} itself"
+        remedy = "where they would prove nothing; name another split"
+        raise UserError(f"--thresholds={path}: {reason}, {remedy}")
     return decoder

@@ -15,13 +15,8 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 def find_inputs(paths: Sequence[str], *, exclude: Path) -> tuple[list[Path], list[Path]]:
     """(images, videos) meant by files, folders (searched to the bottom) and glob patterns, each
-    once, in a fixed order; none below `exclude`.
-
-    A file is a video by its suffix (`video.SUFFIXES`), and an image by any other.
-
-    Raises:
-        UserError: a path does not exist, a pattern matches nothing, or a folder holds neither
-            images nor videos; the line names it.
+    once, in a fixed order, none below `exclude`; a file is a video by its suffix. Raises UserError
+    for a path, pattern or folder without any.
     """
     found: dict[Path, None] = {}
     for text in map(os.path.expanduser, paths):

@@ -24,9 +24,7 @@ def part_of(name: str) -> str:
 
 
 def pack(values: Mapping[str, jax.Array]) -> tuple[dict[str, Any], Layout]:
-    """({name: array}, where everything lies); 'packed.params.float32' and the like are numpy
-    vectors, copies of `values`.
-    """
+    """(arrays by name, where everything lies); 'packed.params.float32' and the like are vectors."""
     whole = {name: value for name, value in values.items() if value.is_fully_replicated}
     layout: Layout = {}
     for name, value in whole.items():
@@ -52,8 +50,7 @@ def unpack(packed: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         ends = np.cumsum([np.prod(shape, dtype=int) for shape in layout[vector].values()])
         if ends[-1] != len(array):
             raise ValueError(f"{vector} has {len(array)} numbers instead of {ends[-1]}")
-        for (name, shape), piece in zip(
-            layout[vector].items(), np.split(array, ends[:-1]), strict=True
-        ):
+        pieces = np.split(array, ends[:-1])
+        for (name, shape), piece in zip(layout[vector].items(), pieces, strict=True):
             values[name] = piece.reshape(shape).copy()
     return values

@@ -245,14 +245,14 @@ def test_only_the_right_person_with_the_right_emotion_is_right():
 
 
 @pytest.mark.parametrize(
-    "figure", ["predictions", "activation", "sampling", "context", "embeddings", "beside"]
+    "figure", ["predictions", "activation", "sampling", "context", "embeddings", "compare"]
 )
 def test_every_figure_is_drawn(figure, checkpoint, samples, tmp_path, capsys):
     paths = [str(samples / "test_00000.png")] if figure == "context" else [str(samples)]
     extra = ["--min-confidence=0", "--nms=1"]
-    if figure in ("predictions", "embeddings", "beside"):
+    if figure in ("predictions", "embeddings", "compare"):
         extra.append(f"--ground-truth={samples / 'truth.json'}")
-    if figure == "beside":
+    if figure == "compare":
         extra += [f"--compare-with={checkpoint}", "--names=one,two"]
     if figure == "activation":
         extra.append("--stage=encoder")
@@ -306,14 +306,14 @@ def test_losses_are_those_of_the_log(tmp_path, capsys):
             ["predictions", "{image}", "--ground-truth={text}"],
             "--ground-truth={text}: not COCO-style annotations for 4 classes",
         ),
-        (["beside", "{image}"], "--compare-with is missing"),
+        (["compare", "{image}"], "--compare-with is missing"),
         (
-            ["beside", "{image}", "--compare-with={checkpoint}", "--names=one"],
+            ["compare", "{image}", "--compare-with={checkpoint}", "--names=one"],
             "--names=one: must be two names",
         ),
         (
             [
-                "beside",
+                "compare",
                 "{image}",
                 "--compare-with={checkpoint}",
                 "--compare-config=configs/demo.py",
