@@ -1,6 +1,4 @@
-"""The readers by the name that `config.data.source` gives them: files on disk -> one record per
-image.
-"""
+"""The readers by their name in `config.data.source`: files on disk -> one record per image."""
 
 from collections.abc import Callable
 
