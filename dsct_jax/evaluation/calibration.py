@@ -91,7 +91,7 @@ def read_fit(path: Path, decoder: Decoder) -> tuple[Decoder, str]:
 def stored_decoder(
     decoder: Decoder, metadata: Mapping[str, Any], workdir: Path, step: int
 ) -> Decoder:
-    """`decoder` with the fit of the checkpoint of `step`: that of its validation, in its `metadata`;
+    """`decoder` with the fit of the checkpoint of `step`: its validation's, in `metadata`;
     or, where the user fitted it again (`--mode=eval --split=val`), that of thresholds.json. Raises
     UserError for a damaged fit.
     """
