@@ -96,9 +96,7 @@ def scale_boxes(boxes: Boxes, old: Size, new: Size) -> Boxes:
 def crop_boxes(
     boxes: Boxes, crop: tuple[int, int, int, int]
 ) -> tuple[Boxes, Int[np.ndarray, "kept"]]:
-    """What is left of the boxes inside (top, left, height, width), and whose they are; any positive
-    remainder counts, as in DETR.
-    """
+    """Boxes cut to (top, left, height, width), and whose they are; any area counts, as in DETR."""
     top, left, height, width = crop
     moved = clip_boxes(boxes - np.array([left, top, left, top], np.float32), height, width)
     kept = np.flatnonzero(has_area(moved))

@@ -107,9 +107,7 @@ class BatchPlan:
         ]
 
     def _mixed_batch(self, entries: Sequence[Entry]) -> PlannedBatch:
-        """The remainders of several queues on one canvas: one that holds them all, else the one
-        that scales them down least in total.
-        """
+        """What several queues have left, on the canvas that holds all or scales down least."""
         sizes = [transform.size for _, transform in entries]
 
         def scale(bucket: Size) -> float:

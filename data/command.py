@@ -17,9 +17,7 @@ from dsct_jax.errors import UserError
 
 
 def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`config` with each --config.section.field=value applied. Raises UserError when an argument of
-    another form, a field that does not exist, or a value of another type.
-    """
+    """`config` with each --config.section.field=value applied. Raises UserError."""
     from absl import flags  # of the `train` extra, like the next
     from ml_collections import ConfigDict, config_flags
 
@@ -45,9 +43,7 @@ def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
 
 
 def data_config(path: Path, overrides: Sequence[str] = ()) -> DataConfig:
-    """The data section and the classes of a configuration file, changed by arguments such as
-    --config.data.data_dir=DIR. Raises UserError naming the file or argument that cannot be used.
-    """
+    """The data section and classes of a file, changed by --config.data.... Raises UserError."""
     config = override(read_config(path), overrides)
     kinds = {"class_names": tuple, "multi_label": bool}
     classes = {name: require(config, name, kind) for name, kind in kinds.items()}

@@ -44,9 +44,7 @@ class AnnotationFile:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The data section of a configuration, with `class_names` and `multi_label` of its top level.
-    Raises UserError naming the field of a value that no run could use.
-    """
+    """The data section, and two fields of the top level. Raises UserError naming a wrong field."""
 
     class_names: tuple[str, ...] = setting(doc="of the top level", shared=True)
     multi_label: bool = setting(doc="of the top level", shared=True)

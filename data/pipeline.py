@@ -247,9 +247,7 @@ def _block_signals() -> Iterator[None]:
 
 
 def _ignore_signals(*_: int) -> None:
-    """Called in each worker process: the run alone answers signals, and stops its workers; a worker
-    whose run was killed ends.
-    """
+    """Of a worker process: only the run answers signals; a worker whose run was killed ends."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     run = multiprocessing.parent_process()

@@ -20,9 +20,7 @@ _LOOKED_FOR = 100  # images of a list; when none exists the list belongs to anot
 
 
 def read_caer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """The records of one split, of json files or lists. Raises UserError naming the file, line or
-    class that cannot be used.
-    """
+    """The records of one split, of json files or lists. Raises UserError naming file and line."""
     files = config.annotation_files(split)
     are_json = {file.path.suffix == ".json" for file in files}
     if len(are_json) == 2:

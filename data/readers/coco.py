@@ -1,6 +1,4 @@
-"""COCO-style json <-> records: plain class ids, lists of ids, or the 26-bit masks of the EMOTIC
-head-box annotations.
-"""
+"""COCO-style json <-> records: class ids, lists of ids, or the 26-bit masks of EMOTIC's json."""
 
 import json
 from collections import defaultdict
@@ -60,9 +58,7 @@ def _protocol(config: DataConfig) -> str:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """A COCO document with its lists; in UTF-8 or UTF-16, with or without a byte order mark. Raises
-    UserError naming the file.
-    """
+    """A COCO document with its lists, in UTF-8 or UTF-16. Raises UserError naming the file."""
     try:
         with reading(path, "json"):
             document = json.loads(path.read_bytes())

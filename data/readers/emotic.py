@@ -44,9 +44,7 @@ class _Person:
 
 
 def read_emotic(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """The records of one split of a .mat, .t7 or .csv file, in the order in which the images first
-    appear. Raises UserError naming the file, person or category that cannot be used.
-    """
+    """The records of one split, by first appearance. Raises UserError naming file and person."""
     files = config.annotation_files(split)
     protocol = _protocol(files[0].path, config)
     builder = RecordBuilder([file.path for file in files], config, protocol=protocol)

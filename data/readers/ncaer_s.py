@@ -15,16 +15,12 @@ _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def read_ncaer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """The records of the split's folder, by class and name. Raises UserError naming the folder,
-    class, image or crop file that cannot be used.
-    """
+    """The records of one split, by class and name. Raises UserError naming the file or folder."""
     root = Path(config.data_dir)
     top = root / "images" / config.annotation_file(split)
     if not top.is_dir():
-        raise UserError(
-            f"{top}: no such folder; set config.data.data_dir, and config.data.{split} to the "
-            "split's folder below images/ and crop/"
-        )
+        remedy = f"config.data.{split} to the split's folder below images/ and crop/"
+        raise UserError(f"{top}: no such folder; set config.data.data_dir, and {remedy}")
     builder = RecordBuilder([top], config, protocol="ncaer_s")
     for folder in sorted(path for path in top.iterdir() if path.is_dir()):
         label = builder.class_index(folder.name, f"{folder}: class")

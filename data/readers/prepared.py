@@ -97,9 +97,7 @@ def write_index(path: Path, records: list[Record]) -> None:
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
-    """What prepared.json says. Raises UserError when nothing was prepared here, or not to the end,
-    or a file is missing or of another length.
-    """
+    """What prepared.json says. Raises UserError unless it and all its files are there in full."""
     path = directory / SUMMARY
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))

@@ -119,9 +119,7 @@ class ReadReport:
 
 @contextlib.contextmanager
 def reading(path: Path, what: str, *errors: type[Exception]) -> Iterator[None]:
-    """Around what reads an annotation file: raises UserError, naming the file, when it is missing
-    or (`errors`) is not `what`.
-    """
+    """Raises UserError, naming the file, when it is missing or (`errors`) is not `what`."""
     unusable: tuple[type[Exception], ...] = (OSError, UnicodeDecodeError, *errors)
     try:
         yield
@@ -133,9 +131,7 @@ def reading(path: Path, what: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def read_rows(path: Path, what: str) -> list[tuple[int, list[str]]]:
-    """(line number, stripped cells) of the lines of a csv file that are not empty. Raises UserError
-    naming it.
-    """
+    """(line number, stripped cells) of a csv file's lines that are not empty. Raises UserError."""
     with reading(path, what, csv.Error), path.open(newline="", encoding="utf-8-sig") as file:
         rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
     return [(number, row) for number, row in enumerate(rows, 1) if row]
@@ -167,9 +163,9 @@ def image_size(path: Path) -> tuple[int, int]:
 def require_room(config: DataConfig, source: str, name: str, count: int) -> None:
     """Raises UserError when an image shows more people than a batch has places for."""
     if count > config.max_targets:
+        limit = f"config.data.max_targets={config.max_targets}"
         raise UserError(
-            f"{source}: {name} shows {count} people, more than "
-            f"config.data.max_targets={config.max_targets}: raise the limit"
+            f"{source}: {name} shows {count} people, more than {limit}: raise the limit"
         )
 
 

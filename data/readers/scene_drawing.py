@@ -1,6 +1,4 @@
-"""Paints a built-in scene with PIL: at twice the size, then reduced, so that edges are smooth.
-Lengths are pixels of the final image.
-"""
+"""Paints a built-in scene with PIL, at twice the size for smooth edges. Lengths: final pixels."""
 
 import dataclasses
 import math

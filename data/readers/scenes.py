@@ -99,9 +99,7 @@ def _near_cues(rng: np.random.Generator, cues: list[str]) -> tuple[list[str], li
 def _places(
     rng: np.random.Generator, width: int, partners: list[int], distant_place: int
 ) -> tuple[list[float], float, float]:
-    """x of the people and of the distant figure (-1 = none), and the width that a person has.
-    People holding hands stand close.
-    """
+    """x of the people (close if holding hands) and of the figure (-1 = none); a person's width."""
     count = len(partners)
     close = [place > 0 and partners[place] == place - 1 for place in range(count)]
     gaps, widths = [0.0 if near else rng.uniform(0.15, 0.5) for near in close], [1.0] * count
@@ -150,10 +148,8 @@ def read_scenes(config: DataConfig, split: str) -> tuple[list[Record], ReadRepor
             "is the number of images, such as '1000'"
         )
     if missing := [name for name in SCENE_CLASSES if name not in config.class_names]:
-        raise UserError(
-            f"config.class_names lacks {', '.join(missing)}: the built-in scenes need "
-            f"{', '.join(SCENE_CLASSES)}"
-        )
+        need = f"the built-in scenes need {', '.join(SCENE_CLASSES)}"
+        raise UserError(f"config.class_names lacks {', '.join(missing)}: {need}")
     records = [_record(config, split, index) for index in range(int(value))]
     report = ReadReport(f"built-in scenes {split}", images=len(records))
     for record in records:

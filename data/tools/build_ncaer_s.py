@@ -106,9 +106,7 @@ def _digest(path: Path) -> str:
 
 
 def choose_frames(count: int, parts: int, seed: Sequence[int]) -> list[tuple[int, int]]:
-    """(part, frame) of one random frame in each of `parts` equal stretches of a video of `count`
-    frames; a stretch without a frame gives none.
-    """
+    """(part, frame) of one random frame in each of `parts` equal stretches that have a frame."""
     rng = np.random.default_rng(seed)
     bounds = itertools.pairwise(count * part // parts for part in range(parts + 1))
     stretches = [(part, start, end) for part, (start, end) in enumerate(bounds) if end > start]

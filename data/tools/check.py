@@ -75,7 +75,7 @@ class SplitCheck:
 
 
 def check_split(config: DataConfig, split: str, *, workers: int) -> SplitCheck:
-    """Reads the annotations of a split and decodes every image. Raises UserError for the former."""
+    """Reads the annotations of a split and decodes every image. Raises UserError."""
     records, report = read_split(dataclasses.replace(config, skip_corrupt=True), split)
     prints = fingerprints(records, workers=workers, what=f"{split}: decoding")
     pairs = zip(records, prints, strict=True)
@@ -147,9 +147,7 @@ def _count_problems(checks: dict[str, SplitCheck]) -> Iterator[Finding]:
 
 
 def _duplicate_problems(checks: dict[str, SplitCheck], *, near: int) -> Iterator[Finding]:
-    """Images that occur twice, or nearly so: an error across splits, because a model is then tested
-    on what it has seen.
-    """
+    """Images that occur twice, or nearly so: across splits an error (test must be unseen)."""
     readable = [(split, *pair) for split, check in checks.items() for pair in check.readable]
     images = [(split, record.name) for split, record, _ in readable]
     prints = [one for *_, one in readable]

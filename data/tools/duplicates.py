@@ -36,7 +36,7 @@ class Fingerprint:
 
 def fingerprint(image: Image.Image) -> Fingerprint:
     """Both fingerprints of an RGB image. The perceptual one is the usual pHash (DCT of the reduced
-    gray image, low frequencies against their median), of 256 bits so that many images do not meet.
+    gray image, low frequencies against their median), with 256 bits against chance matches.
     """
     size = f"{image.width}x{image.height}".encode()[:16]
     digest = hashlib.blake2b(image.tobytes(), digest_size=16, salt=size).digest()

@@ -37,9 +37,7 @@ def opencv() -> Any:
 
 
 def make_detector(name: str) -> FaceDetector:
-    """The detector that a command line names. Raises UserError when there is none of that name, or
-    it cannot be loaded.
-    """
+    """The detector that a command line names. Raises UserError when it cannot be loaded."""
     kind, _, detail = name.partition(":")
     if name == "haar":
         return haar()

@@ -68,9 +68,8 @@ def pool(config: DataConfig, splits: Sequence[str]) -> tuple[list[Record], int]:
     for split in splits:
         for record in read_split(config, split)[0]:
             if not isinstance(record.image, Path):
-                raise UserError(
-                    f"config.data.source={config.source!r} has no image files to divide"
-                )
+                reason = "has no image files to divide"
+                raise UserError(f"config.data.source={config.source!r} {reason}")
             found.setdefault(record.image, record)
             listed += 1
     return list(found.values()), listed - len(found)
@@ -145,8 +144,8 @@ def run(arguments: argparse.Namespace) -> None:
     config, by, near = arguments.data, arguments.by, arguments.near
     require_at_least(arguments, 1, "workers")
     if (by == "clip") != (arguments.clips is not None):
-        text = "--by=clip needs --clips=FILE, a file of lines path,clip, and nothing else does"
-        raise UserError(text)
+        only = "a file of lines path,clip, and nothing else does"
+        raise UserError(f"--by=clip needs --clips=FILE, {only}")
     records, num_repeated = pool(config, arguments.source)
     groups = np.arange(len(records))
     if by == "clip":
