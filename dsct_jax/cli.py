@@ -1,7 +1,8 @@
 """What all commands share: the command line, paths, outputs that are tried before the work, a
 user's mistake reported in one line, the exit status, and progress on the terminal.
 
-A command is a module with `make_parser()` and `run(arguments)`; `run_subcommand` does the rest.
+A command is a module with `make_parser()` (its flags) and `run(arguments)` (with those parsed; it
+raises UserError for what cannot be used); `run_subcommand` does the rest.
 """
 
 import argparse

@@ -15,7 +15,6 @@ from dsct_jax.postprocess import Decoder
 
 
 def make_parser() -> Parser:
-    """The command's flags."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     predictions = "predictions_<split>.npz, as train.py --mode=eval writes it"
@@ -32,7 +31,6 @@ def make_parser() -> Parser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The command with its arguments parsed. Raises UserError for what cannot be used."""
     if arguments.nms is not None and not 0 <= arguments.nms <= 1:
         raise UserError(f"--nms={arguments.nms} must lie in [0, 1]")
     if arguments.resamples < 0:

@@ -53,14 +53,9 @@ Run = Callable[[np.ndarray, np.ndarray], Answer]
 def export(
     model: Model, output: Path, *, format: str, sizes: Sequence[Size] = (), batch_size: int = 1
 ) -> list[str]:
-    """Writes `model` into the directory `output`, reads it again, compares; returns the lines of
-    the report.
-
-    Args:
-        format: one of FORMATS.
-        sizes: (height, width) of the canvases, for stablehlo and onnx; empty = those of the model's
-            own preprocessing.
-        batch_size: images per call, for onnx only; stablehlo takes any number.
+    """Writes `model` into the directory `output` in one of FORMATS, reads it again, compares;
+    returns the lines of the report. For stablehlo and onnx one file is written per canvas of
+    `sizes` (empty = the model's own); `batch_size` is for onnx only.
 
     Raises:
         UserError: the format cannot express this model or is unknown, or what was written does not
@@ -138,27 +133,21 @@ def write_stablehlo(
     weights, functions = model.arrays(), model.functions
     write_npz(directory / WEIGHTS, weights)
 
-    def forward(
-        weights: dict[str, jax.Array], images: jax.Array, padding_mask: jax.Array
-    ) -> dict[str, jax.Array]:
-        params, norm_stats = (
-            {name: weights[f"{part}/{name}"] for name in names} for part, names in parts.items()
-        )
-        predictions = functions.bind(params, norm_stats)(images, padding_mask, implementation="xla")
+    def forward(weights: dict[str, jax.Array], images: jax.Array, mask: jax.Array) -> Any:
+        params = {name: weights[f"params/{name}"] for name in model.params}
+        norm_stats = {name: weights[f"frozen/{name}"] for name in model.norm_stats}
+        predictions = functions.bind(params, norm_stats)(images, mask, implementation="xla")
         return {"logits": predictions.logits[-1], "boxes": predictions.boxes[-1]}
 
-    parts = {"params": list(model.params), "frozen": list(model.norm_stats)}
     weight_specs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
     paths = {size: directory / "model_{}x{}.stablehlo".format(*size) for size in sizes}
     for size, path in paths.items():
         (b,) = jax.export.symbolic_shape("b")
-        specs = (
-            jax.ShapeDtypeStruct((b, *size, 3), jnp.float32),
-            jax.ShapeDtypeStruct((b, *size), jnp.bool_),
-        )
+        images = jax.ShapeDtypeStruct((b, *size, 3), jnp.float32)
+        mask = jax.ShapeDtypeStruct((b, *size), jnp.bool_)
         with _without_source_places():
             exported = jax.export.export(jax.jit(forward), platforms=PLATFORMS)
-            path.write_bytes(exported(weight_specs, *specs).serialize())
+            path.write_bytes(exported(weight_specs, images, mask).serialize())
     artifacts = {"x".join(map(str, size)): path.name for size, path in paths.items()}
     document = {"artifacts": artifacts, "weights": WEIGHTS, "platforms": list(PLATFORMS), **notes}
     (directory / "model.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
@@ -190,9 +179,7 @@ def _without_source_places() -> Iterator[None]:
 
 
 def write_torch(model: Model, path: Path, notes: Mapping[str, Any]) -> list[str]:
-    """Writes the names of the authors' code; returns remarks. Raises UserError where that code has
-    no such model.
-    """
+    """Writes the names of the authors' code, which must have such a model; returns remarks."""
     config = model.functions.config
     if config.name not in EXPORTS:
         raise UserError(f"--format=torch: no other code has config.model.name={config.name}")
@@ -274,7 +261,6 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
 
 
 def make_parser() -> Parser:
-    """The command's flags."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add_checkpoint(parser)
@@ -287,7 +273,6 @@ def make_parser() -> Parser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The command with its arguments parsed. Raises UserError for what cannot be used."""
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size={arguments.batch_size} must be at least 1")
     options = {name: getattr(arguments, name) for name in ("format", "sizes", "batch_size")}

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,11 +120,9 @@ def _model_lines(config: Mapping[str, Any], environment: Mapping[str, Any]) -> l
     kind = "one emotion per person"
     if require(config, "multi_label", bool):
         kind = "any number of emotions per person (multi-label)"
-    train = defaultdict(lambda: "(?)", config.get("train", {}))
-    length = f"{train['steps']} steps"
-    if train["steps"] in (None, 0, "(?)"):
-        epochs = train["epochs"]
-        length = f"{epochs:g} epochs" if isinstance(epochs, int | float) else f"{epochs} epochs"
+    train, seed = config.get("train", {}), config.get("seed", "(?)")
+    steps, epochs = train.get("steps"), train.get("epochs")
+    length = f"{steps} steps" if steps else f"{epochs:g} epochs" if epochs else "(?) epochs"
     lines = [
         "From an image to its people's boxes and apparent emotions, in JAX.",
         "",
@@ -133,7 +130,7 @@ def _model_lines(config: Mapping[str, Any], environment: Mapping[str, Any]) -> l
         f"- {parameters:,} parameters.",
         f"- {kind}: {', '.join(require(config, 'class_names', tuple))}.",
         f"- Started from: {config.get('init_from') or 'random values'}.",
-        f"- Trained for {length}, batch {train['batch_size']}, seed {config.get('seed', '(?)')}.",
+        f"- Trained for {length}, batch {train.get('batch_size', '(?)')}, seed {seed}.",
     ]
     if versions := environment.get("versions"):
         packages = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -222,7 +219,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def make_parser() -> Parser:
-    """The command's flags."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--workdir", type=expanded_path, required=True, help="directory of the run")
@@ -232,7 +228,6 @@ def make_parser() -> Parser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The command with its arguments parsed. Raises UserError for what cannot be used."""
     output = arguments.output or arguments.workdir / "MODEL_CARD.md"
     card = model_card(arguments.workdir, split=arguments.split)
     output.parent.mkdir(parents=True, exist_ok=True)

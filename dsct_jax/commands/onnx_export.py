@@ -1,10 +1,9 @@
 """The network as an ONNX graph, through jax2onnx.
 
-jax2onnx translates JAX's primitives well, but patches Flax's and jax.numpy's functions in ways that
-some calls of the model do not survive, wires scans with wrong shapes, and mistakes a max-pool of
-NHWC maps (0.17.1). So it is given the traced program instead of the model, in its `reference` form,
-which has no scans, with inner calls inlined and the pooling written out. The batch is a fixed
-number: with a symbolic one it writes a graph that onnxruntime rejects.
+jax2onnx translates JAX's primitives well, but patches functions of Flax and jax.numpy, wires scans
+with wrong shapes, and mistakes a max-pool of NHWC maps (0.17.1). So it is given the traced program
+in its `reference` form, which has no scans, with inner calls inlined and the pooling written out.
+The batch is a fixed number: with a symbolic one it writes a graph that onnxruntime rejects.
 """
 
 import functools

@@ -44,7 +44,6 @@ class TimedDetector:
         self._seconds: dict[tuple[int, ...], list[float]] = {}
 
     def __call__(self, images: Any, padding_mask: Any) -> Predictions:
-        """The model's answer, waited for."""
         start = time.perf_counter()
         answer = jax.block_until_ready(self._model(images, padding_mask))
         self._seconds.setdefault(np.shape(images), []).append(time.perf_counter() - start)
@@ -78,7 +77,6 @@ class Answers:
     def people(
         self, images: Iterable[Image.Image], *, batch_size: int | None = None
     ) -> Iterator[tuple[int, Image.Image, list[Subject]]]:
-        """See `predict_each`."""
         size = batch_size or self.batch_size
         return predict_each(self.model, images, selection=self.selection, batch_size=size)
 
@@ -198,7 +196,6 @@ def write_csv(path: Path, class_names: Sequence[str], rows: Iterable[Sequence[An
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The command with its arguments parsed. Raises UserError for what cannot be used."""
     output, chosen = arguments.output, selection(arguments)
     _check(arguments)
     files, videos = find_inputs(arguments.paths, exclude=output)
@@ -277,7 +274,6 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def make_parser() -> Parser:
-    """The command's flags."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", help="image, video, folder, or quoted glob pattern")

@@ -133,12 +133,10 @@ def write_report(workdir: Path) -> list[Path]:
 
 
 def make_parser() -> Parser:
-    """The command's flags."""
     parser = Parser(description=__doc__)
     parser.add_argument("workdir", type=expanded_path, help="the --workdir of a run")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The command with its arguments parsed. Raises UserError for what cannot be used."""
     print("\n".join(map(str, write_report(arguments.workdir))))

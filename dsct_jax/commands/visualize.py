@@ -62,9 +62,7 @@ def predictions_sheet(
     *,
     truth: GroundTruth | None,
 ) -> Image.Image:
-    """Fig. 5 and 6: every image with the people found in it; with `truth`, the annotated ones to
-    the left of it.
-    """
+    """Fig. 5 and 6: every image with its people; with `truth`, the annotated ones left of them."""
     tiles, captions = [], []
     for file, image, people in zip(files, images, answers, strict=True):
         if truth is not None:
@@ -89,8 +87,8 @@ def compare_sheet(
     tiles, captions = [], []
     for number, (file, image) in enumerate(zip(files, images, strict=True)):
         annotated = (truth or {}).get(file.name, [])
-        for name, found in zip(names, answers, strict=True):
-            people = sort_left_to_right(found[number])
+        for name, answer in zip(names, answers, strict=True):
+            people = sort_left_to_right(answer[number])
             tiles.append(draw_subjects(image, people, ground_truth=annotated))
             if truth is not None:
                 right = sum(_is_right(person, people) for person in annotated)
@@ -101,18 +99,18 @@ def compare_sheet(
 
 
 def _is_right(person: Subject, found: Sequence[Subject]) -> bool:
-    match = _same_person(person, found)
-    return match is not None and set(match.labels) == set(person.labels)
+    labels = _labels_at(person, found)
+    return labels is not None and set(labels) == set(person.labels)
 
 
-def _same_person(person: Subject, candidates: Sequence[Subject]) -> Subject | None:
-    """The candidate that overlaps a person most, None where none does enough."""
+def _labels_at(person: Subject, candidates: Sequence[Subject]) -> tuple[str, ...] | None:
+    """The labels of the candidate that overlaps a person most, None where none does enough."""
     if not candidates:
         return None
     boxes = np.array([candidate.box for candidate in candidates])
     overlaps = elementwise_iou(boxes, np.array(person.box))
     best = int(overlaps.argmax())
-    return candidates[best] if overlaps[best] >= _SAME_PERSON else None
+    return candidates[best].labels if overlaps[best] >= _SAME_PERSON else None
 
 
 def embeddings(
@@ -125,8 +123,8 @@ def embeddings(
     for one, file in zip(introspections, files, strict=True):
         for subject in one.subjects:
             annotated = [subject] if truth is None else truth.get(file.name, [])
-            match = _same_person(subject, annotated)
-            labels.append(NOBODY if match is None else (*match.labels, "none")[0])
+            found = _labels_at(subject, annotated)
+            labels.append(NOBODY if found is None else (*found, "none")[0])
     if len(labels) < 3:
         remedy = "principal components need at least 3, so give more images"
         raise UserError(f"embeddings: {len(labels)} people were found; {remedy}")
@@ -237,14 +235,7 @@ def as_image(picture: Image.Image | Figure) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def _few_colors(image: Image.Image) -> Image.Image:
-    """256 colors, dithered: a third of the file, and neither images nor color maps show steps."""
-    palette = image.quantize(_COLORS, method=Image.Quantize.FASTOCTREE)
-    return image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
-
-
 def make_parser() -> Parser:
-    """The command's flags."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("figure", choices=FIGURES, metavar="FIGURE", help=", ".join(FIGURES))
@@ -266,11 +257,13 @@ def make_parser() -> Parser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The command with its arguments parsed. Raises UserError for what cannot be used."""
     output = arguments.output
     if output.suffix.lower() != ".png":
         raise UserError(f"--output={output}: must be the name of a .png file")
-    picture = _few_colors(as_image(draw(arguments)))
+    image = as_image(draw(arguments))
+    # dithered: a third of the file, and neither images nor color maps show steps
+    palette = image.quantize(_COLORS, method=Image.Quantize.FASTOCTREE)
+    image = image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
     with whole_file(output, "wb") as file:
-        picture.save(file, "png", optimize=True)
+        image.save(file, "png", optimize=True)
     print(output)

@@ -3,14 +3,12 @@ figures.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
-from dsct_jax.batch import Predictions
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model
 from dsct_jax.inference.predict import to_model_input
@@ -63,7 +61,10 @@ def introspect(
     canvas = pixels.shape[0], pixels.shape[1]
     inputs = to_model_input(pixels[None], np.array([size], np.int32))
     predictions = jax.device_get(model(*inputs, return_details=True))
-    details = _details(model, predictions)
+    details, name = predictions.details or {}, model.functions.config.name
+    if missing := ", ".join(sorted(_DETAILS - details.keys())):
+        reason = f"this network does not report {missing}, which this figure shows"
+        raise UserError(f"config.model.name={name!r}: {reason}; use a model of dsct")
     logits, boxes = predictions.logits[:, 0], predictions.boxes[:, 0]
     found = model.decoder.by_query(
         logits[-1], boxes[-1], (image.height, image.width), selection=selection or Selection()
@@ -94,14 +95,6 @@ def introspect(
         backbone=tuple(_activation(x, size, canvas) for x in features),
         encoder=tuple(_activation(x, size, canvas) for x in encoded),
     )
-
-
-def _details(model: Model, predictions: Predictions) -> dict[str, Any]:
-    details, name = predictions.details or {}, model.functions.config.name
-    if missing := ", ".join(sorted(_DETAILS - details.keys())):
-        reason = f"this network does not report {missing}, which this figure shows"
-        raise UserError(f"config.model.name={name!r}: {reason}; use a model of dsct")
-    return details
 
 
 def _layer(

@@ -81,12 +81,9 @@ class Video:
 
 @contextlib.contextmanager
 def video_writer(path: Path, rate: float) -> Iterator[Callable[[Image.Image], None]]:
-    """A function that appends an RGB image to an .mp4 of the first one's size. The file appears at
-    `path` when the block ends, also by an exception or Ctrl-C, so that what was written can be
-    watched; without an image there is none.
-
-    Raises:
-        UserError: the file cannot be written.
+    """A function that appends an RGB image to an .mp4 of the first one's size (UserError where it
+    cannot be written). The file appears at `path` when the block ends, also by an exception or
+    Ctrl-C, so that what was written can be watched; without an image there is none.
     """
     cv2, temporary = opencv(), path.with_name(f".{path.name}.part.mp4")
     writers: list[Any] = []  # none before the first image says the size

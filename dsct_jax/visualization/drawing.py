@@ -195,17 +195,16 @@ def draw_batch(
     """Every real image of a batch of host arrays, without its padding, with the annotated people
     and those that `decoder` finds. `logits` [b q k+1], `boxes` [b q 4]: of the last layer.
     """
-    pictures, targets = [], batch.targets
+    pictures, targets, names = [], batch.targets, decoder.class_names
     for i in np.flatnonzero(np.asarray(batch.real)):
         height, width = (int(side) for side in batch.sizes[i])
         size = (height, width)
-        boxes_of, labels_of = (
-            np.asarray(values[i])[np.asarray(targets.valid[i])]
-            for values in (targets.boxes, targets.labels)
-        )
+        valid = np.asarray(targets.valid[i])
+        places = to_pixels(np.asarray(targets.boxes[i])[valid], size)
+        labels = np.asarray(targets.labels[i])[valid]
         truth = [
-            Subject(tuple(box.tolist()), {}, tuple(itertools.compress(decoder.class_names, row)), 1)
-            for box, row in zip(to_pixels(boxes_of, size), labels_of, strict=True)
+            Subject(tuple(box.tolist()), {}, tuple(itertools.compress(names, row)), 1.0)
+            for box, row in zip(places, labels, strict=True)
         ]
         image = Image.fromarray(np.asarray(batch.images[i])[:height, :width])
         people = decoder(logits[i], boxes[i], size)

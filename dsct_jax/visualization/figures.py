@@ -174,9 +174,7 @@ def context_figure(one: Introspection, *, person: int) -> Figure:
 def embedding_figure(
     introspections: Sequence[Introspection], labels: Sequence[str], *, source: str
 ) -> Figure:
-    """Principal components of the embeddings of all subjects; `labels` one for each, NOBODY in
-    grey.
-    """
+    """Principal components of the embeddings of all subjects, with a label for each."""
     scores, shares = principal_components(
         np.concatenate([one.embeddings for one in introspections])
     )

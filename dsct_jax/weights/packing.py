@@ -1,10 +1,8 @@
 """Many small arrays as a few long ones: how a checkpoint holds a state of a thousand arrays.
 
-Writing an array costs tensorstore and orbax half a millisecond to two, however small it is, and
-about 1 KiB of memory that they never give back (docs/training.md, "Soak"); a long array is written
-and read in pieces, side by side. So what is whole on every device is laid end to end, one vector
-for each part of the state and type. Arrays that are spread over devices (FSDP) stay as they are:
-each device writes its own share.
+Writing an array costs orbax half a millisecond to two, however small it is, and about 1 KiB of
+memory for good (docs/training.md, "Soak"). So what is whole on every device is laid end to end, one
+vector per part of the state and type. Arrays that are spread over devices (FSDP) stay as they are.
 """
 
 from collections.abc import Mapping

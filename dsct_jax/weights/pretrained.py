@@ -114,8 +114,8 @@ def _from_third_party(
     heads = [name for name in tensors if name.startswith(_RELEASED_CLASS_BIAS.split(".")[0])]
     rest = {name: tensor for name, tensor in tensors.items() if name not in heads}
     found = translate(rest, _without_class_head(shapes), layout=layout)
-    sizes = f"its class head has {len(bias)} outputs, this run's {wanted[0]}"
-    lines.append(f"  {sizes}: the class head is re-initialized")
+    sizes = f"  its class head has {len(bias)} outputs, this run's {wanted[0]}"
+    lines.append(f"{sizes}: the class head is re-initialized")
     return dataclasses.replace(found, left_out=found.left_out + heads), lines
 
 

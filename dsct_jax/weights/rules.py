@@ -48,9 +48,7 @@ class TensorLayout:
     computes: tuple[tuple[str, Any], ...] = ()
 
     def require_fields(self, config: Any, where: str) -> None:
-        """Raises UserError, beginning with `where`, unless a network's configuration has what such
-        a file requires.
-        """
+        """Raises UserError unless a network's configuration has what such a file requires."""
         for field, value in self.requires:
             if (found := getattr(config, field, None)) != value:
                 raise UserError(

@@ -136,9 +136,7 @@ def _require_run(workdir: Path) -> None:
 
 
 def require_same_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
-    """Raises UserError, naming the fields, when two configurations describe different models:
-    shapes alone do not show how a model computes.
-    """
+    """Raises UserError, naming the fields, when two configurations describe different models."""
     network = network_entry(wanted.get("model", {})).config
     free = [f"model.{field}" for field in free_fields(network)]
     keys = [key for key in MODEL_FIELDS if key in stored]
@@ -150,9 +148,7 @@ def require_same_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], whe
 
 
 def require_same_shapes(expected: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
-    """Raises UserError, naming the first difference, unless `given` has exactly the names and
-    shapes of `expected`.
-    """
+    """Raises UserError unless `given` has exactly the names and shapes of `expected`."""
     wanted, found = (
         {name: tuple(getattr(value, "shape", value)) for name, value in values.items()}
         for values in (expected, given)

@@ -55,11 +55,9 @@ _BIG_ENDIAN = "written on a big-endian machine; save it again on another one"
 class Opaque:
     """An object that carries no weights, such as the training script's arguments; does nothing."""
 
-    def __init__(self, *_: Any):
-        pass
+    def __init__(self, *_: Any): ...
 
-    def __setstate__(self, _: Any) -> None:
-        pass
+    def __setstate__(self, _: Any) -> None: ...
 
 
 class _Rebuild:
@@ -231,10 +229,8 @@ def _named_views(content: Any) -> tuple[dict[str, _View], dict[str, str]]:
     if not isinstance(content, dict):
         return {}, {}
     texts = {str(name): text for name, text in content.items() if isinstance(text, str)}
-    model = next(
-        (content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)),
-        content,
-    )
+    entries = (content.get("model"), content.get("state_dict"), content)
+    model = next(entry for entry in entries if isinstance(entry, dict))
     return {str(name): view for name, view in model.items() if isinstance(view, _View)}, texts
 
 
