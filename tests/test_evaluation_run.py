@@ -142,7 +142,7 @@ def test_two_processes_count_every_image_once(workdir, tmp_path, one_device):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"}
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}  # the last of two counts
     commands = [[sys.executable, "-c", PROCESS, str(number), str(port), str(tmp_path)] for number in range(2)]
     processes = [
         subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands

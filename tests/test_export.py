@@ -25,7 +25,7 @@ from tests.test_torch_files import write_state
 
 ROOT = Path(__file__).parent.parent
 SIZE = (90, 97)  # of the golden batch
-ONE_DEVICE = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+ONE_DEVICE = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}  # the last of two counts
 
 # Runs an artifact in a process where Flax and this package cannot be imported; the arrays come and go as files.
 ALONE = """

@@ -32,7 +32,7 @@ SETTINGS = ["--config=configs/debug.py", "--config.train.log_every=5", "--config
 
 def start(workdir: Path, steps: int, *more: str, devices: int = 1) -> subprocess.Popen[str]:
     """The run as a process group of its own, as schedulers and terminals start it."""
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # of two, the last counts
     command = [sys.executable, "train.py", *SETTINGS, f"--config.train.steps={steps}", f"--workdir={workdir}", *more]
     environment, pipes = ENVIRONMENT | {"XLA_FLAGS": flags}, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True, **pipes)

@@ -32,7 +32,8 @@ from dsct_jax.state import ModelFunctions
 ROOT = Path(__file__).parent.parent
 DEBUG = "--config=configs/debug.py"
 EIGHT = ["--config.train.batch_size=8", "--config.train.eval_batch_size=8"]  # the tests' own process has 8 devices
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device; compiled in a third of the time
+# One device; the last of two flags counts.
+ENVIRONMENT = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
 
 
 def command(*arguments: str) -> list[str]:
