@@ -114,7 +114,9 @@ def test_bfloat16_values(implementation):
     assert_close({"out": found["out"], "value": found["value"]}, {key: answers[key] for key in ("out", "value")}, epsilon=2**-7)
     # rounding happens once, at the end: the sums and the gradients of the points are as exact as with float32 values
     same = gradients(function, {**arguments, "value": arguments["value"].astype(jnp.float32)}, exact_cotangent)
-    np.testing.assert_array_equal(found["out"], same["out"].astype(jnp.bfloat16))
+    # Half an ulp of bfloat16. Two programs' float32 sums may differ in the last bit, which near a tie turns the rounding.
+    scale = np.abs(same["out"]).max()
+    np.testing.assert_allclose(found["out"].astype(jnp.float32), same["out"], rtol=2**-8, atol=1e-6 * scale)
     np.testing.assert_allclose(found["offsets"], same["offsets"], rtol=0, atol=1e-5 * np.abs(same["offsets"]).max())
 
 

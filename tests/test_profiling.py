@@ -24,7 +24,7 @@ def outermost(spans: list[tuple[float, float]]) -> int:
 
 def test_the_steps_that_were_asked_for_are_recorded(tmp_path):
     command = [sys.executable, "train.py", "--config=configs/debug.py", f"--workdir={tmp_path}", "--config.train.steps=6", "--profile=3:2"]
-    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"  # of two, the last counts
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"profile of steps 3 to 4: {tmp_path / 'profile'}" in done.stdout
