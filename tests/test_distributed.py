@@ -67,8 +67,10 @@ def same(workdir: Path, other: Path) -> None:
         for key in one:
             if key.startswith(("train/loss", "train/total")):
                 assert two[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
-        # Clipping hides a factor common to all gradients. They jump a little where a sampling point crosses into the next cell.
-        assert two["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-4), one["step"]
+    # Clipping hides a factor common to all gradients. The median, because a gradient jumps where rounding
+    # takes a sampling point into the next cell: by 1e-4 or so, at one step in several.
+    ratios = [two["train/grad_norm"] / one["train/grad_norm"] for one, two in zip(expected, found, strict=True)]
+    assert np.median(np.abs(np.array(ratios) - 1)) < 1e-5
     for ema in (True, False):
         (params, frozen, _), (params2, frozen2, _) = load_weights(workdir, ema=ema), load_weights(other, ema=ema)
         for path, value in (params | frozen).items():

@@ -145,8 +145,10 @@ def test_every_way_of_spreading_a_batch_trains_the_same(name):
     assert metrics[-1]["total"] < metrics[0]["total"]
     for key in (key for key in metrics[0] if key.startswith(("loss", "total"))):
         np.testing.assert_allclose([m[key] for m in other_metrics], [m[key] for m in metrics], rtol=1e-5, err_msg=key)
-    # Clipping hides a factor common to all gradients. They jump a little where a sampling point crosses into the next cell.
-    np.testing.assert_allclose([m["grad_norm"] for m in other_metrics], [m["grad_norm"] for m in metrics], rtol=1e-4)
+    # Clipping hides a factor common to all gradients. The median, because a gradient jumps where rounding
+    # takes a sampling point into the next cell: by 1e-4 or so, at one step in several.
+    ratios = [other["grad_norm"] / one["grad_norm"] for one, other in zip(metrics, other_metrics, strict=True)]
+    assert np.median(np.abs(np.array(ratios) - 1)) < 1e-5
     ema, other_ema = jax.device_get((state.ema, other_state.ema))
     for path, value in params[-1].items():
         np.testing.assert_allclose(other_params[-1][path], value, rtol=0, atol=1e-5, err_msg=path)
