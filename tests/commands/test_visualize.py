@@ -2,6 +2,7 @@
 says in one line why not.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -21,6 +22,7 @@ from dsct_jax.errors import UserError
 from dsct_jax.inference import introspection as inside
 from dsct_jax.inference.introspection import introspect, principal_components
 from dsct_jax.inference.load import Model, load, model_config
+from dsct_jax.inference.predict import predict
 from dsct_jax.model.build import Network
 from dsct_jax.postprocess import Selection, Subject
 from dsct_jax.visualization.figures import (
@@ -81,7 +83,7 @@ def scene(checkpoint, samples):
 
 def test_a_look_agrees_with_prediction(scene):
     model, image, seen = scene
-    people = visualize._answers(model, [image], EVERYBODY)[0]
+    people = predict(model, image, **dataclasses.asdict(EVERYBODY))
     assert len(people) == len(seen.subjects) == 4
     np.testing.assert_allclose(
         [one.box for one in seen.subjects], [one.box for one in people], atol=1e-2
@@ -318,7 +320,7 @@ def test_losses_are_those_of_the_log(tmp_path, capsys):
                 "--compare-with={checkpoint}",
                 "--compare-config=configs/demo.py",
             ],
-            "{checkpoint}: weights of another model",
+            "{checkpoint}: a checkpoint of another model (config.",
         ),
         (["sampling", "{image}", "--layer=3"], "--layer=3: the decoder has layers 1 to 2"),
         (["sampling", "{image}", "--min-confidence=1"], "{image}: nobody was found in it"),
