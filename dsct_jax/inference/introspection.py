@@ -61,7 +61,7 @@ def introspect(
     canvas = pixels.shape[0], pixels.shape[1]
     inputs = to_model_input(pixels[None], np.array([size], np.int32))
     predictions = jax.device_get(model(*inputs, return_details=True))
-    details, name = predictions.details or {}, model.functions.config.name
+    details, name = predictions.details or {}, model.config["model"].get("name", "dsct")
     if missing := ", ".join(sorted(_DETAILS - details.keys())):
         reason = f"this network does not report {missing}, which this figure shows"
         raise UserError(f"config.model.name={name!r}: {reason}; use a model of dsct")

@@ -51,9 +51,8 @@ class TensorLayout:
         """Raises UserError unless a network's configuration has what such a file requires."""
         for field, value in self.requires:
             if (found := getattr(config, field, None)) != value:
-                raise UserError(
-                    f"{where}: {self.title} needs config.model.{field}={value} instead of {found}"
-                )
+                known = f"config.model.{field}={value} only"
+                raise UserError(f"{where}: {self.title} knows {known}; set it instead of {found}")
 
 
 _PARTS = {  # of a module: (PyTorch, ours, layout)
