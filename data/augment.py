@@ -67,7 +67,7 @@ def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) 
 
 def apply(
     transform: Transform, image: Image.Image, boxes: Float32[np.ndarray, "t 4"]
-) -> tuple[Image.Image, Float32[np.ndarray, "kept 4"], Int[np.ndarray, "kept"]]:
+) -> tuple[Image.Image, Float32[np.ndarray, "kept 4"], Int[np.ndarray, " kept"]]:
     """The transformed RGB image, the (x1, y1, x2, y2) pixel boxes that are left in it, and which
     people they belong to.
     """
@@ -101,7 +101,7 @@ def scale_boxes(
 
 def crop_boxes(
     boxes: Float32[np.ndarray, "t 4"], crop: tuple[int, int, int, int]
-) -> tuple[Float32[np.ndarray, "kept 4"], Int[np.ndarray, "kept"]]:
+) -> tuple[Float32[np.ndarray, "kept 4"], Int[np.ndarray, " kept"]]:
     """What is left of the boxes inside (top, left, height, width), and whose they are; any positive
     remainder counts, as in DETR.
     """
