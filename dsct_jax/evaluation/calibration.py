@@ -82,11 +82,12 @@ def read_fit(path: Path, decoder: Decoder) -> tuple[Decoder, str]:
 def stored_decoder(
     decoder: Decoder, metadata: Mapping[str, Any], workdir: Path, step: int
 ) -> Decoder:
-    """`decoder` with the fit of the checkpoint of `step`, if any: in its `metadata`, or in the
-    thresholds.json beside it. Raises UserError for a damaged fit.
+    """`decoder` with the fit of the checkpoint of `step`: its validation's, in `metadata`, or that of
+    thresholds.json, where the user fitted it again. Raises UserError for a damaged fit.
     """
     if "decoder" in metadata:
-        return decoder.with_fit(metadata["decoder"], where=f"{workdir}, checkpoint of step {step}")
+        where = f"{workdir}, checkpoint of step {step}"
+        decoder = decoder.with_fit(metadata["decoder"], where=where)
     return with_fit_beside(workdir, decoder, checkpoint=f"step {step}")
 
 
@@ -100,8 +101,9 @@ def with_fit_beside(folder: Path, decoder: Decoder, *, checkpoint: str) -> Decod
     fitted, of = read_fit(path, decoder)
     if of == checkpoint:
         return fitted
-    again = "train.py --mode=eval --split=val fits again"
-    _log.warning("%s: fitted for %s, not for %s; not used (%s)", path, of, checkpoint, again)
+    if not decoder.fitted_on:
+        again = "train.py --mode=eval --split=val fits again"
+        _log.warning("%s: fitted for %s, not for %s; not used (%s)", path, of, checkpoint, again)
     return decoder
 
 
