@@ -82,7 +82,7 @@ def read_fit(path: Path, decoder: Decoder) -> tuple[Decoder, str]:
 def stored_decoder(
     decoder: Decoder, metadata: Mapping[str, Any], workdir: Path, step: int
 ) -> Decoder:
-    """`decoder` with the fit of the checkpoint of `step`: its validation's, in `metadata`, or that of
+    """`decoder` with the fit of the checkpoint of `step`: its validation's, in `metadata`, or of
     thresholds.json, where the user fitted it again. Raises UserError for a damaged fit.
     """
     if "decoder" in metadata:
