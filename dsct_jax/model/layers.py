@@ -18,6 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float, Key
 
+from dsct_jax.boxes import AnyArray
+
 NORM_EPSILON = 1e-5  # PyTorch's; Flax's 1e-6 moves the logits by 4e-5
 
 REMAT = ("none", "light", "layers", "all")
@@ -116,7 +118,7 @@ class Linear(nnx.Linear):
         return y + _as_row(self.bias[...].astype(inputs.dtype), y.ndim)
 
 
-def _as_row(values: Float[Array, " d"], ndim: int) -> Float[Array, "*one d"]:
+def _as_row(values: Float[AnyArray, " d"], ndim: int) -> Float[AnyArray, "*one d"]:
     return values.reshape(*(1,) * (ndim - 1), -1)
 
 
