@@ -65,7 +65,7 @@ def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) 
 
 def apply(
     transform: Transform, image: Image.Image, boxes: Boxes
-) -> tuple[Image.Image, Boxes, Int[np.ndarray, "kept"]]:
+) -> tuple[Image.Image, Boxes, Int[np.ndarray, " kept"]]:
     """The transformed RGB image, the boxes that are left in it, and whose they are."""
     kept = np.arange(len(boxes))
     if transform.flip:
@@ -95,7 +95,7 @@ def scale_boxes(boxes: Boxes, old: Size, new: Size) -> Boxes:
 
 def crop_boxes(
     boxes: Boxes, crop: tuple[int, int, int, int]
-) -> tuple[Boxes, Int[np.ndarray, "kept"]]:
+) -> tuple[Boxes, Int[np.ndarray, " kept"]]:
     """Boxes cut to (top, left, height, width), and whose they are; any area counts, as in DETR."""
     top, left, height, width = crop
     moved = clip_boxes(boxes - np.array([left, top, left, top], np.float32), height, width)

@@ -14,23 +14,16 @@ CLASS_PRIOR_BIAS = -4.59511985013459
 
 
 class BoxHead(nnx.Module):
-    """Three dense layers that predict a box relative to the query's reference point, or to the
-    reference box that they `refine`.
-    """
+    """Three dense layers: a box relative to a reference point, or to the box that it `refines`."""
 
     def __init__(self, d: int, *, refines: bool = False, rngs: nnx.Rngs):
         self.refines = refines
-        start = torch_uniform(d)
+        start, zeros = torch_uniform(d), nnx.initializers.zeros
         self.layer0 = Linear(d, d, kernel_init=start, bias_init=start, rngs=rngs)
         self.layer1 = Linear(d, d, kernel_init=start, bias_init=start, rngs=rngs)
         size = 0.0 if refines else INITIAL_SIZE
-        self.layer2 = Linear(
-            d,
-            4,
-            kernel_init=nnx.initializers.zeros,
-            bias_init=lambda *_: jnp.array([0.0, 0.0, size, size]),
-            rngs=rngs,
-        )
+        last = {"kernel_init": zeros, "bias_init": lambda *_: jnp.array([0.0, 0.0, size, size])}
+        self.layer2 = Linear(d, 4, **last, rngs=rngs)
 
     def __call__(
         self, tokens: Float[Array, "*b d"], references: Float[Array, "*b r"]
@@ -57,10 +50,5 @@ class BoxHead(nnx.Module):
 
 def class_head(d: int, num_logits: int, *, rngs: nnx.Rngs) -> nnx.Linear:
     """One dense layer; `num_logits` is the number of classes plus the released extra logit."""
-    return Linear(
-        d,
-        num_logits,
-        kernel_init=torch_uniform(d),
-        bias_init=nnx.initializers.constant(CLASS_PRIOR_BIAS),
-        rngs=rngs,
-    )
+    prior = nnx.initializers.constant(CLASS_PRIOR_BIAS)
+    return Linear(d, num_logits, kernel_init=torch_uniform(d), bias_init=prior, rngs=rngs)

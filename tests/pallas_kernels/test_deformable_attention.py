@@ -164,8 +164,8 @@ def test_bfloat16_values(implementation):
     same = gradients(
         function, {**arguments, "value": arguments["value"].astype(jnp.float32)}, exact_cotangent
     )
-    # Half an ulp of bfloat16. Two programs' float32 sums may differ in the last bit, which near a tie
-    # turns the rounding.
+    # Half an ulp of bfloat16. Two programs' float32 sums may differ in the last bit, which near a
+    # tie turns the rounding.
     scale = np.abs(same["out"]).max()
     np.testing.assert_allclose(
         found["out"].astype(jnp.float32), same["out"], rtol=2**-8, atol=1e-6 * scale

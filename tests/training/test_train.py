@@ -176,7 +176,8 @@ import train
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def while_writing(event, arguments):  # orbax has written one part of checkpoint 4 and renames it; the others are not complete
+def while_writing(event, arguments):
+    # orbax has written one part of checkpoint 4 and renames it; the others are not complete
     if event == "os.rename" and "checkpoints/4.orbax-checkpoint-tmp" in str(arguments[0]):
         kill()
 
