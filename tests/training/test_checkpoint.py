@@ -174,7 +174,7 @@ def test_the_step_of_the_best_validation(tmp_path, saved):
     checkpoints.close()
     assert best_step(tmp_path) == 2
     assert load_weights(tmp_path, best_step(tmp_path))[0]["fixed/scale"][0] == 2
-    with pytest.raises(UserError, match="no checkpoint tells of a validation"):
+    with pytest.raises(UserError, match="no checkpoint has a validation, so none is the best"):
         best_step(saved)
 
 

@@ -92,10 +92,9 @@ def test_steps_equal_torch_adamw_across_the_drop_with_and_without_clipping():
     assert {True, False} == set(clipped)
 
 
-def test_without_rules_it_is_adamw_of_optax_and_a_skipped_step_moves_nothing():
-    config = OptimizerConfig(
-        learning_rate=0.05, weight_decay=0.3, clip_norm=float("inf"), warmup_steps=3
-    )
+def test_with_one_rate_for_all_it_is_adamw_of_optax_and_a_skipped_step_moves_nothing():
+    plain = {"learning_rate": 0.05, "weight_decay": 0.3, "clip_norm": float("inf")}
+    config = OptimizerConfig(**plain, warmup_steps=3, rules=((".*", 1.0),))
     ours, params = make_optimizer(config, draw(0), 10), draw(0)
     theirs = optax.adamw(make_schedule(config, 10), weight_decay=0.3)
     expected, state, their_state = params, ours.init(params), theirs.init(params)
