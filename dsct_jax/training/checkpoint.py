@@ -181,7 +181,7 @@ class Checkpoints:
             layout = read_layout(path)
             for part, wanted in _parts(state).items():
                 found = read_arrays(path / part, layout[part], like=wanted)
-                require_same_shapes(wanted, found, str(path))
+                require_same_shapes(wanted, found, str(path), part=part)
                 values |= {name: _place(found[name], like) for name, like in wanted.items()}
 
         def fill(tree: Any, prefix: str) -> Any:

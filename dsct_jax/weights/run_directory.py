@@ -147,16 +147,23 @@ def require_same_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], whe
         raise UserError(f"{where}: {what}; {remedy}")
 
 
-def require_same_shapes(expected: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
+def require_same_shapes(
+    expected: Mapping[str, Any], given: Mapping[str, Any], where: str, *, part: str = "model"
+) -> None:
     """Raises UserError unless `given` has exactly the names and shapes of `expected`."""
     wanted, found = (
         {name: tuple(getattr(value, "shape", value)) for name, value in values.items()}
         for values in (expected, given)
     )
     if different := [name for name in wanted | found if wanted.get(name) != found.get(name)]:
-        what = f"weights of another model ({different[0]} and {len(different) - 1} more differ)"
-        remedy = "use the configuration it was trained with, or another --workdir"
-        raise UserError(f"{where}: {what}; {remedy}")
+        what, remedy = "weights of another model", "or another --workdir"
+        if part == "training":
+            what = "an optimizer of another configuration, or of an older version"
+            remedy = "or start from its weights in another --workdir (config.init_from)"
+        names = f"{different[0]} and {len(different) - 1} more differ"
+        raise UserError(
+            f"{where}: {what} ({names}); use the configuration it was trained with, {remedy}"
+        )
 
 
 def require_match(

@@ -340,6 +340,12 @@ def test_a_checkpoint_of_another_model(saved):
         UserError, match=r"weights of another model \(params.a.0.kernel and 0 more differ\)"
     ):
         restored(saved, state_at(0, width=4))
-    assert (
-        int(restored(saved, state_at(0), train={"epochs": 9}).step) == 2
-    )  # a longer run is the same model
+    # a longer run is the same model
+    assert int(restored(saved, state_at(0), train={"epochs": 9}).step) == 2
+
+
+def test_a_checkpoint_of_another_optimizer_still_has_weights_to_start_from(saved):
+    like = dataclasses.replace(state_at(0), opt_state={"momentum": jnp.ones(3)})
+    with pytest.raises(UserError, match=r"of an older version .*config\.init_from") as error:
+        restored(saved, like)
+    assert "opt_state" in str(error.value) and "\n" not in str(error.value)
