@@ -1,0 +1,168 @@
+"""What every network with multi-scale deformable attention has in common: the fields of its
+configuration, and the way from an image to the tokens that its decoder reads.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from dsct_jax.config import cannot_be_used, check_settings, setting
+from dsct_jax.model.attention import LayerShape
+from dsct_jax.model.backbone import BACKBONES, ResNet
+from dsct_jax.model.encoder import Encoder, Memory
+from dsct_jax.model.layers import (
+    REMAT,
+    Conv,
+    DropoutNoise,
+    GroupNorm,
+    standard_normal,
+    xavier_uniform,
+)
+from dsct_jax.model.position import resize_mask, sine_position, valid_ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class PyramidConfig:
+    """The fields that the networks share."""
+
+    num_classes: int = setting(doc="k", shared=True, low=1)
+    name: str = setting("", "a name of dsct_jax.model.build.NETWORKS")
+    backbone: str = setting("resnet50", "a name of model.backbone.BACKBONES", choices=BACKBONES)
+    norm: str = setting(
+        "frozen_batch",
+        "frozen_batch: statistics and scale fixed, for pretrained weights; group: trainable, for "
+        "training from scratch",
+        choices=("frozen_batch", "group"),
+    )
+    hidden_dim: int = setting(256, "d", low=1)
+    num_heads: int = setting(8, "n", low=1)
+    num_points: int = setting(4, "p, sampling points per head and level", low=1)
+    num_levels: int = setting(4, "l: C3, C4, C5 and one stride-2 convolution of C5", low=3)
+    feedforward_dim: int = setting(1024, "width inside a feed-forward block", low=1)
+    num_encoder_layers: int = setting(6, "0 = the decoder reads the backbone's maps", low=0)
+    num_decoder_layers: int = setting(6, "each predicts, the last one is the answer", low=1)
+    dropout: float = setting(0.1, "rate, in training", low=0, below=1, free=True)
+    compute_dtype: str = setting(
+        "float32",
+        "parameters, sampling locations, softmax, fusion, heads and losses are float32 in any case",
+        choices=("float32", "bfloat16"),
+        free=True,
+    )
+    remat: str = setting(
+        "light",
+        "what training computes twice to save memory. none; light: in encoder and decoder all but "
+        "matrix products, sampled attention and dropout's bits; layers: the matrix products too; "
+        "all: residual blocks too. docs/training_step.md has what each saves and costs",
+        choices=REMAT,
+        free=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, "model")
+        if self.hidden_dim % self.num_heads or self.hidden_dim % 32:
+            wanted = f"divisible by config.model.num_heads ({self.num_heads}) and by 32"
+            raise cannot_be_used("model.hidden_dim", self.hidden_dim, wanted)
+
+    @property
+    def layer_shape(self) -> LayerShape:
+        """The sizes of the layers of encoder and decoder."""
+        return LayerShape(
+            self.hidden_dim,
+            self.num_heads,
+            self.num_levels,
+            self.num_points,
+            self.feedforward_dim,
+            self.dropout,
+        )
+
+
+class InputProjection(nnx.Module):
+    """Convolution to the hidden size and group normalisation over 32 groups: 1x1 for C3 to C5, 3x3
+    with stride 2 for further levels.
+    """
+
+    def __init__(self, d_in: int, d: int, *, size: int, stride: int, rngs: nnx.Rngs):
+        self.conv = Conv(
+            d_in, d, size, stride=stride, use_bias=True, kernel_init=xavier_uniform, rngs=rngs
+        )
+        self.norm = GroupNorm(d, num_groups=32)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        return self.norm(self.conv(x))
+
+
+class Pyramid(nnx.Module):
+    """Backbone, projections to one map per level, and the deformable encoder."""
+
+    def __init__(self, config: PyramidConfig, *, rngs: nnx.Rngs):
+        d = config.hidden_dim
+        self.config = config
+        resnet = BACKBONES[config.backbone]
+        self.backbone = ResNet(resnet, norm=config.norm, rngs=rngs)
+        widths = list(resnet.channels) + [resnet.channels[-1]] + [d] * (config.num_levels - 4)
+        shapes = [(1, 1)] * 3 + [(3, 2)] * (config.num_levels - 3)
+        self.input_proj = nnx.List(
+            [
+                InputProjection(c, d, size=k, stride=s, rngs=rngs)
+                for c, (k, s) in zip(widths, shapes, strict=False)
+            ]
+        )
+        self.level_embed = nnx.Param(standard_normal(rngs.params(), (config.num_levels, d)))
+        self.encoder = Encoder(config.layer_shape, num_layers=config.num_encoder_layers, rngs=rngs)
+
+    def grid_position(self, mask: Bool[Array, "b h w"]) -> Float[Array, "b h w d"]:
+        """Where the tokens of one level lie."""
+        return sine_position(mask, self.config.hidden_dim)
+
+    def features(
+        self, images: Float[Array, "b h w 3"], *, remat: str = "none"
+    ) -> list[Float[Array, "b _ _ d"]]:
+        """Normalized images -> one map per level, in the type that the model computes in."""
+        return self.project(self.backbone(images.astype(self.config.compute_dtype), remat=remat))
+
+    def encode(
+        self,
+        features: list[Float[Array, "b _ _ d"]],
+        padding_mask: Bool[Array, "b h w"],
+        *,
+        noise: DropoutNoise | None = None,
+        implementation: str | None = None,
+        remat: str = "none",
+    ) -> Memory:
+        """One map per level -> what the decoder reads."""
+        memory, positions = self.flatten(features, padding_mask)
+        return self.encoder(
+            memory, positions, noise=noise, implementation=implementation, remat=remat
+        )
+
+    def project(self, features: list[jax.Array]) -> list[Float[Array, "b _ _ d"]]:
+        """C3, C4, C5 -> one map of hidden size per level; the levels beyond C5 are strided
+        convolutions of C5, then of each other.
+        """
+        levels = [project(x) for project, x in zip(self.input_proj, features, strict=False)]
+        source = features[-1]
+        for project in self.input_proj[len(features) :]:
+            source = project(source)
+            levels.append(source)
+        return levels
+
+    def flatten(
+        self, features: list[Float[Array, "b _ _ d"]], padding_mask: Bool[Array, "b h w"]
+    ) -> tuple[Memory, Float[Array, "b s d"]]:
+        """Maps -> their tokens, and the positions of these."""
+        tokens, positions, paddings, ratios = [], [], [], []
+        for level, x in enumerate(features):
+            b, h, w, d = x.shape
+            mask = resize_mask(padding_mask, h, w)
+            position = self.grid_position(mask) + self.level_embed[level].reshape(1, 1, 1, d)
+            tokens.append(x.reshape(b, h * w, d))
+            positions.append(position.astype(x.dtype).reshape(b, h * w, d))
+            paddings.append(mask.reshape(b, h * w))
+            ratios.append(valid_ratio(mask))
+        shapes = tuple((x.shape[1], x.shape[2]) for x in features)
+        joined, padding = jnp.concatenate(tokens, 1), jnp.concatenate(paddings, 1)
+        memory = Memory(joined, padding, shapes, jnp.stack(ratios, 1))
+        return memory, jnp.concatenate(positions, 1)
