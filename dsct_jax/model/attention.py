@@ -112,9 +112,14 @@ class SelfAttention(nnx.Module):
         self.out_proj = Linear(d, d, rngs=rngs)
 
     def __call__(
-        self, tokens: Float[Array, "b q d"], positions: Float[Array, "b q d"]
+        self,
+        tokens: Float[Array, "b q d"],
+        positions: Float[Array, "b q d"],
+        forbidden: Bool[Array, "q q"] | None = None,
     ) -> tuple[Float[Array, "b q d"], jax.Array]:
-        """Returns the attended tokens and the attention weights [b n q q]."""
+        """Returns the attended tokens and the attention weights [b n q q]; where `forbidden`, a
+        query (row) does not see another.
+        """
         b, q, d = tokens.shape
         assert self.in_proj.bias is not None
         dtype = tokens.dtype
@@ -127,6 +132,8 @@ class SelfAttention(nnx.Module):
         )
         query = query / math.sqrt(d // self.num_heads)
         scores = jnp.einsum("bqnd,bknd->bnqk", query, key, preferred_element_type=jnp.float32)
+        if forbidden is not None:
+            scores = jnp.where(forbidden[None, None], -jnp.inf, scores)
         weights = jax.nn.softmax(scores)
         attended = jnp.einsum("bnqk,bknd->bqnd", weights.astype(dtype), value)
         return self.out_proj(attended.reshape(b, q, d)), weights

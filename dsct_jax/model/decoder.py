@@ -16,6 +16,7 @@ from dsct_jax.model.attention import DeformableAttention, LayerShape, SelfAttent
 from dsct_jax.model.encoder import FeedForward, Memory
 from dsct_jax.model.heads import BoxHead
 from dsct_jax.model.layers import DropoutNoise, LayerNorm, Linear, dropout, rematerialized
+from dsct_jax.model.refine import in_each_map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +136,14 @@ class DecoderLayer(nnx.Module):
         spatial_shapes: SpatialShapes,
         *,
         boxes: Float[Array, "b q l 2"] | None = None,
+        forbidden: Bool[Array, "q q"] | None = None,
         noise: DropoutNoise | None,
         implementation: str | None,
     ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
         """Returns the tokens and what the layer looked at. `reference_points` and the sizes `boxes`
-        are those of each level's padded map.
+        are those of each level's padded map; where `forbidden`, a query (row) does not see another.
         """
-        attended, self_weights = self.self_attention(tokens, positions)
+        attended, self_weights = self.self_attention(tokens, positions, forbidden)
         tokens = self.norm2(tokens + dropout(attended, self.dropout_rate, noise))
         attended, details = self.cross_attention(
             tokens + positions,
@@ -216,7 +218,7 @@ class Decoder(nnx.List):
         states, boxes, details = [], [], []
         for layer in self:
             run = partial(layer, spatial_shapes=memory.spatial_shapes, **how)
-            points, *sizes = _in_each_map(references, memory.valid_ratios)
+            points, *sizes = in_each_map(references, memory.valid_ratios)
             with jax.named_scope("decoder"):
                 tokens, seen = rematerialized(run, remat)(
                     tokens,
@@ -234,12 +236,3 @@ class Decoder(nnx.List):
             states.append(tokens)
             details.append(seen)
         return jnp.stack(states), jnp.stack(boxes), details
-
-
-def _in_each_map(
-    references: Float[Array, "b q r"], valid_ratios: Float[Array, "b l 2"]
-) -> list[Float[Array, "b q l 2"]]:
-    """Points, or points and sizes, of the image -> of each level's padded map."""
-    parts = references.shape[-1] // 2
-    scaled = references[:, :, None] * jnp.tile(valid_ratios, parts)[:, None]
-    return jnp.split(scaled, parts, -1)

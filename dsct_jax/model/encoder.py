@@ -45,17 +45,17 @@ class FeedForward(nnx.Module):
         return self.linear2(dropout(jax.nn.relu(self.linear1(x)), self.dropout_rate, noise))
 
 
-def encoder_reference_points(
+def token_centers(
     spatial_shapes: SpatialShapes, valid_ratios: Float[Array, "b l 2"]
-) -> Float[Array, "b s l 2"]:
-    """Center of every token in [0, 1] of its image, rescaled to each level's padded map."""
+) -> Float[Array, "b s 2"]:
+    """(x, y) of every token in [0, 1] of its image."""
     centers = []
     for level, (h, w) in enumerate(spatial_shapes):
         y, x = np.mgrid[:h, :w].astype(np.float32) + np.float32(0.5)
         grid = np.stack([x, y], -1).reshape(1, h * w, 2)
         size = np.array([w, h], np.float32).reshape(1, 1, 2)
         centers.append(grid / (valid_ratios[:, None, level] * size))
-    return jnp.concatenate(centers, 1)[:, :, None] * valid_ratios[:, None]
+    return jnp.concatenate(centers, 1)
 
 
 class EncoderLayer(nnx.Module):
@@ -104,7 +104,7 @@ class Encoder(nnx.List):
     ) -> Memory:
         """`how`: `noise` and `implementation` of each layer."""
         tokens, padding, shapes, ratios = memory
-        points = encoder_reference_points(shapes, ratios)
+        points = token_centers(shapes, ratios)[:, :, None] * ratios[:, None]  # of each level's map
         for layer in self:
             run = rematerialized(partial(layer, spatial_shapes=shapes, **how), remat)
             tokens = run(tokens, positions, points, padding)

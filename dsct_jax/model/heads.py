@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsct_jax.boxes import inverse_sigmoid
 from dsct_jax.model.layers import Linear, torch_uniform
+from dsct_jax.model.refine import refine
 
 INITIAL_SIZE = -2.0  # logit of a new box's width and height: about a ninth of the image
 # -log((1 - 0.01) / 0.01): every class starts at probability 0.01 (focal loss)
@@ -38,10 +38,11 @@ class BoxHead(nnx.Module):
         """Boxes (cx, cy, w, h) in [0, 1] of the image without padding; references likewise, points
         (r = 2) or boxes (r = 4).
         """
-        deltas = self.layer2(jax.nn.relu(self.layer1(jax.nn.relu(self.layer0(tokens)))))
-        start = inverse_sigmoid(references)
-        missing = [(0, 0)] * (start.ndim - 1) + [(0, 4 - start.shape[-1])]
-        return jax.nn.sigmoid(deltas + jnp.pad(start, missing))
+        return refine(self.deltas(tokens), references)
+
+    def deltas(self, tokens: Float[Array, "*b d"]) -> Float[Array, "*b 4"]:
+        """How far each box lies from its reference, before the sigmoid."""
+        return self.layer2(jax.nn.relu(self.layer1(jax.nn.relu(self.layer0(tokens)))))
 
     def references(self, points: Float[Array, "b q 2"], num_context: int) -> Float[Array, "b q r"]:
         """What the first decoder layer refers to: the points themselves, or with refinement boxes

@@ -1,0 +1,83 @@
+"""DAB-Deformable-DETR (Liu et al. 2022): Deformable DETR whose queries are boxes, learned and then
+refined; where a query is, is computed from its box anew in every layer.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from dsct_jax.batch import Predictions, Targets
+from dsct_jax.config import setting
+from dsct_jax.model.heads import MLP
+from dsct_jax.model.layers import DropoutNoise, standard_normal
+from dsct_jax.model.position import YXWH, sine_of
+from dsct_jax.model.pyramid import Pyramid, PyramidConfig
+from dsct_jax.model.refining_decoder import Heads, RefiningDecoder
+
+
+@dataclasses.dataclass(frozen=True)
+class DabDeformableDetrConfig(PyramidConfig):
+    """The model section, with the authors' defaults."""
+
+    name: str = setting("dab_deformable_detr", choices=("dab_deformable_detr",))
+    feedforward_dim: int = setting(2048, "width inside a feed-forward block", low=1)
+    dropout: float = setting(0.0, "rate, in training", low=0, below=1, free=True)
+    num_queries: int = setting(300, "q", low=1)
+    eps: float = setting(1e-3, "least of what the inverse sigmoid takes the logarithm of", above=0)
+
+
+class DabDeformableDetr(Pyramid):
+    """Learned boxes, and what each of them holds."""
+
+    def __init__(self, config: DabDeformableDetrConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        d, q, layers = config.hidden_dim, config.num_queries, config.num_decoder_layers
+        self.decoder = RefiningDecoder(config.layer_shape, num_layers=layers, rngs=rngs)
+        self.heads = Heads(d, config.num_classes, copies=layers, large=True, rngs=rngs)
+        self.content_embed = nnx.Param(standard_normal(rngs.params(), (q, d)))
+        self.box_embed = nnx.Param(standard_normal(rngs.params(), (q, 4)))
+        self.position_head = MLP(2 * d, d, d, rngs=rngs)
+        self.position_scale = MLP(d, d, d, rngs=rngs)
+
+    def __call__(
+        self,
+        images: Float[Array, "b h w 3"],
+        padding_mask: Bool[Array, "b h w"],
+        *,
+        people: Targets | None = None,
+        noise: DropoutNoise | None = None,
+        return_details: bool = False,
+        implementation: str | None = None,
+    ) -> Predictions:
+        """As `DSCT.__call__`."""
+        del people
+        remat = "none" if return_details else self.config.remat
+        how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
+        memory = self.read(images, padding_mask, **how)
+        dtype, b = memory.tokens.dtype, images.shape[0]
+        tokens = jnp.broadcast_to(self.content_embed[...], (b, *self.content_embed.shape))
+        boxes = jnp.broadcast_to(jax.nn.sigmoid(self.box_embed[...]), (b, *self.box_embed.shape))
+
+        def positions(layer: int, tokens: jax.Array, references: jax.Array) -> jax.Array:
+            position = box_positions(self.position_head, references, memory.valid_ratios)
+            if layer > 0:
+                position = position * self.position_scale(tokens.astype(jnp.float32))
+            return position.astype(dtype)
+
+        decoded = self.decoder(
+            tokens.astype(dtype), positions, boxes, memory, self.heads, eps=self.config.eps, **how
+        )
+        details = decoded.details if return_details else None
+        return Predictions(decoded.logits, decoded.boxes, details)
+
+
+def box_positions(
+    head: MLP, boxes: Float[Array, "b q 4"], valid_ratios: Float[Array, "b l 2"]
+) -> Float[Array, "b q d"]:
+    """Where queries are, of their boxes on the padded canvas."""
+    padded = boxes * jnp.tile(valid_ratios[:, :1], 2)
+    return head(sine_of(padded, head[-1].out_features // 2, order=YXWH))

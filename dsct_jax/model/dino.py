@@ -1,0 +1,133 @@
+"""DINO (Zhang et al. 2022): proposals with learned contents as queries, boxes that look forward
+twice, and contrastive denoising: queries made of people have to say who, those next to people that
+there is nobody.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from dsct_jax.batch import Branch, Hungarian, Predictions, Targets
+from dsct_jax.config import setting
+from dsct_jax.model.dab_deformable_detr import box_positions
+from dsct_jax.model.denoising import contrastive_queries, denoising_mask
+from dsct_jax.model.heads import MLP
+from dsct_jax.model.layers import DropoutNoise, LayerNorm, standard_normal, xavier_uniform
+from dsct_jax.model.position import sine_position
+from dsct_jax.model.proposals import NormedLinear, max_topk, propose
+from dsct_jax.model.pyramid import Pyramid, PyramidConfig
+from dsct_jax.model.refining_decoder import Heads, RefiningDecoder
+
+
+@dataclasses.dataclass(frozen=True)
+class DinoConfig(PyramidConfig):
+    """The model section, with the authors' defaults."""
+
+    name: str = setting("dino", choices=("dino",))
+    feedforward_dim: int = setting(2048, "width inside a feed-forward block", low=1)
+    dropout: float = setting(0.0, "rate, in training", low=0, below=1, free=True)
+    num_queries: int = setting(900, "q", low=1)
+    eps: float = setting(1e-3, "least of what the inverse sigmoid takes the logarithm of", above=0)
+    position_temperature: float = setting(20.0, "of the features' positions", above=0)
+    position_offset: float = setting(0.0, "of the first pixel's position", low=0, high=1)
+    num_denoising: int = setting(100, "pairs of denoising queries, about; 0 = off", low=0)
+    label_noise: float = setting(0.5, "twice the share of random labels", low=0, high=1)
+    box_noise: float = setting(0.4, "of half a box, how far its corners move at most", low=0)
+
+
+class Dino(Pyramid):
+    """DETR with improved denoising anchor boxes."""
+
+    def __init__(self, config: DinoConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        d, k, layers = config.hidden_dim, config.num_classes, config.num_decoder_layers
+        self.decoder = RefiningDecoder(config.layer_shape, num_layers=layers, rngs=rngs)
+        self.decoder_norm = LayerNorm(d, rngs=rngs)
+        self.heads = Heads(d, k, copies=1, large=False, rngs=rngs)
+        self.proposal_heads = Heads(d, k, copies=1, large=False, rngs=rngs)
+        self.proposal_features = NormedLinear(d, d, rngs=rngs)
+        self.position_head = MLP(2 * d, d, d, rngs=rngs)
+        self.content_embed = nnx.Param(xavier_uniform(rngs.params(), (config.num_queries, d)))
+        self.label_embed = nnx.Param(standard_normal(rngs.params(), (k + 1, d)))
+
+    def grid_position(self, mask: Bool[Array, "b h w"]) -> Float[Array, "b h w d"]:
+        """Where the tokens of one level lie."""
+        config = self.config
+        return sine_position(
+            mask,
+            config.hidden_dim,
+            temperature=config.position_temperature,
+            offset=config.position_offset,
+        )
+
+    def __call__(
+        self,
+        images: Float[Array, "b h w 3"],
+        padding_mask: Bool[Array, "b h w"],
+        *,
+        people: Targets | None = None,
+        noise: DropoutNoise | None = None,
+        return_details: bool = False,
+        implementation: str | None = None,
+    ) -> Predictions:
+        """As `DSCT.__call__`; `people` with `noise` are denoised."""
+        config = self.config
+        remat = "none" if return_details else config.remat
+        how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
+        memory = self.read(images, padding_mask, **how)
+        heads = self.proposal_heads
+        proposals = propose(memory, self.proposal_features, heads.classes[0], heads.boxes[0])
+        index = max_topk(proposals, config.num_queries)
+        chosen = proposals.take(index)
+        references = jax.lax.stop_gradient(chosen.boxes)
+        tokens = jnp.broadcast_to(
+            self.content_embed[...], (images.shape[0], *self.content_embed.shape)
+        )
+        denoised, forbidden, extra = None, None, 0
+        if people is not None and noise is not None and config.num_denoising:
+            denoised = contrastive_queries(
+                people,
+                noise,
+                self.label_embed[...],
+                number=config.num_denoising,
+                label_noise=config.label_noise,
+                box_noise=config.box_noise,
+                eps=config.eps,
+            )
+            extra = denoised.boxes.shape[1]
+            tokens = jnp.concatenate([denoised.tokens, tokens], 1)
+            references = jnp.concatenate([denoised.boxes, references], 1)
+            forbidden = denoising_mask(extra, config.num_queries, groups=denoised.known.repeats)
+
+        def positions(layer: int, tokens: jax.Array, references: jax.Array) -> jax.Array:
+            position = box_positions(self.position_head, references, memory.valid_ratios)
+            return position.astype(tokens.dtype)
+
+        decoded = self.decoder(
+            tokens.astype(memory.tokens.dtype),
+            positions,
+            references,
+            memory,
+            self.heads,
+            look_forward_twice=True,
+            eps=config.eps,
+            norm=self.decoder_norm,
+            forbidden=forbidden,
+            **how,
+        )
+        logits, boxes = decoded.logits, decoded.boxes
+        branches = [Branch(chosen.logits[None], chosen.boxes[None], Hungarian(), "encoder")]
+        if denoised is not None:
+            noised = (logits[:, :, :extra], boxes[:, :, :extra])
+            branches.append(Branch(*noised, denoised.known, "denoising"))
+        details = {"proposals": proposals, "selected": index, "denoising": denoised}
+        return Predictions(
+            logits[:, :, extra:],
+            boxes[:, :, extra:],
+            details | decoded.details if return_details else None,
+            tuple(branches) if noise is not None else (),
+        )

@@ -1,0 +1,113 @@
+"""The decoder of the deformable networks: every layer predicts, and where the network refines, the
+next one samples inside the boxes of the one before.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from dsct_jax.model.attention import LayerShape
+from dsct_jax.model.decoder import DecoderLayer
+from dsct_jax.model.encoder import Memory
+from dsct_jax.model.heads import BoxHead, class_head
+from dsct_jax.model.layers import LayerNorm, rematerialized
+from dsct_jax.model.refine import References, in_each_map, refine
+
+
+class Heads(nnx.Module):
+    """A class and a box for each query: one copy that all layers share, or one per layer, and
+    another one for proposals.
+    """
+
+    def __init__(self, d: int, num_classes: int, *, copies: int, large: bool, rngs: nnx.Rngs):
+        """`large`: the first copy starts with boxes of a ninth of the image around its points."""
+        self.classes = nnx.List([class_head(d, num_classes, rngs=rngs) for _ in range(copies)])
+        self.boxes = nnx.List(
+            [BoxHead(d, refines=not large or i > 0, rngs=rngs) for i in range(copies)]
+        )
+
+
+class Decoded(NamedTuple):
+    """What the layers say."""
+
+    logits: Float[Array, "layers b q k"]
+    boxes: Float[Array, "layers b q 4"]
+    details: dict[str, Any]
+
+
+Positions = Callable[[int, jax.Array, jax.Array], jax.Array]  # (layer, tokens, references) -> b q d
+
+
+class RefiningDecoder(nnx.List):
+    """The layers, in order."""
+
+    def __init__(self, shape: LayerShape, *, num_layers: int, rngs: nnx.Rngs):
+        layer = partial(DecoderLayer, shape, num_context=0, fusion=None, rngs=rngs)
+        super().__init__([layer() for _ in range(num_layers)])
+
+    def __call__(
+        self,
+        tokens: Float[Array, "b q d"],
+        positions: Float[Array, "b q d"] | Positions,
+        references: Float[Array, "b q r"],
+        memory: Memory,
+        heads: Heads,
+        *,
+        refines: bool = True,
+        look_forward_twice: bool = False,
+        eps: float = 1e-5,
+        norm: LayerNorm | None = None,
+        forbidden: Bool[Array, "q q"] | None = None,
+        remat: str,
+        **how: Any,
+    ) -> Decoded:
+        """Predictions of every layer, from tokens behind the `norm` where there is one (boxes move
+        by what is before it). `references` are points or boxes; `eps` is their inverse sigmoid's;
+        `how`: `noise` and `implementation` of each layer.
+        """
+        at = References(references, references)
+        logits, boxes, states, seen = [], [], [], [at.seen]
+        details = []
+        for i, layer in enumerate(self):
+            run = partial(layer, spatial_shapes=memory.spatial_shapes, forbidden=forbidden, **how)
+            points, *sizes = in_each_map(at.seen, memory.valid_ratios)
+            position = positions(i, tokens, at.seen) if callable(positions) else positions
+            with jax.named_scope("decoder"):
+                tokens, looked_at = rematerialized(run, remat)(
+                    tokens,
+                    position,
+                    points,
+                    memory.tokens,
+                    memory.padding,
+                    boxes=sizes[0] if sizes else None,
+                )
+            with jax.named_scope("heads"):
+                which = min(i, len(heads.boxes) - 1)
+                box_head, exact = heads.boxes[which], tokens.astype(jnp.float32)
+                state = exact if norm is None else norm(exact)
+                logits.append(heads.classes[which](state))
+                delta = box_head.deltas(state)
+                boxes.append(refine(delta, at.start, eps=eps))
+                if refines:
+                    step = delta if norm is None else box_head.deltas(exact)
+                    at = at.move(step, eps=eps, look_forward_twice=look_forward_twice)
+            states.append(tokens)
+            seen.append(at.seen)
+            details.append(looked_at)
+        return Decoded(
+            jnp.stack(logits),
+            jnp.stack(boxes),
+            {
+                "reference_points": references[..., :2],
+                "references": seen,
+                "valid_ratios": memory.valid_ratios,
+                "memory": memory.tokens,
+                "states": jnp.stack(states),
+                "layers": details,
+            },
+        )
