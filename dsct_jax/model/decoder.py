@@ -12,7 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.model.attention import DeformableAttention, LayerShape, SelfAttention, SpatialShapes
+from dsct_jax.model.attention import (
+    DeformableAttention,
+    LayerShape,
+    MultiHeadAttention,
+    SpatialShapes,
+)
 from dsct_jax.model.encoder import FeedForward, Memory
 from dsct_jax.model.heads import BoxHead
 from dsct_jax.model.layers import DropoutNoise, LayerNorm, Linear, dropout, rematerialized
@@ -116,7 +121,7 @@ class DecoderLayer(nnx.Module):
     ):
         d, self.dropout_rate = shape.d, shape.dropout
         self.num_context, self.fusion = num_context, fusion
-        self.self_attention = SelfAttention(d, num_heads=shape.num_heads, rngs=rngs)
+        self.self_attention = MultiHeadAttention(d, num_heads=shape.num_heads, rngs=rngs)
         self.norm2 = LayerNorm(d, rngs=rngs)  # numbered as in the released weights
         self.cross_attention = DeformableAttention(shape, rngs=rngs)
         self.norm1 = LayerNorm(d, rngs=rngs)
@@ -141,7 +146,8 @@ class DecoderLayer(nnx.Module):
         """Returns the tokens and what the layer looked at. `reference_points` and the sizes `boxes`
         are those of each level's padded map.
         """
-        attended, self_weights = self.self_attention(tokens, positions)
+        placed = tokens + positions
+        attended, self_weights = self.self_attention(placed, placed, tokens)
         tokens = self.norm2(tokens + dropout(attended, self.dropout_rate, noise))
         attended, details = self.cross_attention(
             tokens + positions,
