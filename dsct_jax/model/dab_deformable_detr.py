@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from dsct_jax.batch import Predictions, Targets
 from dsct_jax.config import setting
-from dsct_jax.model.heads import MLP
-from dsct_jax.model.layers import DropoutNoise, standard_normal
+from dsct_jax.model.layers import MLP, DropoutNoise, standard_normal
 from dsct_jax.model.position import YXWH, sine_of
 from dsct_jax.model.pyramid import Pyramid, PyramidConfig
 from dsct_jax.model.refining_decoder import Heads, RefiningDecoder
@@ -27,7 +26,7 @@ class DabDeformableDetrConfig(PyramidConfig):
     feedforward_dim: int = setting(2048, "width inside a feed-forward block", low=1)
     dropout: float = setting(0.0, "rate, in training", low=0, below=1, free=True)
     num_queries: int = setting(300, "q", low=1)
-    eps: float = setting(1e-3, "least of what the inverse sigmoid takes the logarithm of", above=0)
+    epsilon: float = setting(1e-3, "of the inverse sigmoid", above=0)
 
 
 class DabDeformableDetr(Pyramid):
@@ -55,7 +54,8 @@ class DabDeformableDetr(Pyramid):
     ) -> Predictions:
         """As `DSCT.__call__`."""
         del people
-        remat = "none" if return_details else self.config.remat
+        config = self.config
+        remat = "none" if return_details else config.remat
         how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
         memory = self.read(images, padding_mask, **how)
         dtype, b = memory.tokens.dtype, images.shape[0]
@@ -69,7 +69,13 @@ class DabDeformableDetr(Pyramid):
             return position.astype(dtype)
 
         decoded = self.decoder(
-            tokens.astype(dtype), positions, boxes, memory, self.heads, eps=self.config.eps, **how
+            tokens.astype(dtype),
+            positions,
+            boxes,
+            memory,
+            self.heads,
+            epsilon=config.epsilon,
+            **how,
         )
         details = decoded.details if return_details else None
         return Predictions(decoded.logits, decoded.boxes, details)

@@ -12,11 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.model.attention import DeformableAttention, LayerShape, SelfAttention, SpatialShapes
+from dsct_jax.model.attention import (
+    DeformableAttention,
+    LayerShape,
+    MultiHeadAttention,
+    SpatialShapes,
+)
 from dsct_jax.model.encoder import FeedForward, Memory
 from dsct_jax.model.heads import BoxHead
 from dsct_jax.model.layers import DropoutNoise, LayerNorm, Linear, dropout, rematerialized
-from dsct_jax.model.refine import in_each_map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +121,7 @@ class DecoderLayer(nnx.Module):
     ):
         d, self.dropout_rate = shape.d, shape.dropout
         self.num_context, self.fusion = num_context, fusion
-        self.self_attention = SelfAttention(d, num_heads=shape.num_heads, rngs=rngs)
+        self.self_attention = MultiHeadAttention(d, num_heads=shape.num_heads, rngs=rngs)
         self.norm2 = LayerNorm(d, rngs=rngs)  # numbered as in the released weights
         self.cross_attention = DeformableAttention(shape, rngs=rngs)
         self.norm1 = LayerNorm(d, rngs=rngs)
@@ -136,14 +140,15 @@ class DecoderLayer(nnx.Module):
         spatial_shapes: SpatialShapes,
         *,
         boxes: Float[Array, "b q l 2"] | None = None,
-        forbidden: Bool[Array, "q q"] | None = None,
+        hidden: Bool[Array, "#b #q q"] | None = None,
         noise: DropoutNoise | None,
         implementation: str | None,
     ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
         """Returns the tokens and what the layer looked at. `reference_points` and the sizes `boxes`
-        are those of each level's padded map; where `forbidden`, a query (row) does not see another.
+        are those of each level's padded map; `hidden` queries are not seen by a query.
         """
-        attended, self_weights = self.self_attention(tokens, positions, forbidden)
+        placed = tokens + positions
+        attended, self_weights = self.self_attention(placed, placed, tokens, hidden=hidden)
         tokens = self.norm2(tokens + dropout(attended, self.dropout_rate, noise))
         attended, details = self.cross_attention(
             tokens + positions,
@@ -236,3 +241,12 @@ class Decoder(nnx.List):
             states.append(tokens)
             details.append(seen)
         return jnp.stack(states), jnp.stack(boxes), details
+
+
+def in_each_map(
+    references: Float[Array, "b q r"], valid_ratios: Float[Array, "b l 2"]
+) -> list[Float[Array, "b q l 2"]]:
+    """Points, or points and sizes, of the image -> of each level's padded map."""
+    parts = references.shape[-1] // 2
+    scaled = references[:, :, None] * jnp.tile(valid_ratios, parts)[:, None]
+    return jnp.split(scaled, parts, -1)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from dsct_jax.batch import Branch, Hungarian, Predictions, Targets
 from dsct_jax.config import cannot_be_used, setting
 from dsct_jax.model.encoder import Memory
-from dsct_jax.model.layers import DropoutNoise, Linear, standard_normal, torch_uniform
+from dsct_jax.model.layers import DropoutNoise, Linear, standard_normal
 from dsct_jax.model.position import XYWH, sine_of
 from dsct_jax.model.proposals import NormedLinear, Proposals, class_zero_topk, propose
 from dsct_jax.model.pyramid import Pyramid, PyramidConfig
@@ -93,11 +93,12 @@ class DeformableDetr(Pyramid):
         how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
         memory = self.read(images, padding_mask, **how)
         training, q = noise is not None, config.num_queries
-        forbidden, proposals = None, None
+        proposals = hidden = None
         if config.two_stage:
             extra = config.num_one_to_many if training else 0
             proposals, *queries = self.proposed_queries(memory, q + extra)
-            forbidden = one_group_each(q, extra) if extra else None
+            one_to_one = np.arange(q + extra) < q
+            hidden = jnp.asarray(one_to_one != one_to_one[:, None])[None] if extra else None
         else:
             queries = self.learned_queries(images.shape[0])
         tokens, positions, references = queries
@@ -109,7 +110,7 @@ class DeformableDetr(Pyramid):
             self.heads,
             refines=config.box_refinement,
             look_forward_twice=config.look_forward_twice,
-            forbidden=forbidden,
+            hidden=hidden,
             **how,
         )
         branches = self.branches(proposals, decoded.logits, decoded.boxes) if training else ()
@@ -131,9 +132,7 @@ class DeformableDetr(Pyramid):
     ) -> tuple[Proposals, jax.Array, jax.Array, jax.Array]:
         """All proposals; what each query holds, where it is, and its box: those of the `q` best."""
         heads = self.heads
-        proposals = propose(
-            memory, self.proposal_features, heads.classes[-1], heads.boxes[-1]
-        )
+        proposals = propose(memory, self.proposal_features, heads.classes[-1], heads.boxes[-1])
         chosen = proposals.take(class_zero_topk(proposals, q))
         references = jax.lax.stop_gradient(chosen.boxes)
         embedding = self.proposal_positions(
@@ -159,9 +158,3 @@ class DeformableDetr(Pyramid):
         rule = Hungarian(config.one_to_many_repeats)
         further = (logits[:, :, q:], boxes[:, :, q:], rule, "one_to_many")
         return first_stage, Branch(*further, weight=config.one_to_many_weight)
-
-
-def one_group_each(*sizes: int) -> np.ndarray:
-    """Mask [q q] that forbids queries of different groups to see each other."""
-    group = np.repeat(np.arange(len(sizes)), sizes)
-    return group[:, None] != group

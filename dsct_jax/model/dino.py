@@ -11,12 +11,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.batch import Branch, Hungarian, Predictions, Targets
+from dsct_jax.batch import Branch, Hungarian, Known, Predictions, Targets
 from dsct_jax.config import setting
 from dsct_jax.model.dab_deformable_detr import box_positions
-from dsct_jax.model.denoising import contrastive_queries, denoising_mask
-from dsct_jax.model.heads import MLP
-from dsct_jax.model.layers import DropoutNoise, LayerNorm, standard_normal, xavier_uniform
+from dsct_jax.model.denoising import (
+    NoisyPeople,
+    embed_labels,
+    hidden_queries,
+    move_corners,
+    noisy_people,
+    query_logits,
+)
+from dsct_jax.model.layers import MLP, DropoutNoise, LayerNorm, standard_normal, xavier_uniform
 from dsct_jax.model.position import sine_position
 from dsct_jax.model.proposals import NormedLinear, max_topk, propose
 from dsct_jax.model.pyramid import Pyramid, PyramidConfig
@@ -31,7 +37,7 @@ class DinoConfig(PyramidConfig):
     feedforward_dim: int = setting(2048, "width inside a feed-forward block", low=1)
     dropout: float = setting(0.0, "rate, in training", low=0, below=1, free=True)
     num_queries: int = setting(900, "q", low=1)
-    eps: float = setting(1e-3, "least of what the inverse sigmoid takes the logarithm of", above=0)
+    epsilon: float = setting(1e-3, "of the inverse sigmoid", above=0)
     position_temperature: float = setting(20.0, "of the features' positions", above=0)
     position_offset: float = setting(0.0, "of the first pixel's position", low=0, high=1)
     num_denoising: int = setting(100, "pairs of denoising queries, about; 0 = off", low=0)
@@ -87,21 +93,17 @@ class Dino(Pyramid):
         tokens = jnp.broadcast_to(
             self.content_embed[...], (images.shape[0], *self.content_embed.shape)
         )
-        denoised, forbidden, extra = None, None, 0
+        denoised = hidden = None
+        extra = 0  # denoising queries, which come first
         if people is not None and noise is not None and config.num_denoising:
-            denoised = contrastive_queries(
-                people,
-                noise,
-                self.label_embed[...],
-                number=config.num_denoising,
-                label_noise=config.label_noise,
-                box_noise=config.box_noise,
-                eps=config.eps,
-            )
+            denoised, groups = self.denoising_queries(people, noise)
             extra = denoised.boxes.shape[1]
-            tokens = jnp.concatenate([denoised.tokens, tokens], 1)
-            references = jnp.concatenate([denoised.boxes, references], 1)
-            forbidden = denoising_mask(extra, config.num_queries, groups=denoised.known.repeats)
+            logits = query_logits(denoised, epsilon=config.epsilon)
+            content = embed_labels(self.label_embed[...], denoised.labels)
+            content = jnp.where(denoised.exists[..., None], content, 0)
+            tokens = jnp.concatenate([content, tokens], 1)
+            references = jnp.concatenate([jax.nn.sigmoid(logits), references], 1)
+            hidden = hidden_queries(groups, extra // groups, config.num_queries)[None]
 
         def positions(layer: int, tokens: jax.Array, references: jax.Array) -> jax.Array:
             position = box_positions(self.position_head, references, memory.valid_ratios)
@@ -114,16 +116,18 @@ class Dino(Pyramid):
             memory,
             self.heads,
             look_forward_twice=True,
-            eps=config.eps,
+            epsilon=config.epsilon,
             norm=self.decoder_norm,
-            forbidden=forbidden,
+            hidden=None if hidden is None else jnp.asarray(hidden),
             **how,
         )
         logits, boxes = decoded.logits, decoded.boxes
         branches = [Branch(chosen.logits[None], chosen.boxes[None], Hungarian(), "encoder")]
         if denoised is not None:
             noised = (logits[:, :, :extra], boxes[:, :, :extra])
-            branches.append(Branch(*noised, denoised.known, "denoising"))
+            real = denoised.exists & ~denoised.negative  # the others say that nobody is there
+            known = Known(jnp.where(real, denoised.people, -1), groups)
+            branches.append(Branch(*noised, known, "denoising"))
         details = {"proposals": proposals, "selected": index, "denoising": denoised}
         return Predictions(
             logits[:, :, extra:],
@@ -131,3 +135,29 @@ class Dino(Pyramid):
             details | decoded.details if return_details else None,
             tuple(branches) if noise is not None else (),
         )
+
+    def denoising_queries(self, people: Targets, noise: DropoutNoise) -> tuple[NoisyPeople, int]:
+        """Positives and negatives of everybody, and in how many groups: about `num_denoising` of
+        each, as the authors count.
+        """
+        config, t = self.config, people.valid.shape[-1]
+        groups = num_groups(config.num_denoising, t)
+        noised = noisy_people(
+            people,
+            noise,
+            num_groups=groups,
+            label_noise=config.label_noise / 2,
+            box_noise=config.box_noise,
+            move=move_corners,
+            negatives=True,
+        )
+        return noised, groups
+
+
+def num_groups(number: int, t: int) -> int:
+    """How many denoising groups of `t` people, as the authors count: a `number` below 50 is that of
+    positives and negatives per person instead of per image.
+    """
+    if t == 0:
+        return 1
+    return 2 * number if number < 50 else max(1, number // t)

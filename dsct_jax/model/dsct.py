@@ -134,7 +134,6 @@ class DSCT(Pyramid):
         del people
         remat = "none" if return_details else self.config.remat
         how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        # The scopes are what a profile calls the parts.
         with jax.named_scope("backbone"):
             features = self.features(images, remat=remat)
         with jax.named_scope("encoder"):

@@ -1,5 +1,5 @@
-"""Deformable encoder: every token of every level is a query that samples all levels around its own
-place.
+"""Encoders. Deformable: every token of every level is a query that samples all levels around its
+own place. Plain: every token of one level attends all of them.
 """
 
 from functools import partial
@@ -11,15 +11,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.model.attention import DeformableAttention, LayerShape, SpatialShapes
-from dsct_jax.model.layers import (
-    DropoutNoise,
-    LayerNorm,
-    Linear,
-    dropout,
-    rematerialized,
-    torch_uniform,
+from dsct_jax.model.attention import (
+    DeformableAttention,
+    LayerShape,
+    MultiHeadAttention,
+    SpatialShapes,
 )
+from dsct_jax.model.layers import MLP, DropoutNoise, LayerNorm, dropout, rematerialized
 
 
 class Memory(NamedTuple):
@@ -32,17 +30,28 @@ class Memory(NamedTuple):
 
 
 class FeedForward(nnx.Module):
-    """Two dense layers with a ReLU between them."""
+    """Two dense layers with a ReLU between them, or a ReLU with a trained slope below 0
+    (`leaky`).
+    """
 
-    def __init__(self, shape: LayerShape, *, rngs: nnx.Rngs):
+    def __init__(
+        self, shape: LayerShape, *, leaky: bool = False, xavier: bool = True, rngs: nnx.Rngs
+    ):
         d, d_inner, self.dropout_rate = shape.d, shape.feedforward_dim, shape.dropout
-        self.linear1 = Linear(d, d_inner, bias_init=torch_uniform(d), rngs=rngs)
-        self.linear2 = Linear(d_inner, d, bias_init=torch_uniform(d_inner), rngs=rngs)
+        self.linear1, self.linear2 = (
+            MLP(a, b, xavier=xavier, rngs=rngs)[0] for a, b in ((d, d_inner), (d_inner, d))
+        )
+        self.slope = nnx.Param(jnp.full(1, 0.25)) if leaky else None
 
     def __call__(
         self, x: Float[Array, "b s d"], noise: DropoutNoise | None
     ) -> Float[Array, "b s d"]:
-        return self.linear2(dropout(jax.nn.relu(self.linear1(x)), self.dropout_rate, noise))
+        x = self.linear1(x)
+        if self.slope is None:
+            x = jax.nn.relu(x)
+        else:
+            x = jnp.where(x >= 0, x, x * self.slope[...].astype(x.dtype).reshape(1, 1, 1))
+        return self.linear2(dropout(x, self.dropout_rate, noise))
 
 
 def token_centers(
@@ -109,3 +118,56 @@ class Encoder(nnx.List):
             run = rematerialized(partial(layer, spatial_shapes=shapes, **how), remat)
             tokens = run(tokens, positions, points, padding)
         return memory._replace(tokens=tokens)
+
+
+class PlainEncoderLayer(nnx.Module):
+    """Self-attention and a feed-forward block, each with a residual and then a norm."""
+
+    def __init__(self, shape: LayerShape, *, leaky: bool, rngs: nnx.Rngs):
+        self.dropout_rate = shape.dropout
+        self.self_attention = MultiHeadAttention(shape.d, num_heads=shape.num_heads, rngs=rngs)
+        self.norm1 = LayerNorm(shape.d, rngs=rngs)
+        self.feedforward = FeedForward(shape, leaky=leaky, rngs=rngs)
+        self.norm2 = LayerNorm(shape.d, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Float[Array, "b s d"],
+        positions: Float[Array, "b s d"],
+        padding: Bool[Array, "b s"],
+        *,
+        noise: DropoutNoise | None,
+    ) -> Float[Array, "b s d"]:
+        placed = tokens + positions
+        attended, _ = self.self_attention(placed, placed, tokens, hidden=padding[:, None])
+        tokens = self.norm1(tokens + dropout(attended, self.dropout_rate, noise))
+        return self.norm2(
+            tokens + dropout(self.feedforward(tokens, noise), self.dropout_rate, noise)
+        )
+
+
+class PlainEncoder(nnx.List):
+    """The plain encoder's layers, in order."""
+
+    def __init__(self, shape: LayerShape, *, num_layers: int, leaky: bool = False, rngs: nnx.Rngs):
+        super().__init__(
+            [PlainEncoderLayer(shape, leaky=leaky, rngs=rngs) for _ in range(num_layers)]
+        )
+
+    def __call__(
+        self,
+        tokens: Float[Array, "b s d"],
+        positions: Float[Array, "b s d"],
+        padding: Bool[Array, "b s"],
+        *,
+        position_scale: MLP | None = None,
+        noise: DropoutNoise | None,
+        remat: str,
+    ) -> Float[Array, "b s d"]:
+        """With `position_scale` each layer multiplies the positions by what it makes of the
+        tokens.
+        """
+        for layer in self:
+            placed = positions if position_scale is None else positions * position_scale(tokens)
+            tokens = rematerialized(partial(layer, noise=noise), remat)(tokens, placed, padding)
+        return tokens

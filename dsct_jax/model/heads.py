@@ -5,32 +5,48 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsct_jax.boxes import inverse_sigmoid
 from dsct_jax.model.layers import Linear, torch_uniform
-from dsct_jax.model.refine import refine
 
 INITIAL_SIZE = -2.0  # logit of a new box's width and height: about a ninth of the image
 # -log((1 - 0.01) / 0.01): every class starts at probability 0.01 (focal loss)
 CLASS_PRIOR_BIAS = -4.59511985013459
 
 
+def refine(
+    deltas: Float[Array, "*b 4"], references: Float[Array, "*b r"], *, epsilon: float = 1e-5
+) -> Float[Array, "*b 4"]:
+    """References moved by logits `deltas`, as boxes (cx, cy, w, h) in [0, 1]. References are points
+    (r = 2), whose size is that of the deltas alone, or boxes (r = 4); both are kept `epsilon` from
+    0 and 1.
+    """
+    start = inverse_sigmoid(references, eps=epsilon)
+    missing = [(0, 0)] * (start.ndim - 1) + [(0, 4 - start.shape[-1])]
+    return jax.nn.sigmoid(deltas + jnp.pad(start, missing))
+
+
 class BoxHead(nnx.Module):
     """Three dense layers that predict a box relative to the query's reference point, or to the
-    reference box that they `refine`.
+    reference box that they `refine`. Without `initial_size`, the logit of a new box's width and
+    height, the last layer starts like the others instead of at zero.
     """
 
-    def __init__(self, d: int, *, refines: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        d: int,
+        *,
+        refines: bool = False,
+        initial_size: float | None = INITIAL_SIZE,
+        rngs: nnx.Rngs,
+    ):
         self.refines = refines
         start = torch_uniform(d)
         self.layer0 = Linear(d, d, kernel_init=start, bias_init=start, rngs=rngs)
         self.layer1 = Linear(d, d, kernel_init=start, bias_init=start, rngs=rngs)
-        size = 0.0 if refines else INITIAL_SIZE
-        self.layer2 = Linear(
-            d,
-            4,
-            kernel_init=nnx.initializers.zeros,
-            bias_init=lambda *_: jnp.array([0.0, 0.0, size, size]),
-            rngs=rngs,
-        )
+        size = 0.0 if refines else initial_size
+        flat = (nnx.initializers.zeros, lambda *_: jnp.array([0.0, 0.0, size, size]))
+        kernel_init, bias_init = (start, start) if size is None else flat
+        self.layer2 = Linear(d, 4, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
 
     def __call__(
         self, tokens: Float[Array, "*b d"], references: Float[Array, "*b r"]
@@ -41,7 +57,7 @@ class BoxHead(nnx.Module):
         return refine(self.deltas(tokens), references)
 
     def deltas(self, tokens: Float[Array, "*b d"]) -> Float[Array, "*b 4"]:
-        """How far each box lies from its reference, before the sigmoid."""
+        """How far each token moves its reference, as logits."""
         return self.layer2(jax.nn.relu(self.layer1(jax.nn.relu(self.layer0(tokens)))))
 
     def references(self, points: Float[Array, "b q 2"], num_context: int) -> Float[Array, "b q r"]:

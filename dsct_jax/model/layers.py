@@ -6,6 +6,7 @@ returns that type. What a norm measures, and what is asked for with `linear_in_f
 whatever the input.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -120,6 +121,25 @@ class Linear(nnx.Linear):
         return y + _as_row(self.bias[...].astype(inputs.dtype), y.ndim)
 
 
+class MLP(nnx.List):
+    """Dense layers from width to width with a ReLU between them; biases start as PyTorch's, and the
+    kernels too unless `xavier`.
+    """
+
+    def __init__(self, *widths: int, xavier: bool = True, rngs: nnx.Rngs):
+        layers = []
+        for a, b in itertools.pairwise(widths):
+            start = torch_uniform(a)
+            kernel_init = xavier_uniform if xavier else start
+            layers.append(Linear(a, b, kernel_init=kernel_init, bias_init=start, rngs=rngs))
+        super().__init__(layers)
+
+    def __call__(self, x: Float[Array, "*n a"]) -> Float[Array, "*n b"]:
+        for layer in list(self)[:-1]:
+            x = jax.nn.relu(layer(x))
+        return self[-1](x)
+
+
 def _as_row(values: Float[Array, " d"], ndim: int) -> Float[Array, "*one d"]:
     return values.reshape(*(1,) * (ndim - 1), -1)
 
@@ -222,6 +242,12 @@ class DropoutNoise:
             return kept[:size].reshape(shape[1:])
 
         return checkpoint_name(jax.vmap(keep_image)(self._keys), SAVED)
+
+    def uniform(self, shape: tuple[int, ...]) -> Float[Array, "b *n"]:
+        """Fresh numbers in [0, 1) of `shape` (b, ...)."""
+        self._calls += 1
+        keys = jax.vmap(jax.random.fold_in, (0, None))(self._keys, self._calls)
+        return jax.vmap(lambda key: jax.random.uniform(key, shape[1:]))(keys)
 
 
 def dropout(

@@ -3,6 +3,7 @@ configuration, and the way from an image to the tokens that its decoder reads.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,23 @@ class Pyramid(nnx.Module):
     def grid_position(self, mask: Bool[Array, "b h w"]) -> Float[Array, "b h w d"]:
         """Where the tokens of one level lie."""
         return sine_position(mask, self.config.hidden_dim)
+
+    def read(
+        self,
+        images: Float[Array, "b h w 3"],
+        padding_mask: Bool[Array, "b h w"],
+        *,
+        remat: str,
+        **how: Any,
+    ) -> Memory:
+        """Normalized images and their padding (True) -> what the decoder reads. `how`: `noise` and
+        `implementation` of each layer.
+        """
+        # The scopes are what a profile calls the parts.
+        with jax.named_scope("backbone"):
+            features = self.features(images, remat=remat)
+        with jax.named_scope("encoder"):
+            return self.encode(features, padding_mask, remat=remat, **how)
 
     def features(
         self, images: Float[Array, "b h w 3"], *, remat: str = "none"

@@ -12,11 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dsct_jax.model.attention import LayerShape
-from dsct_jax.model.decoder import DecoderLayer
+from dsct_jax.model.decoder import DecoderLayer, in_each_map
 from dsct_jax.model.encoder import Memory
-from dsct_jax.model.heads import BoxHead, class_head
+from dsct_jax.model.heads import INITIAL_SIZE, BoxHead, class_head, refine
 from dsct_jax.model.layers import LayerNorm, rematerialized
-from dsct_jax.model.refine import References, in_each_map, refine
 
 
 class Heads(nnx.Module):
@@ -27,9 +26,25 @@ class Heads(nnx.Module):
     def __init__(self, d: int, num_classes: int, *, copies: int, large: bool, rngs: nnx.Rngs):
         """`large`: the first copy starts with boxes of a ninth of the image around its points."""
         self.classes = nnx.List([class_head(d, num_classes, rngs=rngs) for _ in range(copies)])
-        self.boxes = nnx.List(
-            [BoxHead(d, refines=not large or i > 0, rngs=rngs) for i in range(copies)]
-        )
+        sizes = [INITIAL_SIZE if large else 0.0] + [0.0] * (copies - 1)
+        self.boxes = nnx.List([BoxHead(d, initial_size=size, rngs=rngs) for size in sizes])
+
+
+class References(NamedTuple):
+    """Where the queries of a decoder layer stand."""
+
+    seen: Float[Array, "b q r"]  # where they sample
+    start: Float[Array, "b q r"]  # the same values: what the predicted boxes are relative to
+
+    def move(
+        self, deltas: Float[Array, "b q 4"], *, epsilon: float, look_forward_twice: bool
+    ) -> "References":
+        """Those of the next layer. No gradient comes back through what it sees; through the start
+        of its boxes it does if `look_forward_twice`, as far as `deltas` (Zhang et al. 2022).
+        """
+        moved = refine(deltas, self.seen, epsilon=epsilon)
+        seen = jax.lax.stop_gradient(moved)
+        return References(seen, moved if look_forward_twice else seen)
 
 
 class Decoded(NamedTuple):
@@ -60,21 +75,21 @@ class RefiningDecoder(nnx.List):
         *,
         refines: bool = True,
         look_forward_twice: bool = False,
-        eps: float = 1e-5,
+        epsilon: float = 1e-5,
         norm: LayerNorm | None = None,
-        forbidden: Bool[Array, "q q"] | None = None,
+        hidden: Bool[Array, "#b #q q"] | None = None,
         remat: str,
         **how: Any,
     ) -> Decoded:
         """Predictions of every layer, from tokens behind the `norm` where there is one (boxes move
-        by what is before it). `references` are points or boxes; `eps` is their inverse sigmoid's;
-        `how`: `noise` and `implementation` of each layer.
+        by what is before it). `references` are points or boxes; `epsilon` is that of their inverse
+        sigmoid; `how`: `noise` and `implementation` of each layer.
         """
         at = References(references, references)
         logits, boxes, states, seen = [], [], [], [at.seen]
         details = []
         for i, layer in enumerate(self):
-            run = partial(layer, spatial_shapes=memory.spatial_shapes, forbidden=forbidden, **how)
+            run = partial(layer, spatial_shapes=memory.spatial_shapes, hidden=hidden, **how)
             points, *sizes = in_each_map(at.seen, memory.valid_ratios)
             position = positions(i, tokens, at.seen) if callable(positions) else positions
             with jax.named_scope("decoder"):
@@ -92,10 +107,10 @@ class RefiningDecoder(nnx.List):
                 state = exact if norm is None else norm(exact)
                 logits.append(heads.classes[which](state))
                 delta = box_head.deltas(state)
-                boxes.append(refine(delta, at.start, eps=eps))
+                boxes.append(refine(delta, at.start, epsilon=epsilon))
                 if refines:
                     step = delta if norm is None else box_head.deltas(exact)
-                    at = at.move(step, eps=eps, look_forward_twice=look_forward_twice)
+                    at = at.move(step, epsilon=epsilon, look_forward_twice=look_forward_twice)
             states.append(tokens)
             seen.append(at.seen)
             details.append(looked_at)

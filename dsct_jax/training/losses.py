@@ -62,10 +62,11 @@ class LossSums:
 
 def loss_sums(
     logits: Float[Array, "layers b q c"],
-    boxes: Float[Array, "layers b q 4"],
+    boxes: Float[Array, "layers b p 4"],
     targets: Targets,
     assignment: Int[Array, "layers b q"],
     *,
+    box_assignment: Int[Array, "layers b p"] | None = None,
     counted: Bool[Array, "b q"],
     num_boxes: Num[Array, ""] | float,
     config: LossConfig,
@@ -75,6 +76,7 @@ def loss_sums(
 
     Args:
         assignment: target of each query, -1 = none, as from `matching.assign_on_host`.
+        box_assignment: that of each box, where the boxes are not one per query (p is q otherwise).
         counted: False = the query takes no part (a filler image); it must have no target.
         num_boxes: people of the whole batch, from `count_boxes`; every loss term is divided by it.
 
@@ -102,7 +104,8 @@ def loss_sums(
     logits = jnp.where(counted[None, :, :, None], logits, -100.0)
     matched = _gather_targets(targets, assignment)
     class_sums = _softmax_class_sums if config.class_loss == "softmax" else _focal_class_sums
-    bbox_sums, giou_sums, iou_sums = _box_sums(boxes, matched)
+    paired = matched if box_assignment is None else _gather_targets(targets, box_assignment)
+    bbox_sums, giou_sums, iou_sums = _box_sums(boxes, paired)
     sums = {
         "class": class_sums(logits, matched, config=config, multi_label=multi_label),
         "bbox": bbox_sums,
@@ -117,7 +120,7 @@ def loss_sums(
     return LossSums(
         terms,
         _measure(logits, matched, targets.valid, counted, config=config, multi_label=multi_label)
-        | {"matched_iou": (iou_sums[-1], matched.exists[-1].sum().astype(jnp.float32))},
+        | {"matched_iou": (iou_sums[-1], paired.exists[-1].sum().astype(jnp.float32))},
     )
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from optax.assignment import hungarian_algorithm
 from scipy.optimize import linear_sum_assignment
 
-from dsct_jax.batch import Overlap, Targets
+from dsct_jax.batch import Targets
 from dsct_jax.boxes import AnyArray, cxcywh_to_xyxy, iou_and_giou
 from dsct_jax.training.config import MatcherConfig
 
@@ -150,20 +150,3 @@ def assign_repeatedly(
     namespace = np if isinstance(cost, np.ndarray) else jnp
     found = solve(namespace.tile(cost, repeats), namespace.tile(valid, repeats))
     return namespace.where(found < 0, -1, found % max(valid.shape[-1], 1))
-
-
-def assign_by_overlap(
-    boxes: Float[Array, "layers b q 4"], targets: Targets, rule: Overlap
-) -> Int[Array, "layers b q"]:
-    """Target of each query, int32, -1 = none, by the IoU of their boxes, as `Overlap` describes."""
-    if targets.valid.shape[-1] == 0:
-        return jnp.full(boxes.shape[:3], -1, jnp.int32)
-    query_boxes, target_boxes = _pairs(boxes, targets)
-    iou = iou_and_giou(cxcywh_to_xyxy(query_boxes), cxcywh_to_xyxy(target_boxes))[0]
-    iou = jnp.where(targets.valid[:, None, :], iou, 0.0)  # layers b q t
-    best_of_someone = ((iou == iou.max(-2, keepdims=True)) & (iou > 0)).any(-1)
-    found = best_of_someone | (iou.max(-1) >= rule.min_iou)
-    chosen = found[..., None] & jax.nn.one_hot(iou.argmax(-1), iou.shape[-1], dtype=bool)
-    order = jnp.argsort(jnp.where(chosen, -iou, 1.0), axis=-2)  # of the queries of each target
-    kept = chosen & (jnp.argsort(order, axis=-2) < rule.repeats)
-    return jnp.where(kept.any(-1), kept.argmax(-1), -1).astype(jnp.int32)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dsct_jax.batch import Batch, Branch, Hungarian, Known, Overlap, Predictions
+from dsct_jax.batch import Batch, Branch, Hungarian, Known, Overlap, Predictions, Targets
+from dsct_jax.training.assignment import assign_by_overlap
 from dsct_jax.training.config import LossConfig, MatcherConfig
 from dsct_jax.training.losses import LossSums, count_boxes, loss_sums
 from dsct_jax.training.matching import (
-    assign_by_overlap,
     assign_on_device,
     assign_on_host,
     assign_repeatedly,
@@ -99,7 +99,7 @@ class SetPrediction:
             matching_cost(
                 branch.logits,
                 branch.boxes,
-                batch.targets,
+                _people(branch, batch.targets),
                 config=self.matcher,
                 multi_label=self.multi_label,
             )
@@ -133,13 +133,23 @@ class SetPrediction:
         self, branch: Branch, batch: Batch, matched: Any, totals: dict[str, Any]
     ) -> LossSums:
         assignment, counted = _assign(branch, batch, matched)
+        boxes, pairs, copies = branch.boxes, None, branch.assignment.repeats
+        if isinstance(branch.assignment, Overlap):
+            found, copies = assign_by_overlap(batch.targets, branch.assignment), 1
+            queries, pairs = found.flat
+            boxes = jnp.take_along_axis(boxes, queries[None, ..., None], 2)
+            assignment = found.of_queries(branch.logits.shape[2])
+            assignment, pairs = (
+                jnp.broadcast_to(x, (len(boxes), *x.shape)) for x in (assignment, pairs)
+            )
         return loss_sums(
             branch.logits,
-            branch.boxes,
-            batch.targets,
+            boxes,
+            _people(branch, batch.targets),
             assignment,
+            box_assignment=pairs,
             counted=counted,
-            num_boxes=totals["num_boxes"] * branch.assignment.repeats,
+            num_boxes=totals["num_boxes"] * copies,
             config=self.loss,
             multi_label=self.multi_label,
         )
@@ -155,6 +165,14 @@ def _all_branches(predictions: Predictions) -> tuple[Branch, ...]:
     return (answer, *predictions.branches)
 
 
+def _people(branch: Branch, targets: Targets) -> Targets:
+    """The people as a branch knows them."""
+    if not branch.one_class:
+        return targets
+    labels = jnp.zeros_like(targets.labels).at[..., 0].set(1)
+    return dataclasses.replace(targets, labels=labels)
+
+
 def _assign(
     branch: Branch, batch: Batch, matched: Any
 ) -> tuple[Int[Array, "layers b q"], Bool[Array, "b q"]]:
@@ -164,9 +182,6 @@ def _assign(
     match branch.assignment:
         case Hungarian():
             return matched, counted
-        case Overlap() as rule:
-            boxes = jax.lax.stop_gradient(branch.boxes)
-            return assign_by_overlap(boxes, batch.targets, rule), counted
         case Known(targets=targets):
             # compared instead of gathered, which stays local to a shard of the batch
             valid = batch.targets.valid[:, None, :]  # b 1 t
