@@ -32,6 +32,8 @@ class DabDeformableDetrConfig(PyramidConfig):
 class DabDeformableDetr(Pyramid):
     """Learned boxes, and what each of them holds."""
 
+    config: DabDeformableDetrConfig
+
     def __init__(self, config: DabDeformableDetrConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d, q, layers = config.hidden_dim, config.num_queries, config.num_decoder_layers
@@ -57,7 +59,7 @@ class DabDeformableDetr(Pyramid):
         config = self.config
         remat = "none" if return_details else config.remat
         how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        memory = self.read(images, padding_mask, **how)
+        features, memory = self.read(images, padding_mask, **how)
         dtype, b = memory.tokens.dtype, images.shape[0]
         tokens = jnp.broadcast_to(self.content_embed[...], (b, *self.content_embed.shape))
         boxes = jnp.broadcast_to(jax.nn.sigmoid(self.box_embed[...]), (b, *self.box_embed.shape))
@@ -77,7 +79,7 @@ class DabDeformableDetr(Pyramid):
             epsilon=config.epsilon,
             **how,
         )
-        details = decoded.details if return_details else None
+        details = {"features": features} | decoded.details if return_details else None
         return Predictions(decoded.logits, decoded.boxes, details)
 
 

@@ -59,6 +59,8 @@ class DeformableDetrConfig(PyramidConfig):
 class DeformableDetr(Pyramid):
     """Learned queries, or proposals of the encoder, look at a few points of every level."""
 
+    config: DeformableDetrConfig
+
     def __init__(self, config: DeformableDetrConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d, layers = config.hidden_dim, config.num_decoder_layers
@@ -91,12 +93,13 @@ class DeformableDetr(Pyramid):
         config = self.config
         remat = "none" if return_details else config.remat
         how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        memory = self.read(images, padding_mask, **how)
+        features, memory = self.read(images, padding_mask, **how)
         training, q = noise is not None, config.num_queries
         proposals = hidden = None
         if config.two_stage:
             extra = config.num_one_to_many if training else 0
-            proposals, *queries = self.proposed_queries(memory, q + extra)
+            proposals = self.propose(memory)
+            queries = self.proposed_queries(proposals, q + extra)
             one_to_one = np.arange(q + extra) < q
             hidden = jnp.asarray(one_to_one != one_to_one[:, None])[None] if extra else None
         else:
@@ -117,7 +120,9 @@ class DeformableDetr(Pyramid):
         return Predictions(
             decoded.logits[:, :, :q],
             decoded.boxes[:, :, :q],
-            {"proposals": proposals} | decoded.details if return_details else None,
+            {"features": features, "proposals": proposals} | decoded.details
+            if return_details
+            else None,
             branches,
         )
 
@@ -127,12 +132,15 @@ class DeformableDetr(Pyramid):
         positions, tokens = jnp.split(jnp.broadcast_to(embedding, (b, *embedding.shape)), 2, -1)
         return tokens, positions, jax.nn.sigmoid(self.reference_points(positions))
 
-    def proposed_queries(
-        self, memory: Memory, q: int
-    ) -> tuple[Proposals, jax.Array, jax.Array, jax.Array]:
-        """All proposals; what each query holds, where it is, and its box: those of the `q` best."""
+    def propose(self, memory: Memory) -> Proposals:
+        """What each token proposes."""
         heads = self.heads
-        proposals = propose(memory, self.proposal_features, heads.classes[-1], heads.boxes[-1])
+        return propose(memory, self.proposal_features, heads.classes[-1], heads.boxes[-1])
+
+    def proposed_queries(
+        self, proposals: Proposals, q: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What each query holds, where it is, and its box: of the `q` best proposals."""
         chosen = proposals.take(class_zero_topk(proposals, q))
         references = jax.lax.stop_gradient(chosen.boxes)
         embedding = self.proposal_positions(
@@ -141,7 +149,7 @@ class DeformableDetr(Pyramid):
         positions, tokens = jnp.split(embedding, 2, -1)
         if self.config.mixed_selection:
             tokens = jnp.broadcast_to(self.query_embed[:q][None], tokens.shape)
-        return proposals, tokens, positions, references
+        return tokens, positions, references
 
     def branches(
         self, proposals: Proposals | None, logits: jax.Array, boxes: jax.Array

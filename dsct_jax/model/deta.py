@@ -40,6 +40,8 @@ class DetaConfig(PyramidConfig):
 class Deta(Pyramid):
     """Proposals without duplicates are the queries; what they hold is what was seen there."""
 
+    config: DetaConfig
+
     def __init__(self, config: DetaConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d, layers = config.hidden_dim, config.num_decoder_layers
@@ -64,7 +66,7 @@ class Deta(Pyramid):
         config, heads = self.config, self.heads
         remat = "none" if return_details else config.remat
         how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        memory = self.read(images, padding_mask, **how)
+        features, memory = self.read(images, padding_mask, **how)
         proposals = propose(memory, self.proposal_features, heads.classes[-1], heads.boxes[-1])
         index = per_level_nms(
             proposals,
@@ -93,7 +95,11 @@ class Deta(Pyramid):
         branch = Branch(
             proposals.logits[None], proposals.boxes[None], first_stage, "encoder", one_class=True
         )
-        details = {"proposals": proposals, "selected": index} | decoded.details
+        details = {
+            "features": features,
+            "proposals": proposals,
+            "selected": index,
+        } | decoded.details
         return Predictions(
             decoded.logits,
             decoded.boxes,

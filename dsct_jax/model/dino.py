@@ -48,6 +48,8 @@ class DinoConfig(PyramidConfig):
 class Dino(Pyramid):
     """DETR with improved denoising anchor boxes."""
 
+    config: DinoConfig
+
     def __init__(self, config: DinoConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d, k, layers = config.hidden_dim, config.num_classes, config.num_decoder_layers
@@ -84,7 +86,7 @@ class Dino(Pyramid):
         config = self.config
         remat = "none" if return_details else config.remat
         how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        memory = self.read(images, padding_mask, **how)
+        features, memory = self.read(images, padding_mask, **how)
         heads = self.proposal_heads
         proposals = propose(memory, self.proposal_features, heads.classes[0], heads.boxes[0])
         index = max_topk(proposals, config.num_queries)
@@ -128,7 +130,12 @@ class Dino(Pyramid):
             real = denoised.exists & ~denoised.negative  # the others say that nobody is there
             known = Known(jnp.where(real, denoised.people, -1), groups)
             branches.append(Branch(*noised, known, "denoising"))
-        details = {"proposals": proposals, "selected": index, "denoising": denoised}
+        details = {
+            "features": features,
+            "proposals": proposals,
+            "selected": index,
+            "denoising": denoised,
+        }
         return Predictions(
             logits[:, :, extra:],
             boxes[:, :, extra:],

@@ -94,6 +94,8 @@ class DSCTConfig(PyramidConfig):
 class DSCT(Pyramid):
     """Decoupled Subject-Context Transformer."""
 
+    config: DSCTConfig
+
     def __init__(self, config: DSCTConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d = config.hidden_dim
@@ -134,10 +136,7 @@ class DSCT(Pyramid):
         del people
         remat = "none" if return_details else self.config.remat
         how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        with jax.named_scope("backbone"):
-            features = self.features(images, remat=remat)
-        with jax.named_scope("encoder"):
-            memory = self.encode(features, padding_mask, **how)
+        features, memory = self.read(images, padding_mask, **how)
         queries = self.queries(images.shape[0])
         states, boxes, layers = self.decoder(queries, memory, self.box_head, **how)
         with jax.named_scope("heads"):

@@ -57,13 +57,12 @@ def propose(
 
 
 def _anchors(memory: Memory) -> tuple[Float[Array, "b s 4"], Bool[Array, "b s 1"]]:
-    sizes = [
-        np.full((h * w, 2), SIZE * 2.0**level, np.float32)
-        for level, (h, w) in enumerate(memory.spatial_shapes)
-    ]
     centers = token_centers(memory.spatial_shapes, memory.valid_ratios)
-    sizes = jnp.broadcast_to(np.concatenate(sizes)[None], centers.shape)
-    anchors = jnp.concatenate([centers, sizes], -1)
+    tokens = [h * w for h, w in memory.spatial_shapes]
+    sizes = np.repeat(np.float32(SIZE) * 2 ** np.arange(len(tokens)), tokens).astype(np.float32)
+    anchors = jnp.concatenate(
+        [centers, jnp.broadcast_to(sizes.reshape(1, -1, 1), centers.shape)], -1
+    )
     inside = ((anchors > 0.01) & (anchors < 0.99)).all(-1)
     valid = (inside & ~memory.padding)[..., None]
     return jnp.where(valid, anchors, 0.5), valid

@@ -125,15 +125,15 @@ class Pyramid(nnx.Module):
         *,
         remat: str,
         **how: Any,
-    ) -> Memory:
-        """Normalized images and their padding (True) -> what the decoder reads. `how`: `noise` and
-        `implementation` of each layer.
+    ) -> tuple[list[Float[Array, "b _ _ d"]], Memory]:
+        """Normalized images and their padding (True) -> one map per level, and what the decoder
+        reads. `how`: `noise` and `implementation` of each layer.
         """
         # The scopes are what a profile calls the parts.
         with jax.named_scope("backbone"):
             features = self.features(images, remat=remat)
         with jax.named_scope("encoder"):
-            return self.encode(features, padding_mask, remat=remat, **how)
+            return features, self.encode(features, padding_mask, remat=remat, **how)
 
     def features(
         self, images: Float[Array, "b h w 3"], *, remat: str = "none"

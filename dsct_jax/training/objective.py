@@ -132,22 +132,21 @@ class SetPrediction:
     def _branch_sums(
         self, branch: Branch, batch: Batch, matched: Any, totals: dict[str, Any]
     ) -> LossSums:
-        assignment, counted = _assign(branch, batch, matched)
-        boxes, pairs, copies = branch.boxes, None, branch.assignment.repeats
-        if isinstance(branch.assignment, Overlap):
-            found, copies = assign_by_overlap(batch.targets, branch.assignment), 1
-            queries, pairs = found.flat
-            boxes = jnp.take_along_axis(boxes, queries[None, ..., None], 2)
-            assignment = found.of_queries(branch.logits.shape[2])
-            assignment, pairs = (
-                jnp.broadcast_to(x, (len(boxes), *x.shape)) for x in (assignment, pairs)
+        boxes, box_assignment, copies = branch.boxes, None, branch.assignment.repeats
+        if isinstance(branch.assignment, Overlap):  # a query may answer for several people
+            pairs, copies = assign_by_overlap(batch.targets, branch.assignment), 1
+            layers, _, q = branch.logits.shape[:3]
+            queries, people, matched = (
+                jnp.broadcast_to(x, (layers, *x.shape)) for x in (*pairs.flat, pairs.of_queries(q))
             )
+            boxes, box_assignment = jnp.take_along_axis(boxes, queries[..., None], 2), people
+        assignment, counted = _assign(branch, batch, matched)
         return loss_sums(
             branch.logits,
             boxes,
             _people(branch, batch.targets),
             assignment,
-            box_assignment=pairs,
+            box_assignment=box_assignment,
             counted=counted,
             num_boxes=totals["num_boxes"] * copies,
             config=self.loss,
@@ -180,7 +179,7 @@ def _assign(
     shape = branch.logits.shape[:3]
     counted = jnp.broadcast_to(batch.real[:, None], shape[1:])
     match branch.assignment:
-        case Hungarian():
+        case Hungarian() | Overlap():
             return matched, counted
         case Known(targets=targets):
             # compared instead of gathered, which stays local to a shard of the batch
