@@ -44,9 +44,9 @@ class DabDeformableDetr(Pyramid):
         self.position_head = MLP(2 * d, d, d, rngs=rngs)
         self.position_scale = MLP(d, d, d, rngs=rngs)
 
-    def __call__(
+    def detect(
         self,
-        images: Float[Array, "b h w 3"],
+        features: list[Float[Array, "b _ _ _"]],
         padding_mask: Bool[Array, "b h w"],
         *,
         people: Targets | None = None,
@@ -54,13 +54,13 @@ class DabDeformableDetr(Pyramid):
         return_details: bool = False,
         implementation: str | None = None,
     ) -> Predictions:
-        """As `DSCT.__call__`."""
+        """C3, C4, C5 -> predictions."""
         del people
         config = self.config
         remat = "none" if return_details else config.remat
         how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        features, memory = self.read(images, padding_mask, **how)
-        dtype, b = memory.tokens.dtype, images.shape[0]
+        features, memory = self.read(features, padding_mask, **how)
+        dtype, b = memory.tokens.dtype, memory.tokens.shape[0]
         tokens = jnp.broadcast_to(self.content_embed[...], (b, *self.content_embed.shape))
         boxes = jnp.broadcast_to(jax.nn.sigmoid(self.box_embed[...]), (b, *self.box_embed.shape))
 

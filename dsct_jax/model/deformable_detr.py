@@ -78,9 +78,9 @@ class DeformableDetr(Pyramid):
         if config.mixed_selection or not config.two_stage:
             self.query_embed = nnx.Param(standard_normal(rngs.params(), (num_queries, width)))
 
-    def __call__(
+    def detect(
         self,
-        images: Float[Array, "b h w 3"],
+        features: list[Float[Array, "b _ _ _"]],
         padding_mask: Bool[Array, "b h w"],
         *,
         people: Targets | None = None,
@@ -88,12 +88,12 @@ class DeformableDetr(Pyramid):
         return_details: bool = False,
         implementation: str | None = None,
     ) -> Predictions:
-        """As `DSCT.__call__`."""
+        """C3, C4, C5 -> predictions."""
         del people
         config = self.config
         remat = "none" if return_details else config.remat
         how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        features, memory = self.read(images, padding_mask, **how)
+        features, memory = self.read(features, padding_mask, **how)
         training, q = noise is not None, config.num_queries
         proposals = hidden = None
         if config.two_stage:
@@ -103,7 +103,7 @@ class DeformableDetr(Pyramid):
             one_to_one = np.arange(q + extra) < q
             hidden = jnp.asarray(one_to_one != one_to_one[:, None])[None] if extra else None
         else:
-            queries = self.learned_queries(images.shape[0])
+            queries = self.learned_queries(memory.tokens.shape[0])
         tokens, positions, references = queries
         decoded = self.decoder(
             tokens.astype(memory.tokens.dtype),

@@ -51,9 +51,9 @@ class Deta(Pyramid):
         self.proposal_positions = NormedLinear(2 * d, 2 * d, rngs=rngs)
         self.proposal_contents = NormedLinear(d, d, rngs=rngs)
 
-    def __call__(
+    def detect(
         self,
-        images: Float[Array, "b h w 3"],
+        features: list[Float[Array, "b _ _ _"]],
         padding_mask: Bool[Array, "b h w"],
         *,
         people: Targets | None = None,
@@ -61,12 +61,12 @@ class Deta(Pyramid):
         return_details: bool = False,
         implementation: str | None = None,
     ) -> Predictions:
-        """As `DSCT.__call__`."""
+        """C3, C4, C5 -> predictions."""
         del people
         config, heads = self.config, self.heads
         remat = "none" if return_details else config.remat
         how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        features, memory = self.read(images, padding_mask, **how)
+        features, memory = self.read(features, padding_mask, **how)
         proposals = propose(memory, self.proposal_features, heads.classes[-1], heads.boxes[-1])
         index = per_level_nms(
             proposals,

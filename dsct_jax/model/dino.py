@@ -72,9 +72,9 @@ class Dino(Pyramid):
             offset=config.position_offset,
         )
 
-    def __call__(
+    def detect(
         self,
-        images: Float[Array, "b h w 3"],
+        features: list[Float[Array, "b _ _ _"]],
         padding_mask: Bool[Array, "b h w"],
         *,
         people: Targets | None = None,
@@ -82,18 +82,18 @@ class Dino(Pyramid):
         return_details: bool = False,
         implementation: str | None = None,
     ) -> Predictions:
-        """As `DSCT.__call__`; `people` with `noise` are denoised."""
+        """C3, C4, C5 -> predictions; with `noise` the `people` are denoised."""
         config = self.config
         remat = "none" if return_details else config.remat
         how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        features, memory = self.read(images, padding_mask, **how)
+        features, memory = self.read(features, padding_mask, **how)
         heads = self.proposal_heads
         proposals = propose(memory, self.proposal_features, heads.classes[0], heads.boxes[0])
         index = max_topk(proposals, config.num_queries)
         chosen = proposals.take(index)
         references = jax.lax.stop_gradient(chosen.boxes)
         tokens = jnp.broadcast_to(
-            self.content_embed[...], (images.shape[0], *self.content_embed.shape)
+            self.content_embed[...], (memory.tokens.shape[0], *self.content_embed.shape)
         )
         denoised = hidden = None
         extra = 0  # denoising queries, which come first

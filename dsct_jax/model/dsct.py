@@ -136,7 +136,11 @@ class DSCT(Pyramid):
         del people
         remat = "none" if return_details else self.config.remat
         how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        features, memory = self.read(images, padding_mask, **how)
+        # The scopes are what a profile calls the parts.
+        with jax.named_scope("backbone"):
+            features = self.features(images, remat=remat)
+        with jax.named_scope("encoder"):
+            memory = self.encode(features, padding_mask, **how)
         queries = self.queries(images.shape[0])
         states, boxes, layers = self.decoder(queries, memory, self.box_head, **how)
         with jax.named_scope("heads"):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from dsct_jax.batch import Predictions, Targets
 from dsct_jax.config import cannot_be_used, check_settings, setting
 from dsct_jax.model.attention import LayerShape
 from dsct_jax.model.backbone import BACKBONES, ResNet
@@ -114,26 +115,52 @@ class Pyramid(nnx.Module):
         self.level_embed = nnx.Param(standard_normal(rngs.params(), (config.num_levels, d)))
         self.encoder = Encoder(config.layer_shape, num_layers=config.num_encoder_layers, rngs=rngs)
 
+    detect: Any  # (C3 to C5, padding_mask, *, people, noise, ...) -> Predictions: each its own
+
+    def __call__(
+        self,
+        images: Float[Array, "b h w 3"],
+        padding_mask: Bool[Array, "b h w"],
+        *,
+        people: Targets | None = None,
+        noise: DropoutNoise | None = None,
+        return_details: bool = False,
+        implementation: str | None = None,
+    ) -> Predictions:
+        """Normalized images and their padding (True) -> predictions of every decoder layer.
+
+        `noise` turns dropout on, which means training, and denoising of `people` where a network
+        has it; `implementation` names one of deformable attention's. With `return_details` the
+        predictions carry memory, states, references, and what each decoder layer looked at.
+        """
+        remat = "none" if return_details else self.config.remat
+        with jax.named_scope("backbone"):
+            features = self.backbone(images.astype(self.config.compute_dtype), remat=remat)
+        return self.detect(
+            features,
+            padding_mask,
+            people=people,
+            noise=noise,
+            return_details=return_details,
+            implementation=implementation,
+        )
+
     def grid_position(self, mask: Bool[Array, "b h w"]) -> Float[Array, "b h w d"]:
         """Where the tokens of one level lie."""
         return sine_position(mask, self.config.hidden_dim)
 
     def read(
         self,
-        images: Float[Array, "b h w 3"],
+        features: list[Float[Array, "b _ _ _"]],
         padding_mask: Bool[Array, "b h w"],
-        *,
-        remat: str,
         **how: Any,
     ) -> tuple[list[Float[Array, "b _ _ d"]], Memory]:
-        """Normalized images and their padding (True) -> one map per level, and what the decoder
-        reads. `how`: `noise` and `implementation` of each layer.
+        """C3, C4, C5 -> one map per level, and what the decoder reads. `how`: `noise`, `remat` and
+        `implementation` of each layer.
         """
-        # The scopes are what a profile calls the parts.
-        with jax.named_scope("backbone"):
-            features = self.features(images, remat=remat)
         with jax.named_scope("encoder"):
-            return features, self.encode(features, padding_mask, remat=remat, **how)
+            levels = self.project(features)
+            return levels, self.encode(levels, padding_mask, **how)
 
     def features(
         self, images: Float[Array, "b h w 3"], *, remat: str = "none"
