@@ -14,19 +14,18 @@ from dsct_jax.batch import Predictions, Targets
 from dsct_jax.config import setting
 from dsct_jax.model.layers import MLP, DropoutNoise, standard_normal
 from dsct_jax.model.position import YXWH, sine_of
-from dsct_jax.model.pyramid import Pyramid, PyramidConfig
+from dsct_jax.model.pyramid import Pyramid, QueryConfig
 from dsct_jax.model.refining_decoder import Heads, RefiningDecoder
 
 
 @dataclasses.dataclass(frozen=True)
-class DabDeformableDetrConfig(PyramidConfig):
+class DabDeformableDetrConfig(QueryConfig):
     """The model section, with the authors' defaults."""
 
     name: str = setting("dab_deformable_detr", choices=("dab_deformable_detr",))
     feedforward_dim: int = setting(2048, "width inside a feed-forward block", low=1)
     dropout: float = setting(0.0, "rate, in training", low=0, below=1, free=True)
-    num_queries: int = setting(300, "q", low=1)
-    epsilon: float = setting(1e-3, "of the inverse sigmoid", above=0)
+    sigmoid_epsilon: float = setting(1e-3, "references are kept this far from 0 and 1", above=0)
 
 
 class DabDeformableDetr(Pyramid):
@@ -38,7 +37,7 @@ class DabDeformableDetr(Pyramid):
         super().__init__(config, rngs=rngs)
         d, q, layers = config.hidden_dim, config.num_queries, config.num_decoder_layers
         self.decoder = RefiningDecoder(config.layer_shape, num_layers=layers, rngs=rngs)
-        self.heads = Heads(d, config.num_classes, copies=layers, large=True, rngs=rngs)
+        self.heads = Heads(config, copies=layers, large=True, rngs=rngs)
         self.content_embed = nnx.Param(standard_normal(rngs.params(), (q, d)))
         self.box_embed = nnx.Param(standard_normal(rngs.params(), (q, 4)))
         self.position_head = MLP(2 * d, d, d, rngs=rngs)
@@ -76,7 +75,7 @@ class DabDeformableDetr(Pyramid):
             boxes,
             memory,
             self.heads,
-            epsilon=config.epsilon,
+            epsilon=config.sigmoid_epsilon,
             **how,
         )
         details = {"features": features} | decoded.details if return_details else None

@@ -17,18 +17,17 @@ from dsct_jax.model.encoder import Memory
 from dsct_jax.model.layers import DropoutNoise, Linear, standard_normal
 from dsct_jax.model.position import XYWH, sine_of
 from dsct_jax.model.proposals import NormedLinear, Proposals, class_zero_topk, propose
-from dsct_jax.model.pyramid import Pyramid, PyramidConfig
+from dsct_jax.model.pyramid import Pyramid, QueryConfig
 from dsct_jax.model.refining_decoder import Heads, RefiningDecoder
 
 
 @dataclasses.dataclass(frozen=True)
-class DeformableDetrConfig(PyramidConfig):
+class DeformableDetrConfig(QueryConfig):
     """The model section, with the authors' defaults. H-Deformable-DETR has feedforward_dim 2048,
     dropout 0, everything below on, and 1500 one-to-many queries.
     """
 
     name: str = setting("deformable_detr", choices=("deformable_detr",))
-    num_queries: int = setting(300, "q", low=1)
     box_refinement: bool = setting(
         False, "each layer samples inside the box of the one before and refines it"
     )
@@ -67,7 +66,7 @@ class DeformableDetr(Pyramid):
         self.decoder = RefiningDecoder(config.layer_shape, num_layers=layers, rngs=rngs)
         copies = (layers if config.box_refinement else 1) + config.two_stage
         large = not config.two_stage
-        self.heads = Heads(d, config.num_classes, copies=copies, large=large, rngs=rngs)
+        self.heads = Heads(config, copies=copies, large=large, rngs=rngs)
         num_queries, width = config.num_queries + config.num_one_to_many, 2 * d
         if config.two_stage:
             width = d
@@ -114,6 +113,7 @@ class DeformableDetr(Pyramid):
             refines=config.box_refinement,
             look_forward_twice=config.look_forward_twice,
             hidden=hidden,
+            epsilon=config.sigmoid_epsilon,
             **how,
         )
         branches = self.branches(proposals, decoded.logits, decoded.boxes) if training else ()

@@ -16,19 +16,19 @@ from dsct_jax.config import setting
 from dsct_jax.model.layers import DropoutNoise
 from dsct_jax.model.position import XYWH, sine_of
 from dsct_jax.model.proposals import NormedLinear, per_level_nms, propose
-from dsct_jax.model.pyramid import Pyramid, PyramidConfig
+from dsct_jax.model.pyramid import Pyramid, QueryConfig
 from dsct_jax.model.refining_decoder import Heads, RefiningDecoder
 
 
 @dataclasses.dataclass(frozen=True)
-class DetaConfig(PyramidConfig):
+class DetaConfig(QueryConfig):
     """The model section, with the authors' defaults."""
 
     name: str = setting("deta", choices=("deta",))
     num_levels: int = setting(5, "l: C3, C4, C5 and stride-2 convolutions", low=3)
     feedforward_dim: int = setting(2048, "width inside a feed-forward block", low=1)
     dropout: float = setting(0.0, "rate, in training", low=0, below=1, free=True)
-    num_queries: int = setting(900, "q", low=1)
+    num_queries: int = setting(900, "how many people it can find", low=1)
     num_candidates: int = setting(1000, "tokens per level that enter suppression", low=1)
     proposal_iou: float = setting(0.9, "a proposal with more is a duplicate", low=0, high=1)
     first_stage_iou: float = setting(0.7, "from which an anchor is a person's", low=0, high=1)
@@ -46,7 +46,7 @@ class Deta(Pyramid):
         super().__init__(config, rngs=rngs)
         d, layers = config.hidden_dim, config.num_decoder_layers
         self.decoder = RefiningDecoder(config.layer_shape, num_layers=layers, rngs=rngs)
-        self.heads = Heads(d, config.num_classes, copies=layers + 1, large=False, rngs=rngs)
+        self.heads = Heads(config, copies=layers + 1, large=False, rngs=rngs)
         self.proposal_features = NormedLinear(d, d, rngs=rngs)
         self.proposal_positions = NormedLinear(2 * d, 2 * d, rngs=rngs)
         self.proposal_contents = NormedLinear(d, d, rngs=rngs)
@@ -81,7 +81,13 @@ class Deta(Pyramid):
         tokens = tokens + self.proposal_contents(chosen.features)
         dtype = memory.tokens.dtype
         decoded = self.decoder(
-            tokens.astype(dtype), positions.astype(dtype), chosen.boxes, memory, heads, **how
+            tokens.astype(dtype),
+            positions.astype(dtype),
+            chosen.boxes,
+            memory,
+            heads,
+            epsilon=config.sigmoid_epsilon,
+            **how,
         )
         first_stage = Overlap(
             jax.lax.stop_gradient(proposals.anchors),

@@ -25,19 +25,19 @@ from dsct_jax.model.denoising import (
 from dsct_jax.model.layers import MLP, DropoutNoise, LayerNorm, standard_normal, xavier_uniform
 from dsct_jax.model.position import sine_position
 from dsct_jax.model.proposals import NormedLinear, max_topk, propose
-from dsct_jax.model.pyramid import Pyramid, PyramidConfig
+from dsct_jax.model.pyramid import Pyramid, QueryConfig
 from dsct_jax.model.refining_decoder import Heads, RefiningDecoder
 
 
 @dataclasses.dataclass(frozen=True)
-class DinoConfig(PyramidConfig):
+class DinoConfig(QueryConfig):
     """The model section, with the authors' defaults."""
 
     name: str = setting("dino", choices=("dino",))
     feedforward_dim: int = setting(2048, "width inside a feed-forward block", low=1)
     dropout: float = setting(0.0, "rate, in training", low=0, below=1, free=True)
-    num_queries: int = setting(900, "q", low=1)
-    epsilon: float = setting(1e-3, "of the inverse sigmoid", above=0)
+    num_queries: int = setting(900, "how many people it can find", low=1)
+    sigmoid_epsilon: float = setting(1e-3, "references are kept this far from 0 and 1", above=0)
     position_temperature: float = setting(20.0, "of the features' positions", above=0)
     position_offset: float = setting(0.0, "of the first pixel's position", low=0, high=1)
     num_denoising: int = setting(100, "pairs of denoising queries, about; 0 = off", low=0)
@@ -55,8 +55,8 @@ class Dino(Pyramid):
         d, k, layers = config.hidden_dim, config.num_classes, config.num_decoder_layers
         self.decoder = RefiningDecoder(config.layer_shape, num_layers=layers, rngs=rngs)
         self.decoder_norm = LayerNorm(d, rngs=rngs)
-        self.heads = Heads(d, k, copies=1, large=False, rngs=rngs)
-        self.proposal_heads = Heads(d, k, copies=1, large=False, rngs=rngs)
+        self.heads = Heads(config, copies=1, large=False, rngs=rngs)
+        self.proposal_heads = Heads(config, copies=1, large=False, rngs=rngs)
         self.proposal_features = NormedLinear(d, d, rngs=rngs)
         self.position_head = MLP(2 * d, d, d, rngs=rngs)
         self.content_embed = nnx.Param(xavier_uniform(rngs.params(), (config.num_queries, d)))
@@ -100,7 +100,7 @@ class Dino(Pyramid):
         if people is not None and noise is not None and config.num_denoising:
             denoised, groups = self.denoising_queries(people, noise)
             extra = denoised.boxes.shape[1]
-            logits = query_logits(denoised, epsilon=config.epsilon)
+            logits = query_logits(denoised, epsilon=config.sigmoid_epsilon)
             content = embed_labels(self.label_embed[...], denoised.labels)
             content = jnp.where(denoised.exists[..., None], content, 0)
             tokens = jnp.concatenate([content, tokens], 1)
@@ -118,7 +118,7 @@ class Dino(Pyramid):
             memory,
             self.heads,
             look_forward_twice=True,
-            epsilon=config.epsilon,
+            epsilon=config.sigmoid_epsilon,
             norm=self.decoder_norm,
             hidden=None if hidden is None else jnp.asarray(hidden),
             **how,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from dsct_jax.batch import Predictions, Targets
 from dsct_jax.config import cannot_be_used, setting
 from dsct_jax.model.decoder import Decoder, FusionConfig, Queries
-from dsct_jax.model.heads import BoxHead, class_head
+from dsct_jax.model.heads import BoxHead, ClassHead
 from dsct_jax.model.layers import DropoutNoise, Linear, standard_normal
 from dsct_jax.model.pyramid import Pyramid, PyramidConfig
 
@@ -114,7 +114,7 @@ class DSCT(Pyramid):
             fusions=fusions,
             rngs=rngs,
         )
-        self.class_head = class_head(d, config.num_classes + 1, rngs=rngs)
+        self.class_head = ClassHead(d, config.num_classes, subject=True, rngs=rngs)
         self.box_head = BoxHead(d, refines=config.box_refinement, rngs=rngs)
 
     def __call__(

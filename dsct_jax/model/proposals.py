@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsct_jax.boxes import cxcywh_to_xyxy, iou_and_giou
 from dsct_jax.model.attention import SpatialShapes
 from dsct_jax.model.encoder import Memory, token_centers
-from dsct_jax.model.heads import BoxHead
+from dsct_jax.model.heads import BoxHead, ClassHead
 from dsct_jax.model.layers import LayerNorm, Linear, torch_uniform
 
 SIZE = 0.05  # of the boxes of the first level; doubles from level to level
@@ -35,7 +35,7 @@ class Proposals(NamedTuple):
 
     features: Float[Array, "b s d"]
     anchors: Float[Array, "b s 4"]  # the box that a token starts from
-    logits: Float[Array, "b s k"]
+    logits: Float[Array, "b s k+1"]
     boxes: Float[Array, "b s 4"]
 
     def take(self, index: Int[Array, "b q"]) -> "Proposals":
@@ -44,7 +44,7 @@ class Proposals(NamedTuple):
 
 
 def propose(
-    memory: Memory, project: NormedLinear, class_head: nnx.Linear, box_head: BoxHead
+    memory: Memory, project: NormedLinear, class_head: ClassHead, box_head: BoxHead
 ) -> Proposals:
     """Proposals of all tokens. One whose anchor is not well inside the image has the whole image as
     its anchor and its box, and the features of nothing.
@@ -77,7 +77,7 @@ def class_zero_topk(proposals: Proposals, k: int) -> Int[Array, "b k"]:
 
 def max_topk(proposals: Proposals, k: int) -> Int[Array, "b k"]:
     """The tokens with the highest logit of any class, best first (DINO)."""
-    return jax.lax.top_k(proposals.logits.max(-1), k)[1]
+    return jax.lax.top_k(proposals.logits[..., :-1].max(-1), k)[1]
 
 
 def per_level_nms(

@@ -81,6 +81,21 @@ class PyramidConfig:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class QueryConfig(PyramidConfig):
+    """Settings of the DETR family; the defaults are those of the authors of each."""
+
+    num_queries: int = setting(300, "how many people it can find", low=1)
+    sigmoid_epsilon: float = setting(
+        1e-5, "references are kept this far from 0 and 1 (detrex: 1e-3)", above=0, below=0.5
+    )
+    subject_logit: bool = setting(
+        False,
+        'True: "a subject" has a logit of its own; False, as published: it is the highest logit of '
+        "the classes",
+    )
+
+
 class InputProjection(nnx.Module):
     """Convolution to the hidden size and group normalisation over 32 groups: 1x1 for C3 to C5, 3x3
     with stride 2 for further levels.

@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float
 from dsct_jax.model.attention import LayerShape
 from dsct_jax.model.decoder import DecoderLayer, in_each_map
 from dsct_jax.model.encoder import Memory
-from dsct_jax.model.heads import INITIAL_SIZE, BoxHead, class_head, refine
+from dsct_jax.model.heads import INITIAL_SIZE, BoxHead, ClassHead, refine
 from dsct_jax.model.layers import LayerNorm, rematerialized
+from dsct_jax.model.pyramid import QueryConfig
 
 
 class Heads(nnx.Module):
@@ -23,9 +24,12 @@ class Heads(nnx.Module):
     another one for proposals.
     """
 
-    def __init__(self, d: int, num_classes: int, *, copies: int, large: bool, rngs: nnx.Rngs):
+    def __init__(self, config: QueryConfig, *, copies: int, large: bool, rngs: nnx.Rngs):
         """`large`: the first copy starts with boxes of a ninth of the image around its points."""
-        self.classes = nnx.List([class_head(d, num_classes, rngs=rngs) for _ in range(copies)])
+        d, k, subject = config.hidden_dim, config.num_classes, config.subject_logit
+        self.classes = nnx.List(
+            [ClassHead(d, k, subject=subject, rngs=rngs) for _ in range(copies)]
+        )
         sizes = [INITIAL_SIZE if large else 0.0] + [0.0] * (copies - 1)
         self.boxes = nnx.List([BoxHead(d, initial_size=size, rngs=rngs) for size in sizes])
 
@@ -50,7 +54,7 @@ class References(NamedTuple):
 class Decoded(NamedTuple):
     """What the layers say."""
 
-    logits: Float[Array, "layers b q k"]
+    logits: Float[Array, "layers b q k+1"]
     boxes: Float[Array, "layers b q 4"]
     details: dict[str, Any]
 
@@ -75,7 +79,7 @@ class RefiningDecoder(nnx.List):
         *,
         refines: bool = True,
         look_forward_twice: bool = False,
-        epsilon: float = 1e-5,
+        epsilon: float,
         norm: LayerNorm | None = None,
         hidden: Bool[Array, "#b #q q"] | None = None,
         remat: str,
