@@ -9,6 +9,10 @@ import jax
 from flax import nnx
 
 from dsct_jax.config import cannot_be_used, dataclass_from_dict
+from dsct_jax.model.anchor_detr import AnchorDETR, AnchorDetrConfig
+from dsct_jax.model.conditional_detr import ConditionalDETR, ConditionalDetrConfig
+from dsct_jax.model.dab_detr import DabDETR, DabDetrConfig
+from dsct_jax.model.detr import DETR, DetrConfig
 from dsct_jax.model.dsct import DSCT, DSCTConfig
 from dsct_jax.model.layers import NormStatistic
 
@@ -25,7 +29,13 @@ class Entry(NamedTuple):
     objective: str  # what training minimizes
 
 
-NETWORKS: dict[str, Entry] = {"dsct": Entry(DSCTConfig, DSCT, "set_prediction")}
+NETWORKS: dict[str, Entry] = {
+    "dsct": Entry(DSCTConfig, DSCT, "set_prediction"),
+    "detr": Entry(DetrConfig, DETR, "set_prediction"),
+    "conditional_detr": Entry(ConditionalDetrConfig, ConditionalDETR, "set_prediction"),
+    "dab_detr": Entry(DabDetrConfig, DabDETR, "set_prediction"),
+    "anchor_detr": Entry(AnchorDetrConfig, AnchorDETR, "set_prediction"),
+}
 
 
 def network_entry(section: Mapping[str, Any]) -> Entry:

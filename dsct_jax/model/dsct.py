@@ -9,45 +9,25 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dsct_jax.batch import Predictions, Targets
-from dsct_jax.config import cannot_be_used, check_settings, setting
+from dsct_jax.config import cannot_be_used, setting
 from dsct_jax.model.attention import LayerShape
 from dsct_jax.model.backbone import BACKBONES, ResNet
 from dsct_jax.model.decoder import Decoder, FusionConfig, Queries
 from dsct_jax.model.encoder import Encoder, Memory
-from dsct_jax.model.heads import BoxHead, class_head
-from dsct_jax.model.layers import (
-    REMAT,
-    Conv,
-    DropoutNoise,
-    GroupNorm,
-    Linear,
-    standard_normal,
-    xavier_uniform,
-)
+from dsct_jax.model.family import TransformerConfig
+from dsct_jax.model.heads import BoxHead, ClassHead
+from dsct_jax.model.layers import DropoutNoise, InputProjection, Linear, standard_normal
 from dsct_jax.model.position import resize_mask, sine_position, valid_ratio
 
 
 @dataclasses.dataclass(frozen=True)
-class DSCTConfig:
-    """The model section of a configuration, and the number of classes."""
+class DSCTConfig(TransformerConfig):
+    """The model section of a configuration."""
 
-    num_classes: int = setting(doc="k", shared=True, low=1)
-    name: str = setting("dsct", "a name of dsct_jax.model.build.NETWORKS", choices=("dsct",))
-    backbone: str = setting("resnet50", "a name of model.backbone.BACKBONES", choices=BACKBONES)
-    norm: str = setting(
-        "frozen_batch",
-        "frozen_batch: statistics and scale fixed, for pretrained weights; group: trainable, for "
-        "training from scratch",
-        choices=("frozen_batch", "group"),
-    )
-    hidden_dim: int = setting(256, "d", low=1)
-    num_heads: int = setting(8, "n", low=1)
+    name: str = setting("dsct", "DSCT", choices=("dsct",))
+    feedforward_dim: int = setting(1024, "width inside a feed-forward block", low=1)
     num_points: int = setting(4, "p, sampling points per head and level", low=1)
     num_levels: int = setting(4, "l: C3, C4, C5 and one stride-2 convolution of C5", low=3)
-    feedforward_dim: int = setting(1024, "width inside a feed-forward block", low=1)
-    num_encoder_layers: int = setting(6, "0 = the decoder reads the backbone's maps", low=0)
-    num_decoder_layers: int = setting(6, "each predicts, the last one is the answer", low=1)
-    dropout: float = setting(0.1, "rate, in training", low=0, below=1, free=True)
     num_subject_queries: int = setting(4, "N (Table 5: 4 for EMOTIC, 9 for CAER-S)", low=1)
     num_context_queries: int = setting(
         300, "M, taken from Deformable DETR; 0 = the Table 6 baseline", low=0
@@ -79,31 +59,13 @@ class DSCTConfig:
         "True: each layer samples inside the box of the one before and refines it (Zhu et al. "
         "2020)",
     )
-    compute_dtype: str = setting(
-        "float32",
-        "parameters, sampling locations, softmax, fusion, heads and losses are float32 in any case",
-        choices=("float32", "bfloat16"),
-        free=True,
-    )
-    remat: str = setting(
-        "light",
-        "what training computes twice to save memory. none; light: in encoder and decoder all but "
-        "matrix products, sampled attention and dropout's bits; layers: the matrix products too; "
-        "all: residual blocks too. docs/training_step.md has what each saves and costs",
-        choices=REMAT,
-        free=True,
-    )
 
     def __post_init__(self) -> None:
-        check_settings(self, "model")
+        super().__post_init__()
         neighbors = self.num_context_queries or max(
             self.num_spatial_neighbors, self.num_semantic_neighbors
         )
         rules = {
-            "hidden_dim": (
-                self.hidden_dim % self.num_heads == 0 and self.hidden_dim % 32 == 0,
-                f"divisible by config.model.num_heads ({self.num_heads}) and by 32",
-            ),
             "num_spatial_neighbors": (
                 self.num_spatial_neighbors <= neighbors,
                 f"at most config.model.num_context_queries ({neighbors})",
@@ -134,21 +96,6 @@ class DSCTConfig:
             self.num_semantic_neighbors,
             self.reweighting,
         )
-
-
-class InputProjection(nnx.Module):
-    """Convolution to the hidden size and group normalisation over 32 groups: 1x1 for C3 to C5, 3x3
-    with stride 2 for further levels.
-    """
-
-    def __init__(self, d_in: int, d: int, *, size: int, stride: int, rngs: nnx.Rngs):
-        self.conv = Conv(
-            d_in, d, size, stride=stride, use_bias=True, kernel_init=xavier_uniform, rngs=rngs
-        )
-        self.norm = GroupNorm(d, num_groups=32)
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        return self.norm(self.conv(x))
 
 
 class DSCT(nnx.Module):
@@ -189,7 +136,7 @@ class DSCT(nnx.Module):
         self.decoder = Decoder(
             shape, num_context=config.num_context_queries, fusions=fusions, rngs=rngs
         )
-        self.class_head = class_head(d, config.num_classes + 1, rngs=rngs)
+        self.class_head = ClassHead(d, config.num_classes, subject=True, rngs=rngs)
         self.box_head = BoxHead(d, refines=config.box_refinement, rngs=rngs)
 
     def __call__(

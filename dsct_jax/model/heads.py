@@ -1,5 +1,7 @@
 """Class and box heads, shared by all decoder layers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -72,12 +74,24 @@ class BoxHead(nnx.Module):
         return jnp.concatenate([points, jnp.broadcast_to(size[None, :, None], points.shape)], -1)
 
 
-def class_head(d: int, num_logits: int, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """One dense layer; `num_logits` is the number of classes plus the released extra logit."""
-    return Linear(
-        d,
-        num_logits,
-        kernel_init=torch_uniform(d),
-        bias_init=nnx.initializers.constant(CLASS_PRIOR_BIAS),
-        rngs=rngs,
-    )
+class ClassHead(Linear):
+    """One dense layer to the classes and "a subject". Without a logit for the `subject` that is the
+    highest of the classes.
+    """
+
+    def __init__(self, d: int, num_classes: int, *, subject: bool, rngs: nnx.Rngs):
+        self.subject = subject
+        super().__init__(
+            *(d, num_classes + subject),
+            kernel_init=torch_uniform(d),
+            bias_init=nnx.initializers.constant(CLASS_PRIOR_BIAS),
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, inputs: Float[Array, "*n d"], out_sharding: Any = None
+    ) -> Float[Array, "*n k1"]:
+        logits = super().__call__(inputs, out_sharding)
+        if self.subject:
+            return logits
+        return jnp.concatenate([logits, logits.max(-1, keepdims=True)], -1)
