@@ -2,6 +2,7 @@
 own place. Plain: every token of one level attends all of them.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -160,7 +161,7 @@ class PlainEncoder(nnx.List):
         positions: Float[Array, "b s d"],
         padding: Bool[Array, "b s"],
         *,
-        position_scale: MLP | None = None,
+        position_scale: Callable[[jax.Array], jax.Array] | None = None,
         noise: DropoutNoise | None,
         remat: str,
     ) -> Float[Array, "b s d"]:

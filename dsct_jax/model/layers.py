@@ -262,7 +262,7 @@ def dropout(
 
 
 class Conv(nnx.Module):
-    """2-D convolution, NHWC, padding k // 2 on every side (PyTorch's, not 'SAME').
+    """2-D convolution, NHWC, padding k // 2 (x dilation) on every side (PyTorch's, not 'SAME').
 
     A 1x1 kernel is a matrix product: 1.5 to 4 times faster than XLA's convolution on the CPU and
     the same elsewhere.
@@ -275,25 +275,28 @@ class Conv(nnx.Module):
         size: int,
         *,
         stride: int = 1,
+        dilation: int = 1,
         use_bias: bool = False,
         kernel_init=he_normal_fan_out,
+        bias_init=nnx.initializers.zeros,
         rngs: nnx.Rngs,
     ):
-        self.size, self.stride = size, stride
+        self.size, self.stride, self.dilation = size, stride, dilation
         self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, d_in, d_out), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(d_out)) if use_bias else None
+        self.bias = nnx.Param(bias_init(rngs.params(), (d_out,))) if use_bias else None
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         kernel = self.kernel[...].astype(x.dtype)
         if self.size == 1:
             x = matmul_2d(x[:, :: self.stride, :: self.stride], kernel, x.dtype)
         else:
-            pad = self.size // 2
+            pad = self.size // 2 * self.dilation
             x = jax.lax.conv_general_dilated(
                 x,
                 kernel,
                 (self.stride, self.stride),
                 ((pad, pad), (pad, pad)),
+                rhs_dilation=(self.dilation, self.dilation),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
         return x if self.bias is None else x + _as_row(self.bias[...].astype(x.dtype), 4)
@@ -349,3 +352,18 @@ class GroupNorm(nnx.Module):
         return jnp.repeat(channels.reshape(b, self.num_groups, size).mean(-1), size, axis=1)[
             :, None, None
         ]
+
+
+class InputProjection(nnx.Module):
+    """Convolution to the hidden size and group normalisation over 32 groups: 1x1 for C3 to C5, 3x3
+    with stride 2 for further levels.
+    """
+
+    def __init__(self, d_in: int, d: int, *, size: int, stride: int, rngs: nnx.Rngs):
+        self.conv = Conv(
+            d_in, d, size, stride=stride, use_bias=True, kernel_init=xavier_uniform, rngs=rngs
+        )
+        self.norm = GroupNorm(d, num_groups=32)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        return self.norm(self.conv(x))

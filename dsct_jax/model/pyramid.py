@@ -11,62 +11,22 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from dsct_jax.batch import Predictions, Targets
-from dsct_jax.config import cannot_be_used, check_settings, setting
+from dsct_jax.config import setting
 from dsct_jax.model.attention import LayerShape
 from dsct_jax.model.backbone import BACKBONES, ResNet
 from dsct_jax.model.encoder import Encoder, Memory
-from dsct_jax.model.layers import (
-    REMAT,
-    Conv,
-    DropoutNoise,
-    GroupNorm,
-    standard_normal,
-    xavier_uniform,
-)
+from dsct_jax.model.family import DetrFamilyConfig, TransformerConfig
+from dsct_jax.model.layers import DropoutNoise, InputProjection, standard_normal
 from dsct_jax.model.position import resize_mask, sine_position, valid_ratio
 
 
 @dataclasses.dataclass(frozen=True)
-class PyramidConfig:
-    """The fields that the networks share."""
+class PyramidConfig(TransformerConfig):
+    """Settings of every network that reads several levels."""
 
-    num_classes: int = setting(doc="k", shared=True, low=1)
-    name: str = setting("", "a name of dsct_jax.model.build.NETWORKS")
-    backbone: str = setting("resnet50", "a name of model.backbone.BACKBONES", choices=BACKBONES)
-    norm: str = setting(
-        "frozen_batch",
-        "frozen_batch: statistics and scale fixed, for pretrained weights; group: trainable, for "
-        "training from scratch",
-        choices=("frozen_batch", "group"),
-    )
-    hidden_dim: int = setting(256, "d", low=1)
-    num_heads: int = setting(8, "n", low=1)
-    num_points: int = setting(4, "p, sampling points per head and level", low=1)
-    num_levels: int = setting(4, "l: C3, C4, C5 and one stride-2 convolution of C5", low=3)
     feedforward_dim: int = setting(1024, "width inside a feed-forward block", low=1)
-    num_encoder_layers: int = setting(6, "0 = the decoder reads the backbone's maps", low=0)
-    num_decoder_layers: int = setting(6, "each predicts, the last one is the answer", low=1)
-    dropout: float = setting(0.1, "rate, in training", low=0, below=1, free=True)
-    compute_dtype: str = setting(
-        "float32",
-        "parameters, sampling locations, softmax, fusion, heads and losses are float32 in any case",
-        choices=("float32", "bfloat16"),
-        free=True,
-    )
-    remat: str = setting(
-        "light",
-        "what training computes twice to save memory. none; light: in encoder and decoder all but "
-        "matrix products, sampled attention and dropout's bits; layers: the matrix products too; "
-        "all: residual blocks too. docs/training_step.md has what each saves and costs",
-        choices=REMAT,
-        free=True,
-    )
-
-    def __post_init__(self) -> None:
-        check_settings(self, "model")
-        if self.hidden_dim % self.num_heads or self.hidden_dim % 32:
-            wanted = f"divisible by config.model.num_heads ({self.num_heads}) and by 32"
-            raise cannot_be_used("model.hidden_dim", self.hidden_dim, wanted)
+    num_points: int = setting(4, "p, sampling points per head and level", low=1)
+    num_levels: int = setting(4, "l: C3, C4, C5 and stride-2 convolutions, from C5 on", low=3)
 
     @property
     def layer_shape(self) -> LayerShape:
@@ -82,33 +42,8 @@ class PyramidConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class QueryConfig(PyramidConfig):
-    """Settings of the DETR family; the defaults are those of the authors of each."""
-
-    num_queries: int = setting(300, "how many people it can find", low=1)
-    sigmoid_epsilon: float = setting(
-        1e-5, "references are kept this far from 0 and 1 (detrex: 1e-3)", above=0, below=0.5
-    )
-    subject_logit: bool = setting(
-        False,
-        'True: "a subject" has a logit of its own; False, as published: it is the highest logit of '
-        "the classes",
-    )
-
-
-class InputProjection(nnx.Module):
-    """Convolution to the hidden size and group normalisation over 32 groups: 1x1 for C3 to C5, 3x3
-    with stride 2 for further levels.
-    """
-
-    def __init__(self, d_in: int, d: int, *, size: int, stride: int, rngs: nnx.Rngs):
-        self.conv = Conv(
-            d_in, d, size, stride=stride, use_bias=True, kernel_init=xavier_uniform, rngs=rngs
-        )
-        self.norm = GroupNorm(d, num_groups=32)
-
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        return self.norm(self.conv(x))
+class QueryConfig(PyramidConfig, DetrFamilyConfig):
+    """Settings of the DETR family's networks that read several levels."""
 
 
 class Pyramid(nnx.Module):
