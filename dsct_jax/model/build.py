@@ -11,11 +11,11 @@ from flax import nnx
 from dsct_jax.config import cannot_be_used, dataclass_from_dict
 from dsct_jax.model.anchor_detr import AnchorDETR, AnchorDetrConfig
 from dsct_jax.model.conditional_detr import ConditionalDETR, ConditionalDetrConfig
-from dsct_jax.model.dab_detr import DabDETR, DabDetrConfig
-from dsct_jax.model.detr import DETR, DetrConfig
 from dsct_jax.model.dab_deformable_detr import DabDeformableDetr, DabDeformableDetrConfig
+from dsct_jax.model.dab_detr import DabDETR, DabDetrConfig
 from dsct_jax.model.deformable_detr import DeformableDetr, DeformableDetrConfig
 from dsct_jax.model.deta import Deta, DetaConfig
+from dsct_jax.model.detr import DETR, DetrConfig
 from dsct_jax.model.dino import Dino, DinoConfig
 from dsct_jax.model.dsct import DSCT, DSCTConfig
 from dsct_jax.model.layers import NormStatistic

@@ -278,12 +278,14 @@ class Conv(nnx.Module):
         dilation: int = 1,
         use_bias: bool = False,
         kernel_init=he_normal_fan_out,
-        bias_init=nnx.initializers.zeros,
+        bias_init: Initializer | None = None,
         rngs: nnx.Rngs,
     ):
         self.size, self.stride, self.dilation = size, stride, dilation
         self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, d_in, d_out), jnp.float32))
-        self.bias = nnx.Param(bias_init(rngs.params(), (d_out,))) if use_bias else None
+        # without an initializer zeros, for which no key is drawn: older seeds give the same weights
+        start = bias_init(rngs.params(), (d_out,)) if bias_init else jnp.zeros(d_out)
+        self.bias = nnx.Param(start) if use_bias else None
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         kernel = self.kernel[...].astype(x.dtype)

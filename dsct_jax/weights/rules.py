@@ -44,6 +44,8 @@ class TensorLayout:
     # our `repeated_per`
     repeated: str = r"(?!)"
     repeated_per: str = ""
+    # (prefix, regex): names that the file holds once more below the prefix
+    copied: tuple[str, str] = ("", r"(?!)")
     # fields of config.model without which such a file does not fit, and what else its code computes
     requires: tuple[tuple[str, Any], ...] = ()
     computes: tuple[tuple[str, Any], ...] = ()
@@ -61,12 +63,12 @@ _PARTS = {  # of a module: (PyTorch, ours, layout)
 _ATTENTION = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 
 
-def _module(kind: str, torch: str, ours: str) -> list[Rule]:
+def module_rules(kind: str, torch: str, ours: str) -> list[Rule]:
     return [(f"{torch}.{theirs}", f"{ours}/{mine}", how) for theirs, mine, how in _PARTS[kind]]
 
 
 def _deformable_attention(torch: str, ours: str) -> list[Rule]:
-    parts = (_module("linear", f"{torch}.{part}", f"{ours}/{part}") for part in _ATTENTION)
+    parts = (module_rules("linear", f"{torch}.{part}", f"{ours}/{part}") for part in _ATTENTION)
     return [rule for rules in parts for rule in rules]
 
 
@@ -74,7 +76,7 @@ def _packed_projections(torch: str, ours: str) -> list[Rule]:
     return [
         (theirs, mine, f"{how}:{i}")
         for i, part in enumerate("qkv")
-        for theirs, mine, how in _module("linear", f"{torch}.{part}_proj", ours)
+        for theirs, mine, how in module_rules("linear", f"{torch}.{part}_proj", ours)
     ]
 
 
@@ -93,25 +95,30 @@ def resnet_rules(torch: str, ours: str) -> list[Rule]:
         convs.append((f"{block}.conv{c + 1}", f"{mine}/convs/{c}"))
         norms.append((f"{block}.bn{c + 1}", f"{mine}/norms/{c}"))
     rules: list[Rule] = [(f"{conv}.weight", f"{path}/kernel", "conv") for conv, path in convs]
-    return rules + [rule for pair in norms for rule in _module("batch_norm", *pair)]
+    return rules + [rule for pair in norms for rule in module_rules("batch_norm", *pair)]
 
 
 _ENCODER, _DECODER = "transformer.encoder.layers.{i}", "transformer.decoder.layers.{i}"
-_ORIGINAL_TRANSFORMER: tuple[Rule, ...] = (
+DEFORMABLE_TRANSFORMER: tuple[Rule, ...] = (
     *resnet_rules("backbone.0.body.", "backbone"),
-    *_module("conv", "input_proj.{i}.0", "input_proj/{i}/conv"),
-    *_module("norm", "input_proj.{i}.1", "input_proj/{i}/norm"),
+    *module_rules("conv", "input_proj.{i}.0", "input_proj/{i}/conv"),
+    *module_rules("norm", "input_proj.{i}.1", "input_proj/{i}/norm"),
     ("transformer.level_embed", "level_embed", "same"),
     *_deformable_attention(f"{_ENCODER}.self_attn", "encoder/{i}/self_attention"),
-    *_module("norm", f"{_ENCODER}.norm{{n}}", "encoder/{i}/norm{n}"),
-    *_module("linear", f"{_ENCODER}.linear{{n}}", "encoder/{i}/feedforward/linear{n}"),
+    *module_rules("norm", f"{_ENCODER}.norm{{n}}", "encoder/{i}/norm{n}"),
+    *module_rules("linear", f"{_ENCODER}.linear{{n}}", "encoder/{i}/feedforward/linear{n}"),
     *_deformable_attention(f"{_DECODER}.cross_attn", "decoder/{i}/cross_attention"),
     (f"{_DECODER}.self_attn.in_proj_weight", "decoder/{i}/self_attention/in_proj/kernel", "linear"),
     (f"{_DECODER}.self_attn.in_proj_bias", "decoder/{i}/self_attention/in_proj/bias", "same"),
-    *_module("linear", f"{_DECODER}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
-    *_module("norm", f"{_DECODER}.norm{{n}}", "decoder/{i}/norm{n}"),
-    *_module("linear", f"{_DECODER}.linear{{n}}", "decoder/{i}/feedforward/linear{n}"),
-    *_module("linear", "transformer.reference_points", "reference_points"),
+    *module_rules(
+        "linear", f"{_DECODER}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"
+    ),
+    *module_rules("norm", f"{_DECODER}.norm{{n}}", "decoder/{i}/norm{n}"),
+    *module_rules("linear", f"{_DECODER}.linear{{n}}", "decoder/{i}/feedforward/linear{n}"),
+)
+_ORIGINAL_TRANSFORMER: tuple[Rule, ...] = (
+    *DEFORMABLE_TRANSFORMER,
+    *module_rules("linear", "transformer.reference_points", "reference_points"),
     ("query_embed.weight", "context_queries", "same"),
 )
 
@@ -119,21 +126,23 @@ _HF_BACKBONE = "model.backbone.conv_encoder.model."
 _HF_ENCODER, _HF_DECODER = "model.encoder.layers.{i}", "model.decoder.layers.{i}"
 _HUGGING_FACE: tuple[Rule, ...] = (
     *resnet_rules(_HF_BACKBONE, "backbone"),
-    *_module("conv", "model.input_proj.{i}.0", "input_proj/{i}/conv"),
-    *_module("norm", "model.input_proj.{i}.1", "input_proj/{i}/norm"),
+    *module_rules("conv", "model.input_proj.{i}.0", "input_proj/{i}/conv"),
+    *module_rules("norm", "model.input_proj.{i}.1", "input_proj/{i}/norm"),
     ("model.level_embed", "level_embed", "same"),
     *_deformable_attention(f"{_HF_ENCODER}.self_attn", "encoder/{i}/self_attention"),
-    *_module("norm", f"{_HF_ENCODER}.self_attn_layer_norm", "encoder/{i}/norm1"),
-    *_module("norm", f"{_HF_ENCODER}.final_layer_norm", "encoder/{i}/norm2"),
-    *_module("linear", f"{_HF_ENCODER}.fc{{n}}", "encoder/{i}/feedforward/linear{n}"),
+    *module_rules("norm", f"{_HF_ENCODER}.self_attn_layer_norm", "encoder/{i}/norm1"),
+    *module_rules("norm", f"{_HF_ENCODER}.final_layer_norm", "encoder/{i}/norm2"),
+    *module_rules("linear", f"{_HF_ENCODER}.fc{{n}}", "encoder/{i}/feedforward/linear{n}"),
     *_deformable_attention(f"{_HF_DECODER}.encoder_attn", "decoder/{i}/cross_attention"),
     *_packed_projections(f"{_HF_DECODER}.self_attn", "decoder/{i}/self_attention/in_proj"),
-    *_module("linear", f"{_HF_DECODER}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
-    *_module("norm", f"{_HF_DECODER}.encoder_attn_layer_norm", "decoder/{i}/norm1"),
-    *_module("norm", f"{_HF_DECODER}.self_attn_layer_norm", "decoder/{i}/norm2"),
-    *_module("norm", f"{_HF_DECODER}.final_layer_norm", "decoder/{i}/norm3"),
-    *_module("linear", f"{_HF_DECODER}.fc{{n}}", "decoder/{i}/feedforward/linear{n}"),
-    *_module("linear", "model.reference_points", "reference_points"),
+    *module_rules(
+        "linear", f"{_HF_DECODER}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"
+    ),
+    *module_rules("norm", f"{_HF_DECODER}.encoder_attn_layer_norm", "decoder/{i}/norm1"),
+    *module_rules("norm", f"{_HF_DECODER}.self_attn_layer_norm", "decoder/{i}/norm2"),
+    *module_rules("norm", f"{_HF_DECODER}.final_layer_norm", "decoder/{i}/norm3"),
+    *module_rules("linear", f"{_HF_DECODER}.fc{{n}}", "decoder/{i}/feedforward/linear{n}"),
+    *module_rules("linear", "model.reference_points", "reference_points"),
     ("model.query_position_embeddings.weight", "context_queries", "same"),
 )
 
@@ -200,8 +209,8 @@ HUGGING_FACE = TensorLayout(
 RELEASED: tuple[Rule, ...] = (
     *_ORIGINAL_TRANSFORMER,
     ("query_embed_dsct.weight", "subject_queries", "same"),
-    *_module("linear", "class_embed_dsct.0", "class_head"),
-    *_module("linear", "bbox_embed_dsct.0.layers.{n}", "box_head/layer{n}"),
+    *module_rules("linear", "class_embed_dsct.0", "class_head"),
+    *module_rules("linear", "bbox_embed_dsct.0.layers.{n}", "box_head/layer{n}"),
 )
 
 DSCT = TensorLayout(
@@ -278,8 +287,7 @@ def translate(
     for name, tensor in state.items():
         if re.fullmatch(layout.left_out, name):
             left_out.append(name)
-        elif repeated := re.fullmatch(layout.repeated, name):
-            original = f"{repeated[1]}.0.{repeated[3]}"
+        elif original := _original(name, layout):
             left_out.append(name)
             if original not in state or not np.array_equal(state[original], tensor):
                 problems.append(f"{name} differs from {original}, which it should repeat")
@@ -303,6 +311,15 @@ def translate(
     taken = tuple(name for path in arrays for name, _ in pieces[path].values())
     unmatched = tuple(path for path in shapes if not has_rule(path, layout))
     return Translation(arrays, taken, tuple(left_out), unmatched, tuple(problems))
+
+
+def _original(name: str, layout: TensorLayout) -> str | None:
+    """The tensor that this one repeats, if it is a copy."""
+    prefix, copied = layout.copied
+    if name.startswith(prefix) and re.fullmatch(copied, name.removeprefix(prefix)):
+        return name.removeprefix(prefix)
+    repeated = re.fullmatch(layout.repeated, name)
+    return f"{repeated[1]}.0.{repeated[3]}" if repeated else None
 
 
 def _place(
@@ -354,7 +371,8 @@ def to_torch(
             state[name] = tensor
             copies = [name.replace(".0.", f".{i}.", 1) for i in range(1, len(layers))]
             state |= {copy: tensor for copy in copies if re.fullmatch(layout.repeated, copy)}
-    return state
+    prefix, copied = layout.copied
+    return state | {f"{prefix}{name}": x for name, x in state.items() if re.fullmatch(copied, name)}
 
 
 def has_rule(path: str, layout: TensorLayout) -> bool:

@@ -1,0 +1,94 @@
+"""Published names of the deformable networks of the DETR family."""
+
+from typing import Any
+
+from dsct_jax.weights.rules import DEFORMABLE_TRANSFORMER, Rule, TensorLayout, module_rules
+
+
+def _normed(torch: str, ours: str) -> list[Rule]:
+    torch = f"transformer.{torch}"
+    return [
+        *module_rules("linear", torch, f"{ours}/linear"),
+        *module_rules("norm", f"{torch}_norm", f"{ours}/norm"),
+    ]
+
+
+def _mlp(torch: str, ours: str) -> list[Rule]:
+    return module_rules("linear", f"{torch}.layers.{{n}}", ours)
+
+
+_HEADS = (
+    *module_rules("linear", "class_embed.{i}", "heads/classes/{i}"),
+    *_mlp("bbox_embed.{i}", "heads/boxes/{i}/layer{n}"),
+)
+_COMMON = (*DEFORMABLE_TRANSFORMER, *_HEADS)
+_QUERIES: Rule = ("query_embed.weight", "query_embed", "same")
+_PROPOSALS = _normed("enc_output", "proposal_features")
+_TWO_STAGE = (*_COMMON, *_PROPOSALS, *_normed("pos_trans", "proposal_positions"))
+_POSITION_HEAD = _mlp("transformer.decoder.ref_point_head", "position_head/{n}")
+_BOXES = ("transformer.decoder.", r"bbox_embed\..+")
+_BOTH = ("transformer.decoder.", r"(class|bbox)_embed\..+")
+_SHARED = r"(class_embed|bbox_embed)\.([1-9]\d*)\.(.+)"
+
+
+def _layout(title: str, rules: tuple[Rule, ...], **how: Any) -> TensorLayout:
+    """Not recognized among files: the configuration says which network they are of."""
+    return TensorLayout(
+        title=f"{title} (the authors' code)",
+        marker=r"(?!)",
+        rules=rules,
+        left_out=r".*\.num_batches_tracked",
+        repeated_per="decoder",
+        requires=(("norm", "frozen_batch"), ("subject_logit", False)),
+        **how,
+    )
+
+
+DEFORMABLE = _layout(
+    "Deformable DETR",
+    (
+        *_COMMON,
+        _QUERIES,
+        *module_rules("linear", "transformer.reference_points", "reference_points"),
+    ),
+    repeated=_SHARED,
+)
+REFINED = _layout("Deformable DETR with box refinement", DEFORMABLE.rules, copied=_BOXES)
+TWO_STAGE = _layout("two-stage Deformable DETR", (*_TWO_STAGE, _QUERIES), copied=_BOTH)
+DAB_DEFORMABLE = _layout(
+    "DAB-Deformable-DETR",
+    (
+        *_COMMON,
+        *_POSITION_HEAD,
+        *_mlp("transformer.decoder.query_scale", "position_scale/{n}"),
+        ("tgt_embed.weight", "content_embed", "same"),
+        ("refpoint_embed.weight", "box_embed", "same"),
+    ),
+    copied=_BOXES,
+)
+DETA = _layout("DETA", (*_TWO_STAGE, *_normed("pix_trans", "proposal_contents")), copied=_BOTH)
+DINO = _layout(
+    "DINO",
+    (
+        *_COMMON,
+        *_PROPOSALS,
+        *_POSITION_HEAD,
+        *module_rules("norm", "transformer.decoder.norm", "decoder_norm"),
+        *module_rules("linear", "transformer.enc_out_class_embed", "proposal_heads/classes/0"),
+        *_mlp("transformer.enc_out_bbox_embed", "proposal_heads/boxes/0/layer{n}"),
+        ("transformer.tgt_embed.weight", "content_embed", "same"),
+        ("label_enc.weight", "label_embed", "same"),
+    ),
+    repeated=_SHARED,
+    copied=_BOTH,
+)
+
+
+def layout_of(section: object) -> TensorLayout:
+    """How a network's authors name its tensors; `section` is its configuration."""
+    name = getattr(section, "name", "")
+    if name != "deformable_detr":
+        return {"dab_deformable_detr": DAB_DEFORMABLE, "deta": DETA, "dino": DINO}[name]
+    if getattr(section, "two_stage", False):
+        return TWO_STAGE
+    return REFINED if getattr(section, "box_refinement", False) else DEFORMABLE
