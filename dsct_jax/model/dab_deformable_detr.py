@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from dsct_jax.batch import Predictions, Targets
 from dsct_jax.config import setting
+from dsct_jax.model.encoder import Memory
 from dsct_jax.model.layers import MLP, DropoutNoise, standard_normal
 from dsct_jax.model.position import YXWH, sine_of
 from dsct_jax.model.pyramid import Pyramid, QueryConfig
@@ -64,7 +65,7 @@ class DabDeformableDetr(Pyramid):
         boxes = jnp.broadcast_to(jax.nn.sigmoid(self.box_embed[...]), (b, *self.box_embed.shape))
 
         def positions(layer: int, tokens: jax.Array, references: jax.Array) -> jax.Array:
-            position = box_positions(self.position_head, references, memory.valid_ratios)
+            position = self.position_head(box_waves(references, memory))
             if layer > 0:
                 position = position * self.position_scale(tokens.astype(jnp.float32))
             return position.astype(dtype)
@@ -82,9 +83,7 @@ class DabDeformableDetr(Pyramid):
         return Predictions(decoded.logits, decoded.boxes, details)
 
 
-def box_positions(
-    head: MLP, boxes: Float[Array, "b q 4"], valid_ratios: Float[Array, "b l 2"]
-) -> Float[Array, "b q d"]:
-    """Where queries are, of their boxes on the padded canvas."""
-    padded = boxes * jnp.tile(valid_ratios[:, :1], 2)
-    return head(sine_of(padded, head[-1].out_features // 2, order=YXWH))
+def box_waves(boxes: Float[Array, "b q 4"], memory: Memory) -> Float[Array, "b q e"]:
+    """Waves of boxes on the padded canvas; e is twice the width of the memory."""
+    padded = boxes * jnp.tile(memory.valid_ratios[:, :1], 2)
+    return sine_of(padded, memory.tokens.shape[-1] // 2, order=YXWH)

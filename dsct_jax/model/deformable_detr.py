@@ -94,11 +94,12 @@ class DeformableDetr(Pyramid):
         how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
         features, memory = self.read(features, padding_mask, **how)
         training, q = noise is not None, config.num_queries
-        proposals = hidden = None
+        proposals = index = hidden = None
         if config.two_stage:
             extra = config.num_one_to_many if training else 0
             proposals = self.propose(memory)
-            queries = self.proposed_queries(proposals, q + extra)
+            index = class_zero_topk(proposals, q + extra)
+            queries = self.proposed_queries(proposals.take(index))
             one_to_one = np.arange(q + extra) < q
             hidden = jnp.asarray(one_to_one != one_to_one[:, None])[None] if extra else None
         else:
@@ -120,7 +121,7 @@ class DeformableDetr(Pyramid):
         return Predictions(
             decoded.logits[:, :, :q],
             decoded.boxes[:, :, :q],
-            {"features": features, "proposals": proposals} | decoded.details
+            {"features": features, "proposals": proposals, "selected": index} | decoded.details
             if return_details
             else None,
             branches,
@@ -137,18 +138,15 @@ class DeformableDetr(Pyramid):
         heads = self.heads
         return propose(memory, self.proposal_features, heads.classes[-1], heads.boxes[-1])
 
-    def proposed_queries(
-        self, proposals: Proposals, q: int
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What each query holds, where it is, and its box: of the `q` best proposals."""
-        chosen = proposals.take(class_zero_topk(proposals, q))
+    def proposed_queries(self, chosen: Proposals) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What each query holds, where it is, and its box: that of a proposal."""
         references = jax.lax.stop_gradient(chosen.boxes)
         embedding = self.proposal_positions(
             sine_of(references, self.config.hidden_dim // 2, order=XYWH)
         )
         positions, tokens = jnp.split(embedding, 2, -1)
         if self.config.mixed_selection:
-            tokens = jnp.broadcast_to(self.query_embed[:q][None], tokens.shape)
+            tokens = jnp.broadcast_to(self.query_embed[: tokens.shape[1]][None], tokens.shape)
         return tokens, positions, references
 
     def branches(

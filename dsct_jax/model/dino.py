@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from dsct_jax.batch import Branch, Hungarian, Known, Predictions, Targets
 from dsct_jax.config import setting
-from dsct_jax.model.dab_deformable_detr import box_positions
+from dsct_jax.model.dab_deformable_detr import box_waves
 from dsct_jax.model.denoising import (
     NoisyPeople,
     embed_labels,
@@ -95,7 +95,7 @@ class Dino(Pyramid):
         tokens = jnp.broadcast_to(
             self.content_embed[...], (memory.tokens.shape[0], *self.content_embed.shape)
         )
-        denoised = hidden = None
+        denoised = hidden = logits = content = None
         extra = 0  # denoising queries, which come first
         if people is not None and noise is not None and config.num_denoising:
             denoised, groups = self.denoising_queries(people, noise)
@@ -108,8 +108,7 @@ class Dino(Pyramid):
             hidden = hidden_queries(groups, extra // groups, config.num_queries)[None]
 
         def positions(layer: int, tokens: jax.Array, references: jax.Array) -> jax.Array:
-            position = box_positions(self.position_head, references, memory.valid_ratios)
-            return position.astype(tokens.dtype)
+            return self.position_head(box_waves(references, memory)).astype(tokens.dtype)
 
         decoded = self.decoder(
             tokens.astype(memory.tokens.dtype),
@@ -123,10 +122,9 @@ class Dino(Pyramid):
             hidden=None if hidden is None else jnp.asarray(hidden),
             **how,
         )
-        logits, boxes = decoded.logits, decoded.boxes
         branches = [Branch(chosen.logits[None], chosen.boxes[None], Hungarian(), "encoder")]
         if denoised is not None:
-            noised = (logits[:, :, :extra], boxes[:, :, :extra])
+            noised = (decoded.logits[:, :, :extra], decoded.boxes[:, :, :extra])
             real = denoised.exists & ~denoised.negative  # the others say that nobody is there
             known = Known(jnp.where(real, denoised.people, -1), groups)
             branches.append(Branch(*noised, known, "denoising"))
@@ -134,11 +132,11 @@ class Dino(Pyramid):
             "features": features,
             "proposals": proposals,
             "selected": index,
-            "denoising": denoised,
+            "denoising": (content, logits, hidden),
         }
         return Predictions(
-            logits[:, :, extra:],
-            boxes[:, :, extra:],
+            decoded.logits[:, :, extra:],
+            decoded.boxes[:, :, extra:],
             details | decoded.details if return_details else None,
             tuple(branches) if noise is not None else (),
         )
