@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsct_jax.batch import Batch, Branch, Hungarian, Known, Overlap, Predictions
 from dsct_jax.training.config import LossConfig, MatcherConfig
-from dsct_jax.training.losses import LossSums, count_boxes, loss_sums
+from dsct_jax.training.losses import LossSums, count_boxes, loss_sums, no_object_total
 from dsct_jax.training.matching import (
     assign_by_overlap,
     assign_on_device,
@@ -89,8 +89,17 @@ class SetPrediction:
         return match_on_host if self.matcher.implementation == "scipy" else None
 
     def totals(self, batch: Batch) -> dict[str, Float[Array, ""]]:
-        """`num_boxes`, the people of the batch."""
-        return {"num_boxes": count_boxes(batch.targets.valid)}
+        """`num_boxes`, the people of the batch; what else the class loss needs to be a mean."""
+        targets = batch.targets
+        totals = {"num_boxes": count_boxes(targets.valid)}
+        if self.loss.class_loss == "no_object":
+            weights = jnp.asarray(self.loss.class_weights or (1.0,), jnp.float32)
+            totals["num_images"] = batch.real.sum().astype(jnp.float32)
+            totals["num_people"] = targets.valid.sum().astype(jnp.float32)
+            totals["label_weight"] = jnp.where(
+                targets.valid, (targets.labels * weights).sum(-1), 0
+            ).sum()
+        return totals
 
     def prepare(self, predictions: Predictions, batch: Batch) -> Any:
         """The matching problem for the host, or its solution by the device."""
@@ -102,6 +111,7 @@ class SetPrediction:
                 batch.targets,
                 config=self.matcher,
                 multi_label=self.multi_label,
+                loss=self.loss,
             )
             if isinstance(branch.assignment, Hungarian)
             else None
@@ -133,13 +143,17 @@ class SetPrediction:
         self, branch: Branch, batch: Batch, matched: Any, totals: dict[str, Any]
     ) -> LossSums:
         assignment, counted = _assign(branch, batch, matched)
+        repeats, class_total = branch.assignment.repeats, None
+        if self.loss.class_loss == "no_object":
+            class_total = no_object_total(totals, assignment.shape[-1], repeats, self.loss)
         return loss_sums(
             branch.logits,
             branch.boxes,
             batch.targets,
             assignment,
             counted=counted,
-            num_boxes=totals["num_boxes"] * branch.assignment.repeats,
+            num_boxes=totals["num_boxes"] * repeats,
+            class_total=class_total,
             config=self.loss,
             multi_label=self.multi_label,
         )
