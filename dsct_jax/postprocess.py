@@ -109,7 +109,7 @@ class Decoder:
     """How the outputs of one model are read, with what was fitted to its weights on validation.
 
     Training gave the last logit its meaning "this is a person" (`subject_logit`) for every
-    multi-label model and with the softmax loss; see `Decoder.unfitted`.
+    multi-label model and with a softmax loss; see `Decoder.unfitted`.
     """
 
     class_names: tuple[str, ...]
@@ -138,7 +138,7 @@ class Decoder:
         cls, class_names: Sequence[str], *, multi_label: bool, class_loss: str
     ) -> "Decoder":
         """The decoder of weights trained with `class_loss`, before anything is fitted."""
-        return cls(tuple(class_names), multi_label, multi_label or class_loss == "softmax")
+        return cls(tuple(class_names), multi_label, multi_label or class_loss != "focal")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -38,7 +38,8 @@ from dsct_jax.commands.flags import add_checkpoint, load_model
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model, load
 from dsct_jax.preprocess import MEAN, STD, Size
-from dsct_jax.weights.rules import EXPORTS, has_rule, to_torch
+from dsct_jax.weights.layouts import EXPORTS
+from dsct_jax.weights.rules import has_rule, to_torch
 from dsct_jax.weights.tensor_files import write_npz, write_pth
 
 FORMATS = ("stablehlo", "safetensors", "torch", "onnx")

@@ -15,12 +15,13 @@ from dsct_jax.model.encoder import FeedForward, PlainEncoder
 from dsct_jax.model.family import C5Config, C5Network, PlainMemory, for_images, plain_shape
 from dsct_jax.model.heads import BoxHead
 from dsct_jax.model.layers import (
-    MLP,
     DropoutNoise,
     LayerNorm,
+    Linear,
     dropout,
     rematerialized,
     standard_normal,
+    torch_uniform,
 )
 
 
@@ -82,7 +83,10 @@ class DETR(C5Network):
             [DetrDecoderLayer(shape, rngs=rngs) for _ in range(config.num_decoder_layers)]
         )
         self.decoder_norm = LayerNorm(d, rngs=rngs)
-        self.class_head = MLP(d, config.num_classes + 1, xavier=False, rngs=rngs)
+        start = torch_uniform(d)
+        self.class_head = Linear(
+            d, config.num_classes + 1, kernel_init=start, bias_init=start, rngs=rngs
+        )
         self.box_head = BoxHead(d, initial_size=None, rngs=rngs)
 
     def detect(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from dsct_jax.batch import Overlap, Targets
 from dsct_jax.boxes import cxcywh_to_xyxy, iou_and_giou

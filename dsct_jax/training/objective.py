@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsct_jax.batch import Batch, Branch, Hungarian, Known, Overlap, Predictions, Targets
 from dsct_jax.training.assignment import assign_by_overlap
 from dsct_jax.training.config import LossConfig, MatcherConfig
-from dsct_jax.training.losses import LossSums, count_boxes, loss_sums
+from dsct_jax.training.losses import LossSums, count_boxes, loss_sums, no_object_total
 from dsct_jax.training.matching import (
     assign_on_device,
     assign_on_host,
@@ -89,8 +89,17 @@ class SetPrediction:
         return match_on_host if self.matcher.implementation == "scipy" else None
 
     def totals(self, batch: Batch) -> dict[str, Float[Array, ""]]:
-        """`num_boxes`, the people of the batch."""
-        return {"num_boxes": count_boxes(batch.targets.valid)}
+        """`num_boxes`, the people of the batch; what else the class loss needs to be a mean."""
+        targets = batch.targets
+        totals = {"num_boxes": count_boxes(targets.valid)}
+        if self.loss.class_loss == "no_object":
+            weights = jnp.asarray(self.loss.class_weights or (1.0,), jnp.float32)
+            totals["num_images"] = batch.real.sum().astype(jnp.float32)
+            totals["num_people"] = targets.valid.sum().astype(jnp.float32)
+            totals["label_weight"] = jnp.where(
+                targets.valid, (targets.labels * weights).sum(-1), 0
+            ).sum()
+        return totals
 
     def prepare(self, predictions: Predictions, batch: Batch) -> Any:
         """The matching problem for the host, or its solution by the device."""
@@ -102,6 +111,7 @@ class SetPrediction:
                 _people(branch, batch.targets),
                 config=self.matcher,
                 multi_label=self.multi_label,
+                loss=self.loss,
             )
             if isinstance(branch.assignment, Hungarian)
             else None
@@ -132,15 +142,18 @@ class SetPrediction:
     def _branch_sums(
         self, branch: Branch, batch: Batch, matched: Any, totals: dict[str, Any]
     ) -> LossSums:
-        boxes, box_assignment, copies = branch.boxes, None, branch.assignment.repeats
+        boxes, box_assignment, repeats = branch.boxes, None, branch.assignment.repeats
         if isinstance(branch.assignment, Overlap):  # a query may answer for several people
-            pairs, copies = assign_by_overlap(batch.targets, branch.assignment), 1
+            pairs, repeats = assign_by_overlap(batch.targets, branch.assignment), 1
             layers, _, q = branch.logits.shape[:3]
             queries, people, matched = (
                 jnp.broadcast_to(x, (layers, *x.shape)) for x in (*pairs.flat, pairs.of_queries(q))
             )
             boxes, box_assignment = jnp.take_along_axis(boxes, queries[..., None], 2), people
         assignment, counted = _assign(branch, batch, matched)
+        class_total = None
+        if self.loss.class_loss == "no_object":
+            class_total = no_object_total(totals, assignment.shape[-1], repeats, self.loss)
         return loss_sums(
             branch.logits,
             boxes,
@@ -148,7 +161,8 @@ class SetPrediction:
             assignment,
             box_assignment=box_assignment,
             counted=counted,
-            num_boxes=totals["num_boxes"] * copies,
+            num_boxes=totals["num_boxes"] * repeats,
+            class_total=class_total,
             config=self.loss,
             multi_label=self.multi_label,
         )

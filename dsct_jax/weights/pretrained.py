@@ -17,12 +17,19 @@ import numpy as np
 from dsct_jax.config import differences
 from dsct_jax.errors import UserError
 from dsct_jax.model.build import FlatParams, Network
+from dsct_jax.weights.layouts import LAYOUTS, detect_layout
 from dsct_jax.weights.native import is_native, read_native
-from dsct_jax.weights.rules import TensorLayout, Translation, detect_layout, require_fit, translate
+from dsct_jax.weights.rules import (
+    TensorLayout,
+    Translation,
+    original_of,
+    require_fit,
+    torch_names,
+    translate,
+)
 from dsct_jax.weights.tensor_files import read_tensors
 
-_CLASS_HEAD = re.compile(r"class_head/.*")
-_RELEASED_CLASS_BIAS = "class_embed_dsct.0.bias"
+_CLASS_HEAD = re.compile(r"class_head/.*|label_embed")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -62,7 +69,7 @@ def load_pretrained(
         tensors = _strip_ddp_prefix(read_tensors(path))
         layout = detect_layout(tensors)
         if layout is None:
-            known = "a torchvision ResNet, a Deformable DETR or a DSCT"
+            known = f"one of {', '.join(layout.title for layout in LAYOUTS)}"
             raise UserError(
                 f"{path}: the names in it ({', '.join(list(tensors)[:3])}, ...) are not those of "
                 f"{known}"
@@ -121,17 +128,24 @@ def _from_third_party(
     path: Path, tensors: dict[str, np.ndarray], shapes: Shapes, layout: TensorLayout
 ) -> tuple[Translation, list[str]]:
     lines = [f"{path}: {layout.title}, {len(tensors)} tensors"]
-    bias, wanted = tensors.get(_RELEASED_CLASS_BIAS), shapes["class_head/bias"]
-    if bias is None or bias.shape == tuple(wanted):
+    heads = {
+        name: shape
+        for path, shape in shapes.items()
+        if _CLASS_HEAD.fullmatch(path)
+        for name, *_ in torch_names(path, layout)
+    }
+    found = {name: len(tensors[name]) for name in heads if name in tensors}
+    changed = [name for name in found if name.endswith("bias") and heads[name] != (found[name],)]
+    if not changed:
         return translate(tensors, shapes, layout=layout), lines
-    heads = tuple(name for name in tensors if name.startswith(_RELEASED_CLASS_BIAS.split(".")[0]))
-    rest = {name: tensor for name, tensor in tensors.items() if name not in heads}
-    found = translate(rest, _without_class_head(shapes), layout=layout)
+    left_out = tuple(name for name in tensors if original_of(name, layout) in heads)
+    rest = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+    translation = translate(rest, _without_class_head(shapes), layout=layout)
     lines.append(
-        f"  its class head has {len(bias)} outputs, this run's {wanted[0]}: the class head is "
-        "re-initialized"
+        f"  its class head has {found[changed[0]]} outputs, this run's {heads[changed[0]][0]}: the "
+        "class head is re-initialized"
     )
-    return dataclasses.replace(found, left_out=(*found.left_out, *heads)), lines
+    return dataclasses.replace(translation, left_out=(*translation.left_out, *left_out)), lines
 
 
 def _from_native(

@@ -44,8 +44,8 @@ class TensorLayout:
     # our `repeated_per`
     repeated: str = r"(?!)"
     repeated_per: str = ""
-    # (prefix, regex): names that the file holds once more below the prefix
-    copied: tuple[str, str] = ("", r"(?!)")
+    # (prefix, prefix of copies), which must equal what they copy
+    copied: tuple[tuple[str, str], ...] = ()
     # fields of config.model without which such a file does not fit, and what else its code computes
     requires: tuple[tuple[str, Any], ...] = ()
     computes: tuple[tuple[str, Any], ...] = ()
@@ -63,20 +63,30 @@ _PARTS = {  # of a module: (PyTorch, ours, layout)
 _ATTENTION = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 
 
-def module_rules(kind: str, torch: str, ours: str) -> list[Rule]:
+def module(kind: str, torch: str, ours: str) -> list[Rule]:
+    """A layer: kind is conv, linear, norm or batch_norm."""
     return [(f"{torch}.{theirs}", f"{ours}/{mine}", how) for theirs, mine, how in _PARTS[kind]]
 
 
 def _deformable_attention(torch: str, ours: str) -> list[Rule]:
-    parts = (module_rules("linear", f"{torch}.{part}", f"{ours}/{part}") for part in _ATTENTION)
+    parts = (module("linear", f"{torch}.{part}", f"{ours}/{part}") for part in _ATTENTION)
     return [rule for rules in parts for rule in rules]
+
+
+def packed_attention(torch: str, ours: str) -> list[Rule]:
+    """torch.nn.MultiheadAttention."""
+    return [
+        (f"{torch}.in_proj_weight", f"{ours}/in_proj/kernel", "linear"),
+        (f"{torch}.in_proj_bias", f"{ours}/in_proj/bias", "same"),
+        *module("linear", f"{torch}.out_proj", f"{ours}/out_proj"),
+    ]
 
 
 def _packed_projections(torch: str, ours: str) -> list[Rule]:
     return [
         (theirs, mine, f"{how}:{i}")
         for i, part in enumerate("qkv")
-        for theirs, mine, how in module_rules("linear", f"{torch}.{part}_proj", ours)
+        for theirs, mine, how in module("linear", f"{torch}.{part}_proj", ours)
     ]
 
 
@@ -95,30 +105,26 @@ def resnet_rules(torch: str, ours: str) -> list[Rule]:
         convs.append((f"{block}.conv{c + 1}", f"{mine}/convs/{c}"))
         norms.append((f"{block}.bn{c + 1}", f"{mine}/norms/{c}"))
     rules: list[Rule] = [(f"{conv}.weight", f"{path}/kernel", "conv") for conv, path in convs]
-    return rules + [rule for pair in norms for rule in module_rules("batch_norm", *pair)]
+    return rules + [rule for pair in norms for rule in module("batch_norm", *pair)]
 
 
-_ENCODER, _DECODER = "transformer.encoder.layers.{i}", "transformer.decoder.layers.{i}"
+ENCODER, DECODER = "transformer.encoder.layers.{i}", "transformer.decoder.layers.{i}"
 DEFORMABLE_TRANSFORMER: tuple[Rule, ...] = (
     *resnet_rules("backbone.0.body.", "backbone"),
-    *module_rules("conv", "input_proj.{i}.0", "input_proj/{i}/conv"),
-    *module_rules("norm", "input_proj.{i}.1", "input_proj/{i}/norm"),
+    *module("conv", "input_proj.{i}.0", "input_proj/{i}/conv"),
+    *module("norm", "input_proj.{i}.1", "input_proj/{i}/norm"),
     ("transformer.level_embed", "level_embed", "same"),
-    *_deformable_attention(f"{_ENCODER}.self_attn", "encoder/{i}/self_attention"),
-    *module_rules("norm", f"{_ENCODER}.norm{{n}}", "encoder/{i}/norm{n}"),
-    *module_rules("linear", f"{_ENCODER}.linear{{n}}", "encoder/{i}/feedforward/linear{n}"),
-    *_deformable_attention(f"{_DECODER}.cross_attn", "decoder/{i}/cross_attention"),
-    (f"{_DECODER}.self_attn.in_proj_weight", "decoder/{i}/self_attention/in_proj/kernel", "linear"),
-    (f"{_DECODER}.self_attn.in_proj_bias", "decoder/{i}/self_attention/in_proj/bias", "same"),
-    *module_rules(
-        "linear", f"{_DECODER}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"
-    ),
-    *module_rules("norm", f"{_DECODER}.norm{{n}}", "decoder/{i}/norm{n}"),
-    *module_rules("linear", f"{_DECODER}.linear{{n}}", "decoder/{i}/feedforward/linear{n}"),
+    *_deformable_attention(f"{ENCODER}.self_attn", "encoder/{i}/self_attention"),
+    *module("norm", f"{ENCODER}.norm{{n}}", "encoder/{i}/norm{n}"),
+    *module("linear", f"{ENCODER}.linear{{n}}", "encoder/{i}/feedforward/linear{n}"),
+    *_deformable_attention(f"{DECODER}.cross_attn", "decoder/{i}/cross_attention"),
+    *packed_attention(f"{DECODER}.self_attn", "decoder/{i}/self_attention"),
+    *module("norm", f"{DECODER}.norm{{n}}", "decoder/{i}/norm{n}"),
+    *module("linear", f"{DECODER}.linear{{n}}", "decoder/{i}/feedforward/linear{n}"),
 )
 _ORIGINAL_TRANSFORMER: tuple[Rule, ...] = (
     *DEFORMABLE_TRANSFORMER,
-    *module_rules("linear", "transformer.reference_points", "reference_points"),
+    *module("linear", "transformer.reference_points", "reference_points"),
     ("query_embed.weight", "context_queries", "same"),
 )
 
@@ -126,23 +132,21 @@ _HF_BACKBONE = "model.backbone.conv_encoder.model."
 _HF_ENCODER, _HF_DECODER = "model.encoder.layers.{i}", "model.decoder.layers.{i}"
 _HUGGING_FACE: tuple[Rule, ...] = (
     *resnet_rules(_HF_BACKBONE, "backbone"),
-    *module_rules("conv", "model.input_proj.{i}.0", "input_proj/{i}/conv"),
-    *module_rules("norm", "model.input_proj.{i}.1", "input_proj/{i}/norm"),
+    *module("conv", "model.input_proj.{i}.0", "input_proj/{i}/conv"),
+    *module("norm", "model.input_proj.{i}.1", "input_proj/{i}/norm"),
     ("model.level_embed", "level_embed", "same"),
     *_deformable_attention(f"{_HF_ENCODER}.self_attn", "encoder/{i}/self_attention"),
-    *module_rules("norm", f"{_HF_ENCODER}.self_attn_layer_norm", "encoder/{i}/norm1"),
-    *module_rules("norm", f"{_HF_ENCODER}.final_layer_norm", "encoder/{i}/norm2"),
-    *module_rules("linear", f"{_HF_ENCODER}.fc{{n}}", "encoder/{i}/feedforward/linear{n}"),
+    *module("norm", f"{_HF_ENCODER}.self_attn_layer_norm", "encoder/{i}/norm1"),
+    *module("norm", f"{_HF_ENCODER}.final_layer_norm", "encoder/{i}/norm2"),
+    *module("linear", f"{_HF_ENCODER}.fc{{n}}", "encoder/{i}/feedforward/linear{n}"),
     *_deformable_attention(f"{_HF_DECODER}.encoder_attn", "decoder/{i}/cross_attention"),
     *_packed_projections(f"{_HF_DECODER}.self_attn", "decoder/{i}/self_attention/in_proj"),
-    *module_rules(
-        "linear", f"{_HF_DECODER}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"
-    ),
-    *module_rules("norm", f"{_HF_DECODER}.encoder_attn_layer_norm", "decoder/{i}/norm1"),
-    *module_rules("norm", f"{_HF_DECODER}.self_attn_layer_norm", "decoder/{i}/norm2"),
-    *module_rules("norm", f"{_HF_DECODER}.final_layer_norm", "decoder/{i}/norm3"),
-    *module_rules("linear", f"{_HF_DECODER}.fc{{n}}", "decoder/{i}/feedforward/linear{n}"),
-    *module_rules("linear", "model.reference_points", "reference_points"),
+    *module("linear", f"{_HF_DECODER}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
+    *module("norm", f"{_HF_DECODER}.encoder_attn_layer_norm", "decoder/{i}/norm1"),
+    *module("norm", f"{_HF_DECODER}.self_attn_layer_norm", "decoder/{i}/norm2"),
+    *module("norm", f"{_HF_DECODER}.final_layer_norm", "decoder/{i}/norm3"),
+    *module("linear", f"{_HF_DECODER}.fc{{n}}", "decoder/{i}/feedforward/linear{n}"),
+    *module("linear", "model.reference_points", "reference_points"),
     ("model.query_position_embeddings.weight", "context_queries", "same"),
 )
 
@@ -209,8 +213,8 @@ HUGGING_FACE = TensorLayout(
 RELEASED: tuple[Rule, ...] = (
     *_ORIGINAL_TRANSFORMER,
     ("query_embed_dsct.weight", "subject_queries", "same"),
-    *module_rules("linear", "class_embed_dsct.0", "class_head"),
-    *module_rules("linear", "bbox_embed_dsct.0.layers.{n}", "box_head/layer{n}"),
+    *module("linear", "class_embed_dsct.0", "class_head"),
+    *module("linear", "bbox_embed_dsct.0.layers.{n}", "box_head/layer{n}"),
 )
 
 DSCT = TensorLayout(
@@ -225,9 +229,6 @@ DSCT = TensorLayout(
     computes=(("fusion", "released"), ("semantic_selection", "largest")),
 )
 
-EXPORTS = {"dsct": DSCT}  # name of a network -> the layout of its authors' code
-LAYOUTS = (DSCT, HUGGING_FACE, DEFORMABLE_DETR, TORCHVISION)
-
 
 @dataclasses.dataclass(frozen=True)
 class Translation:
@@ -238,15 +239,6 @@ class Translation:
     left_out: tuple[str, ...]  # names in the file that have no place in our model
     unmatched: tuple[str, ...]  # our paths that this kind of file does not have
     problems: tuple[str, ...]  # per tensor that is unknown, missing, doubled or of another shape
-
-
-def detect_layout(names: Iterable[str]) -> TensorLayout | None:
-    """Which of the four kinds of file has these names; None when it is none of them."""
-    names = list(names)
-    for layout in LAYOUTS:
-        if any(re.fullmatch(layout.marker, name) for name in names):
-            return layout
-    return None
 
 
 def from_torch(
@@ -285,9 +277,10 @@ def translate(
     left_out: list[str] = []
     problems: list[str] = []
     for name, tensor in state.items():
+        original = original_of(name, layout)
         if re.fullmatch(layout.left_out, name):
             left_out.append(name)
-        elif original := _original(name, layout):
+        elif original != name:
             left_out.append(name)
             if original not in state or not np.array_equal(state[original], tensor):
                 problems.append(f"{name} differs from {original}, which it should repeat")
@@ -296,7 +289,7 @@ def translate(
     arrays: dict[str, np.ndarray] = {}
     for path, shape in shapes.items():
         thirds = pieces.get(path, {})
-        expected = {third for _, _, third in _torch_names(path, layout)}
+        expected = {third for _, _, third in torch_names(path, layout)}
         if lacking := expected - thirds.keys():
             # unless it is there in another shape, which is said already
             if not any(text.endswith(f" at {path}") for text in problems):
@@ -311,15 +304,6 @@ def translate(
     taken = tuple(name for path in arrays for name, _ in pieces[path].values())
     unmatched = tuple(path for path in shapes if not has_rule(path, layout))
     return Translation(arrays, taken, tuple(left_out), unmatched, tuple(problems))
-
-
-def _original(name: str, layout: TensorLayout) -> str | None:
-    """The tensor that this one repeats, if it is a copy."""
-    prefix, copied = layout.copied
-    if name.startswith(prefix) and re.fullmatch(copied, name.removeprefix(prefix)):
-        return name.removeprefix(prefix)
-    repeated = re.fullmatch(layout.repeated, name)
-    return f"{repeated[1]}.0.{repeated[3]}" if repeated else None
 
 
 def _place(
@@ -339,7 +323,7 @@ def _place(
     if third in pieces.get(path, {}):
         return f"{name} supplies {path} a second time (after {pieces[path][third][0]})"
     shape = tuple(shapes[path])
-    wanted = (*shape[:-1], shape[-1] // _QKV) if len(_torch_names(path, layout)) > 1 else shape
+    wanted = (*shape[:-1], shape[-1] // _QKV) if len(torch_names(path, layout)) > 1 else shape
     array = _TO_OURS[how](tensor) if tensor.ndim == _RANKS.get(how, tensor.ndim) else tensor
     if array.shape != wanted:
         return f"{name} has shape {array.shape} where the model has {wanted} at {path}"
@@ -364,32 +348,39 @@ def to_torch(
     }
     state: dict[str, np.ndarray] = {}
     for path, array in parameters.items():
-        found = _torch_names(path, layout)
+        found = torch_names(path, layout)
         for name, how, third in found:
             thirds = np.split(np.asarray(array), _QKV, axis=-1) if len(found) > 1 else [array]
             tensor = np.array(_TO_TORCH[how](np.asarray(thirds[third])), order="C")
-            state[name] = tensor
-            copies = [name.replace(".0.", f".{i}.", 1) for i in range(1, len(layers))]
-            state |= {copy: tensor for copy in copies if re.fullmatch(layout.repeated, copy)}
-    prefix, copied = layout.copied
-    return state | {f"{prefix}{name}": x for name, x in state.items() if re.fullmatch(copied, name)}
+            others: list[str] = [name.replace(".0.", f".{i}.", 1) for i in range(1, len(layers))]
+            names = [name, *(other for other in others if re.fullmatch(layout.repeated, other))]
+            for prefix, copy in layout.copied:
+                names += [
+                    copy + one.removeprefix(prefix) for one in names if one.startswith(prefix)
+                ]
+            state |= dict.fromkeys(names, tensor)
+    return state
 
 
 def has_rule(path: str, layout: TensorLayout) -> bool:
     """Whether this kind of file has tensors for our `path`."""
-    return bool(_torch_names(path, layout))
+    return bool(torch_names(path, layout))
+
+
+def original_of(name: str, layout: TensorLayout) -> str:
+    """The tensor that this one repeats; itself where it repeats none."""
+    for prefix, copy in layout.copied:
+        if name.startswith(copy):
+            name = prefix + name.removeprefix(copy)
+    repeated = re.fullmatch(layout.repeated, name)
+    return f"{repeated[1]}.0.{repeated[3]}" if repeated else name
 
 
 def _canonical(name: str, layout: TensorLayout) -> str:
     for pattern, replacement in layout.spellings:
-        if match := _compiled(pattern).match(name):
+        if match := re.match(pattern, name):
             name = match.expand(replacement) + name[match.end() :]
     return name
-
-
-@functools.cache
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)
 
 
 @functools.cache
@@ -407,6 +398,6 @@ def _matches(name: str, rules: Iterable[Rule]) -> list[tuple[str, str, int]]:
     return found
 
 
-def _torch_names(path: str, layout: TensorLayout) -> list[tuple[str, str, int]]:
+def torch_names(path: str, layout: TensorLayout) -> list[tuple[str, str, int]]:
     """(name, layout, third) of the tensors that make up our `path`."""
     return _matches(path, [(ours, theirs, how) for theirs, ours, how in layout.rules])

@@ -2,23 +2,23 @@
 
 from typing import Any
 
-from dsct_jax.weights.rules import DEFORMABLE_TRANSFORMER, Rule, TensorLayout, module_rules
+from dsct_jax.weights.rules import DEFORMABLE_TRANSFORMER, Rule, TensorLayout, module
 
 
 def _normed(torch: str, ours: str) -> list[Rule]:
     torch = f"transformer.{torch}"
     return [
-        *module_rules("linear", torch, f"{ours}/linear"),
-        *module_rules("norm", f"{torch}_norm", f"{ours}/norm"),
+        *module("linear", torch, f"{ours}/linear"),
+        *module("norm", f"{torch}_norm", f"{ours}/norm"),
     ]
 
 
 def _mlp(torch: str, ours: str) -> list[Rule]:
-    return module_rules("linear", f"{torch}.layers.{{n}}", ours)
+    return module("linear", f"{torch}.layers.{{n}}", ours)
 
 
 _HEADS = (
-    *module_rules("linear", "class_embed.{i}", "heads/classes/{i}"),
+    *module("linear", "class_embed.{i}", "heads/classes/{i}"),
     *_mlp("bbox_embed.{i}", "heads/boxes/{i}/layer{n}"),
 )
 _COMMON = (*DEFORMABLE_TRANSFORMER, *_HEADS)
@@ -26,8 +26,8 @@ _QUERIES: Rule = ("query_embed.weight", "query_embed", "same")
 _PROPOSALS = _normed("enc_output", "proposal_features")
 _TWO_STAGE = (*_COMMON, *_PROPOSALS, *_normed("pos_trans", "proposal_positions"))
 _POSITION_HEAD = _mlp("transformer.decoder.ref_point_head", "position_head/{n}")
-_BOXES = ("transformer.decoder.", r"bbox_embed\..+")
-_BOTH = ("transformer.decoder.", r"(class|bbox)_embed\..+")
+_BOXES = (("bbox_embed.", "transformer.decoder.bbox_embed."),)
+_BOTH = (*_BOXES, ("class_embed.", "transformer.decoder.class_embed."))
 _SHARED = r"(class_embed|bbox_embed)\.([1-9]\d*)\.(.+)"
 
 
@@ -49,7 +49,7 @@ DEFORMABLE = _layout(
     (
         *_COMMON,
         _QUERIES,
-        *module_rules("linear", "transformer.reference_points", "reference_points"),
+        *module("linear", "transformer.reference_points", "reference_points"),
     ),
     repeated=_SHARED,
 )
@@ -73,8 +73,8 @@ DINO = _layout(
         *_COMMON,
         *_PROPOSALS,
         *_POSITION_HEAD,
-        *module_rules("norm", "transformer.decoder.norm", "decoder_norm"),
-        *module_rules("linear", "transformer.enc_out_class_embed", "proposal_heads/classes/0"),
+        *module("norm", "transformer.decoder.norm", "decoder_norm"),
+        *module("linear", "transformer.enc_out_class_embed", "proposal_heads/classes/0"),
         *_mlp("transformer.enc_out_bbox_embed", "proposal_heads/boxes/0/layer{n}"),
         ("transformer.tgt_embed.weight", "content_embed", "same"),
         ("label_enc.weight", "label_embed", "same"),
