@@ -16,6 +16,7 @@ from dsct_jax.batch import Batch, Overlap, Targets
 from dsct_jax.model.backbone import BACKBONES, ResNetConfig
 from dsct_jax.model.build import Network, network_config
 from dsct_jax.model.dino import num_groups
+from dsct_jax.model.layers import DropoutNoise
 from dsct_jax.model.proposals import survivors
 from dsct_jax.training.assignment import assign_by_overlap
 from dsct_jax.training.config import LossConfig, MatcherConfig
@@ -38,7 +39,7 @@ GIOU_EPSILON = {"dab_deformable": 1e-6, "dino": 1e-6}
 BRANCHES = {"encoder": ("enc", "interm"), "one_to_many": ("one2many",), "denoising": ("dn",)}
 
 
-class Draws:
+class Draws(DropoutNoise):
     """What a network draws while training, replayed: dropout is off."""
 
     def __init__(self, draws: list[np.ndarray]):
@@ -183,12 +184,14 @@ class Case:
         found, pull_back, self.details, problem = jax.jit(forward)(self.params, self.features)
         self.predictions, self.matched = found, match_on_host(jax.device_get(problem))
 
-        def total(predictions):
+        def total(predictions, matched):
             totals = self.objective.totals(self.batch)
-            sums = self.objective.loss_sums(predictions, self.batch, self.matched, totals)
+            sums = self.objective.loss_sums(predictions, self.batch, matched, totals)
             return sums.terms["total"], sums
 
-        cotangents, sums = jax.jit(jax.grad(total, has_aux=True, allow_int=True))(found)
+        cotangents, sums = jax.jit(jax.grad(total, has_aux=True, allow_int=True))(
+            found, self.matched
+        )
         self.terms = sums.compute()
         self.grads, self.feature_grads = jax.device_get(
             jax.jit(lambda f, x: f(x))(pull_back, cotangents)
@@ -371,9 +374,11 @@ def test_golden_overlap_assignments(number):
     boxes = file["target_boxes"]
     padded = np.concatenate([boxes, np.full((2, 4), 0.5, np.float32)])  # nobody
     valid = np.arange(len(padded)) < len(boxes)
-    people = Targets(padded[None], np.zeros((1, len(padded), 7), np.float32), valid[None])
+    people = Targets(
+        jnp.asarray(padded[None]), jnp.zeros((1, len(padded), 7)), jnp.asarray(valid[None])
+    )
     for stage, least, limit in (("stage1", 0.7, 128), ("stage2", 0.6, 50)):
-        rule = Overlap(file["boxes"][None], least, 4, limit)
+        rule = Overlap(jnp.asarray(file["boxes"][None]), least, 4, limit)
         queries, found = (np.asarray(x[0]) for x in assign_by_overlap(people, rule).flat)
         pairs = sorted(zip(queries[found >= 0].tolist(), found[found >= 0].tolist(), strict=True))
         assert pairs == sorted(map(tuple, file[f"{stage}_pairs"].tolist()))
@@ -389,5 +394,7 @@ def test_golden_suppression(percent):
     for group in np.unique(groups):
         order = np.flatnonzero(groups == group)
         order = order[np.argsort(-scores[order], kind="stable")]
-        kept += order[np.asarray(survivors(boxes[order][None], percent / 100)[0])].tolist()
+        kept += order[
+            np.asarray(survivors(jnp.asarray(boxes[order][None]), percent / 100)[0])
+        ].tolist()
     assert sorted(kept) == sorted(expected.tolist())
