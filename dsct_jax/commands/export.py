@@ -38,7 +38,7 @@ from dsct_jax.commands.flags import add_checkpoint, load_model
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model, load
 from dsct_jax.preprocess import MEAN, STD, Size
-from dsct_jax.weights.layouts import EXPORTS
+from dsct_jax.weights.layouts import layout_of
 from dsct_jax.weights.rules import has_rule, to_torch
 from dsct_jax.weights.tensor_files import write_npz, write_pth
 
@@ -202,9 +202,9 @@ def write_torch(model: Model, path: Path, notes: Mapping[str, Any]) -> list[str]
     when that code has no such model.
     """
     config = model.functions.config
-    if config.name not in EXPORTS:
+    layout, weights = layout_of(config), model.params | model.norm_stats
+    if layout is None:
         raise UserError(f"--format=torch: no other code has config.model.name={config.name}")
-    layout, weights = EXPORTS[config.name], model.params | model.norm_stats
     for field, value in layout.requires:
         if (found := getattr(config, field)) != value:
             raise UserError(

@@ -12,11 +12,9 @@ from jaxtyping import Array, Bool, Float
 
 from dsct_jax.batch import Predictions, Targets
 from dsct_jax.config import setting
-from dsct_jax.model.encoder import Memory
 from dsct_jax.model.layers import MLP, DropoutNoise, standard_normal
-from dsct_jax.model.position import YXWH, sine_of
 from dsct_jax.model.pyramid import Pyramid, QueryConfig
-from dsct_jax.model.refining_decoder import Heads, RefiningDecoder
+from dsct_jax.model.refining_decoder import Heads, RefiningDecoder, box_waves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +79,3 @@ class DabDeformableDetr(Pyramid):
         )
         details = {"features": features} | decoded.details if return_details else None
         return Predictions(decoded.logits, decoded.boxes, details)
-
-
-def box_waves(boxes: Float[Array, "b q 4"], memory: Memory) -> Float[Array, "b q e"]:
-    """Waves of boxes on the padded canvas; e is twice the width of the memory."""
-    padded = boxes * jnp.tile(memory.valid_ratios[:, :1], 2)
-    return sine_of(padded, memory.tokens.shape[-1] // 2, order=YXWH)

@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float
 
 from dsct_jax.batch import Branch, Hungarian, Known, Predictions, Targets
 from dsct_jax.config import setting
-from dsct_jax.model.dab_deformable_detr import box_waves
 from dsct_jax.model.denoising import (
     NoisyPeople,
     embed_labels,
@@ -26,7 +25,7 @@ from dsct_jax.model.layers import MLP, DropoutNoise, LayerNorm, standard_normal,
 from dsct_jax.model.position import sine_position
 from dsct_jax.model.proposals import NormedLinear, max_topk, propose
 from dsct_jax.model.pyramid import Pyramid, QueryConfig
-from dsct_jax.model.refining_decoder import Heads, RefiningDecoder
+from dsct_jax.model.refining_decoder import Heads, RefiningDecoder, box_waves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dsct_jax.model.decoder import DecoderLayer, in_each_map
 from dsct_jax.model.encoder import Memory
 from dsct_jax.model.heads import INITIAL_SIZE, BoxHead, ClassHead, refine
 from dsct_jax.model.layers import LayerNorm, rematerialized
+from dsct_jax.model.position import YXWH, sine_of
 from dsct_jax.model.pyramid import QueryConfig
 
 
@@ -130,3 +131,9 @@ class RefiningDecoder(nnx.List):
                 "layers": details,
             },
         )
+
+
+def box_waves(boxes: Float[Array, "b q 4"], memory: Memory) -> Float[Array, "b q e"]:
+    """Waves of boxes on the padded canvas; e is twice the width of the memory."""
+    padded = boxes * jnp.tile(memory.valid_ratios[:, :1], 2)
+    return sine_of(padded, memory.tokens.shape[-1] // 2, order=YXWH)

@@ -2,16 +2,22 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
+from dsct_jax.weights import rules_deformable as deformable
 from dsct_jax.weights.rules import DEFORMABLE_DETR, DSCT, HUGGING_FACE, TORCHVISION, TensorLayout
 from dsct_jax.weights.rules_detr import ANCHOR_DETR, CONDITIONAL_DETR, DAB_DETR, DETR
 
+_DEFORMABLE = deformable.DEFORMABLE, deformable.REFINED, deformable.TWO_STAGE
 EXPORTS = {  # name of a network -> the layout of its authors' code
     "dsct": DSCT,
     "detr": DETR,
     "conditional_detr": CONDITIONAL_DETR,
     "dab_detr": DAB_DETR,
     "anchor_detr": ANCHOR_DETR,
+    "dab_deformable_detr": deformable.DAB_DEFORMABLE,
+    "dino": deformable.DINO,
+    "deta": deformable.DETA,
 }
 LAYOUTS = (
     *(DSCT, HUGGING_FACE, DEFORMABLE_DETR),
@@ -20,10 +26,19 @@ LAYOUTS = (
 )
 
 
-def detect_layout(names: Iterable[str]) -> TensorLayout | None:
-    """Which of these kinds of file has these names; None when it is none of them."""
+def layout_of(config: Any) -> TensorLayout | None:
+    """The layout of the authors' code for a network's configuration, None where there is none."""
+    if config.name == "deformable_detr":
+        return _DEFORMABLE[config.box_refinement + config.two_stage]
+    return EXPORTS.get(config.name)
+
+
+def detect_layout(names: Iterable[str], own: TensorLayout | None = None) -> TensorLayout | None:
+    """Which of these kinds of file has these names; None when it is none of them. The network's
+    `own` is tried first.
+    """
     names = list(names)
-    for layout in LAYOUTS:
+    for layout in (*([own] if own else []), *LAYOUTS):
         if any(re.fullmatch(layout.marker, name) for name in names):
             return layout
     return None

@@ -17,7 +17,7 @@ import numpy as np
 from dsct_jax.config import differences
 from dsct_jax.errors import UserError
 from dsct_jax.model.build import FlatParams, Network
-from dsct_jax.weights.layouts import LAYOUTS, detect_layout
+from dsct_jax.weights.layouts import LAYOUTS, detect_layout, layout_of
 from dsct_jax.weights.native import is_native, read_native
 from dsct_jax.weights.rules import (
     TensorLayout,
@@ -29,7 +29,7 @@ from dsct_jax.weights.rules import (
 )
 from dsct_jax.weights.tensor_files import read_tensors
 
-_CLASS_HEAD = re.compile(r"class_head/.*|label_embed")
+_CLASS_HEAD = re.compile(r"(class_head|(proposal_)?heads/classes/\d+)/.*|label_embed")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -67,7 +67,7 @@ def load_pretrained(
         found, lines = _from_native(path, network, shapes, tuple(class_names), multi_label)
     else:
         tensors = _strip_ddp_prefix(read_tensors(path))
-        layout = detect_layout(tensors)
+        layout = detect_layout(tensors, layout_of(network.config))
         if layout is None:
             known = f"one of {', '.join(layout.title for layout in LAYOUTS)}"
             raise UserError(

@@ -44,8 +44,7 @@ class TensorLayout:
     # our `repeated_per`
     repeated: str = r"(?!)"
     repeated_per: str = ""
-    # (prefix, prefix of copies), which must equal what they copy
-    copied: tuple[tuple[str, str], ...] = ()
+    copied: tuple[tuple[str, str], ...] = ()  # (prefix, prefix of equal copies)
     # fields of config.model without which such a file does not fit, and what else its code computes
     requires: tuple[tuple[str, Any], ...] = ()
     computes: tuple[tuple[str, Any], ...] = ()
@@ -336,8 +335,7 @@ def to_torch(
 ) -> dict[str, np.ndarray]:
     """Our arrays by path -> PyTorch tensors by name, shared heads repeated for every layer.
 
-    Raises UserError naming the paths that this kind of file has no name for; `has_rule` says so
-    beforehand.
+    Raises UserError for paths without a name in such files; `has_rule` says so beforehand.
     """
     if nameless := [path for path in parameters if not has_rule(path, layout)]:
         raise UserError(
@@ -352,7 +350,9 @@ def to_torch(
         for name, how, third in found:
             thirds = np.split(np.asarray(array), _QKV, axis=-1) if len(found) > 1 else [array]
             tensor = np.array(_TO_TORCH[how](np.asarray(thirds[third])), order="C")
-            others: list[str] = [name.replace(".0.", f".{i}.", 1) for i in range(1, len(layers))]
+            others: list[str] = [
+                name.replace(".0.", f".{i + 1}.", 1) for i in range(len(layers) - 1)
+            ]
             names = [name, *(other for other in others if re.fullmatch(layout.repeated, other))]
             for prefix, copy in layout.copied:
                 names += [

@@ -1,5 +1,6 @@
 """Published names of the deformable networks of the DETR family."""
 
+import re
 from typing import Any
 
 from dsct_jax.weights.rules import DEFORMABLE_TRANSFORMER, Rule, TensorLayout, module
@@ -31,11 +32,11 @@ _BOTH = (*_BOXES, ("class_embed.", "transformer.decoder.class_embed."))
 _SHARED = r"(class_embed|bbox_embed)\.([1-9]\d*)\.(.+)"
 
 
-def _layout(title: str, rules: tuple[Rule, ...], **how: Any) -> TensorLayout:
-    """Not recognized among files: the configuration says which network they are of."""
+def _layout(title: str, rules: tuple[Rule, ...], marker: str, **how: Any) -> TensorLayout:
+    """A layout that has a tensor `marker`."""
     return TensorLayout(
         title=f"{title} (the authors' code)",
-        marker=r"(?!)",
+        marker=re.escape(marker),
         rules=rules,
         left_out=r".*\.num_batches_tracked",
         repeated_per="decoder",
@@ -51,10 +52,21 @@ DEFORMABLE = _layout(
         _QUERIES,
         *module("linear", "transformer.reference_points", "reference_points"),
     ),
+    "transformer.reference_points.weight",
     repeated=_SHARED,
 )
-REFINED = _layout("Deformable DETR with box refinement", DEFORMABLE.rules, copied=_BOXES)
-TWO_STAGE = _layout("two-stage Deformable DETR", (*_TWO_STAGE, _QUERIES), copied=_BOTH)
+REFINED = _layout(
+    "Deformable DETR with box refinement",
+    DEFORMABLE.rules,
+    "transformer.decoder.bbox_embed.0.layers.0.weight",
+    copied=_BOXES,
+)
+TWO_STAGE = _layout(
+    "two-stage Deformable DETR",
+    (*_TWO_STAGE, _QUERIES),
+    "transformer.pos_trans.weight",
+    copied=_BOTH,
+)
 DAB_DEFORMABLE = _layout(
     "DAB-Deformable-DETR",
     (
@@ -64,9 +76,15 @@ DAB_DEFORMABLE = _layout(
         ("tgt_embed.weight", "content_embed", "same"),
         ("refpoint_embed.weight", "box_embed", "same"),
     ),
+    "refpoint_embed.weight",
     copied=_BOXES,
 )
-DETA = _layout("DETA", (*_TWO_STAGE, *_normed("pix_trans", "proposal_contents")), copied=_BOTH)
+DETA = _layout(
+    "DETA",
+    (*_TWO_STAGE, *_normed("pix_trans", "proposal_contents")),
+    "transformer.pix_trans.weight",
+    copied=_BOTH,
+)
 DINO = _layout(
     "DINO",
     (
@@ -79,16 +97,7 @@ DINO = _layout(
         ("transformer.tgt_embed.weight", "content_embed", "same"),
         ("label_enc.weight", "label_embed", "same"),
     ),
+    "transformer.enc_out_class_embed.weight",
     repeated=_SHARED,
     copied=_BOTH,
 )
-
-
-def layout_of(section: object) -> TensorLayout:
-    """How a network's authors name its tensors; `section` is its configuration."""
-    name = getattr(section, "name", "")
-    if name != "deformable_detr":
-        return {"dab_deformable_detr": DAB_DEFORMABLE, "deta": DETA, "dino": DINO}[name]
-    if getattr(section, "two_stage", False):
-        return TWO_STAGE
-    return REFINED if getattr(section, "box_refinement", False) else DEFORMABLE

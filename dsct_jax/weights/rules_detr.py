@@ -100,7 +100,7 @@ DAB_DETR = TensorLayout(
 def _anchor_layer(torch: str, ours: str) -> list[Rule]:
     return [
         *packed_attention(f"{torch}.self_attn", f"{ours}/self_attention"),
-        *module("norm", f"{torch}.norm{{n}}", f"{ours}/norm{{n}}"),
+        *module("norm", f"{torch}.norm1", f"{ours}/norm1"),
         *module("linear", f"{torch}.ffn.linear{{n}}", f"{ours}/feedforward/linear{{n}}"),
     ]
 
@@ -117,6 +117,7 @@ ANCHOR_DETR = TensorLayout(
         *_anchor_layer(_ANCHOR_ENCODER, "encoder/{i}"),
         *module("norm", f"{_ANCHOR_ENCODER}.ffn.norm2", "encoder/{i}/norm2"),
         *_anchor_layer(_ANCHOR_DECODER, "decoder/{i}"),
+        *module("norm", f"{_ANCHOR_DECODER}.norm2", "decoder/{i}/norm2"),
         *packed_attention(f"{_ANCHOR_DECODER}.cross_attn", "decoder/{i}/cross_attention"),
         *module("norm", f"{_ANCHOR_DECODER}.ffn.norm2", "decoder/{i}/norm3"),
         ("transformer.pattern.weight", "patterns", "same"),

@@ -21,8 +21,8 @@ from dsct_jax.model.proposals import survivors
 from dsct_jax.training.assignment import assign_by_overlap
 from dsct_jax.training.config import LossConfig, MatcherConfig
 from dsct_jax.training.objective import SetPrediction, match_on_host
+from dsct_jax.weights.layouts import detect_layout, layout_of
 from dsct_jax.weights.rules import to_torch, translate
-from dsct_jax.weights.rules_deformable import layout_of
 
 FOLDER = Path(__file__).parent.parent / "golden/detr"
 TWO_STAGE: dict[str, Any] = {"name": "deformable_detr", "box_refinement": True, "two_stage": True}
@@ -214,6 +214,7 @@ def case(request):
 
 def test_golden_names(case):
     assert case.translation.problems == () and case.translation.unmatched == ()
+    assert detect_layout(case.state, case.layout) is case.layout
     written = to_torch(case.params, layout=case.layout)
     assert written.keys() == case.state.keys()
     for name, tensor in case.state.items():

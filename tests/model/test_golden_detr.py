@@ -4,8 +4,9 @@ gradients, from feature maps on (tests/golden/detr; sizes are read from the file
 
 import dataclasses
 import json
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+import re
+from dataclasses import field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +23,30 @@ from dsct_jax.weights.layouts import EXPORTS, detect_layout
 from dsct_jax.weights.rules import from_torch, to_torch
 
 
-class Case(NamedTuple):
+@dataclasses.dataclass
+class Case:
     """Which network a file is of, and how close we come to it."""
 
     network: str
     tolerance: float  # of logits and boxes, absolute
-    model: dict[str, str | float | bool] = {}  # our field -> its name in the file, or its value
-    loss: dict[str, Any] = {}
-    branches: dict[str, str] = {}  # prefix of their losses -> our branch
+    # our field -> its name in the file, or its value
+    model: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    # prefix of their losses -> our branch
+    branches: dict[str, str] = field(default_factory=dict)
+    # names whose gradient is zero in theory, so that the stored one is rounding
+    zero: re.Pattern[str] = re.compile("(?!)")
 
 
+# The first layer's values are all the same, whatever its self-attention looks at.
+FIRST_LOOK = re.compile(
+    r"transformer\.decoder\.layers\.0\.sa_[qk](content|pos)_proj\.(weight|bias)"
+)
 IDEA = {"giou_epsilon": 1e-6}
 CASES = {
     "detr": Case("detr", 5e-6, loss={"class_loss": "no_object"}),
-    "conditional": Case("conditional_detr", 5e-6),
-    "dab": Case("dab_detr", 5e-6, {"temperature": "pe_temperatureH"}, IDEA),
+    "conditional": Case("conditional_detr", 5e-6, zero=FIRST_LOOK),
+    "dab": Case("dab_detr", 5e-6, {"temperature": "pe_temperatureH"}, IDEA, zero=FIRST_LOOK),
     "dn": Case(
         "dab_detr",
         5e-6,
@@ -86,7 +96,6 @@ class Run:
     params: dict[str, Any]
     norm_stats: dict[str, Any]
     batch: Batch
-    noise: Replay | None
     predictions: Any = None
     prepared: list[Any] | None = None
     losses: dict[str, Any] | None = None
@@ -169,14 +178,18 @@ def run(request) -> Run:
     batch = Batch(
         *[jnp.zeros((b, 2), int)] * 2, targets, *[jnp.zeros(b, int)] * 2, jnp.ones(b, bool)
     )
-    run = Run(case, arrays, settings, network, start | loaded, norm_stats, batch, None)
+    params = jax.tree.map(jnp.asarray, start | loaded)
+    run = Run(case, arrays, settings, network, params, norm_stats, batch)
     _train(run)
     return run
 
 
 def _train(run: Run) -> None:
     """Forward, matching, losses and backward of one step."""
-    costs = {f"cost_{name}": run.settings[f"set_cost_{name}"] for name in ("class", "bbox", "giou")}
+    costs = {
+        f"cost_{name}": float(run.settings[f"set_cost_{name}"])
+        for name in ("class", "bbox", "giou")
+    }
     loss = LossConfig(**weights_of(run.arrays), **run.case.loss)
     objective = SetPrediction(loss, MatcherConfig(**costs), multi_label=False)
 
@@ -191,7 +204,8 @@ def _train(run: Run) -> None:
 
     def total(predictions):
         totals = objective.totals(run.batch)
-        sums = objective.loss_sums(predictions, run.batch, run.prepared, totals)
+        prepared = jax.tree.map(jnp.asarray, run.prepared)
+        sums = objective.loss_sums(predictions, run.batch, prepared, totals)
         return sums.terms["total"], sums.terms
 
     cotangents, run.losses = jax.jit(jax.grad(total, has_aux=True, allow_int=True))(run.predictions)
@@ -265,6 +279,9 @@ def test_golden_gradients(run):
     names = run.arrays["grad/param_names"].tolist()
     for name, norm in zip(names, run.arrays["grad/param_norms"], strict=True):
         found = np.linalg.norm(run.gradients[name].astype(np.float64))
+        if run.case.zero.fullmatch(name):
+            assert max(found, norm) < 1e-6 * total, name
+            continue
         assert abs(found - norm) <= 1e-4 * (norm + 1e-3 * total), name
     for key in (key for key in run.arrays if key.startswith("grad/param/")):
         expected = run.arrays[key]
