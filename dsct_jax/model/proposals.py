@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsct_jax.boxes import cxcywh_to_xyxy, iou_and_giou
+from dsct_jax.config import cannot_be_used
 from dsct_jax.model.attention import SpatialShapes
 from dsct_jax.model.encoder import Memory, token_centers
 from dsct_jax.model.heads import BoxHead, ClassHead
@@ -72,12 +73,19 @@ def class_zero_topk(proposals: Proposals, k: int) -> Int[Array, "b k"]:
     """The tokens with the highest logit of class 0 (which the first stage is trained to give to
     everybody), best first.
     """
-    return jax.lax.top_k(proposals.logits[..., 0], k)[1]
+    return _best(proposals.logits[..., 0], k)
 
 
 def max_topk(proposals: Proposals, k: int) -> Int[Array, "b k"]:
     """The tokens with the highest logit of any class, best first (DINO)."""
-    return jax.lax.top_k(proposals.logits[..., :-1].max(-1), k)[1]
+    return _best(proposals.logits[..., :-1].max(-1), k)
+
+
+def _best(scores: Float[Array, "b s"], k: int) -> Int[Array, "b k"]:
+    if k > scores.shape[1]:
+        wanted = f"at most {scores.shape[1]}, the tokens of an image of this size"
+        raise cannot_be_used("model.num_queries", k, wanted)
+    return jax.lax.top_k(scores, k)[1]
 
 
 def per_level_nms(

@@ -52,7 +52,7 @@ class Draws(DropoutNoise):
 
 
 def recorded_draws(file: dict[str, np.ndarray], shape: tuple[int, int]) -> list[np.ndarray]:
-    """In the order in which `noisy_people` asks for them, from flat to one slot per padded person."""
+    """In the order in which `noisy_people` asks for them, one per slot instead of per person."""
     b, t = shape
     groups, counts = int(file["dn/num_groups"]), file["in/num_targets"]
     slots = [
@@ -399,3 +399,24 @@ def test_golden_suppression(percent):
             np.asarray(survivors(jnp.asarray(boxes[order][None]), percent / 100)[0])
         ].tolist()
     assert sorted(kept) == sorted(expected.tolist())
+
+
+H_DEFORMABLE = CASES["h_deformable"] | {"num_one_to_many": 1500, "feedforward_dim": 2048}
+
+
+@pytest.mark.parametrize(
+    ("section", "few", "many"),
+    [
+        (CASES["deformable"], 40_048_077, 40_069_665),
+        (CASES["deformable_refine"], 40_720_132, 40_849_660),
+        (CASES["deformable_two_stage"], 41_030_413, 41_181_529),
+        (CASES["dab_deformable"], 47_276_466, 47_405_994),
+        (H_DEFORMABLE, 47_794_957, 47_946_073),
+        (CASES["deta"], 48_287_373, 48_438_489),
+        (CASES["dino"], 46_828_502, 46_893_182),
+    ],
+)
+def test_numbers_of_parameters(section, few, many):
+    for num_classes, expected in ((7, few), (91, many)):
+        shapes = Network(network_config(section, num_classes)).param_shapes
+        assert sum(int(np.prod(shape)) for shape in shapes.values()) == expected
