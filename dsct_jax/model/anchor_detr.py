@@ -4,6 +4,7 @@ along rows, then over them.
 
 import dataclasses
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +36,9 @@ from dsct_jax.model.position import YX, map_coordinates, resize_mask, sine, sine
 
 @dataclasses.dataclass(frozen=True)
 class AnchorDetrConfig(C5Config):
-    """The model section. Published: 50 epochs, learning rate 1e-4, x0.1 at 40; loss and matching
-    class 2, L1 5, GIoU 2.
-    """
+    """The model section."""
+
+    published: ClassVar = {"loss": {"weight_class": 2.0}, "optimizer": {"learning_rate": 1e-4}}
 
     name: str = setting("anchor_detr", "Anchor DETR", choices=("anchor_detr",))
     feedforward_dim: int = setting(1024, "width inside a feed-forward block", low=1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +36,9 @@ from dsct_jax.model.position import YX, sine_of
 
 @dataclasses.dataclass(frozen=True)
 class ConditionalDetrConfig(C5Config):
-    """The model section. Published: 50 epochs, learning rate 1e-4, x0.1 at 40; loss and matching
-    class 2, L1 5, GIoU 2.
-    """
+    """The model section."""
+
+    published: ClassVar = {"loss": {"weight_class": 2.0}, "optimizer": {"learning_rate": 1e-4}}
 
     name: str = setting("conditional_detr", "Conditional DETR", choices=("conditional_detr",))
 
@@ -143,7 +144,7 @@ class ConditionalDETR(C5Network):
         shape, d = plain_shape(config), config.hidden_dim
         self.encoder = PlainEncoder(shape, num_layers=config.num_encoder_layers, rngs=rngs)
         self.queries = nnx.Param(standard_normal(rngs.params(), (config.num_queries, d)))
-        self.reference_points = MLP(d, d, 2, rngs=rngs)
+        self.query_points = MLP(d, d, 2, rngs=rngs)
         self.query_scale = MLP(d, d, d, rngs=rngs)
         self.decoder = nnx.List(
             [
@@ -169,7 +170,7 @@ class ConditionalDETR(C5Network):
         with jax.named_scope("encoder"):
             memory = self.encode(features, padding_mask, noise=noise)
         queries = self.queries[...]
-        points = for_images(jax.nn.sigmoid(self.reference_points(queries)), features.shape[0])
+        points = for_images(jax.nn.sigmoid(self.query_points(queries)), features.shape[0])
         positions = for_images(queries, features.shape[0]).astype(features.dtype)
         waves = sine_of(points, positions.shape[-1] // 2, order=YX)
         tokens, waves = jnp.zeros_like(positions), waves.astype(positions.dtype)

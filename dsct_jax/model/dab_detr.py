@@ -4,7 +4,7 @@
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,12 @@ from dsct_jax.model.position import YXWH, sine_of
 
 @dataclasses.dataclass(frozen=True)
 class DabDetrConfig(C5Config):
-    """The model section. Published: 50 epochs, learning rate 1e-4, x0.1 at 40; loss class 1, L1 5,
-    GIoU 2, giou_epsilon 1e-6; matching 2, 5, 2. DN-DETR is `denoising_groups=5`.
-    """
+    """The model section. DN-DETR is `denoising_groups=5`."""
+
+    published: ClassVar = {
+        "loss": {"weight_class": 1.0, "giou_epsilon": 1e-6},
+        "optimizer": {"learning_rate": 1e-4},
+    }
 
     name: str = setting("dab_detr", "DAB-DETR, DN-DETR", choices=("dab_detr",))
     dropout: float = setting(0.0, "rate, in training", low=0, below=1, free=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,14 @@ from dsct_jax.model.layers import (
 
 @dataclasses.dataclass(frozen=True)
 class DetrConfig(C5Config):
-    """The model section. Published: 500 epochs, learning rate x0.1 at 400; loss class 1, L1 5,
-    GIoU 2, class_loss="no_object"; matching 1, 5, 2.
-    """
+    """The model section."""
+
+    published: ClassVar = {
+        "loss": {"weight_class": 1.0, "class_loss": "no_object"},
+        "matcher": {"cost_class": 1.0},
+        "optimizer": {"learning_rate": 1e-4, "drop_at": 2 / 3},
+        "train": {"epochs": 300.0},
+    }
 
     name: str = setting("detr", "DETR", choices=("detr",))
     num_queries: int = setting(100, "how many people it can find", low=1)

@@ -1,7 +1,8 @@
 """What the networks have in common: settings, and the way from an image to the encoded C5."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from dsct_jax.model.position import resize_mask, sine_position
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Settings of every network."""
+
+    # how the authors train it: what differs from the defaults of the other sections
+    published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     num_classes: int = setting(doc="k", shared=True, low=1)
     name: str = setting("", "a name of dsct_jax.model.build.NETWORKS")

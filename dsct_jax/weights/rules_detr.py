@@ -72,7 +72,7 @@ CONDITIONAL_DETR = TensorLayout(
     marker=r"transformer\.decoder\.layers\.0\.ca_qcontent_proj\.weight",
     rules=(
         *_CONDITIONAL,
-        *_mlp("decoder.ref_point_head", "reference_points"),
+        *_mlp("decoder.ref_point_head", "query_points"),
         ("query_embed.weight", "queries", "same"),
     ),
     left_out=_BATCHES,
