@@ -3,7 +3,7 @@ refined; where a query is, is computed from its box anew in every layer.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,18 @@ from jaxtyping import Array, Bool, Float
 from dsct_jax.batch import Predictions, Targets
 from dsct_jax.config import setting
 from dsct_jax.model.layers import MLP, DropoutNoise, standard_normal
-from dsct_jax.model.pyramid import Pyramid, QueryConfig
+from dsct_jax.model.pyramid import BACKBONE_SLOWER, Pyramid, QueryConfig
 from dsct_jax.model.refining_decoder import Heads, RefiningDecoder, box_waves
 
 
 @dataclasses.dataclass(frozen=True)
 class DabDeformableDetrConfig(QueryConfig):
-    """The model section, with the authors' defaults."""
+    """The model section."""
+
+    published: ClassVar = {
+        "loss": {"weight_class": 1.0, "giou_epsilon": 1e-6},
+        "optimizer": {"learning_rate": 1e-4, "rules": BACKBONE_SLOWER},
+    }
 
     name: str = setting("dab_deformable_detr", choices=("dab_deformable_detr",))
     feedforward_dim: int = setting(2048, "width inside a feed-forward block", low=1)

@@ -3,7 +3,7 @@
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,11 @@ from dsct_jax.model.refining_decoder import Heads, RefiningDecoder
 
 @dataclasses.dataclass(frozen=True)
 class DeformableDetrConfig(QueryConfig):
-    """The model section, with the authors' defaults. H-Deformable-DETR has feedforward_dim 2048,
-    dropout 0, everything below on, and 1500 one-to-many queries.
+    """The model section. H-Deformable-DETR has feedforward_dim 2048, dropout 0, everything below
+    on, and 1500 one-to-many queries, for 12 epochs.
     """
+
+    published: ClassVar = {"loss": {"weight_class": 2.0}}
 
     name: str = setting("deformable_detr", choices=("deformable_detr",))
     box_refinement: bool = setting(

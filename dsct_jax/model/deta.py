@@ -4,7 +4,7 @@ suppression.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,13 @@ from dsct_jax.model.refining_decoder import Heads, RefiningDecoder
 
 @dataclasses.dataclass(frozen=True)
 class DetaConfig(QueryConfig):
-    """The model section, with the authors' defaults."""
+    """The model section."""
+
+    published: ClassVar = {
+        "loss": {"weight_class": 1.0},
+        "optimizer": {"drop_at": 10 / 12},
+        "train": {"epochs": 12.0},
+    }
 
     name: str = setting("deta", choices=("deta",))
     num_levels: int = setting(5, "l: C3, C4, C5 and stride-2 convolutions", low=3)

@@ -4,7 +4,7 @@ there is nobody.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,19 @@ from dsct_jax.model.denoising import (
 from dsct_jax.model.layers import MLP, DropoutNoise, LayerNorm, standard_normal, xavier_uniform
 from dsct_jax.model.position import sine_position
 from dsct_jax.model.proposals import NormedLinear, max_topk, propose
-from dsct_jax.model.pyramid import Pyramid, QueryConfig
+from dsct_jax.model.pyramid import BACKBONE_SLOWER, Pyramid, QueryConfig
 from dsct_jax.model.refining_decoder import Heads, RefiningDecoder, box_waves
 
 
 @dataclasses.dataclass(frozen=True)
 class DinoConfig(QueryConfig):
-    """The model section, with the authors' defaults."""
+    """The model section."""
+
+    published: ClassVar = {
+        "loss": {"weight_class": 1.0, "giou_epsilon": 1e-6},
+        "optimizer": {"learning_rate": 1e-4, "drop_at": 11 / 12, "rules": BACKBONE_SLOWER},
+        "train": {"epochs": 12.0},
+    }
 
     name: str = setting("dino", choices=("dino",))
     feedforward_dim: int = setting(2048, "width inside a feed-forward block", low=1)

@@ -41,6 +41,14 @@ class PyramidConfig(TransformerConfig):
         )
 
 
+# the authors' learning rates where only the backbone has one of its own
+BACKBONE_SLOWER = (
+    (r"backbone/(stem|layer1)/.*", 0.0),
+    (r"backbone/layer[234]/.*", 0.1),
+    (r"(?!backbone/).*", 1.0),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class QueryConfig(PyramidConfig, DetrFamilyConfig):
     """Settings of the DETR family's networks that read several levels."""
