@@ -49,20 +49,19 @@ class DabDeformableDetr(Pyramid):
 
     def detect(
         self,
-        features: list[Float[Array, "b _ _ _"]],
+        levels: list[Float[Array, "b _ _ d"]],
         padding_mask: Bool[Array, "b h w"],
         *,
         people: Targets | None = None,
         noise: DropoutNoise | None = None,
-        return_details: bool = False,
         implementation: str | None = None,
     ) -> Predictions:
-        """C3, C4, C5 -> predictions."""
+        """One map per level -> predictions."""
         del people
         config = self.config
-        remat = "none" if return_details else config.remat
-        how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        features, memory = self.read(features, padding_mask, **how)
+        how: dict[str, Any] = {"noise": noise, "implementation": implementation}
+        memory = self.encode(levels, padding_mask, **how)
+        how["remat"] = config.remat
         dtype, b = memory.tokens.dtype, memory.tokens.shape[0]
         tokens = jnp.broadcast_to(self.content_embed[...], (b, *self.content_embed.shape))
         boxes = jnp.broadcast_to(jax.nn.sigmoid(self.box_embed[...]), (b, *self.box_embed.shape))
@@ -82,5 +81,5 @@ class DabDeformableDetr(Pyramid):
             epsilon=config.sigmoid_epsilon,
             **how,
         )
-        details = {"features": features} | decoded.details if return_details else None
+        details = decoded.details
         return Predictions(decoded.logits, decoded.boxes, details)

@@ -81,20 +81,19 @@ class DeformableDetr(Pyramid):
 
     def detect(
         self,
-        features: list[Float[Array, "b _ _ _"]],
+        levels: list[Float[Array, "b _ _ d"]],
         padding_mask: Bool[Array, "b h w"],
         *,
         people: Targets | None = None,
         noise: DropoutNoise | None = None,
-        return_details: bool = False,
         implementation: str | None = None,
     ) -> Predictions:
-        """C3, C4, C5 -> predictions."""
+        """One map per level -> predictions."""
         del people
         config = self.config
-        remat = "none" if return_details else config.remat
-        how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        features, memory = self.read(features, padding_mask, **how)
+        how: dict[str, Any] = {"noise": noise, "implementation": implementation}
+        memory = self.encode(levels, padding_mask, **how)
+        how["remat"] = config.remat
         training, q = noise is not None, config.num_queries
         proposals = index = hidden = None
         if config.two_stage:
@@ -123,9 +122,7 @@ class DeformableDetr(Pyramid):
         return Predictions(
             decoded.logits[:, :, :q],
             decoded.boxes[:, :, :q],
-            {"features": features, "proposals": proposals, "selected": index} | decoded.details
-            if return_details
-            else None,
+            decoded.details | {"proposals": proposals, "selected": index},
             branches,
         )
 

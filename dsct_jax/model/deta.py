@@ -59,20 +59,19 @@ class Deta(Pyramid):
 
     def detect(
         self,
-        features: list[Float[Array, "b _ _ _"]],
+        levels: list[Float[Array, "b _ _ d"]],
         padding_mask: Bool[Array, "b h w"],
         *,
         people: Targets | None = None,
         noise: DropoutNoise | None = None,
-        return_details: bool = False,
         implementation: str | None = None,
     ) -> Predictions:
-        """C3, C4, C5 -> predictions."""
+        """One map per level -> predictions."""
         del people
         config, heads = self.config, self.heads
-        remat = "none" if return_details else config.remat
-        how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        features, memory = self.read(features, padding_mask, **how)
+        how: dict[str, Any] = {"noise": noise, "implementation": implementation}
+        memory = self.encode(levels, padding_mask, **how)
+        how["remat"] = config.remat
         proposals = propose(memory, self.proposal_features, heads.classes[-1], heads.boxes[-1])
         index = per_level_nms(
             proposals,
@@ -115,7 +114,7 @@ class Deta(Pyramid):
         return Predictions(
             decoded.logits,
             decoded.boxes,
-            details if return_details else None,
+            details,
             (branch,) if noise is not None else (),
             second_stage,
         )

@@ -79,19 +79,18 @@ class Dino(Pyramid):
 
     def detect(
         self,
-        features: list[Float[Array, "b _ _ _"]],
+        levels: list[Float[Array, "b _ _ d"]],
         padding_mask: Bool[Array, "b h w"],
         *,
         people: Targets | None = None,
         noise: DropoutNoise | None = None,
-        return_details: bool = False,
         implementation: str | None = None,
     ) -> Predictions:
-        """C3, C4, C5 -> predictions; with `noise` the `people` are denoised."""
+        """One map per level -> predictions; with `noise` the `people` are denoised."""
         config = self.config
-        remat = "none" if return_details else config.remat
-        how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        features, memory = self.read(features, padding_mask, **how)
+        how: dict[str, Any] = {"noise": noise, "implementation": implementation}
+        memory = self.encode(levels, padding_mask, **how)
+        how["remat"] = config.remat
         heads = self.proposal_heads
         proposals = propose(memory, self.proposal_features, heads.classes[0], heads.boxes[0])
         index = max_topk(proposals, config.num_queries)
@@ -142,7 +141,7 @@ class Dino(Pyramid):
         return Predictions(
             decoded.logits[:, :, extra:],
             decoded.boxes[:, :, extra:],
-            details | decoded.details if return_details else None,
+            details | decoded.details,
             tuple(branches) if noise is not None else (),
         )
 

@@ -117,43 +117,31 @@ class DSCT(Pyramid):
         self.class_head = ClassHead(d, config.num_classes, subject=True, rngs=rngs)
         self.box_head = BoxHead(d, refines=config.box_refinement, rngs=rngs)
 
-    def __call__(
+    def detect(
         self,
-        images: Float[Array, "b h w 3"],
+        levels: list[Float[Array, "b _ _ d"]],
         padding_mask: Bool[Array, "b h w"],
         *,
         people: Targets | None = None,
         noise: DropoutNoise | None = None,
-        return_details: bool = False,
         implementation: str | None = None,
     ) -> Predictions:
-        """Normalized images and their padding (True) -> predictions of every decoder layer.
-
-        `noise` turns dropout on, which means training; `people` is not read; `implementation` names
-        one of deformable attention's. With `return_details` the predictions carry reference points,
-        memory and, of each decoder layer, everything it looked at.
-        """
+        """One map per level -> predictions; `people` is not read."""
         del people
-        remat = "none" if return_details else self.config.remat
-        how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
-        # The scopes are what a profile calls the parts.
-        with jax.named_scope("backbone"):
-            features = self.features(images, remat=remat)
-        with jax.named_scope("encoder"):
-            memory = self.encode(features, padding_mask, **how)
-        queries = self.queries(images.shape[0])
-        states, boxes, layers = self.decoder(queries, memory, self.box_head, **how)
+        how: dict[str, Any] = {"noise": noise, "implementation": implementation}
+        memory = self.encode(levels, padding_mask, **how)
+        queries = self.queries(memory.tokens.shape[0])
+        states, boxes, layers = self.decoder(
+            queries, memory, self.box_head, remat=self.config.remat, **how
+        )
         with jax.named_scope("heads"):
             logits = self.class_head(
                 states[:, :, self.config.num_context_queries :].astype(jnp.float32)
             )
-        if not return_details:
-            return Predictions(logits, boxes)
         details = {
             "reference_points": queries.reference_points,
             "valid_ratios": memory.valid_ratios,
             "memory": memory.tokens,
-            "features": features,
             "states": states,
             "layers": layers,
         }

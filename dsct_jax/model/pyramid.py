@@ -73,7 +73,9 @@ class Pyramid(nnx.Module):
         self.level_embed = nnx.Param(standard_normal(rngs.params(), (config.num_levels, d)))
         self.encoder = Encoder(config.layer_shape, num_layers=config.num_encoder_layers, rngs=rngs)
 
-    detect: Any  # (C3 to C5, padding_mask, *, people, noise, ...) -> Predictions: each its own
+    detect: (
+        Any  # (maps, padding_mask, *, people, noise, implementation) -> Predictions: each its own
+    )
 
     def __call__(
         self,
@@ -89,42 +91,26 @@ class Pyramid(nnx.Module):
 
         `noise` turns dropout on, which means training, and denoising of `people` where a network
         has it; `implementation` names one of deformable attention's. With `return_details` the
-        predictions carry memory, states, references, and what each decoder layer looked at.
+        predictions carry maps, memory, states, reference points, and of each decoder layer
+        everything it looked at.
         """
-        remat = "none" if return_details else self.config.remat
+        # The scopes are what a profile calls the parts.
         with jax.named_scope("backbone"):
-            features = self.backbone(images.astype(self.config.compute_dtype), remat=remat)
-        return self.detect(
-            features,
-            padding_mask,
-            people=people,
-            noise=noise,
-            return_details=return_details,
-            implementation=implementation,
+            levels = self.features(images)
+        found = self.detect(
+            levels, padding_mask, people=people, noise=noise, implementation=implementation
         )
+        details = found.details | {"features": levels} if return_details else None
+        return dataclasses.replace(found, details=details)
 
     def grid_position(self, mask: Bool[Array, "b h w"]) -> Float[Array, "b h w d"]:
         """Where the tokens of one level lie."""
         return sine_position(mask, self.config.hidden_dim)
 
-    def read(
-        self,
-        features: list[Float[Array, "b _ _ _"]],
-        padding_mask: Bool[Array, "b h w"],
-        **how: Any,
-    ) -> tuple[list[Float[Array, "b _ _ d"]], Memory]:
-        """C3, C4, C5 -> one map per level, and what the decoder reads. `how`: `noise`, `remat` and
-        `implementation` of each layer.
-        """
-        with jax.named_scope("encoder"):
-            levels = self.project(features)
-            return levels, self.encode(levels, padding_mask, **how)
-
-    def features(
-        self, images: Float[Array, "b h w 3"], *, remat: str = "none"
-    ) -> list[Float[Array, "b _ _ d"]]:
+    def features(self, images: Float[Array, "b h w 3"]) -> list[Float[Array, "b _ _ d"]]:
         """Normalized images -> one map per level, in the type that the model computes in."""
-        return self.project(self.backbone(images.astype(self.config.compute_dtype), remat=remat))
+        images = images.astype(self.config.compute_dtype)
+        return self.project(self.backbone(images, remat=self.config.remat))
 
     def encode(
         self,
@@ -133,13 +119,12 @@ class Pyramid(nnx.Module):
         *,
         noise: DropoutNoise | None = None,
         implementation: str | None = None,
-        remat: str = "none",
     ) -> Memory:
         """One map per level -> what the decoder reads."""
-        memory, positions = self.flatten(features, padding_mask)
-        return self.encoder(
-            memory, positions, noise=noise, implementation=implementation, remat=remat
-        )
+        with jax.named_scope("encoder"):
+            memory, positions = self.flatten(features, padding_mask)
+            how: dict[str, Any] = {"noise": noise, "implementation": implementation}
+            return self.encoder(memory, positions, remat=self.config.remat, **how)
 
     def project(self, features: list[jax.Array]) -> list[Float[Array, "b _ _ d"]]:
         """C3, C4, C5 -> one map of hidden size per level; the levels beyond C5 are strided

@@ -166,11 +166,10 @@ class Case:
         if "dn/rand_label" in self.file:
             draws = recorded_draws(self.file, self.file["in/target_boxes"].shape[:2])
         return network.detect(
-            features,
+            network.project(features),
             jnp.asarray(self.file["in/mask"]),
             people=self.batch.targets if training else None,
             noise=Draws(draws) if training else None,
-            return_details=True,
         )
 
     def run(self) -> None:
