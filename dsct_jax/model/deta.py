@@ -107,7 +107,6 @@ class Deta(Pyramid):
             proposals.logits[None], proposals.boxes[None], first_stage, "encoder", one_class=True
         )
         details = {
-            "features": features,
             "proposals": proposals,
             "selected": index,
         } | decoded.details

@@ -4,7 +4,7 @@ there is nobody.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float
 from dsct_jax.batch import Branch, Hungarian, Known, Predictions, Targets
 from dsct_jax.config import setting
 from dsct_jax.model.denoising import (
-    NoisyPeople,
     embed_labels,
     hidden_queries,
     move_corners,
@@ -48,6 +47,15 @@ class DinoConfig(QueryConfig):
     num_denoising: int = setting(100, "pairs of denoising queries, about; 0 = off", low=0)
     label_noise: float = setting(0.5, "twice the share of random labels", low=0, high=1)
     box_noise: float = setting(0.4, "of half a box, how far its corners move at most", low=0)
+
+
+class Denoising(NamedTuple):
+    """Queries made of people."""
+
+    tokens: Float[Array, "b q d"]
+    box_logits: Float[Array, "b q 4"]
+    hidden: Bool[Array, "1 q2 q2"]  # of these queries and the others
+    known: Known
 
 
 class Dino(Pyramid):
@@ -99,17 +107,13 @@ class Dino(Pyramid):
         tokens = jnp.broadcast_to(
             self.content_embed[...], (memory.tokens.shape[0], *self.content_embed.shape)
         )
-        denoised = hidden = logits = content = None
+        denoising = None
         extra = 0  # denoising queries, which come first
         if people is not None and noise is not None and config.num_denoising:
-            denoised, groups = self.denoising_queries(people, noise)
-            extra = denoised.boxes.shape[1]
-            logits = query_logits(denoised, epsilon=config.sigmoid_epsilon)
-            content = embed_labels(self.label_embed[...], denoised.labels)
-            content = jnp.where(denoised.exists[..., None], content, 0)
-            tokens = jnp.concatenate([content, tokens], 1)
-            references = jnp.concatenate([jax.nn.sigmoid(logits), references], 1)
-            hidden = hidden_queries(groups, extra // groups, config.num_queries)[None]
+            denoising = self.denoising_queries(people, noise)
+            extra = denoising.tokens.shape[1]
+            tokens = jnp.concatenate([denoising.tokens, tokens], 1)
+            references = jnp.concatenate([jax.nn.sigmoid(denoising.box_logits), references], 1)
 
         def positions(layer: int, tokens: jax.Array, references: jax.Array) -> jax.Array:
             return self.position_head(box_waves(references, memory)).astype(tokens.dtype)
@@ -123,21 +127,14 @@ class Dino(Pyramid):
             look_forward_twice=True,
             epsilon=config.sigmoid_epsilon,
             norm=self.decoder_norm,
-            hidden=None if hidden is None else jnp.asarray(hidden),
+            hidden=denoising.hidden if denoising else None,
             **how,
         )
         branches = [Branch(chosen.logits[None], chosen.boxes[None], Hungarian(), "encoder")]
-        if denoised is not None:
+        if denoising:
             noised = (decoded.logits[:, :, :extra], decoded.boxes[:, :, :extra])
-            real = denoised.exists & ~denoised.negative  # the others say that nobody is there
-            known = Known(jnp.where(real, denoised.people, -1), groups)
-            branches.append(Branch(*noised, known, "denoising"))
-        details = {
-            "features": features,
-            "proposals": proposals,
-            "selected": index,
-            "denoising": (content, logits, hidden),
-        }
+            branches.append(Branch(*noised, denoising.known, "denoising"))
+        details = {"proposals": proposals, "selected": index, "denoising": denoising}
         return Predictions(
             decoded.logits[:, :, extra:],
             decoded.boxes[:, :, extra:],
@@ -145,13 +142,11 @@ class Dino(Pyramid):
             tuple(branches) if noise is not None else (),
         )
 
-    def denoising_queries(self, people: Targets, noise: DropoutNoise) -> tuple[NoisyPeople, int]:
-        """Positives and negatives of everybody, and in how many groups: about `num_denoising` of
-        each, as the authors count.
-        """
-        config, t = self.config, people.valid.shape[-1]
-        groups = num_groups(config.num_denoising, t)
-        noised = noisy_people(
+    def denoising_queries(self, people: Targets, noise: DropoutNoise) -> Denoising:
+        """Positives and negatives of everybody, about `num_denoising` of each."""
+        config = self.config
+        groups = num_groups(config.num_denoising, people.valid.shape[-1])
+        noisy = noisy_people(
             people,
             noise,
             num_groups=groups,
@@ -160,7 +155,15 @@ class Dino(Pyramid):
             move=move_corners,
             negatives=True,
         )
-        return noised, groups
+        size = noisy.exists.shape[1] // groups
+        tokens = embed_labels(self.label_embed[...], noisy.labels)
+        real = noisy.exists & ~noisy.negative  # the others say that nobody is there
+        return Denoising(
+            jnp.where(noisy.exists[..., None], tokens, 0),
+            query_logits(noisy, epsilon=config.sigmoid_epsilon),
+            jnp.asarray(hidden_queries(groups, size, config.num_queries))[None],
+            Known(jnp.where(real, noisy.people, -1), groups),
+        )
 
 
 def num_groups(number: int, t: int) -> int:

@@ -271,7 +271,7 @@ def test_golden_proposals(case):
 def test_golden_denoising_queries(case):
     if "dn/query_label" not in case.file:
         pytest.skip("no denoising")
-    file, (tokens, logits, hidden) = case.file, case.details["denoising"]
+    file, (tokens, logits, hidden, _) = case.file, case.details["denoising"]
     case.close(tokens, file["dn/query_label"], "contents")
     case.close(logits, file["dn/query_bbox_unact"], "boxes")
     np.testing.assert_array_equal(hidden[0], file["dn/attn_mask"])
