@@ -44,7 +44,7 @@ class Introspection:
 
     image: Image.Image
     subjects: tuple[Subject, ...]
-    queries: Int[np.ndarray, "n"]  # the subject query of each of them
+    queries: Int[np.ndarray, " n"]  # the subject query of each of them
     context_points: Float[np.ndarray, "m 2"]  # reference points, the same in every layer
     layers: tuple[Layer, ...]
     embeddings: Float[np.ndarray, "n d"]  # of the subjects, after the last layer

@@ -29,57 +29,39 @@ class DSCTConfig(TransformerConfig):
     num_points: int = setting(4, "p, sampling points per head and level", low=1)
     num_levels: int = setting(4, "l: C3, C4, C5 and one stride-2 convolution of C5", low=3)
     num_subject_queries: int = setting(4, "N (Table 5: 4 for EMOTIC, 9 for CAER-S)", low=1)
-    num_context_queries: int = setting(
-        300, "M, taken from Deformable DETR; 0 = the Table 6 baseline", low=0
-    )
+    num_context_queries: int = setting(300, "M, as Deformable DETR; 0 = Table 6's baseline", low=0)
     num_spatial_neighbors: int = setting(100, "K_sp, 0 = off (Figure 11)", low=0)
     num_semantic_neighbors: int = setting(50, "K_sm, 0 = off (Figure 11)", low=0)
     fusion: str = setting(
         "paper",
-        "paper: Eq. 8, one softmax over both selections; released: two softmaxes and a "
-        "subject-subject term",
+        "paper: Eq. 8, one softmax over both selections; released: two, and a subject-subject term",
         choices=("paper", "released"),
     )
     semantic_selection: str = setting(
-        "smallest",
-        "smallest: the paper's text; largest: the released code",
-        choices=("smallest", "largest"),
+        "smallest", "the paper's text; largest: the released code", choices=("smallest", "largest")
     )
     reweighting: str = setting(
         "semantic", "Table 7", choices=("semantic", "equal", "spatial", "attentive")
     )
     fusion_layers: tuple[int, ...] = setting(
-        (),
-        "numbers from 0 of the decoder layers that fuse (Table 8), () = all of them; late fusion "
-        "= the last only",
-        low=0,
+        (), "decoder layers that fuse, from 0 (Table 8); () = all, late fusion = the last", low=0
     )
     box_refinement: bool = setting(
         False,
-        "True: each layer samples inside the box of the one before and refines it (Zhu et al. "
-        "2020)",
+        "each layer samples inside the box of the one before and refines it (Zhu et al. 2020)",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        neighbors = self.num_context_queries or max(
-            self.num_spatial_neighbors, self.num_semantic_neighbors
-        )
-        rules = {
-            "num_spatial_neighbors": (
-                self.num_spatial_neighbors <= neighbors,
-                f"at most config.model.num_context_queries ({neighbors})",
-            ),
-            "num_semantic_neighbors": (
-                self.num_semantic_neighbors <= neighbors,
-                f"at most config.model.num_context_queries ({neighbors})",
-            ),
-            "fusion_layers": (
-                all(layer < self.num_decoder_layers for layer in self.fusion_layers),
-                f"of layers 0 to {self.num_decoder_layers - 1}",
-            ),
-        }
-        for field, (fits, wanted) in rules.items():
+        last, enough = self.num_decoder_layers - 1, "at most config.model.num_context_queries"
+        spatial, semantic = self.num_spatial_neighbors, self.num_semantic_neighbors
+        most = self.num_context_queries or max(spatial, semantic)
+        enough += f" ({most})"
+        for field, fits, wanted in (
+            ("num_spatial_neighbors", spatial <= most, enough),
+            ("num_semantic_neighbors", semantic <= most, enough),
+            ("fusion_layers", max(self.fusion_layers, default=0) <= last, f"of layers 0 to {last}"),
+        ):
             if not fits:
                 raise cannot_be_used(f"model.{field}", getattr(self, field), wanted)
 
@@ -89,13 +71,8 @@ class DSCTConfig(TransformerConfig):
         neighbors = self.num_spatial_neighbors + self.num_semantic_neighbors
         if not (chosen and neighbors and self.num_context_queries):
             return None
-        return FusionConfig(
-            self.fusion,
-            self.semantic_selection,
-            self.num_spatial_neighbors,
-            self.num_semantic_neighbors,
-            self.reweighting,
-        )
+        numbers = self.num_spatial_neighbors, self.num_semantic_neighbors
+        return FusionConfig(self.fusion, self.semantic_selection, *numbers, self.reweighting)
 
 
 class DSCT(nnx.Module):
@@ -106,36 +83,24 @@ class DSCT(nnx.Module):
         self.config = config
         resnet = BACKBONES[config.backbone]
         self.backbone = ResNet(resnet, norm=config.norm, rngs=rngs)
-        widths = list(resnet.channels) + [resnet.channels[-1]] + [d] * (config.num_levels - 4)
-        shapes = [(1, 1)] * 3 + [(3, 2)] * (config.num_levels - 3)
+        widths = [*resnet.channels, resnet.channels[-1], *[d] * (config.num_levels - 4)]
         self.input_proj = nnx.List(
             [
-                InputProjection(c, d, size=k, stride=s, rngs=rngs)
-                for c, (k, s) in zip(widths, shapes, strict=False)
+                InputProjection(widths[i], d, strided=i >= 3, rngs=rngs)
+                for i in range(config.num_levels)
             ]
         )
         self.level_embed = nnx.Param(standard_normal(rngs.params(), (config.num_levels, d)))
-        shape = LayerShape(
-            d,
-            config.num_heads,
-            config.num_levels,
-            config.num_points,
-            config.feedforward_dim,
-            config.dropout,
-        )
+        numbers = config.num_heads, config.num_levels, config.num_points
+        shape = LayerShape(d, *numbers, config.feedforward_dim, config.dropout)
         self.encoder = Encoder(shape, num_layers=config.num_encoder_layers, rngs=rngs)
-        if config.num_context_queries:  # no array without elements: checkpoints cannot hold one
-            self.context_queries = nnx.Param(
-                standard_normal(rngs.params(), (config.num_context_queries, 2 * d))
-            )
-        self.subject_queries = nnx.Param(
-            standard_normal(rngs.params(), (config.num_subject_queries, 2 * d))
-        )
+        m, q = config.num_context_queries, config.num_subject_queries
+        if m:  # no array without elements: checkpoints cannot hold one
+            self.context_queries = nnx.Param(standard_normal(rngs.params(), (m, 2 * d)))
+        self.subject_queries = nnx.Param(standard_normal(rngs.params(), (q, 2 * d)))
         self.reference_points = Linear(d, 2, rngs=rngs)
         fusions = [config.fusion_of_layer(i) for i in range(config.num_decoder_layers)]
-        self.decoder = Decoder(
-            shape, num_context=config.num_context_queries, fusions=fusions, rngs=rngs
-        )
+        self.decoder = Decoder(shape, num_context=m, fusions=fusions, rngs=rngs)
         self.class_head = ClassHead(d, config.num_classes, subject=True, rngs=rngs)
         self.box_head = BoxHead(d, refines=config.box_refinement, rngs=rngs)
 
@@ -166,9 +131,8 @@ class DSCT(nnx.Module):
         queries = self.queries(images.shape[0])
         states, boxes, layers = self.decoder(queries, memory, self.box_head, **how)
         with jax.named_scope("heads"):
-            logits = self.class_head(
-                states[:, :, self.config.num_context_queries :].astype(jnp.float32)
-            )
+            subjects = states[:, :, self.config.num_context_queries :]
+            logits = self.class_head(subjects.astype(jnp.float32))
         if not return_details:
             return Predictions(logits, boxes)
         details = {
@@ -197,15 +161,11 @@ class DSCT(nnx.Module):
         remat: str = "none",
     ) -> Memory:
         """One map per level -> what the decoder reads."""
-        memory, positions = self.flatten(features, padding_mask)
-        return self.encoder(
-            memory, positions, noise=noise, implementation=implementation, remat=remat
-        )
+        how: dict[str, Any] = {"noise": noise, "implementation": implementation, "remat": remat}
+        return self.encoder(*self.flatten(features, padding_mask), **how)
 
     def project(self, features: list[jax.Array]) -> list[Float[Array, "b _ _ d"]]:
-        """C3, C4, C5 -> one map of hidden size per level; the levels beyond C5 are strided
-        convolutions of C5, then of each other.
-        """
+        """C3, C4, C5 -> one map per level; those beyond C5 come from C5, then from each other."""
         levels = [project(x) for project, x in zip(self.input_proj, features, strict=False)]
         source = features[-1]
         for project in self.input_proj[len(features) :]:
