@@ -22,8 +22,5 @@ LAYOUTS = (
 
 def detect_layout(names: Iterable[str]) -> TensorLayout | None:
     """Which of these kinds of file has these names; None when it is none of them."""
-    names = list(names)
-    for layout in LAYOUTS:
-        if any(re.fullmatch(layout.marker, name) for name in names):
-            return layout
-    return None
+    text = "\n".join(names)
+    return next((one for one in LAYOUTS if re.search(rf"^(?:{one.marker})$", text, re.M)), None)
