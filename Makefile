@@ -22,7 +22,6 @@ help:
 
 demo: .venv/.with-demo
 	@$(BIN)/python train.py --config=configs/demo.py --workdir=$(DEMO)
-	@$(BIN)/python train.py --config=configs/demo.py --workdir=$(DEMO) --mode=eval --split=val
 	@$(BIN)/python train.py --config=configs/demo.py --workdir=$(DEMO) --mode=eval --split=test
 	@$(BIN)/dsct report $(DEMO)
 	@echo 'Look at $(DEMO)/predictions_test.png, $(DEMO)/curves.png and $(DEMO)/metrics.md.'

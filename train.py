@@ -201,7 +201,7 @@ def build_step(
     run: RunConfig, network: Network, values: Values, mesh: Mesh, *, total_steps: int
 ) -> tuple[Any, TrainState]:
     """The training step, and the state before the first one."""
-    config, make_objective = run.train.step_config, OBJECTIVES[network.entry.objective]
+    config = run.train.step_config
     optimizer, state = initial_state(
         *values, run.optimizer, total_steps=total_steps, mesh=mesh, step_config=config
     )
@@ -290,7 +290,7 @@ def evaluate_checkpoint(
 
     Prints the table; writes metrics_<split>.json, .md and .png, predictions_<split>.npz (what
     `python -m dsct_jax evaluate` reads) and predictions_<split>.png into `workdir`, and, on the
-    validation split, thresholds.json, for a checkpoint without a validation of its own.
+    validation split, thresholds.json, which wins over what the checkpoint's own validation fitted.
     """
     mesh = make_mesh()
     run.train.require_divisible(mesh.size)

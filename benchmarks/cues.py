@@ -56,7 +56,7 @@ def require_scenes(config: DataConfig, workdir: Path) -> None:
         )
 
 
-def accuracies(right: Bool[np.ndarray, "m"], cues: Sequence[str]) -> dict[str, float]:
+def accuracies(right: Bool[np.ndarray, " m"], cues: Sequence[str]) -> dict[str, float]:
     """Cue -> share of its people that are right; `cues` has one for each person."""
     return {cue: float(np.mean(right[np.array(cues) == cue])) for cue in CUES}
 

@@ -31,13 +31,9 @@ def get_config() -> ConfigDict:
         {
             "name": "base",
             "seed": 0,
-            # weights to start from: .pth or .safetensors of others, or a run of ours
-            # (docs/weights.md)
-            "init_from": "",
+            "init_from": "",  # weights to start from: files of others or a run (docs/weights.md)
             "class_names": EMOTIC_CLASSES,
-            # True: a person has any number of emotions (EMOTIC, mAP); False: exactly one (CAER-S,
-            # accuracy)
-            "multi_label": True,
+            "multi_label": True,  # any number of emotions per person; False: exactly one (CAER-S)
             "model": defaults(DSCTConfig),
             "matcher": defaults(MatcherConfig),
             "loss": defaults(LossConfig),

@@ -1,6 +1,7 @@
-"""CAER-S with ResNet-50, the paper's recipe: 9 subject queries, batch 32. Paper: 91.81 % accuracy.
+r"""CAER-S with ResNet-50, the paper's recipe: 9 subject queries, batch 32. Paper: 91.81 % accuracy.
 
-    python train.py --config=configs/caer_s_r50.py --workdir=runs/caer_s_r50 --config.data.data_dir=DIR
+    python train.py --config=configs/caer_s_r50.py --workdir=runs/caer_s_r50 \
+        --config.data.data_dir=DIR
 
 DIR holds the class folders and {train,val,test}.json (COCO style, class ids 0 to 6). Not reproduced
 here yet: the data must be asked for.

@@ -1,7 +1,7 @@
-"""EMOTIC (head boxes, protocol emotic_head_dsct) with ResNet-50, the paper's recipe: 8 GPUs, batch
-32.
+r"""EMOTIC (head boxes, protocol emotic_head_dsct), ResNet-50, the paper's recipe: 8 GPUs, batch 32.
 
-    python train.py --config=configs/emotic_r50.py --workdir=runs/emotic_r50 --config.data.data_dir=DIR
+    python train.py --config=configs/emotic_r50.py --workdir=runs/emotic_r50 \
+        --config.data.data_dir=DIR
 
 DIR holds mscoco/, emodb_small/, ade20k/ and {train,val,test}.json with 26-bit labels. Paper: 37.26
 mAP (chance 21.9); the released code's own rerun: 36.21. Not reproduced here yet: the data must be

@@ -1,10 +1,10 @@
-"""EMOTIC as the authors' released code runs it: its fusion and selection, batch 4 on one GPU. Their
-README reports 36.21 mAP (chance 21.9).
+r"""EMOTIC as the authors' released code runs it: its fusion and selection, batch 4 on one GPU.
+Their README reports 36.21 mAP (chance 21.9).
 
-    python train.py --config=configs/emotic_r50_released.py --workdir=runs/emotic_r50_released --config.data.data_dir=DIR
+    python train.py --config=configs/emotic_r50_released.py --workdir=runs/emotic_r50_released \
+        --config.data.data_dir=DIR
 
-The configuration that goes with the released EMOTIC weights: dsct_jax.load("released.pth",
-    config=get_config()).
+It goes with the released EMOTIC weights: dsct_jax.load("released.pth", config=get_config()).
 """
 
 from configs import emotic_r50

@@ -1,7 +1,8 @@
-"""On from faces_single, on a CPU: small images with one to four faces each, COCO style json, CAER-S
-classes.
+r"""On from faces_single, on a CPU: small images with one to four faces each, COCO style json,
+CAER-S classes.
 
-    python train.py --config=configs/faces_multi.py --workdir=runs/faces_multi --config.data.data_dir=DIR --config.init_from=runs/faces_single
+    python train.py --config=configs/faces_multi.py --workdir=runs/faces_multi \
+        --config.data.data_dir=DIR --config.init_from=runs/faces_single
 
 DIR holds {train,val,test}.json and the images they name. A thousand images teach where faces are,
 not what they feel: from scratch, 64 epochs end at the most frequent class; from the weights of

@@ -1,9 +1,10 @@
-"""From scratch on a CPU: a few thousand small images with one face each, CAER-S layout and classes.
+r"""From scratch on a CPU: some thousand small images of one face each, CAER-S layout and classes.
 
-    python train.py --config=configs/faces_single.py --workdir=runs/faces_single --config.data.data_dir=DIR
+    python train.py --config=configs/faces_single.py --workdir=runs/faces_single \
+        --config.data.data_dir=DIR
 
-DIR holds {train,val,test}/<Class>/*.jpg and {train,val,test}.json. A difference from the demo. What
-it reaches is told in docs/results.md.
+DIR holds {train,val,test}/<Class>/*.jpg and {train,val,test}.json. docs/results.md says what it
+reaches.
 """
 
 from configs import base, demo
@@ -19,25 +20,16 @@ def get_config():
         # the decoder reads the backbone's maps: half the time of a step on the CPU
         num_encoder_layers=0,
         num_decoder_layers=4,
-        # reference points all over the image: one is always near the face, and what it samples is
-        # aligned with it
+        # reference points all over the image: one is always near the face
         num_subject_queries=40,
         num_context_queries=16,
         num_semantic_neighbors=4,
-        # without it the faces are found and their emotions are not: what is sampled must be aligned
-        # with the face
+        # what is sampled must be aligned with the face: without it no emotion is found
         box_refinement=True,
     )
     config.optimizer.warmup_steps = 200
-    config.data.update(
-        source="coco",
-        train="train.json",
-        val="val.json",
-        test="test.json",
-        short_sides=(88, 92, 96, 100, 104),
-        color_jitter=0.3,
-        grayscale_probability=0.1,
-        buckets=((104, 144), (128, 104)),
-    )
+    config.data.update(source="coco", train="train.json", val="val.json", test="test.json")
+    config.data.update(color_jitter=0.3, grayscale_probability=0.1)
+    config.data.update(short_sides=(88, 92, 96, 100, 104), buckets=((104, 144), (128, 104)))
     config.train.update(eval_batch_size=50, epochs=30)
     return config

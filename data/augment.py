@@ -1,20 +1,19 @@
 """Train-only randomness: DETR's recipe (paper Appendix C; released datasets/emotic.py), and color
 changes for training from scratch.
 
-What happens to an image is decided in two steps. `draw` turns a row of uniform numbers and the
-image's size into a `Transform`, without touching a pixel, so that the batch plan knows every final
-size beforehand; `apply` carries it out.
+`draw` turns uniform numbers and an image's size into a `Transform` without touching a pixel, so
+that the batch plan knows every final size beforehand; `apply` carries it out.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Int
 from PIL import Image, ImageEnhance
 
 from data.config import DataConfig
-from data.readers.records import has_area
+from data.readers.records import Boxes, clip_boxes, has_area
 from dsct_jax.preprocess import Size, resize, resized_size
 
 NUM_DRAWS = 12  # uniform numbers per image and epoch
@@ -34,8 +33,7 @@ class Transform:
 
 
 def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) -> Transform:
-    """The random transform of a `height` x `width` image that NUM_DRAWS numbers in [0, 1) stand
-    for.
+    """The random transform of a `height` x `width` image that NUM_DRAWS numbers in [0, 1) mean.
 
     Half of the time (`crop_probability`) the image is brought to a short side of `crop_resize`, a
     region with sides between the two `crop_size` is cut out, and that is resized; else the whole
@@ -66,11 +64,9 @@ def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) 
 
 
 def apply(
-    transform: Transform, image: Image.Image, boxes: Float32[np.ndarray, "t 4"]
-) -> tuple[Image.Image, Float32[np.ndarray, "kept 4"], Int[np.ndarray, "kept"]]:
-    """The transformed RGB image, the (x1, y1, x2, y2) pixel boxes that are left in it, and which
-    people they belong to.
-    """
+    transform: Transform, image: Image.Image, boxes: Boxes
+) -> tuple[Image.Image, Boxes, Int[np.ndarray, " kept"]]:
+    """The transformed RGB image, the boxes that are left in it, and whose they are."""
     kept = np.arange(len(boxes))
     if transform.flip:
         boxes = flip_boxes(boxes, image.width)
@@ -85,29 +81,24 @@ def apply(
     return _recolor(transform, resize(image, transform.size)), boxes, kept
 
 
-def flip_boxes(boxes: Float32[np.ndarray, "t 4"], width: int) -> Float32[np.ndarray, "t 4"]:
-    """(x1, y1, x2, y2) pixel boxes of the mirrored image."""
+def flip_boxes(boxes: Boxes, width: int) -> Boxes:
+    """Boxes of the mirrored image."""
     mirrored = boxes[:, [2, 1, 0, 3]] * np.array([-1, 1, -1, 1], np.float32)
     return mirrored + np.array([width, 0, width, 0], np.float32)
 
 
-def scale_boxes(
-    boxes: Float32[np.ndarray, "t 4"], old: Size, new: Size
-) -> Float32[np.ndarray, "t 4"]:
-    """Pixel boxes of an image resized from `old` to `new` (height, width)."""
+def scale_boxes(boxes: Boxes, old: Size, new: Size) -> Boxes:
+    """Boxes of an image resized from `old` to `new` (height, width)."""
     vertical, horizontal = new[0] / old[0], new[1] / old[1]
     return boxes * np.array([horizontal, vertical, horizontal, vertical], np.float32)
 
 
 def crop_boxes(
-    boxes: Float32[np.ndarray, "t 4"], crop: tuple[int, int, int, int]
-) -> tuple[Float32[np.ndarray, "kept 4"], Int[np.ndarray, "kept"]]:
-    """What is left of the boxes inside (top, left, height, width), and whose they are; any positive
-    remainder counts, as in DETR.
-    """
+    boxes: Boxes, crop: tuple[int, int, int, int]
+) -> tuple[Boxes, Int[np.ndarray, " kept"]]:
+    """Boxes cut to (top, left, height, width), and whose they are; any area counts, as in DETR."""
     top, left, height, width = crop
-    moved = boxes - np.array([left, top, left, top], np.float32)
-    moved = np.clip(moved, 0, np.array([width, height, width, height], np.float32))
+    moved = clip_boxes(boxes - np.array([left, top, left, top], np.float32), height, width)
     kept = np.flatnonzero(has_area(moved))
     return moved[kept], kept
 

@@ -32,24 +32,17 @@ Entry = tuple[int, Transform]  # index of an image and what is done to it
 
 @dataclasses.dataclass(frozen=True)
 class PlannedBatch:
-    """One global batch: `indices` [batch_size] of records (FILLER = none) and the transform of
-    each.
-    """
+    """One global batch."""
 
     bucket: Size  # padded (height, width)
-    indices: tuple[int, ...]
+    indices: tuple[int, ...]  # [batch_size] of records, FILLER = none
     transforms: tuple[Transform, ...]
 
 
 class BatchPlan:
-    """Random access to the batches of one split by step.
+    """Random access by step to the batches of a split whose images have these (height, width).
 
-    Args:
-        config: sizes, probabilities and canvases.
-        sizes: (height, width) of every image of the split.
-        batch_size: images in a global batch.
-        seed: of the whole stream.
-        training: an endless stream of epochs, or one pass in evaluation.
+    `training`: an endless stream of epochs, else one pass. `batch_size` counts all hosts.
     """
 
     def __init__(
@@ -61,15 +54,11 @@ class BatchPlan:
         seed: int,
         training: bool,
     ) -> None:
-        self._config = config
-        self._sizes = tuple(sizes)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._training = training
+        self._config, self._sizes, self._batch_size = config, tuple(sizes), batch_size
+        self._seed, self._training = seed, training
         # the last two used; two threads may compute the same one, with the same result
         self._epochs: dict[int, list[PlannedBatch]] = {}
-        steps = -(-len(self._sizes) // batch_size) if training else len(self._epoch(0))
-        self.steps_per_epoch = steps
+        self.steps_per_epoch = -(-len(sizes) // batch_size) if training else len(self._epoch(0))
 
     def __getitem__(self, step: int) -> PlannedBatch:
         epoch, position = divmod(step, self.steps_per_epoch)
@@ -118,9 +107,7 @@ class BatchPlan:
         ]
 
     def _mixed_batch(self, entries: Sequence[Entry]) -> PlannedBatch:
-        """The remainders of several queues on one canvas: one that holds them all, else the one
-        that scales them down least in total.
-        """
+        """What several queues have left, on the canvas that holds all or scales down least."""
         sizes = [transform.size for _, transform in entries]
 
         def scale(bucket: Size) -> float:

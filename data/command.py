@@ -1,10 +1,7 @@
-"""What the commands that run from a checkout share: a configuration named on the command line, and
-changed there.
+"""How train.py and the commands of `data` read a configuration that is named and changed on the
+command line. The one module of `data` that knows ml_collections; the rest takes a DataConfig.
 
     python -m data check --config=configs/demo.py --config.data.train=100
-
-The one module of `data` that knows ml_collections: train.py and the commands of `data` read their
-command lines the same way, here. Everything else takes a DataConfig.
 """
 
 import argparse
@@ -20,18 +17,14 @@ from dsct_jax.errors import UserError
 
 
 def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`config` with each --config.section.field=value applied. Raises UserError when an argument of
-    another form, a field that does not exist, or a value of another type.
-    """
+    """`config` with each --config.section.field=value applied. Raises UserError."""
     from absl import flags  # of the `train` extra, like the next
     from ml_collections import ConfigDict, config_flags
 
     for argument in overrides:
         if not argument.startswith("--config."):
-            raise UserError(
-                f"{argument}: unexpected argument; a setting is written "
-                "--config.section.field=value"
-            )
+            remedy = "a setting is written --config.section.field=value"
+            raise UserError(f"{argument}: unexpected argument; {remedy}")
         fields: Any = config
         prefix, *path = argument.removeprefix("--").split("=")[0].split(".")
         for key in path:
@@ -50,22 +43,15 @@ def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
 
 
 def data_config(path: Path, overrides: Sequence[str] = ()) -> DataConfig:
-    """The data section and the classes of a configuration file, changed by arguments such as
-    --config.data.data_dir=DIR. Raises UserError when the file or an argument cannot be used; the
-    line names it.
-    """
+    """The data section and classes of a file, changed by --config.data.... Raises UserError."""
     config = override(read_config(path), overrides)
-    classes = {
-        "class_names": require(config, "class_names", tuple),
-        "multi_label": require(config, "multi_label", bool),
-    }
+    kinds = {"class_names": tuple, "multi_label": bool}
+    classes = {name: require(config, name, kind) for name, kind in kinds.items()}
     return dataclass_from_dict(DataConfig, "data", require(config, "data", Mapping), **classes)
 
 
 class ConfigParser(Parser):
-    """A parser with --config, to which arguments that begin with --config. belong; a command adds
-    its own flags.
-    """
+    """A parser with --config and --config.*; a command adds its own flags."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description)

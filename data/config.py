@@ -1,6 +1,4 @@
-"""What the input pipeline needs to know: the `data` section of a configuration and the classes, as
-one frozen value.
-"""
+"""The `data` section of a configuration and the classes, as one frozen value."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,8 +10,8 @@ from dsct_jax.errors import UserError
 SOURCES = ("coco", "caer_s", "ncaer_s", "emotic", "scenes", "prepared")
 SPLITS = ("train", "val", "test")
 PROTOCOLS = {
-    "emotic_head_dsct": "EMOTIC, head boxes of the older release, as the DSCT paper's "
-    "numbers (chance on its test set: 21.9 mAP)",
+    "emotic_head_dsct": "EMOTIC, head boxes of the older release, as the DSCT paper's numbers "
+    "(chance on its test set: 21.9 mAP)",
     "emotic_body_pami": "EMOTIC, body boxes of Annotations.mat (PAMI 2019)",
     "emotic_body_cvpr17": "EMOTIC, body boxes of CVPR17_Annotations.mat",
     "caer_s": "CAER-S, one face box per image",
@@ -27,8 +25,6 @@ _SPELLINGS = {
     "disquitement": "disquietment",
     "doubtconfuzion": "doubtconfusion",
 }
-
-
 # what a source or a format of labels says about each person
 _LABELS = (
     ("source", "emotic", "several labels"),
@@ -48,55 +44,29 @@ class AnnotationFile:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The data section of a configuration, with `class_names` and `multi_label` of its top level.
-
-    Raises:
-        UserError: a value that no run could use; the line names the field as it is written on the
-            command line.
-    """
+    """The data section, and two fields of the top level. Raises UserError naming a wrong field."""
 
     class_names: tuple[str, ...] = setting(doc="of the top level", shared=True)
     multi_label: bool = setting(doc="of the top level", shared=True)
-    source: str = setting(
-        "coco", "prepared: data_dir is the --output of data.tools.prepare", choices=SOURCES
-    )
+    source: str = setting("coco", "prepared: the --output of data prepare", choices=SOURCES)
     protocol: str = setting(
-        "auto",
-        "the task named with every result; auto: as the files say (docs/datasets.md)",
-        choices=("auto", *PROTOCOLS),
+        "auto", "the task named with every result; auto: by the files", choices=("auto", *PROTOCOLS)
     )
     data_dir: str = setting("", "root of the images; for scenes unused")
-    train: str | int = setting(
-        "train.json",
-        "FILE, ROOT:FILE or several with commas, below data_dir (scenes: number of images; "
-        "ncaer_s: folder)",
-    )
+    # below data_dir; scenes: a number of images, ncaer_s: a folder
+    train: str | int = setting("train.json", "FILE, ROOT:FILE or several with commas")
     val: str | int = setting("val.json", "the same for validation")
     test: str | int = setting("test.json", "the same for the test")
-    label_format: str = setting(
-        "ids",
-        "ids: category_id is a class number, or a list of them; bits: the 26-bit masks of the "
-        "EMOTIC head-box json",
-        choices=("ids", "bits"),
-    )
-    person_box: str = setting(
-        "head",
-        "emotic only. head: the paper's task, of Torch7 files; body: Annotations.mat, .csv or "
-        "Torch7",
-        choices=("head", "body"),
-    )
+    # ids: category_id is a class number, or a list of them; bits: the 26-bit masks of EMOTIC's json
+    label_format: str = setting("ids", "of a json's category_id", choices=("ids", "bits"))
+    # head: the paper's task, of Torch7 files; body: Annotations.mat, .csv or Torch7
+    person_box: str = setting("head", "emotic only: the box of a person", choices=("head", "body"))
     drop_unrated: bool = setting(
-        False,
-        "emotic only. True: exclude people whose valence, arousal or dominance is missing, as much "
-        "code does",
+        False, "emotic only. True: exclude people without valence, arousal or dominance"
     )
-    max_targets: int = setting(
-        16, "t: people kept per image; more is an error that names the image", low=1
-    )
+    max_targets: int = setting(16, "t: people per image; more is an error", low=1)
     short_sides: tuple[int, ...] = setting(
-        (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
-        "pixels; training: one is drawn (DETR)",
-        low=1,
+        tuple(range(480, 801, 32)), "pixels; training: one is drawn (DETR)", low=1
     )
     max_long_side: int = setting(1333, "pixels", low=1)
     crop_resize: tuple[int, ...] = setting(
@@ -107,20 +77,11 @@ class DataConfig:
     )
     crop_probability: float = setting(0.5, "of the random crop (DETR)", low=0, high=1)
     flip_probability: float = setting(0.5, "of the mirror image", low=0, high=1)
+    # the next two are not in the paper: for training from scratch
     color_jitter: float = setting(
-        0.0,
-        "strength of random brightness, contrast and saturation; not in the paper, for training "
-        "from scratch",
-        low=0,
-        high=1,
+        0.0, "strength of random brightness, contrast and saturation", low=0, high=1
     )
-    grayscale_probability: float = setting(
-        0.0,
-        "share of the training images shown without color; not in the paper, for training from "
-        "scratch",
-        low=0,
-        high=1,
-    )
+    grayscale_probability: float = setting(0.0, "of an image without color", low=0, high=1)
     eval_short_side: int = setting(800, "pixels", low=1)
     buckets: tuple[tuple[int, int], ...] = setting(
         ((800, 1344), (1344, 800), (1088, 1088)),
@@ -128,12 +89,9 @@ class DataConfig:
         low=1,
     )
     num_workers: int = setting(2, "processes; 0 = in this one", low=0)
-    cache: bool = setting(
-        False, "True: keep decoded images in memory (in each worker), for small data sets"
-    )
+    cache: bool = setting(False, "True: keep decoded images in memory (in each worker)")
     skip_corrupt: bool = setting(
-        False,
-        "True: a file that cannot be read is counted and excluded instead of stopping the run",
+        False, "True: a damaged file is counted and excluded instead of stopping the run"
     )
 
     def __post_init__(self) -> None:
@@ -158,18 +116,14 @@ class DataConfig:
                 )
 
     def annotation_file(self, split: str) -> str:
-        """The value of the split's own field: an annotation file below `data_dir`, or for scenes a
-        number of images.
-        """
+        """The value of the split's own field, as text."""
         if split not in SPLITS:
             raise UserError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
         return str(getattr(self, split))
 
     def annotation_files(self, split: str) -> list[AnnotationFile]:
         """The split's own field taken apart: `FILE`, or `ROOT:FILE` where the image names in FILE
-        start at ROOT, or several of these with commas.
-
-        Both are paths below `data_dir`. Raises UserError when the field names no file.
+        start at ROOT, or several of these with commas, all below `data_dir`. Raises UserError.
         """
         top, value = Path(self.data_dir), self.annotation_file(split)
         files = []
@@ -178,13 +132,10 @@ class DataConfig:
             if len(root) == 1:  # the drive of an absolute path
                 root, colon, name = "", "", part
             if not name:
-                raise UserError(
-                    f"config.data.{split}={value!r} cannot be used: must be an annotation file, "
-                    "or ROOT:FILE, below config.data.data_dir"
-                )
-            files.append(
-                AnnotationFile(top / name, top / root, f"{root}/" if colon and root else "")
-            )
+                wanted = "an annotation file, or ROOT:FILE, below config.data.data_dir"
+                raise cannot_be_used(f"data.{split}", value, wanted)
+            prefix = f"{root}/" if colon and root else ""
+            files.append(AnnotationFile(top / name, top / root, prefix))
         return files
 
 

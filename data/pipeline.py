@@ -1,6 +1,4 @@
-"""Files on disk -> padded numpy batches: read, plan, decode, transform, pad, prefetch; resumable at
-any step.
-"""
+"""Files on disk -> padded numpy batches, made ahead of their use; resumable at any step."""
 
 import contextlib
 import dataclasses
@@ -23,7 +21,7 @@ from PIL import Image
 from data.augment import apply
 from data.batch_plan import FILLER, BatchPlan
 from data.config import DataConfig
-from data.readers.records import ReadReport, Record
+from data.readers.records import REMEDY, ReadReport, Record
 from data.readers.registry import read_split
 from dsct_jax.batch import Batch, Targets
 from dsct_jax.boxes import xyxy_to_cxcywh
@@ -53,22 +51,16 @@ def make_dataset(
     """Reads one split and plans its batches.
 
     Args:
-        data: the data configuration.
-        split: train, val or test.
         batch_size: images in a global batch, over all hosts.
         seed: of the order and of the augmentation; evaluation uses none.
         training: shuffled, augmented and endless; else one pass in a fixed order.
-        host_index: which contiguous share of every global batch this process gets.
-        host_count: the number of such shares.
+        host_index: which contiguous share of every global batch this process gets, of host_count.
 
-    Raises UserError when annotations or images cannot be used, or batch_size is no multiple of
-    host_count.
+    Raises UserError when the data cannot be used or host_count does not divide batch_size.
     """
     if batch_size < 1 or batch_size % host_count:
-        raise UserError(
-            f"batch size {batch_size} cannot be shared by {host_count} hosts: set "
-            "config.train.batch_size to a multiple of it"
-        )
+        remedy = "set config.train.batch_size to a multiple of it"
+        raise UserError(f"batch size {batch_size} cannot be shared by {host_count} hosts: {remedy}")
     records, report = read_split(data, split)
     sizes = [(record.height, record.width) for record in records]
     plan = BatchPlan(data, sizes, batch_size=batch_size, seed=seed, training=training)
@@ -98,10 +90,9 @@ class Dataset:
     def iterator(self, start_step: int = 0, steps: int | None = None) -> Iterator[Batch]:
         """Batches from number `start_step` on, `steps` of them or to the end (training has none).
 
-        Batches are made ahead of their use: in `num_workers` Grain processes when training, else in
-        threads of this process (starting processes does not pay for a single evaluation pass).
-        Leaving the loop or closing the iterator stops them. Raises UserError when an image cannot
-        be read and `skip_corrupt` is not set; the line names the file.
+        They are made in `num_workers` Grain processes when training, else in threads (starting
+        processes does not pay for one pass). Leaving the loop or closing the iterator stops them.
+        Raises UserError naming an image that cannot be read, unless `skip_corrupt` is set.
         """
         end = _ENDLESS if self._training else self.steps_per_epoch
         stop = end if steps is None else min(end, start_step + steps)
@@ -124,15 +115,14 @@ class Dataset:
 
 
 class Loaded(NamedTuple):
-    """What became of a step. Errors are values here because an exception of a worker process
-    reaches the run as a page of its traceback.
-    """
+    """What became of a step. Errors are values: exceptions of workers arrive as pages of text."""
 
     batch: Batch | None  # None = `error` says why
     skipped: list[tuple[str, str]]  # name and error line of each image that could not be read
     error: str = ""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class BatchLoader:
     """Makes this host's share of the batch of a step. Travels to worker processes, so it holds
     plain values only.
@@ -142,16 +132,12 @@ class BatchLoader:
     of 0, and divisions by them.
     """
 
-    def __init__(
-        self, config: DataConfig, records: list[Record], plan: BatchPlan, share: slice
-    ) -> None:
-        self._config = config
-        self._records = records
-        self._plan = plan
-        self._share = share
-        self._images: dict[
-            int, Image.Image
-        ] = {}  # decoded; only when the configuration asks for it
+    _config: DataConfig
+    _records: list[Record]
+    _plan: BatchPlan
+    _share: slice
+    # decoded, by id; only when the configuration asks for it
+    _images: dict[int, Image.Image] = dataclasses.field(default_factory=dict)
 
     def __call__(self, step: int) -> Loaded:
         planned = self._plan[step]
@@ -168,8 +154,7 @@ class BatchLoader:
                 image = self._image(record)
             except UserError as error:
                 if not self._config.skip_corrupt:
-                    remedy = "repair or remove it, or set config.data.skip_corrupt=True"
-                    return Loaded(None, [], f"{error}; {remedy}")
+                    return Loaded(None, [], f"{error}; {REMEDY}")
                 skipped.append((record.name, str(error)))
                 continue
             image, boxes, kept = apply(transform, image, record.boxes)
@@ -183,14 +168,14 @@ class BatchLoader:
         return Loaded(batch, skipped)
 
     def _empty(self, count: int, bucket: tuple[int, int]) -> Batch:
-        people, classes = self._config.max_targets, len(self._config.class_names)
+        people, classes = (count, self._config.max_targets), len(self._config.class_names)
         return Batch(
             images=np.zeros((count, *bucket, 3), np.uint8),
             sizes=np.full((count, 2), bucket, np.int32),
             targets=Targets(
-                boxes=np.zeros((count, people, 4), np.float32),
-                labels=np.zeros((count, people, classes), np.float32),
-                valid=np.zeros((count, people), np.bool_),
+                boxes=np.zeros((*people, 4), np.float32),
+                labels=np.zeros((*people, classes), np.float32),
+                valid=np.zeros(people, np.bool_),
             ),
             image_ids=np.full(count, FILLER, np.int32),
             original_sizes=np.full((count, 2), bucket, np.int32),
@@ -202,10 +187,8 @@ class BatchLoader:
         if image is None:
             image = record.load()
             if image.size != (record.width, record.height):
-                raise UserError(
-                    f"{record.name}: its size changed from {record.width}x{record.height} while "
-                    "the run was going on"
-                )
+                before = f"{record.width}x{record.height}"
+                raise UserError(f"{record.name}: its size changed from {before} during the run")
             if self._config.cache:
                 self._images[record.image_id] = image
         return image
@@ -234,8 +217,7 @@ def _load_in_processes(
 ) -> Iterator[Loaded]:
     """The same through Grain's worker processes."""
     if not flags.FLAGS.is_parsed():
-        # Grain hands the flags to its workers and stops where nobody has parsed any
-        flags.FLAGS.mark_as_parsed()
+        flags.FLAGS.mark_as_parsed()  # Grain hands them to its workers, and asks for it
     steps = grain.MapDataset.range(start, stop).map(load)
     dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
@@ -245,8 +227,7 @@ def _load_in_processes(
         with _block_signals():
             element = next(elements, None)
         while element is not None:
-            # Copies: what arrives are views of shared memory that the sender owns only until its
-            # process is stopped.
+            # copies: what arrives are views of memory that the worker owns
             yield element._replace(batch=jax.tree.map(np.array, element.batch))
             element = next(elements, None)
     finally:
@@ -255,8 +236,8 @@ def _load_in_processes(
 
 @contextlib.contextmanager
 def _block_signals() -> Iterator[None]:
-    """Workers that are started inside inherit it: SIGTERM and Ctrl-C, which reach a whole group, do
-    not end them before they can ignore them.
+    """Workers that are started inside inherit it: SIGTERM and Ctrl-C, which reach a whole group,
+    cannot end them before they ignore them.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
@@ -265,11 +246,8 @@ def _block_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _ignore_signals(worker: int, workers: int) -> None:
-    """Called in each worker process: the run alone answers signals, and stops its workers; a worker
-    whose run was killed ends.
-    """
-    del worker, workers
+def _ignore_signals(*_: int) -> None:
+    """Of a worker process: only the run answers signals; a worker whose run was killed ends."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     run = multiprocessing.parent_process()

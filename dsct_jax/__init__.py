@@ -1,8 +1,8 @@
 """DSCT in JAX: single-stage, context-aware emotion recognition.
 
-model = dsct_jax.load(path)                # run directory, .safetensors, or a released .pth with its configuration
-out = model(images, padding_mask)          # out.logits [layers b q k+1], out.boxes [layers b q 4]; the last layer is the answer
-dsct_jax.predict(model, images)            # a list of Subject(box, probabilities, labels) for each image
+model = dsct_jax.load(path)        # a run, .safetensors, or .pth with its configuration
+out = model(images, padding_mask)  # out.logits [layers b q k+1], out.boxes [layers b q 4]
+dsct_jax.predict(model, images)    # a list of Subject(box, probabilities, labels) per image
 """
 
 import importlib

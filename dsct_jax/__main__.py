@@ -1,4 +1,4 @@
-"""The commands of the library: `python -m dsct_jax COMMAND ...`, installed as `dsct COMMAND ...`."""
+"""The library's commands: `python -m dsct_jax COMMAND ...`, installed as `dsct COMMAND ...`."""
 
 import sys
 from collections.abc import Sequence

@@ -1,10 +1,8 @@
-"""The contract between data, networks, objectives and metrics: what one batch, its targets and its
-predictions hold.
+"""The contract of data, networks, objectives and metrics: a batch, its targets and predictions.
 
 Letters: b batch, h w padded image, t targets, q queries, k classes, layers decoder layers.
-Everything here is a pytree, so a batch can be sharded, donated or mapped over as one value. The
-shapes of the fields are not checked when a container is made (`no_type_check`), for the same
-containers also carry shardings and ShapeDtypeStructs; functions check what they take out of them.
+Everything here is a pytree. Shapes are not checked when one is made (`no_type_check`), for it may
+carry shardings or ShapeDtypeStructs; functions check what they take out.
 """
 
 import dataclasses
@@ -36,9 +34,9 @@ class Batch:
     images: UInt8[Any, "b h w 3"]  # RGB, padded with 0 at the right and at the bottom
     sizes: Int[Any, "b 2"]  # (height, width) of each image inside the padded canvas
     targets: Targets
-    image_ids: Int[Any, "b"]  # index of the record in its data set
+    image_ids: Int[Any, " b"]  # index of the record in its data set
     original_sizes: Int[Any, "b 2"]  # (height, width) of the image on disk
-    real: Bool[Any, "b"]  # False = filler that completes the last batch; never counted
+    real: Bool[Any, " b"]  # False = filler that completes the last batch; never counted
 
 
 @jax.tree_util.register_dataclass

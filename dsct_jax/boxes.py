@@ -1,6 +1,4 @@
-"""Box arithmetic. (cx, cy, w, h) is what the network predicts; (x1, y1, x2, y2) is what areas and
-drawings need.
-"""
+"""Box arithmetic: (cx, cy, w, h) is what networks predict, (x1, y1, x2, y2) what areas need."""
 
 from typing import TypeVar
 
@@ -42,33 +40,27 @@ def _areas(boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
 def iou_and_giou(
     a: Float[Array, "*n 4"], b: Float[Array, "*n 4"], *, epsilon: float = 0.0
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
-    """IoU and generalized IoU of (x1, y1, x2, y2) boxes, element by element after broadcasting
-    (Rezatofighi et al. 2019).
-
-    Boxes without area would divide by zero: a pair whose union is empty has IoU 0. Some authors add
-    an `epsilon` to both denominators instead.
+    """IoU and generalized IoU (Rezatofighi et al. 2019) of (x1, y1, x2, y2) boxes, element by
+    element after broadcasting; a pair whose union is empty has IoU 0. Some authors add an `epsilon`
+    to both denominators.
     """
     low, high = jnp.maximum(a[..., :2], b[..., :2]), jnp.minimum(a[..., 2:], b[..., 2:])
     size = jnp.clip(high - low, 0)
     intersection = size[..., 0] * size[..., 1]
     union = _areas(a) + _areas(b) - intersection
     iou = intersection / (jnp.where(union > 0, union, 1) + epsilon)
-    hull_size = jnp.clip(
-        jnp.maximum(a[..., 2:], b[..., 2:]) - jnp.minimum(a[..., :2], b[..., :2]), 0
-    )
-    hull = hull_size[..., 0] * hull_size[..., 1]
+    low, high = jnp.minimum(a[..., :2], b[..., :2]), jnp.maximum(a[..., 2:], b[..., 2:])
+    size = jnp.clip(high - low, 0)
+    hull = size[..., 0] * size[..., 1]
     return iou, iou - (hull - union) / (jnp.where(hull > 0, hull, 1) + epsilon)
 
 
 def elementwise_iou(a: np.ndarray, b: np.ndarray, *, offset: float = 0.0) -> np.ndarray:
-    """IoU on the host of (x1, y1, x2, y2) boxes a [*n 4] and b [*n 4] after broadcasting -> [*n]; a
-    pair whose union is empty has 0.
-
-    `offset=1` counts pixels inclusively, the convention of the released evaluation (test.py:30-44).
+    """IoU on the host of (x1, y1, x2, y2) boxes a [*n 4] and b [*n 4] after broadcasting -> [*n]; 0
+    for an empty union. `offset=1` counts pixels inclusively, as released (test.py:30-44).
     """
-    size = np.clip(
-        np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]) + offset, 0, None
-    )
+    low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
+    size = np.clip(high - low + offset, 0, None)
     intersection = size[..., 0] * size[..., 1]
     area_a = (a[..., 2] - a[..., 0] + offset) * (a[..., 3] - a[..., 1] + offset)
     area_b = (b[..., 2] - b[..., 0] + offset) * (b[..., 3] - b[..., 1] + offset)
@@ -84,10 +76,8 @@ def pairwise_iou(a: np.ndarray, b: np.ndarray, *, offset: float = 0.0) -> np.nda
 def non_max_suppression(
     boxes: np.ndarray, scores: np.ndarray, *, threshold: float, offset: float = 0.0
 ) -> np.ndarray:
-    """Indices of the boxes kept by greedy suppression, best score first; a box goes when its IoU
-    with a kept one exceeds `threshold`.
-
-    boxes [n 4] (x1, y1, x2, y2), scores [n].
+    """Indices of the boxes [n 4] (x1, y1, x2, y2) kept by greedy suppression, best score first: a
+    box goes when its IoU with a kept one exceeds `threshold`.
     """
     order = np.argsort(-scores, kind="stable")
     overlaps = pairwise_iou(boxes, boxes, offset=offset)
@@ -99,8 +89,6 @@ def non_max_suppression(
 
 
 def inverse_sigmoid(x: Float[Array, "*n"], *, eps: float = 1e-5) -> Float[Array, "*n"]:
-    """log(x / (1 - x)) with x clipped to [0, 1] and both terms to at least `eps`, as in Deformable
-    DETR.
-    """
+    """log(x / (1 - x)) of x clipped to [0, 1], both terms at least `eps`, as Deformable DETR's."""
     x = jnp.clip(x, 0, 1)
     return jnp.log(jnp.maximum(x, eps) / jnp.maximum(1 - x, eps))

@@ -1,7 +1,8 @@
 """What all commands share: the command line, paths, outputs that are tried before the work, a
 user's mistake reported in one line, the exit status, and progress on the terminal.
 
-A command is a module with `make_parser()` and `run(arguments)`; `run_subcommand` does the rest.
+A command is a module with `make_parser()` (its flags) and `run(arguments)` (with those parsed; it
+raises UserError for what cannot be used); `run_subcommand` does the rest.
 """
 
 import argparse
@@ -32,11 +33,9 @@ class Parser(argparse.ArgumentParser):
     """Its errors are one line: UserError instead of a usage text and SystemExit."""
 
     def __init__(self, *, description: str | None, prog: str | None = None) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
         super().__init__(
-            prog=prog,
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            prog=prog, description=description, formatter_class=layout, allow_abbrev=False
         )
 
     def error(self, message: str) -> NoReturn:
@@ -86,9 +85,9 @@ def whole_file(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]
 
 
 def run_command(run: Callable[[], int | None]) -> int:
-    """Calls `run` and returns the exit status: its own (None = 0), 2 after one line on stderr for a
-    user's mistake, an extra that is not installed, a file that the system refuses or devices that
-    jax does not have, and 130 after Ctrl-C (with the line of the KeyboardInterrupt, if any).
+    """Calls `run` and returns the exit status: its own (None = 0); 2 after one line on stderr for a
+    user's mistake, a missing extra, a file that the system refuses or devices that jax does not
+    have; 130 after Ctrl-C (with the line of the KeyboardInterrupt, if any).
     """
     try:
         return run() or 0
@@ -108,11 +107,9 @@ def run_command(run: Callable[[], int | None]) -> int:
         platforms = os.environ.get("JAX_PLATFORMS")
         if not platforms or _jax_starts():
             raise
-        why = f" ({error})" if str(error) else ""
-        reason = (
-            f"JAX_PLATFORMS={platforms}: jax finds no such devices{why}; unset it to let jax choose"
-        )
-        reason = " ".join(reason.split())
+        why = " ".join(f"({error})".split()) if str(error) else ""
+        reason = f"jax finds no such devices {why}".rstrip() + "; unset it to let jax choose"
+        reason = f"JAX_PLATFORMS={platforms}: {reason}"
     print(f"error: {reason}", file=sys.stderr)
     return 2
 
@@ -130,11 +127,8 @@ def run_subcommand(
     package: str, commands: Mapping[str, str], argv: Sequence[str] | None = None, *, prog: str
 ) -> int:
     """Runs the command that the first argument names, one of `commands` (name -> what it does), a
-    module of `package`; returns the exit status.
-
-    Args:
-        argv: None = those of the process, which is then set up as a command's (`start_process`).
-        prog: how the user calls this, such as "python -m data".
+    module of `package`; returns the exit status. `argv`: None = those of the process, which is then
+    set up as a command's; `prog`: how the user calls this, such as "python -m data".
     """
     if argv is None:
         from dsct_jax.runtime import start_process

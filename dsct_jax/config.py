@@ -1,6 +1,4 @@
-"""Configurations: read from files, and turned into the frozen dataclasses that the library takes;
-what does not fit is an error naming the field.
-"""
+"""Configurations: read from files, and turned into the frozen dataclasses of their sections."""
 
 import dataclasses
 import difflib
@@ -22,18 +20,10 @@ Number = int | float
 
 PRESETS = Path(__file__).with_name("presets")
 _COMPARE = {"at least": ge, "at most": le, "more than": gt, "less than": lt}
+_START = "start from configs/base.py"
 # what a configuration file may raise that fails for a reason of its own
-_CONFIG_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
+_FILE_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError)
+_CONFIG_ERRORS = (*_FILE_ERRORS, SyntaxError, TypeError, ValueError)
 
 
 def setting(
@@ -64,9 +54,7 @@ def setting(
 
 
 def check_settings(section: Any, name: str) -> None:
-    """Raises UserError at the first field of a section (a dataclass made of `setting`s) that breaks
-    a rule of its own.
-    """
+    """Raises UserError at the first `setting` of a section that breaks a rule of its own."""
     for field in dataclasses.fields(section):
         value, rules = getattr(section, field.name), field.metadata
         if rules["choices"]:
@@ -78,9 +66,7 @@ def check_settings(section: Any, name: str) -> None:
             wanted = " and ".join(f"{text} {limit:g}" for text, limit in bounds.items())
             wanted += "" if finite else " and finite" if wanted else "finite"
             fits = finite and all(
-                _COMPARE[text](number, limit)
-                for text, limit in bounds.items()
-                for number in numbers
+                _COMPARE[text](n, limit) for text, limit in bounds.items() for n in numbers
             )
         if not fits:
             raise cannot_be_used(f"{name}.{field.name}", value, wanted)
@@ -112,9 +98,7 @@ def _own_fields(section: Any) -> list[dataclasses.Field]:
 
 
 def to_builtins(value: Any) -> Any:
-    """A section, a mapping of any kind, tuples and lists -> dict and tuple all the way down, as a
-    configuration file and JSON have them.
-    """
+    """A section, a mapping of any kind, tuples and lists -> dict and tuple all the way down."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_builtins(getattr(value, f.name)) for f in _own_fields(value)}
     if hasattr(value, "to_dict"):
@@ -132,8 +116,8 @@ def presets() -> tuple[str, ...]:
 
 
 def read_config(source: Path | str | Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as plain values: of a file with `get_config()`, such as configs/demo.py, of a
-    run's config.json, of a preset's name, or of a mapping. A file wins over a preset of its name.
+    """A configuration as plain values: of a file with `get_config()`, of a run's config.json, of a
+    preset's name (a file of that name wins), or of a mapping.
 
     Raises:
         UserError: the file is missing, fails, or gives no mapping; the line names it.
@@ -149,44 +133,36 @@ def read_config(source: Path | str | Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"--config={path}: neither a .py nor a .json file")
     try:
         if path.suffix == ".json":
-            config = to_builtins(json.loads(path.read_text()))
+            config = json.loads(path.read_text())
         else:
-            config = to_builtins(runpy.run_path(str(path))["get_config"]())
+            config = runpy.run_path(str(path))["get_config"]()
+        config = to_builtins(config)
     except _CONFIG_ERRORS as error:
         if isinstance(error, ImportError) and (line := missing_extra(error)):
             raise line from error
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
-        reason = f"{type(error).__name__}: {error}"
-        if str(error) == "'get_config'":
-            reason = "has no get_config()"
+        absent = str(error) == "'get_config'"
+        reason = "has no get_config()" if absent else f"{type(error).__name__}: {error}"
         raise UserError(f"--config={where}: {' '.join(reason.split())}") from error
     if not isinstance(config, dict):
-        raise UserError(
-            f"--config={path}: gives no mapping but {type(config).__name__}; start from "
-            "configs/base.py"
-        )
+        kind = type(config).__name__
+        raise UserError(f"--config={path}: gives no mapping but {kind}; {_START}")
     return config
 
 
 def require(config: Mapping[str, Any], name: str, kind: type) -> Any:
-    """The section or field `name` of a configuration's top level; raises UserError where it is
-    missing or no `kind`.
-    """
+    """Entry `name` of a configuration's top level. Raises UserError: missing, or no `kind`."""
     found = config.get(name)
     if not isinstance(found, kind):
-        raise UserError(
-            f"config.{name}: "
-            + ("missing" if found is None else f"{found!r} cannot be used")
-            + "; start from configs/base.py"
-        )
+        wrong = "missing" if found is None else f"{found!r} cannot be used"
+        raise UserError(f"config.{name}: {wrong}; {_START}")
     return found
 
 
 def dataclass_from_dict(cls: type[T], name: str, values: Mapping[str, Any], **extra: Any) -> T:
-    """`cls(**values, **extra)`, `cls` being a dataclass and `name` the section ("" = the top
-    level).
+    """`cls(**values, **extra)` of a dataclass `cls`, the section `name` ("" = the top level).
 
     Raises:
         UserError: a key that `cls` does not have (with the closest field), a field without a value,
@@ -200,18 +176,14 @@ def dataclass_from_dict(cls: type[T], name: str, values: Mapping[str, Any], **ex
         if key not in own:
             raise unknown_field(prefix, key, own)
     given = {key: to_builtins(value) for key, value in values.items()}
-    for key, field in fields.items():
-        if (
-            key not in given
-            and key not in extra
-            and field.default is field.default_factory is dataclasses.MISSING
-        ):
-            raise UserError(f"{prefix}{key}: missing; start from configs/base.py")
+    for key in own:
+        missing = fields[key].default is fields[key].default_factory is dataclasses.MISSING
+        if missing and key not in given:
+            raise UserError(f"{prefix}{key}: missing; {_START}")
     for key, value in given.items():
         if not _fits(value, hints[key]):
-            raise UserError(
-                f"{prefix}{key}={value!r} cannot be used: must be {_describe(hints[key])}"
-            )
+            field = f"{name}.{key}" if name else key
+            raise cannot_be_used(field, value, _describe(hints[key]))
         if hints[key] is float:  # written as 3 it means 3.0
             given[key] = float(value)
     return cls(**given, **extra)
@@ -221,10 +193,8 @@ def unknown_field(prefix: str, key: str, known: Iterable[str]) -> UserError:
     """The error for a field `prefix` + `key` that is none of `known`."""
     known = list(known)
     close = difflib.get_close_matches(key, known, n=1)
-    return UserError(
-        f"{prefix}{key}: unknown field; "
-        + (f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(known)}")
-    )
+    hint = f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(known)}"
+    return UserError(f"{prefix}{key}: unknown field; {hint}")
 
 
 def differences(
@@ -248,13 +218,11 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Sequence or (origin is tuple and inner[-1] is Ellipsis):
         return isinstance(value, tuple) and all(_fits(entry, inner[0]) for entry in value)
     if origin is tuple:
-        return (
-            isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
-        )
+        tuples = isinstance(value, tuple) and len(value) == len(inner)
+        return tuples and all(map(_fits, value, inner))
     if hint in (int, float):
-        return isinstance(value, (int, float) if hint is float else int) and not isinstance(
-            value, bool
-        )
+        kinds = (int, float) if hint is float else int
+        return isinstance(value, kinds) and not isinstance(value, bool)
     return hint is Any or isinstance(value, hint)
 
 
@@ -267,6 +235,5 @@ def _describe(hint: Any) -> str:
         return f"a list, each entry {_describe(inner[0])}"
     if origin is tuple:
         return f"({', '.join(map(_describe, inner))})"
-    return {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}.get(
-        hint, str(hint)
-    )
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+    return words.get(hint, str(hint))

@@ -1,9 +1,8 @@
 """Where arrays live: the mesh ('data', 'model'), the split of a batch over it, and the rules that
 spread a run's state over its devices.
 
-Every device works on its own images, whatever the mesh: a batch is split over both axes. The axes
-differ in what rules put on them: with `make_mesh(model=8)` on hosts of 8 devices, state that is
-split along 'model' is spread inside a host and copied from host to host along 'data'.
+A batch is split over both axes. They differ in what rules put on them: with `make_mesh(model=8)` on
+hosts of 8 devices, state split along 'model' is spread inside a host and copied along 'data'.
 """
 
 import re
@@ -11,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,19 +34,15 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, *, model: int = 1) ->
     """All devices of all processes (or those given) as a mesh of (devices / model, model)."""
     devices = list(jax.devices() if devices is None else devices)
     if model < 1 or len(devices) % model:
-        raise UserError(
-            f"the mesh's axis 'model' cannot be {model}: it must divide the number of devices, "
-            f"{len(devices)}"
-        )
+        wanted = f"it must divide the number of devices, {len(devices)}"
+        raise UserError(f"the mesh's axis 'model' cannot be {model}: {wanted}")
     return Mesh(np.array(devices).reshape(-1, model), AXES)
 
 
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
     """This process's part of a global batch -> global arrays, split along their first axis."""
-    sharding = NamedSharding(mesh, BATCH)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-    )
+    place = partial(jax.make_array_from_process_local_data, NamedSharding(mesh, BATCH))
+    return jax.tree.map(lambda x: place(np.asarray(x)), batch)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -57,9 +53,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 def spec_of(
     path: str, shape: tuple[int, ...], mesh: Mesh, rules: ShardRules, *, min_size: int
 ) -> P:
-    """How one array is split: along its longest axis that is divisible by the rule's mesh axis; not
-    at all without one, or below `min_size` numbers.
-    """
+    """How one array of at least `min_size` numbers is split: along its longest axis that fits."""
     axis = next((axis for pattern, axis in rules if re.fullmatch(pattern, path)), None)
     if axis is None or mesh.shape[axis] == 1 or np.prod(shape) < min_size:
         return P()
@@ -72,27 +66,20 @@ def spec_of(
 
 def state_sharding(state: Any, mesh: Mesh, *, rules: ShardRules = (), min_size: int = 2**14) -> Any:
     """The NamedSharding of every leaf of a `TrainState`, as a tree like it (leaves may be
-    ShapeDtypeStructs); replicated without rules.
-
-    Arrays of fewer than `min_size` numbers stay whole. `FSDP` spreads parameters, their average and
-    the optimizer's state over 'data'.
+    ShapeDtypeStructs); replicated without rules or below `min_size` numbers.
 
     Raises:
-        UserError: a rule that is no regular expression, or names an axis that the mesh does not
-            have.
+        UserError: a rule that is no regular expression, or names no axis of the mesh.
     """
     for pattern, axis in rules:
         if axis not in AXES:
-            raise UserError(
-                f"shard_rules: {axis!r} (of {pattern!r}) is not an axis of the mesh; use 'data' "
-                "or 'model'"
-            )
+            wrong = f"{axis!r} (of {pattern!r}) is not an axis of the mesh"
+            raise UserError(f"shard_rules: {wrong}; use 'data' or 'model'")
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(
-                f"shard_rules: {pattern!r} is not a regular expression ({error})"
-            ) from error
+            wrong = f"{pattern!r} is not a regular expression ({error})"
+            raise UserError(f"shard_rules: {wrong}") from error
 
     def sharding(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -106,10 +93,8 @@ _END = object()
 
 class Prefetch:
     """Iterates over `place(item)` of every item of `source`, computed by one thread up to `depth`
-    ahead; use as a context manager.
-
-    An error in the source or in `place` is raised where the item would have come. Leaving the
-    context closes a source that can be closed, so that its workers stop at once.
+    ahead; errors are raised where the item would have come. Use as a context manager: leaving it
+    closes a source that can be closed, so that its workers stop at once.
     """
 
     def __init__(self, source: Iterable[Any], place: Callable[[Any], Any], *, depth: int = 2):
@@ -122,16 +107,15 @@ class Prefetch:
         return item if item is _END else self._place(item)
 
     def __iter__(self) -> Iterator[Any]:
-        ahead: deque[Future[Any]] = deque(
-            self._executor.submit(self._produce) for _ in range(self._depth)
-        )
+        submit = self._executor.submit
+        ahead: deque[Future[Any]] = deque(submit(self._produce) for _ in range(self._depth))
         while True:
             start = time.monotonic()
             item = ahead.popleft().result()
             self._wait += time.monotonic() - start
             if item is _END:
                 return
-            ahead.append(self._executor.submit(self._produce))
+            ahead.append(submit(self._produce))
             yield item
 
     def pop_wait(self) -> float:

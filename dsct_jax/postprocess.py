@@ -1,6 +1,4 @@
-"""From outputs to people: probabilities, confidence, labels and boxes (paper Section 3.1, "During
-inference", Eq. 4 and 5).
-"""
+"""From outputs to people (paper Section 3.1, "During inference", Eq. 4 and 5)."""
 
 import dataclasses
 import json
@@ -23,28 +21,22 @@ DEFAULT_THRESHOLD = 0.5  # Eq. 4's t where none was fitted; the paper names no v
 def class_probabilities(
     logits: Float[np.ndarray, "*n c"], *, multi_label: bool, temperature: float = 1.0
 ) -> Float[np.ndarray, "*n k"]:
-    """Sigmoid (multi-label) or softmax (multi-class) of all logits but the last, divided by
-    `temperature`; float64 (test.py:263-266).
-    """
+    """Sigmoid (multi-label) or softmax of all logits but the last / `temperature`; float64."""
     logits = logits[..., :-1].astype(np.float64) / temperature
     return expit(logits) if multi_label else softmax(logits, axis=-1)
 
 
 def paper_scores(logits: Float[np.ndarray, "*n c"]) -> Float[np.ndarray, "*n"]:
-    """The score of each query as the paper defines it: the mean of its class logits (Section 3.1,
-    "During inference"), float64.
-    """
+    """The score of each query as the paper defines it: the mean of its class logits, float64."""
     return logits[..., :-1].astype(np.float64).mean(-1)
 
 
 def confidence(
     logits: Float[np.ndarray, "*n c"], *, subject_logit: bool
 ) -> Float[np.ndarray, "*n"]:
-    """How sure each query is to answer for a person, 0..1.
-
-    The probability of the last logit, "a subject", where training gave it that meaning; otherwise
-    (multi-class focal loss) the largest sigmoid over the classes, which that loss drives to 0 for
-    queries that answer for nobody.
+    """How sure each query is to answer for a person, 0..1: the probability of the last logit, "a
+    subject", where training gave it that meaning; otherwise (multi-class focal loss) the largest
+    sigmoid over the classes, which that loss drives to 0 for queries that answer for nobody.
     """
     return expit((logits[..., -1] if subject_logit else logits[..., :-1].max(-1)).astype(float))
 
@@ -55,9 +47,7 @@ def decide(
     multi_label: bool,
     thresholds: Sequence[float] | None = None,
 ) -> Bool[np.ndarray, "n k"]:
-    """The emotions of each person: every class above its threshold (Eq. 4), or the one most
-    probable class (Eq. 5, multi-class).
-    """
+    """The emotions of each person: classes above their thresholds (Eq. 4), or the likeliest (5)."""
     if multi_label:
         return probabilities > np.asarray(DEFAULT_THRESHOLD if thresholds is None else thresholds)
     return np.arange(probabilities.shape[1]) == probabilities.argmax(-1)[:, None]
@@ -67,15 +57,11 @@ def decide(
 class Subject:
     """One person."""
 
-    # (x1, y1, x2, y2) in pixels of the image as it was given, inside it
-    box: tuple[float, float, float, float]
+    box: tuple[float, float, float, float]  # (x1, y1, x2, y2) in pixels of the given image
     probabilities: Mapping[str, float]  # of every class
-    # the emotions: classes above their threshold, most probable first (multi-label); exactly one
-    # (multi-class)
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # the emotions, most probable first; multi-class: exactly one
     paper_score: float  # the paper's: the mean of the class logits, any number
-    # that this is a person of its own, 0..1; what `Selection.min_confidence` cuts at
-    confidence: float = 1.0
+    confidence: float = 1.0  # that this is a person; what `Selection.min_confidence` cuts at
 
 
 def _require_share(field: str, value: float | None) -> None:
@@ -87,13 +73,11 @@ def _require_share(field: str, value: float | None) -> None:
 class Selection:
     """Which answers of the queries count, and which classes become labels."""
 
-    # Multi-label: a class above this probability is a label (Eq. 4's t); None = the fitted
-    # thresholds, or 0.5 without a fit. Multi-class ignores it (Eq. 5).
+    # multi-label: Eq. 4's t for every class; None = as fitted on validation, else 0.5
     threshold: float | None = None
-    # queries below are no person; None = as fitted on validation, or 0.3 without a fit
+    # queries below are no person; None = as fitted on validation, else 0.3
     min_confidence: float | None = None
-    # of two boxes that overlap more (IoU), the less confident one is dropped; 1 = keep all
-    nms: float = PREDICTION_NMS
+    nms: float = PREDICTION_NMS  # 1 = keep all
 
     def __post_init__(self) -> None:
         for field, value in dataclasses.asdict(self).items():
@@ -106,18 +90,13 @@ _REMEDY = "re-create it with train.py --mode=eval --split=val"
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """How the outputs of one model are read, with what was fitted to its weights on validation.
-
-    Training gave the last logit its meaning "this is a person" (`subject_logit`) for every
-    multi-label model and with a softmax loss; see `Decoder.unfitted`.
-    """
+    """How the outputs of one model are read, with what was fitted to its weights on validation."""
 
     class_names: tuple[str, ...]
     multi_label: bool
-    subject_logit: bool
+    subject_logit: bool  # whether training gave the last logit its meaning, "this is a person"
     temperature: float = 1.0  # logits are divided by it for probabilities that mean what they say
-    # Eq. 4's t, one per class, of probabilities without the temperature; None: not fitted, or
-    # multi-class, where Eq. 5 decides
+    # Eq. 4's t of each class, without the temperature; None: not fitted, or multi-class (Eq. 5)
     thresholds: tuple[float, ...] | None = None
     min_confidence: float | None = None  # a query below is no person; None: not fitted
     fitted_on: str = ""  # the split; "": nothing was fitted
@@ -127,9 +106,7 @@ class Decoder:
         if not (np.isfinite(self.temperature) and self.temperature > 0):
             raise UserError(f"temperature={self.temperature} must be more than 0")
         values, number = self.thresholds, len(self.class_names)
-        if values is not None and not (
-            len(values) == number and all(0 <= value <= 1 for value in values)
-        ):
+        if values is not None and [0 <= value <= 1 for value in values] != [True] * number:
             raise UserError(f"thresholds must be {number} numbers in [0, 1]")
         _require_share("min_confidence", self.min_confidence)
 
@@ -166,13 +143,11 @@ class Decoder:
         raise UserError(f"{where}: {reason}; {_REMEDY}")
 
     def with_fit(self, stored: Mapping[str, Any] | str, *, where: str) -> "Decoder":
-        """This decoder with a stored fit: a `to_dict` or its JSON text, or a calibration of older
-        versions, which has fewer fields and calls `fitted_on` "split". Raises UserError, beginning
-        with `where`, for damaged values or other classes.
+        """This decoder with a stored fit: a `to_dict` or its JSON text, of any version (older ones
+        call `fitted_on` "split"). Raises UserError, naming `where`: damaged, or other classes.
         """
-        own = {
-            name: getattr(self, name) for name in ("class_names", "multi_label", "subject_logit")
-        }
+        names = ("class_names", "multi_label", "subject_logit")
+        own = {name: getattr(self, name) for name in names}
         try:
             fields = dict(json.loads(stored) if isinstance(stored, str) else stored)
         except (ValueError, TypeError) as error:
@@ -180,10 +155,8 @@ class Decoder:
         fields.setdefault("fitted_on", fields.get("split"))
         fitted = Decoder.from_dict({**own, **fields}, where=where)
         if fitted.class_names != self.class_names:
-            raise UserError(
-                f"{where}: fitted for the classes {', '.join(fitted.class_names)}, not for "
-                f"{', '.join(self.class_names)}; {_REMEDY}"
-            )
+            other, mine = (", ".join(decoder.class_names) for decoder in (fitted, self))
+            raise UserError(f"{where}: fitted for the classes {other}, not for {mine}; {_REMEDY}")
         return dataclasses.replace(fitted, **own)
 
     def probabilities(self, logits: Float[np.ndarray, "*n c"]) -> Float[np.ndarray, "*n k"]:
@@ -232,24 +205,19 @@ class Decoder:
     ) -> dict[int, Subject]:
         """`__call__` with the query of each person.
 
-        A query is a person when its confidence says so. The paper's score, the mean of the class
-        logits, is reported with each person, but cannot say whether there is one: it grows with the
-        number of emotions and has no scale to cut at.
+        A query is a person when its confidence says so. The paper's score cannot say it: it grows
+        with the number of emotions and has no scale to cut at.
         """
         logits, boxes = np.asarray(logits), np.asarray(boxes, np.float64)
         probabilities, confidences = self.probabilities(logits), self.confidence(logits)
         pixels = np.clip(to_pixels(boxes, size), 0, [size[1], size[0]] * 2)
         certain = confidences >= self.resolve_min_confidence(selection)
-        candidates = np.flatnonzero(certain & (pixels[:, 2:] > pixels[:, :2]).all(-1))
-        kept = candidates[
-            non_max_suppression(
-                pixels[candidates], confidences[candidates], threshold=selection.nms
-            )
-        ]
+        chosen = np.flatnonzero(certain & (pixels[:, 2:] > pixels[:, :2]).all(-1))
+        kept = non_max_suppression(pixels[chosen], confidences[chosen], threshold=selection.nms)
         thresholds = self.resolve_thresholds(selection)
         decided = decide(probabilities, multi_label=self.multi_label, thresholds=thresholds)
         scores, found = paper_scores(logits), {}
-        for query in kept.tolist():
+        for query in chosen[kept].tolist():
             order = np.argsort(-probabilities[query], kind="stable")
             values = probabilities[query].tolist()
             found[query] = Subject(

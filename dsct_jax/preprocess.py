@@ -1,7 +1,5 @@
-"""Deterministic image -> model input: decode, resize, pad, normalise. Shared by training,
-evaluation and prediction.
-
-Sizes are (height, width) in pixels throughout; PIL's (width, height) stays inside this file.
+"""Deterministic image -> model input: decode, resize, pad, normalize; for training, evaluation and
+prediction. Sizes are (height, width) in pixels; PIL's (width, height) stays inside this file.
 """
 
 import dataclasses
@@ -25,9 +23,7 @@ Size = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What evaluation and prediction do to an image: its size, and the (height, width) canvases it
-    may be padded to.
-    """
+    """What evaluation and prediction do to an image: its size, and the canvases it may fill."""
 
     short_side: int
     max_long_side: int
@@ -35,14 +31,8 @@ class Preprocessing:
 
 
 # What PIL raises for files that are damaged, cut short or no images at all.
-DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+_PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
+DECODE_ERRORS = (*_PIL_ERRORS, struct.error, Image.DecompressionBombError)
 _ORIENTATION = 0x0112  # the EXIF tag
 _SIXTEEN_BITS = ("PNG", "PPM")  # formats whose mode I means 16 bits
 
@@ -66,18 +56,13 @@ def decode_image(path: Path, encoded: bytes | None = None, *, upright: bool = Fa
     except UserError:
         raise
     except DECODE_ERRORS as error:
-        raise UserError(
-            f"{path}: cannot be read as an image "
-            f"({' '.join(str(error).split()) or type(error).__name__})"
-        ) from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be read as an image ({reason})") from None
 
 
 def to_rgb(image: Image.Image, name: str, *, upright: bool) -> Image.Image:
     """An open image as RGB: alpha is dropped, palettes and CMYK are converted, 16-bit grey keeps
-    its high byte.
-
-    Raises:
-        UserError: grey of 32 bits, whole numbers or floating point, which may mean any range.
+    its high byte. Raises UserError: grey of 32 bits, which may mean any range.
     """
     image.load()  # Pillow turns some files while it reads them, and then has no orientation left
     if upright and image.getexif().get(_ORIENTATION, 1) != 1:
@@ -88,12 +73,9 @@ def to_rgb(image: Image.Image, name: str, *, upright: bool) -> Image.Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit whole numbers" if image.mode == "I" else "32-bit floating point"
-        raise UserError(
-            f"{name}: grey of {kind} (PIL mode {image.mode}) says no range; save it with 8 or 16 "
-            "bits, unsigned"
-        )
-    # Asking for RGB from a palette with transparency would warn; through RGBA the alpha is dropped
-    # all the same.
+        remedy = "save it with 8 or 16 bits, unsigned"
+        raise UserError(f"{name}: grey of {kind} (PIL mode {image.mode}) says no range; {remedy}")
+    # RGB of a palette with transparency would warn; through RGBA the alpha is dropped all the same
     return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
@@ -101,11 +83,8 @@ def resized_size(
     height: int, width: int, short_side: int, max_long_side: int | None = None
 ) -> Size:
     """(height, width) after bringing the short side to `short_side` without the long one passing
-    `max_long_side`, as DETR does it.
-
-    Source: released datasets/transforms.py:93-105. The long side is truncated, not rounded, and may
-    pass the limit by a pixel or two because the short side is rounded first (480x1500 at 800/1333
-    becomes 427x1334).
+    `max_long_side`, as DETR does it (released datasets/transforms.py:93-105): the long side is
+    truncated, and may pass the limit by a pixel or two (480x1500 at 800/1333 becomes 427x1334).
     """
     shortest, longest = min(height, width), max(height, width)
     if max_long_side is not None and longest / shortest * short_side > max_long_side:
@@ -118,21 +97,13 @@ def resized_size(
 
 
 def resize(image: Image.Image, size: Size) -> Image.Image:
-    """PIL's antialiased bilinear resize, which is what the released code uses; nothing to do costs
-    nothing.
-    """
-    height, width = size
-    return (
-        image
-        if image.size == (width, height)
-        else image.resize((width, height), Image.Resampling.BILINEAR)
-    )
+    """PIL's antialiased bilinear resize, as the released code uses; nothing to do costs nothing."""
+    wanted = size[1], size[0]
+    return image if image.size == wanted else image.resize(wanted, Image.Resampling.BILINEAR)
 
 
 def choose_bucket(sizes: Iterable[Size], buckets: Iterable[Size]) -> Size | None:
-    """The canvas of least area that holds every size; the first of equals; None when no canvas
-    does.
-    """
+    """The canvas of least area that holds every size, the first of equals; None: no canvas does."""
     height, width = (max(side) for side in zip(*sizes, strict=True))
     fitting = [bucket for bucket in buckets if bucket[0] >= height and bucket[1] >= width]
     return min(fitting, key=lambda bucket: bucket[0] * bucket[1], default=None)
@@ -149,15 +120,13 @@ def shrink_to_fit(size: Size, bucket: Size) -> Size:
 
 
 def fit_bucket(size: Size, buckets: Iterable[Size]) -> tuple[Size, Size]:
-    """(size, bucket) of one image: the smallest canvas that holds it, else scaled down to the
-    canvas that takes least away from it.
+    """(size, bucket) of one image: the smallest canvas that holds it, else the one that it has to
+    be scaled down least for.
     """
     buckets = tuple(buckets)
     bucket = choose_bucket([size], buckets)
     if bucket is None:
-        bucket = max(
-            buckets, key=lambda candidate: min(candidate[0] / size[0], candidate[1] / size[1])
-        )
+        bucket = max(buckets, key=lambda room: min(room[0] / size[0], room[1] / size[1]))
     return shrink_to_fit(size, bucket), bucket
 
 
@@ -171,12 +140,9 @@ def pad_to(image: UInt8[np.ndarray, "h w 3"], size: Size) -> UInt8[np.ndarray, "
 def prepare_image(
     image: Image.Image, preprocessing: Preprocessing
 ) -> tuple[UInt8[np.ndarray, "height width 3"], Size]:
-    """The evaluation transform of one RGB image: resized, padded to its canvas; and the (height,
-    width) it fills there.
-    """
-    wanted = resized_size(
-        image.height, image.width, preprocessing.short_side, preprocessing.max_long_side
-    )
+    """One RGB image as evaluation resizes and pads it, and the (height, width) it fills there."""
+    limits = preprocessing.short_side, preprocessing.max_long_side
+    wanted = resized_size(image.height, image.width, *limits)
     size, bucket = fit_bucket(wanted, preprocessing.buckets)
     return pad_to(np.asarray(resize(image, size)), bucket), size
 
@@ -184,9 +150,7 @@ def prepare_image(
 def normalize(
     images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], padding_mask: Bool[Array, "b h w"]
 ) -> Float32[Array, "b h w 3"]:
-    """ImageNet normalisation on the device of pixels 0..255; padding becomes exactly 0, as DETR
-    pads after normalising.
-    """
+    """ImageNet normalization of pixels 0..255; padding becomes 0, as DETR pads after it."""
     mean, std = (jnp.array(x, jnp.float32).reshape(1, 1, 1, 3) for x in (MEAN, STD))
     scaled = (images.astype(jnp.float32) / 255 - mean) / std
     return jnp.where(padding_mask[..., None], jnp.float32(0), scaled)

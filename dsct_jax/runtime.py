@@ -1,5 +1,5 @@
-"""The process of a command: its terminal, the programs it compiled before, how it is stopped, and
-how several of them find each other. Never called by the library itself.
+"""The process of a command: terminal, compilation cache, signals, and how several processes find
+each other. Never called by the library itself.
 """
 
 import contextlib
@@ -37,15 +37,13 @@ def start_process() -> None:
         logger.addHandler(ours)
         logger.setLevel(logging.INFO)
         logger.propagate = False
-    # Batches that workers had ready when a run was stopped: Python's tracker gives their memory
-    # back, and need not say so.
+    # batches that workers had ready at a stop: Python's tracker frees them, and need not say so
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     sys.unraisablehook = _report_unraisable
     # or every data worker would run the command's file, and load all that it imports
     sys.modules["__main__"].__dict__.pop("__file__", None)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # One directory per machine: programs for a CPU use its instructions, and home directories
-        # are shared.
+        # per machine: programs for a CPU use its instructions, and home directories are shared
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         directory = caches / "dsct_jax" / (platform.node() or "local")
         with contextlib.suppress(OSError):  # no such place to write
@@ -54,9 +52,7 @@ def start_process() -> None:
 
 
 def _report_unraisable(unraisable: Any) -> None:
-    """Python's own report, but for what tensorstore says of reads still under way when orbax gave
-    up on a damaged checkpoint.
-    """
+    """Python's own, but for reads under way when orbax gave up on a damaged checkpoint."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
@@ -69,19 +65,15 @@ def full_disk_reported(workdir: Path | None) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             raise
-        where = error.filename or workdir
-        raise UserError(
-            f"{where}: {error.strerror}; make room, then run the same command again"
-        ) from error
+        reason = f"{error.filename or workdir}: {error.strerror}"
+        raise UserError(f"{reason}; make room, then run the same command again") from error
 
 
 class Preemption:
-    """Whether the run was asked to stop (SIGTERM, as schedulers send before they take a machine
-    away); use as a context manager.
+    """Whether the run was asked to stop (SIGTERM, as schedulers send); use as a context manager.
 
     Several processes stop after the same step: jax hands the signal of any of them to all. Ctrl-C
-    raises KeyboardInterrupt as always; where a callback of the garbage collector swallows that,
-    `reached` raises it again.
+    raises KeyboardInterrupt, and where a garbage collector's callback swallows it, `reached` does.
     """
 
     def __init__(self) -> None:
@@ -89,9 +81,7 @@ class Preemption:
         self._before: dict[signal.Signals, Any] = {}
 
     def reached(self, step: int) -> bool:
-        """True from the step on after which to save and leave; every process has to ask at every
-        step.
-        """
+        """True from the step on after which to save and leave; every process asks at every step."""
         if self._interrupted:
             raise KeyboardInterrupt
         if jax.process_count() == 1:
@@ -117,9 +107,8 @@ class Preemption:
 
 
 def detect_launcher(environment: Mapping[str, str]) -> str | None:
-    """What started this process as one of several, by the environment variables that only a
-    launcher sets: Slurm's srun, Open MPI's mpirun, TPU pods (several workers or slices) and indexed
-    jobs of Kubernetes; None for a process of its own.
+    """What started this process as one of several, by what only a launcher sets; None: nothing.
+    Slurm's srun, Open MPI's mpirun, TPU pods (workers or slices), indexed jobs of Kubernetes.
     """
 
     def count(name: str) -> int:
@@ -140,49 +129,34 @@ def detect_launcher(environment: Mapping[str, str]) -> str | None:
 def init_distributed(
     coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    """Makes this process one of a run's several, if it is; on its own it does nothing.
+    """Makes this process number `process_id` of the run's `num_processes`, if there are several.
 
-    Args:
-        coordinator: HOST:PORT that process 0 listens on, the same for all; AUTO: found by
-            jax; None: found by jax where `detect_launcher` sees a launcher.
-        num_processes: how many there are.
-        process_id: which of them this is, from 0.
-
-    Raises:
-        UserError: flags that do not fit together, or processes that do not find each other.
+    `coordinator`: HOST:PORT that process 0 listens on, the same for all; AUTO: found by jax; None:
+    found by jax where `detect_launcher` sees a launcher. Raises UserError for flags that do not fit
+    together, or processes that do not find each other.
     """
     if coordinator is None or coordinator == AUTO:
         if not num_processes is process_id is None:
-            raise UserError(
-                "--num_processes and --process_id need --coordinator=HOST:PORT, where process 0 "
-                "listens"
-            )
+            needed = "--coordinator=HOST:PORT, where process 0 listens"
+            raise UserError(f"--num_processes and --process_id need {needed}")
         launcher = detect_launcher(os.environ)
         if coordinator is None and launcher is None:
             return
         where, address = launcher or "this machine", None
     else:
+        flag = f"--coordinator={coordinator}"
         if num_processes is None or process_id is None:
-            raise UserError(
-                f"--coordinator={coordinator} needs --num_processes and --process_id as well"
-            )
+            raise UserError(f"{flag} needs --num_processes and --process_id as well")
         if num_processes < 1 or not 0 <= process_id < num_processes:
-            raise UserError(
-                f"--process_id={process_id} cannot be used: must be 0 to {num_processes - 1} "
-                f"(--num_processes={num_processes})"
-            )
+            wanted = f"0 to {num_processes - 1} (--num_processes={num_processes})"
+            raise UserError(f"--process_id={process_id} cannot be used: must be {wanted}")
         host, colon, port = coordinator.rpartition(":")
         if not (host and colon and port.isdecimal()):
-            raise UserError(
-                f"--coordinator={coordinator} cannot be used: must be HOST:PORT, such as "
-                f"10.0.0.1:8476, or {AUTO}"
-            )
+            wanted = f"HOST:PORT, such as 10.0.0.1:8476, or {AUTO}"
+            raise UserError(f"{flag} cannot be used: must be {wanted}")
         where = address = coordinator
     try:
         jax.distributed.initialize(address, num_processes, process_id)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"the processes of the run did not find each other ({where}): {reason}; see "
-            "docs/training.md"
-        ) from None
+        reason = f"({where}): {' '.join(str(error).split())[:300]}; see docs/training.md"
+        raise UserError(f"the processes of the run did not find each other {reason}") from None

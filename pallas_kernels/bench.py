@@ -50,13 +50,8 @@ class Result:
 
     def cells(self) -> list[str]:
         """Of its table row."""
-        times = [
-            f"{ms:.2f} ({low:.2f}-{high:.2f})"
-            for ms, (low, high) in (
-                (self.forward_ms, self.forward_spread),
-                (self.both_ms, self.both_spread),
-            )
-        ]
+        pairs = ((self.forward_ms, self.forward_spread), (self.both_ms, self.both_spread))
+        times = [f"{ms:.2f} ({low:.2f}-{high:.2f})" for ms, (low, high) in pairs]
         memory = ["?" if x is None else f"{x:.0f}" for x in (self.forward_mib, self.both_mib)]
         rates = ["?" if x is None else f"{x:.3g}" for x in (self.gather_tb_s, self.adds_g_s)]
         names = [self.workload, self.pattern, self.values, self.implementation]
@@ -64,9 +59,7 @@ class Result:
 
 
 def jax_runs(workload: Workload, implementation: str, sets: list) -> Runs:
-    """Two functions of a set number (forward; both passes) that wait for the result, and the
-    temporary memory of each in MiB.
-    """
+    """Two functions of a set number (forward; both passes), and the temporary memory in MiB."""
     attend = IMPLEMENTATIONS[implementation].deformable_attention_from_offsets
 
     def forward(value, reference_points, offsets, logits, _):
@@ -86,9 +79,7 @@ def jax_runs(workload: Workload, implementation: str, sets: list) -> Runs:
 
 
 def torch_runs(workload: Workload, sets: list) -> Runs:
-    """The same for the formulation of the released code (ms_deform_attn_core_pytorch), softmax and
-    locations included.
-    """
+    """The same for the released ms_deform_attn_core_pytorch, softmax and locations included."""
     import torch
     from torch.nn.functional import grid_sample
 
@@ -134,9 +125,7 @@ def torch_runs(workload: Workload, sets: list) -> Runs:
 
 
 def resident_growth(run: Callable) -> float:
-    """MiB by which the resident memory of this process peaks above its start while `run` works
-    (Linux).
-    """
+    """MiB by which this process's resident memory peaks above its start in `run` (Linux)."""
     status = pathlib.Path("/proc/self/status")
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = int(status.read_text().split("VmRSS:")[1].split()[0])
@@ -211,11 +200,10 @@ def main() -> None:
         details["torch"] = torch.__version__
     results = []
     for workload in (WORKLOADS[name] for name in arguments.workloads):
-        shapes = workload.shapes()
-        value, offsets = (
-            jax.ShapeDtypeStruct(shapes[x], jnp.float32) for x in ("value", "offsets")
-        )
-        best = chosen_implementation(value, offsets)
+        given = {
+            x: jax.ShapeDtypeStruct(workload.shapes()[x], jnp.float32) for x in ("value", "offsets")
+        }
+        best = chosen_implementation(given["value"], given["offsets"])
         implementations = arguments.implementations or list(dict.fromkeys(["xla", best]))
         implementations = [*implementations, *(["torch"] if arguments.torch else [])]
         for dtype in arguments.dtype:

@@ -1,5 +1,4 @@
-"""Multi-scale deformable attention: the one public door, in two forms, over several
-implementations.
+"""Multi-scale deformable attention: the one public door, over several implementations.
 
 Each query samples `p` points on each of `l` feature levels around its reference point, bilinearly,
 and sums the samples by their weights, for every head (Zhu et al., Deformable DETR, Eq. 3).
@@ -83,9 +82,8 @@ def deformable_attention(
             run here.
     """
     _check(value, spatial_shapes, sampling_locations, attention_weights)
-    return _choose(value, sampling_locations, implementation).deformable_attention(
-        value, spatial_shapes, sampling_locations, attention_weights
-    )
+    chosen = _choose(value, sampling_locations, implementation)
+    return chosen.deformable_attention(value, spatial_shapes, sampling_locations, attention_weights)
 
 
 def deformable_attention_from_offsets(
@@ -101,22 +99,17 @@ def deformable_attention_from_offsets(
     height), weights softmax(logits) over (l p).
 
     Args:
-        value, spatial_shapes, implementation: as in `deformable_attention`.
+        value, spatial_shapes, implementation: as in `deformable_attention`, with its errors.
         reference_points: (x, y) in [0, 1] of each level's padded map (scaled by the valid ratios
             where images are padded).
         offsets: (x, y) in pixels of each level.
         logits: before the softmax, which runs over levels and points together, in float32.
-
-    Raises:
-        ValueError: shapes that do not fit together, or an implementation that is unknown or cannot
-            run here.
     """
     _check(value, spatial_shapes, offsets, logits)
     b, q, _, l = logits.shape[:4]
-    if reference_points.shape != (b, q, l, 2):
-        raise ValueError(
-            f"reference_points must be [b q l 2] = {(b, q, l, 2)}, got {reference_points.shape}"
-        )
+    wanted, given = (b, q, l, 2), reference_points.shape
+    if given != wanted:
+        raise ValueError(f"reference_points must be [b q l 2] = {wanted}, got {given}")
     return _choose(value, offsets, implementation).deformable_attention_from_offsets(
         value, spatial_shapes, reference_points, offsets, logits
     )
@@ -140,12 +133,9 @@ def _check(
     if weights.shape != points.shape[:-1]:
         raise ValueError(f"weights must be [b q n l p] = {points.shape[:-1]}, got {weights.shape}")
     if (points.shape[0], points.shape[2], points.shape[3]) != (b, n, len(spatial_shapes)):
-        raise ValueError(
-            f"points {points.shape} must agree with value {value.shape} in b and n, and have l = "
-            f"{len(spatial_shapes)} levels"
-        )
+        wanted = f"agree with value {value.shape} in b and n, and have l = {len(spatial_shapes)}"
+        raise ValueError(f"points {points.shape} must {wanted} levels")
     tokens = sum(height * width for height, width in spatial_shapes)
     if isinstance(tokens, int) and tokens != s:
-        raise ValueError(
-            f"spatial_shapes {spatial_shapes} hold {tokens} tokens, but value has s = {s}"
-        )
+        held = f"spatial_shapes {spatial_shapes} hold {tokens} tokens"
+        raise ValueError(f"{held}, but value has s = {s}")

@@ -2,14 +2,13 @@
 knows Pallas' Triton backend.
 
 One program handles a block of queries of one head of one image; blocks are the fastest grid axis,
-so that one head's values stay in the cache. A program computes coordinates once per query and
-point, gathers whole rows of `d` values for the four corners, and keeps its sums in float32
-registers. Softmax and locations are part of the kernel. The backward kernel recomputes everything
-from the inputs and adds rows to grad_value atomically.
+so that one head's values stay in the cache. A program gathers whole rows of `d` values for the four
+corners of each point and keeps its sums in float32 registers; softmax and locations are part of it.
+The backward kernel recomputes everything from the inputs and adds rows to grad_value atomically.
 
-Triton is deprecated as a Pallas backend from jax 0.11 on. The ways out, when it goes: the same two
-kernels through jax-triton (its load, store and atomic_add map one to one), or Mosaic GPU on devices
-that gather rows in hardware (Blackwell; on Hopper it cannot express this gather).
+Triton is deprecated as a Pallas backend from jax 0.11 on. The ways out: the same kernels through
+jax-triton (load, store and atomic_add map one to one), or Mosaic GPU on devices that gather rows in
+hardware (Blackwell; on Hopper it cannot express this gather).
 """
 
 import dataclasses
@@ -50,8 +49,7 @@ class _Static:
     softmax: bool  # True: scores are logits; False: they are the weights
     interpret: bool = False  # run the kernel's steps as XLA operations, on any platform
     tile: Tile | None = None  # None: one of the two above
-    # False: without the partitioning rules, which can only be lowered where there are devices
-    partitioned: bool = True
+    partitioned: bool = True  # False: without rules that are lowered only where devices are
 
 
 def unsupported_reason(value: Any, offsets: Any, *, platform: str) -> str | None:
@@ -148,9 +146,7 @@ def _backward_call(static: _Static, value, origin, offsets, scores, cotangent):
 
 
 def _pallas_call(static: _Static, direction: str, kernel, out, value, scores, **options):
-    """The kernel with its sizes bound; its parameters select the Triton backend whatever the
-    version's default.
-    """
+    """The kernel with its sizes bound; its parameters select Triton in every version."""
     b, q, n, l, p = scores.shape
     tile = static.tile or (MANY_QUERIES_TILE if q >= MANY_QUERIES else FEW_QUERIES_TILE)
     _, s, _, d = value.shape
@@ -200,9 +196,7 @@ def _load(ref, at, **mask) -> jax.Array:
 
 
 def _load_scores(sizes: _Sizes, scores_ref, row):
-    """All weights of the block [queries, samples], and a function that loads those of one sample
-    [queries].
-    """
+    """All weights of the block [queries, samples], and a loader of one sample's [queries]."""
     sample, exists = sizes.samples()
     start = row * (sizes.l * sizes.p)
     exists = jnp.broadcast_to(exists[None, :], (sizes.block, sample.size))
@@ -221,9 +215,7 @@ def _load_scores(sizes: _Sizes, scores_ref, row):
 
 
 def _corners(height: int, width: int, x, y):
-    """For the four pixels around (x, y): token in the level, weight, whether on the map, and the
-    derivatives of the weight by x and y.
-    """
+    """Of four pixels: token in the level, weight, whether on the map, the weight's slopes."""
     inside = (x > -1) & (x < width) & (y > -1) & (y < height)  # False for what is not finite, too
     x, y = jnp.where(inside, x, 0.0), jnp.where(inside, y, 0.0)
     left, top = jnp.floor(x), jnp.floor(y)
@@ -238,9 +230,7 @@ def _corners(height: int, width: int, x, y):
 
 
 def _for_each_point(sizes: _Sizes, origin_ref, offsets_ref, query, row, visit, carry):
-    """carry = visit(corners, first token of the level, sample number, carry), looping over the
-    points of each level.
-    """
+    """carry = visit(corners, first token of the level, sample number, carry) for all points."""
     first = 0
     for level, (height, width) in enumerate(sizes.static.spatial_shapes):
         at = (query * sizes.l + level) * 2
@@ -258,9 +248,7 @@ def _for_each_point(sizes: _Sizes, origin_ref, offsets_ref, query, row, visit, c
 
 
 def _load_rows(sizes: _Sizes, value_ref, row):
-    """The rows [queries, lanes] in float32, and their addresses. All rows exist: only lanes past
-    `d` need a mask.
-    """
+    """The rows [queries, lanes] in float32, and their addresses; only lanes past `d` are masked."""
     lane, exists = sizes.lanes()
     at = row[:, None] * sizes.d + lane[None, :]
     if lane.size == sizes.d:
@@ -292,17 +280,9 @@ def _forward_kernel(sizes: _Sizes, value_ref, origin_ref, offsets_ref, scores_re
 
 
 def _backward_kernel(
-    sizes: _Sizes,
-    value_ref,
-    origin_ref,
-    offsets_ref,
-    scores_ref,
-    cotangent_ref,
-    _,
-    grad_value_ref,
-    grad_offsets_ref,
-    grad_scores_ref,
+    sizes: _Sizes, value_ref, origin_ref, offsets_ref, scores_ref, cotangent_ref, _, *grad_refs
 ):
+    grad_value_ref, grad_offsets_ref, grad_scores_ref = grad_refs
     query, real, head, image = sizes.program()
     out_row = query * sizes.n + head
     query = jnp.where(real, query, 0)
@@ -324,16 +304,13 @@ def _backward_kernel(
             by_weight += weight * score
             added = (attention * weight)[:, None] * g
             _add_rows(sizes, grad_value_ref, at, added, written & on_map[:, None])
-        new = (attention * by_x, attention * by_y, by_weight)
+        new = zip((attention * by_x, attention * by_y, by_weight), gradients, strict=True)
         here = column[None, :] == sample
-        return tuple(
-            jnp.where(here, x[:, None], old) for x, old in zip(new, gradients, strict=True)
-        )
+        return tuple(jnp.where(here, x[:, None], old) for x, old in new)
 
     empty = (jnp.zeros((sizes.block, column.size), jnp.float32),) * 3
-    by_x, by_y, by_weight = _for_each_point(
-        sizes, origin_ref, offsets_ref, query, row, add_point, empty
-    )
+    found = _for_each_point(sizes, origin_ref, offsets_ref, query, row, add_point, empty)
+    by_x, by_y, by_weight = found
     if sizes.static.softmax:
         by_weight = weights * (by_weight - jnp.sum(weights * by_weight, axis=1)[:, None])
     at = out_row[:, None] * (sizes.l * sizes.p) + column[None, :]

@@ -22,9 +22,7 @@ def deformable_attention(
     sampling_locations: Float[Array, "b q n l p 2"],
     attention_weights: Float[Array, "b q n l p"],
 ) -> Float[Array, "b q n*d"]:
-    """Weighted sum of bilinear samples of `value`; see `pallas_kernels.deformable_attention` for
-    the contract.
-    """
+    """Weighted sum of bilinear samples of `value`; see `pallas_kernels.deformable_attention`."""
     b, _, n, d = value.shape
     q = sampling_locations.shape[1]
     dtype = jnp.promote_types(value.dtype, jnp.float32)
@@ -61,9 +59,7 @@ def deformable_attention_from_offsets(
     offsets: Float[Array, "b q n l p 2"],
     logits: Float[Array, "b q n l p"],
 ) -> Float[Array, "b q n*d"]:
-    """The same with locations reference_points + offsets / (width, height) and weights
-    softmax(logits) over all levels and points.
-    """
+    """The same at reference_points + offsets / (width, height), with weights softmax(logits)."""
     dtype = jnp.promote_types(value.dtype, jnp.float32)
     shifts = no_fma(offsets.astype(dtype) / level_sizes(spatial_shapes, dtype)[:, None])
     locations = reference_points.astype(dtype)[:, :, None, :, None] + shifts
@@ -73,9 +69,7 @@ def deformable_attention_from_offsets(
 
 def level_sizes(spatial_shapes: SpatialShapes, dtype) -> Float[Array, "l 2"]:
     """(width, height) of each level: the order of locations and offsets."""
-    sizes = [
-        (jnp.asarray(width, dtype), jnp.asarray(height, dtype)) for height, width in spatial_shapes
-    ]
+    sizes = [[jnp.asarray(side, dtype) for side in (w, h)] for h, w in spatial_shapes]
     return jnp.stack([jnp.stack(size) for size in sizes])
 
 

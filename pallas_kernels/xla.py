@@ -1,5 +1,5 @@
 """Multi-scale deformable attention in portable XLA operations, with its own backward pass: gathers
-and scatters of whole rows, and dense arithmetic.
+and scatters of whole rows, which a TPU moves well too, and dense arithmetic.
 
 Forward: a scan over the levels adds the four corners of each point, row by row, to one running sum.
 The index arithmetic stays inside the gather's fusion, so nothing but the sum is materialized
@@ -9,11 +9,7 @@ Backward: only the inputs are kept; corners are computed again. Two forms, chose
 is lowered:
 - CPU: blocks of queries small enough for the cache, all corners of a block at once; one scatter per
   block into a gradient updated in place.
-- everything else: a scan over the corners with all queries at once, the parallelism an accelerator
-  needs.
-
-A TPU has no fast scalar gathers, but moves rows well; both passes move only rows of `d` numbers,
-and loop over levels or corners, never over queries.
+- everything else: a scan over the corners with all queries at once, as accelerators need it.
 """
 
 import functools
@@ -28,9 +24,9 @@ from pallas_kernels.reference import SpatialShapes, level_sizes, no_fma
 
 # (query, head) pairs per block of the CPU's backward pass; with 64 corners its rows fill 4 MiB
 CPU_BLOCK = 512
-# partial sums per dot product; XLA's CPU backend vectorizes these over the rows, a full reduction
-# in a fusion not at all
-CPU_LANES = 4
+CPU_LANES = (
+    4  # partial sums per dot product, which XLA vectorizes there; a full reduction it does not
+)
 _FourCorners = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
@@ -44,9 +40,8 @@ def deformable_attention(
     b, q, _, l = attention_weights.shape[:4]
     dtype = jnp.promote_types(value.dtype, jnp.float32)
     origin = jnp.full((b, q, l, 2), -0.5, dtype)
-    offsets = no_fma(
-        sampling_locations.astype(dtype) * level_sizes(spatial_shapes, dtype)[:, None, :]
-    )
+    sizes = level_sizes(spatial_shapes, dtype)[:, None, :]
+    offsets = no_fma(sampling_locations.astype(dtype) * sizes)
     return _sample(spatial_shapes, value, origin, offsets, attention_weights.astype(dtype))
 
 
@@ -79,9 +74,8 @@ def _sample(spatial_shapes: SpatialShapes, value, origin, offsets, weights):
     into a table shared by the whole batch would make the partitioner gather the batch to every
     device of a mesh.
     """
-    return jax.vmap(functools.partial(_sample_image, spatial_shapes))(
-        value, origin, offsets, weights
-    )
+    sample = jax.vmap(functools.partial(_sample_image, spatial_shapes))
+    return sample(value, origin, offsets, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -126,12 +120,8 @@ def _backward(spatial_shapes: SpatialShapes, inputs, cotangent):
         cpu=functools.partial(_gradients_by_block, spatial_shapes),
         default=functools.partial(_gradients_by_corner, spatial_shapes),
     )
-    return (
-        grad_rows.reshape(value.shape).astype(value.dtype),
-        grad_offsets.sum((1, 3)),
-        grad_offsets,
-        grad_weights,
-    )
+    grad_value = grad_rows.reshape(value.shape).astype(value.dtype)
+    return grad_value, grad_offsets.sum((1, 3)), grad_offsets, grad_weights
 
 
 _sample_image.defvjp(_forward, _backward)
@@ -219,9 +209,8 @@ def _take(rows, index, first=0, count=None):
         offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1)
     )
     start = jnp.stack([index, jnp.full_like(index, first)], -1)
-    return jax.lax.gather(
-        rows, start, numbers, (1, count), mode=GatherScatterMode.PROMISE_IN_BOUNDS
-    )
+    mode = GatherScatterMode.PROMISE_IN_BOUNDS
+    return jax.lax.gather(rows, start, numbers, (1, count), mode=mode)
 
 
 def _floor(width, height, x, y):

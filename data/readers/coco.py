@@ -1,6 +1,4 @@
-"""COCO-style json <-> records: plain class ids, lists of ids, or the 26-bit masks of the EMOTIC
-head-box annotations.
-"""
+"""COCO-style json <-> records: class ids, lists of ids, or the 26-bit masks of EMOTIC's json."""
 
 import json
 from collections import defaultdict
@@ -20,9 +18,7 @@ _LARGEST = 1e9  # pixels: more, as infinity, is no number of pixels
 
 
 def decode_bits(mask: int, num_classes: int) -> list[int]:
-    """Class indices in a bit mask whose most significant of `num_classes` bits is class 0 (EMOTIC:
-    Affection).
-    """
+    """Class indices in a mask whose most significant bit is class 0 (EMOTIC: Affection)."""
     return [index for index in range(num_classes) if mask >> (num_classes - 1 - index) & 1]
 
 
@@ -30,8 +26,7 @@ def read_coco(
     config: DataConfig, split: str, *, locate: Callable[[Path, str], Path] = Path.__truediv__
 ) -> tuple[list[Record], ReadReport]:
     """The records of one split, in the order of the json's `images`. `locate`: (folder that the
-    names start from, file_name) -> path of an image. Raises UserError, naming file and annotation,
-    when the json, an image or a category cannot be used.
+    names start from, file_name) -> path of an image. Raises UserError naming file and annotation.
     """
     files = config.annotation_files(split)
     builder = RecordBuilder([file.path for file in files], config, protocol=_protocol(config))
@@ -48,14 +43,9 @@ def read_coco(
                     continue
                 boxes.append(_corners(file.path, annotation))
                 labels.append(to_classes(annotation))
-            name = entry["file_name"]
-            builder.add(
-                finder.find(file.root, name),
-                file.prefix + name,
-                boxes,
-                labels,
-                annotated_size=_annotated_size(entry),
-            )
+            path, size = finder.find(file.root, entry["file_name"]), _annotated_size(entry)
+            name = file.prefix + entry["file_name"]
+            builder.add(path, name, boxes, labels, annotated_size=size)
     builder.report.notes += finder.notes()
     return builder.finish()
 
@@ -68,24 +58,22 @@ def _protocol(config: DataConfig) -> str:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """A COCO document with its `images` and `annotations` lists present; in UTF-8 or UTF-16, with
-    or without a byte order mark. Raises UserError naming the file.
-    """
+    """A COCO document with its lists, in UTF-8 or UTF-16. Raises UserError naming the file."""
     try:
         with reading(path, "json"):
             document = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: not valid json ({error}); the file may be empty or cut short"
-        ) from None
+        hint = "the file may be empty or cut short"
+        raise UserError(f"{path}: not valid json ({error}); {hint}") from None
     if not isinstance(document, dict):
         document = {}
     document["categories"] = document.get("categories") or []
+    problem = f"{path}: not a COCO-style document:"
     for field in ("images", "annotations", "categories"):
         if not isinstance(document.get(field), list):
-            raise UserError(f"{path}: not a COCO-style document: the list '{field}' is missing")
+            raise UserError(f"{problem} the list '{field}' is missing")
         if not all(isinstance(entry, dict) for entry in document[field]):
-            raise UserError(f"{path}: not a COCO-style document: '{field}' must hold objects")
+            raise UserError(f"{problem} '{field}' must hold objects")
     if not document["images"]:
         raise UserError(f"{path}: lists no images")
     return document
@@ -110,9 +98,7 @@ def _annotated_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _people_of_images(path: Path, document: dict) -> dict[Any, list[dict]]:
-    """image id -> its annotations, after checking that ids are there, unique and refer to each
-    other.
-    """
+    """image id -> its annotations; ids must be there, be unique and refer to each other."""
     known: set[Any] = set()
     for place, entry in enumerate(document["images"]):
         image_id = _whole(entry.get("id"))
@@ -126,29 +112,26 @@ def _people_of_images(path: Path, document: dict) -> dict[Any, list[dict]]:
         known.add(image_id)
     people: dict[Any, list[dict]] = defaultdict(list)
     for annotation in document["annotations"]:
-        image_id = _whole(annotation.get("image_id"))
+        given = annotation.get("image_id")
+        image_id = _whole(given)
         if not _is_id(image_id) or image_id not in known:
             example = document["images"][0]["id"]
             raise UserError(
-                f"{path}: annotation {annotation.get('id')} names image_id "
-                f"{annotation.get('image_id')!r}, which is not among the images (their ids are "
-                f"such as {example!r})"
+                f"{path}: annotation {annotation.get('id')} names image_id {given!r}, which is not "
+                f"among the images (their ids are such as {example!r})"
             )
         people[image_id].append(annotation)
     return people
 
 
 def _corners(path: Path, annotation: dict) -> tuple[float, float, float, float]:
+    def is_length(value: Any) -> bool:
+        return isinstance(value, int | float) and not abs(value) > _LARGEST
+
     box = annotation.get("bbox")
-    if (
-        not isinstance(box, list)
-        or len(box) != 4
-        or not all(isinstance(value, int | float) and not abs(value) > _LARGEST for value in box)
-    ):
-        raise UserError(
-            f"{path}: annotation {annotation.get('id')} needs a bbox [x, y, width, height] in "
-            f"pixels, not {box!r}"
-        )
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_length, box)):
+        needs = f"needs a bbox [x, y, width, height] in pixels, not {box!r}"
+        raise UserError(f"{path}: annotation {annotation.get('id')} {needs}")
     x, y, width, height = map(float, box)
     return x, y, x + width, y + height
 
@@ -156,16 +139,12 @@ def _corners(path: Path, annotation: dict) -> tuple[float, float, float, float]:
 def _label_decoder(
     path: Path, document: dict, config: DataConfig, builder: RecordBuilder
 ) -> Callable[[dict], list[int]]:
-    """A function from an annotation to the class indices of its person, checked against the classes
-    of the run.
-    """
+    """A function from an annotation to the class indices of its person."""
     num_classes = len(config.class_names)
 
     def fail(annotation: dict, reason: str) -> UserError:
-        return UserError(
-            f"{path}: annotation {annotation.get('id')} has category_id "
-            f"{annotation.get('category_id')!r}: {reason}"
-        )
+        number, category = annotation.get("id"), annotation.get("category_id")
+        return UserError(f"{path}: annotation {number} has category_id {category!r}: {reason}")
 
     def from_bits(annotation: dict) -> list[int]:
         mask = _whole(annotation.get("category_id"))
@@ -207,12 +186,8 @@ def _class_of_category(
     """category id -> class index: by name where the document has `categories`, else the id is the
     index. A category of another name that nobody has is skipped, as the super-category of Roboflow.
     """
-    used = {
-        one
-        for annotation in document["annotations"]
-        for one in _category_ids(annotation)
-        if _is_id(one)
-    }
+    ids = (one for annotation in document["annotations"] for one in _category_ids(annotation))
+    used = {one for one in ids if _is_id(one)}
     if not document["categories"]:
         if used and 0 not in used and 1 in used:
             builder.report.suspicious.append(
@@ -229,10 +204,8 @@ def _class_of_category(
             continue
         index = builder.class_index(name, f"{path}: category")
         if type(category_id) is not int:
-            raise UserError(
-                f"{path}: category {name!r} needs a whole number as its id, not "
-                f"{category.get('id')!r}"
-            )
+            needs = f"needs a whole number as its id, not {category.get('id')!r}"
+            raise UserError(f"{path}: category {name!r} {needs}")
         result[category_id] = index
     return result
 
@@ -240,9 +213,7 @@ def _class_of_category(
 def to_coco(
     records: Sequence[Record], file_names: Sequence[str], config: DataConfig, **more: Any
 ) -> dict[str, Any]:
-    """A COCO-style document of these images: class numbers as category ids, a list of them where
-    there may be several.
-    """
+    """A COCO-style document of these images; category ids are class numbers, or lists of them."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, (record, name) in enumerate(zip(records, file_names, strict=True), 1):
@@ -251,15 +222,10 @@ def to_coco(
         for box, row in zip(record.boxes.astype(float).tolist(), record.labels, strict=True):
             classes = np.flatnonzero(row).tolist()
             width, height = box[2] - box[0], box[3] - box[1]
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,  # COCO's own evaluation takes 0 for "nobody"
-                    "image_id": image_id,
-                    "category_id": classes if config.multi_label else classes[0],
-                    "bbox": [box[0], box[1], width, height],
-                    "area": width * height,
-                    "iscrowd": 0,
-                }
-            )
+            number = len(annotations) + 1  # COCO's own evaluation takes 0 for "nobody"
+            category = classes if config.multi_label else classes[0]
+            person = {"id": number, "image_id": image_id, "category_id": category}
+            region = {"bbox": [*box[:2], width, height], "area": width * height, "iscrowd": 0}
+            annotations.append(person | region)
     categories = [{"id": index, "name": name} for index, name in enumerate(config.class_names)]
     return {**more, "images": images, "annotations": annotations, "categories": categories}

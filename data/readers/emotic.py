@@ -14,12 +14,13 @@ import dataclasses
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.io
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 
 from data.config import DataConfig
 from data.readers.records import ReadReport, Record, RecordBuilder, reading
@@ -28,14 +29,7 @@ from dsct_jax.errors import UserError
 
 _NO_BOX = (float("nan"),) * 4
 _LISTS = ("Image Size", "BBox", "Categorical_Labels", "Continuous_Labels")  # columns of the CSV
-_MAT_ERRORS = (
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    zlib.error,
-    scipy.io.matlab.MatReadError,
-)
+_MAT_ERRORS = (ValueError, TypeError, LookupError, EOFError, zlib.error, MatReadError)
 _OTHER_TASK = "marks bodies; set config.data.person_box='body', which is another task"
 
 
@@ -45,15 +39,12 @@ class _Person:
     image: str  # folder/filename
     size: tuple[int, int] | None  # (height, width) as annotated
     box: tuple[float, ...]  # x1 y1 x2 y2; NaN = not marked
-    labels: list[str | int]  # category names, or their numbers from 1
+    labels: Sequence[str | int]  # category names, or their numbers from 1
     rated: bool  # valence, arousal and dominance are all numbers
 
 
 def read_emotic(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """The records of one split of a .mat, .t7 or .csv file, in the order in which the images first
-    appear; people of one image need not be adjacent. Raises UserError when the file, a person or a
-    category cannot be used; one line naming the file and the person.
-    """
+    """The records of one split, by first appearance. Raises UserError naming file and person."""
     files = config.annotation_files(split)
     protocol = _protocol(files[0].path, config)
     builder = RecordBuilder([file.path for file in files], config, protocol=protocol)
@@ -68,8 +59,7 @@ def read_emotic(config: DataConfig, split: str) -> tuple[list[Record], ReadRepor
             if people:
                 boxes = [person.box for person in people]
                 labels = [_classes(person, builder, len(config.class_names)) for person in people]
-                size = group[0].size
-                path, name = file.root / name, file.prefix + name
+                path, name, size = file.root / name, file.prefix + name, group[0].size
                 builder.add(path, name, boxes, labels, annotated_size=size)
     return builder.finish()
 
@@ -83,16 +73,13 @@ def _protocol(path: Path, config: DataConfig) -> str:
 
 
 def _people(path: Path, split: str, config: DataConfig) -> Iterator[_Person]:
-    if path.suffix == ".mat":
-        return _read_mat(path, split, config)
-    if path.suffix == ".t7":
-        return _read_t7(path, split, config)
-    if path.suffix == ".csv":
-        return _read_csv(path, config)
-    raise UserError(
-        f"{path}: neither .mat, .t7 nor .csv; set config.data.{split} to one of EMOTIC's files (a "
-        ".json is config.data.source='coco')"
-    )
+    readers = {".mat": _read_mat, ".t7": _read_t7, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise UserError(
+            f"{path}: neither .mat, .t7 nor .csv; set config.data.{split} to one of EMOTIC's files "
+            "(a .json is config.data.source='coco')"
+        )
+    return readers[path.suffix](path, split, config)
 
 
 def _classes(person: _Person, builder: RecordBuilder, num_classes: int) -> list[int]:
@@ -113,10 +100,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _corners(value: Any, where: str) -> tuple[float, ...]:
-    """(x1, y1, x2, y2) of a list or an array; nothing at all is a box without area, which is
-    dropped and counted.
-    """
-    if value is None or np.size(value) == 0:
+    """(x1, y1, x2, y2) of a list or an array."""
+    if value is None or np.size(value) == 0:  # a box without area, which is dropped and counted
         return _NO_BOX
     try:
         x1, y1, x2, y2 = (float(one) for one in np.ravel(value))
@@ -125,23 +110,19 @@ def _corners(value: Any, where: str) -> tuple[float, ...]:
     return x1, y1, x2, y2
 
 
-# --- Annotations.mat: structs in structs; of one person or one label the array around it is gone --
-
-
 def _read_mat(path: Path, split: str, config: DataConfig) -> Iterator[_Person]:
+    """Structs in structs; of one person or one label the array around it is gone."""
     try:
         with reading(path, "a MATLAB file", *_MAT_ERRORS), path.open("rb") as file:
-            document = scipy.io.loadmat(
+            document = loadmat(
                 file, struct_as_record=False, squeeze_me=True, variable_names=[split]
             )
     except NotImplementedError:
-        raise UserError(
-            f"{path}: is of MATLAB 7.3, and not EMOTIC's own file; save it with -v7"
-        ) from None
+        reason = "is of MATLAB 7.3, and not EMOTIC's own file; save it with -v7"
+        raise UserError(f"{path}: {reason}") from None
     if split not in document:
-        raise UserError(
-            f"{path}: has no variable {split!r}; EMOTIC's own file has train, val and test"
-        )
+        own = "EMOTIC's own file has train, val and test"
+        raise UserError(f"{path}: has no variable {split!r}; {own}")
     for number, image in enumerate(_structs(document[split]), 1):
         where = f"{path}: {split}({number})"
         folder, filename = (str(_field(image, name, where)) for name in ("folder", "filename"))
@@ -153,8 +134,8 @@ def _read_mat(path: Path, split: str, config: DataConfig) -> Iterator[_Person]:
             if config.person_box == "head" and not hasattr(person, "head_bbox"):
                 raise UserError(f"{whose} has no head_bbox: Annotations.mat {_OTHER_TASK}")
             box = _corners(_field(person, f"{config.person_box}_bbox", whose), whose)
-            labels: list[str | int] = [*_mat_labels(person, whose)]
-            yield _Person(whose, f"{folder}/{filename}", size, box, labels, _is_rated(person))
+            labels, rated = [*_mat_labels(person, whose)], _is_rated(person)
+            yield _Person(whose, f"{folder}/{filename}", size, box, labels, rated)
 
 
 def _structs(value: Any) -> list[Any]:
@@ -189,10 +170,8 @@ def _is_rated(person: Any) -> bool:
     return bool(values) and all(map(_is_number, values))
 
 
-# --- Torch7: one item per person ------------------------------------------------------------------
-
-
 def _read_t7(path: Path, split: str, config: DataConfig) -> Iterator[_Person]:
+    """One item per person."""
     document = load_torch7(path)
     if isinstance(document, dict):  # one file for all splits
         document = document.get(split, document)
@@ -201,9 +180,8 @@ def _read_t7(path: Path, split: str, config: DataConfig) -> Iterator[_Person]:
     field = f"{config.person_box}_bbox"
     for number, item in enumerate(document, 1):
         where = f"{path}: person {number}"
-        filename, workers = (
-            (item.get("filename"), item.get("workers")) if isinstance(item, dict) else (None, None)
-        )
+        item = item if isinstance(item, dict) else {}
+        filename, workers = item.get("filename"), item.get("workers")
         if not isinstance(filename, str) or not isinstance(workers, list):
             raise UserError(f"{where} needs filename, folder, {field} and workers")
         labels, ratings = (
@@ -211,51 +189,37 @@ def _read_t7(path: Path, split: str, config: DataConfig) -> Iterator[_Person]:
             for name in ("labels", "continuous")
         )
         if any(not _is_number(label) or label != int(label) for label in labels):
-            raise UserError(
-                f"{where} ({filename}) has labels {labels}: must be category numbers from 1"
-            )
-        yield _Person(
-            where,
-            image="/".join(part for part in (item.get("folder"), filename) if part),
-            size=None,
-            box=_corners(item.get(field), where),
-            labels=[int(label) for label in labels],
-            rated=bool(ratings) and all(map(_is_number, ratings)),
-        )
+            must = "must be category numbers from 1"
+            raise UserError(f"{where} ({filename}) has labels {labels}: {must}")
+        image = "/".join(part for part in (item.get("folder"), filename) if part)
+        rated = bool(ratings) and all(map(_is_number, ratings))
+        box, numbers = _corners(item.get(field), where), [int(label) for label in labels]
+        yield _Person(where, image, None, box, numbers, rated)
 
 
 def _values(worker: dict, name: str) -> np.ndarray:
     return np.ravel(np.asarray(worker.get(name, ()), object))
 
 
-# --- CSV: one line per person, lists written as Python writes them --------------------------------
-
-
-def _read_csv(path: Path, config: DataConfig) -> Iterator[_Person]:
+def _read_csv(path: Path, _: str, config: DataConfig) -> Iterator[_Person]:
+    """One line per person, lists written as Python writes them."""
     if config.person_box == "head":
         raise UserError(f"{path}: the csv of EMOTIC {_OTHER_TASK}")
     with reading(path, "csv", csv.Error), path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
-        missing = [
-            name for name in ("Folder", "Filename", *_LISTS) if name not in (rows.fieldnames or ())
-        ]
-        if missing:
-            names = ", ".join(missing)
-            raise UserError(f"{path}: has no column {names}; its first line must name them")
+        names = rows.fieldnames or ()
+        if missing := [name for name in ("Folder", "Filename", *_LISTS) if name not in names]:
+            which = ", ".join(missing)
+            raise UserError(f"{path}: has no column {which}; its first line must name them")
         lines = [(rows.line_num, row) for row in rows]
     for number, row in lines:
         where = f"{path}: line {number}"
-        size, box, labels, ratings = (
-            _literal(row[name], f"{where}, column {name}") for name in _LISTS
-        )
-        yield _Person(
-            where,
-            image=f"{row['Folder']}/{row['Filename']}",
-            size=(int(size[1]), int(size[0])) if len(size) == 2 else None,
-            box=_corners(box, where),
-            labels=[str(label) for label in labels],
-            rated=len(ratings) == 3 and None not in ratings,
-        )
+        lists = (_literal(row[name], f"{where}, column {name}") for name in _LISTS)
+        size, box, labels, ratings = lists
+        image = f"{row['Folder']}/{row['Filename']}"
+        annotated = (int(size[1]), int(size[0])) if len(size) == 2 else None
+        names, rated = [str(label) for label in labels], len(ratings) == 3 and None not in ratings
+        yield _Person(where, image, annotated, _corners(box, where), names, rated)
 
 
 def _literal(cell: str | None, where: str) -> list[Any]:

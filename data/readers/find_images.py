@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 class ImageFinder:
     """Finds files below `top`: by the name as it is, by it with backslashes, percent-encoding, URL
-    or composed letters undone, and else by its last part, where only one file is called so.
+    or composed letters undone, else by its last part where only one file has it.
     """
 
     def __init__(self, top: Path, locate: Callable[[Path, str], Path]) -> None:
@@ -31,10 +31,8 @@ class ImageFinder:
 
     def notes(self) -> list[str]:
         """A line for the reader's report."""
-        if not self._respelled:
-            return []
-        first = self._respelled[0]
-        return [f"{len(self._respelled)} image names spelled otherwise (first: {first})"]
+        what = f"{len(self._respelled)} image names spelled otherwise"
+        return [f"{what} (first: {first})" for first in self._respelled[:1]]
 
     def _other_spelling(self, root: Path, name: str) -> Path | None:
         plain = _plain(name)

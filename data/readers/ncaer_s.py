@@ -15,26 +15,20 @@ _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def read_ncaer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """The records of the folder that the split's own field names below images/ and crop/ of
-    `data_dir`, by class and name. Raises UserError when a folder, a class name, an image or a crop
-    file cannot be used; one line naming it.
-    """
+    """The records of one split, by class and name. Raises UserError naming the file or folder."""
     root = Path(config.data_dir)
     top = root / "images" / config.annotation_file(split)
     if not top.is_dir():
-        raise UserError(
-            f"{top}: no such folder; set config.data.data_dir, and config.data.{split} to the "
-            "split's folder below images/ and crop/"
-        )
+        remedy = f"config.data.{split} to the split's folder below images/ and crop/"
+        raise UserError(f"{top}: no such folder; set config.data.data_dir, and {remedy}")
     builder = RecordBuilder([top], config, protocol="ncaer_s")
     for folder in sorted(path for path in top.iterdir() if path.is_dir()):
         label = builder.class_index(folder.name, f"{folder}: class")
         for image in sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES):
             boxes = _read_crop(root / "crop" / image.relative_to(root / "images"))
-            if not boxes:
-                builder.report.without_people += 1
-                continue
-            builder.add(image, str(image.relative_to(root)), boxes, [[label]] * len(boxes))
+            builder.report.without_people += not boxes
+            if boxes:
+                builder.add(image, str(image.relative_to(root)), boxes, [[label]] * len(boxes))
     return builder.finish()
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from data.config import DataConfig
-from data.readers.records import ReadReport, Record, require_room
+from data.readers.records import ReadReport, Record, one_line, require_room
 from dsct_jax.errors import UserError
 from dsct_jax.preprocess import decode_image
 
@@ -40,29 +40,20 @@ def folder(data_dir: str | Path) -> Path:
 
 
 def features(num_classes: int) -> "FeaturesDict":
-    """One image. `image` holds the bytes of the original file; boxes are (x1, y1, x2, y2) in
-    pixels, labels multi-hot.
-    """
+    """One image: the bytes of its file, and its record."""
     # here, because it takes a second that reading raw files need not wait for
-    import tensorflow_datasets as tfds
+    from tensorflow_datasets import features as f
 
-    f = tfds.features
+    boxes, labels = (f.Tensor(shape=(None, n), dtype=np.float32) for n in (4, num_classes))
+    image, cues = f.Image(shape=(None, None, 3)), f.Sequence(f.Text())
     return f.FeaturesDict(
-        {
-            "image": f.Image(shape=(None, None, 3)),
-            "name": f.Text(),
-            "boxes": f.Tensor(shape=(None, 4), dtype=np.float32),
-            "labels": f.Tensor(shape=(None, num_classes), dtype=np.float32),
-            "cues": f.Sequence(f.Text()),
-        }
+        {"image": image, "name": f.Text(), "boxes": boxes, "labels": labels, "cues": cues}
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedImage:
-    """Decodes one image of a prepared split when a record is loaded; travels to worker processes as
-    three plain values.
-    """
+    """Decodes one image of a prepared split; travels to workers as three plain values."""
 
     directory: str
     split: str
@@ -72,16 +63,14 @@ class PreparedImage:
         path = Path(self.directory, f"{self.split}, image {self.place}")
         try:
             encoded = _data_source(self.directory, self.split)[self.place]["image"]
-        # array_record's errors for a shard that is damaged
-        except (RuntimeError, OSError, IndexError, ValueError) as error:
+        except (RuntimeError, OSError, IndexError, ValueError) as error:  # of array_record
             raise damaged(path, error) from None
         return decode_image(path, encoded)
 
 
 def damaged(path: Path, error: Exception) -> UserError:
     """The one line about a file of the prepared form that cannot be used."""
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(f"{path}: damaged ({reason}); {AGAIN}")
+    return UserError(f"{path}: damaged ({one_line(error)[:200]}); {AGAIN}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -94,9 +83,7 @@ def _data_source(directory: str, split: str) -> Any:
 
 
 def write_index(path: Path, records: list[Record]) -> None:
-    """The annotations of a split as flat arrays; `offsets` [images + 1] says whose people are
-    where.
-    """
+    """The annotations of a split as flat arrays; `offsets` [images + 1] divides the people."""
     cues = [cue for record in records for cue in record.cues]
     np.savez_compressed(
         path,
@@ -110,17 +97,13 @@ def write_index(path: Path, records: list[Record]) -> None:
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
-    """What prepared.json says, its files being all there in full length. Raises UserError when
-    nothing was prepared here, or not to the end, or a file is missing or of another length.
-    """
+    """What prepared.json says. Raises UserError unless it and all its files are there in full."""
     path = directory / SUMMARY
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; set config.data.data_dir to the --output of python -m data "
-            "prepare"
-        ) from None
+        remedy = "set config.data.data_dir to the --output of python -m data prepare"
+        raise UserError(f"{path}: no such file; {remedy}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise damaged(path, error) from None
     for name, file in summary["files"].items():
@@ -133,22 +116,19 @@ def read_summary(directory: Path) -> dict[str, Any]:
 
 
 def read_prepared(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """The records of a split as `python -m data prepare` got them from the raw files;
-    `config.data_dir` is its --output. Raises UserError when the form is incomplete or damaged, was
-    made for other classes, or lacks the split.
+    """The records of a split as `python -m data prepare` got them from the raw files. Raises
+    UserError when the form is incomplete or damaged, lacks the split, or has other classes.
     """
     directory = folder(config.data_dir)
-    summary = read_summary(directory)
+    summary, where = read_summary(directory), directory / SUMMARY
     for field in ("class_names", "multi_label"):
-        if (made := summary[field]) != json.loads(json.dumps(getattr(config, field))):
-            raise UserError(
-                f"{directory / SUMMARY}: prepared for config.{field}={made!r}, the configuration "
-                f"has {getattr(config, field)!r}"
-            )
+        made, wanted = summary[field], getattr(config, field)
+        if made != json.loads(json.dumps(wanted)):
+            difference = f"config.{field}={made!r}, the configuration has {wanted!r}"
+            raise UserError(f"{where}: prepared for {difference}")
     if split not in summary["splits"]:
-        raise UserError(
-            f"{directory / SUMMARY}: holds the splits {', '.join(summary['splits'])} and no {split}"
-        )
+        splits = ", ".join(summary["splits"])
+        raise UserError(f"{where}: holds the splits {splits} and no {split}")
     path = directory / f"index_{split}.npz"
     try:
         with np.load(path) as index:
@@ -160,7 +140,6 @@ def read_prepared(config: DataConfig, split: str) -> tuple[list[Record], ReadRep
         boxes, labels, cues = (arrays[name][start:end] for name in ("boxes", "labels", "cues"))
         name, (height, width) = str(arrays["names"][place]), arrays["sizes"][place].tolist()
         require_room(config, str(path), name, len(boxes))
-        image = PreparedImage(str(directory), split, place)
-        about = (boxes, labels, name, tuple(cues.tolist()))
-        records.append(Record(place, image, width, height, *about))
+        image, cues = PreparedImage(str(directory), split, place), tuple(cues.tolist())
+        records.append(Record(place, image, width, height, boxes, labels, name, cues))
     return records, ReadReport(**summary["splits"][split])

@@ -1,6 +1,4 @@
-"""One image and its people as every reader returns them, what a reader met on its way, and the
-checks that all readers share.
-"""
+"""One image and its people as readers return them, what was counted, and the checks all share."""
 
 import contextlib
 import csv
@@ -17,6 +15,9 @@ from data.config import DataConfig, class_lookup
 from dsct_jax.errors import UserError
 from dsct_jax.preprocess import DECODE_ERRORS, Size, decode_image
 
+Boxes = Float32[np.ndarray, "t 4"]  # (x1, y1, x2, y2) in pixels
+REMEDY = "repair or remove it, or set config.data.skip_corrupt=True"  # for a damaged image
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
@@ -26,21 +27,24 @@ class Record:
     image: Path | Callable[[], Image.Image]  # a file, or something that draws the image
     width: int
     height: int
-    # (x1, y1, x2, y2) in pixels, inside the image, each with an area
-    boxes: Float32[np.ndarray, "t 4"]
-    # multi-hot or one-hot; a row of zeros = a person without a label
-    labels: Float32[np.ndarray, "t k"]
+    boxes: Boxes  # inside the image, each with an area
+    labels: Float32[np.ndarray, "t k"]  # multi-hot or one-hot; a row of zeros = no label
     name: str  # the file as the annotations call it, for messages
     cues: tuple[str, ...] = ()  # scenes only: what decided each person's emotion
 
     def load(self) -> Image.Image:
-        """The RGB image. Raises UserError naming the file when it cannot be read."""
+        """The RGB image. Raises UserError naming a file that cannot be read."""
         return decode_image(self.image) if isinstance(self.image, Path) else self.image()
 
 
 def _counted(text: str) -> Any:
     """A number, from 0, that a report shows with this text once it is not 0."""
     return dataclasses.field(default=0, metadata={"text": text})
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, or else its name."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclasses.dataclass
@@ -75,8 +79,7 @@ class ReadReport:
     first_repeated: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)  # more lines, of one reader
     suspicious: list[str] = dataclasses.field(default_factory=list)  # its more serious ones
-    # which task this is (data.config.PROTOCOLS): results of different protocols cannot be compared
-    protocol: str = "custom"
+    protocol: str = "custom"  # which task this is: one of data.config.PROTOCOLS
 
     def __str__(self) -> str:
         return "; ".join(self.lines())
@@ -95,13 +98,13 @@ class ReadReport:
 
     def suspicions(self) -> list[str]:
         """A line for each sign that the boxes or labels do not mean what they are taken for."""
-        lines = list(self.suspicious)
-        if self.people and self.tiny > 0.9 * (self.people + self.dropped):
+        lines, boxes = list(self.suspicious), self.people + self.dropped
+        if self.people and self.tiny > 0.9 * boxes:
             lines.append(
                 f"{self.tiny} boxes lie inside one pixel: boxes are read in pixels, these may be "
                 "divided by the image size"
             )
-        if self.people and self.leaving > 0.25 * (self.people + self.dropped):
+        if self.people and self.leaving > 0.25 * boxes:
             lines.append(
                 f"{self.leaving} boxes end far outside their image (first: {self.first_leaving}): "
                 "boxes are read as x, y, width, height in json and x1, y1, x2, y2 in lists"
@@ -116,41 +119,31 @@ class ReadReport:
 
 @contextlib.contextmanager
 def reading(path: Path, what: str, *errors: type[Exception]) -> Iterator[None]:
-    """Around what reads an annotation file: raises UserError, naming the file, when it is missing
-    or (`errors`) is not `what`.
-    """
+    """Raises UserError, naming the file, when it is missing or (`errors`) is not `what`."""
     unusable: tuple[type[Exception], ...] = (OSError, UnicodeDecodeError, *errors)
     try:
         yield
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such annotation file; set config.data.data_dir and the split's file name"
-        ) from None
+        remedy = "set config.data.data_dir and the split's file name"
+        raise UserError(f"{path}: no such annotation file; {remedy}") from None
     except unusable as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be read as {what} ({reason})") from None
+        raise UserError(f"{path}: cannot be read as {what} ({one_line(error)})") from None
 
 
 def read_rows(path: Path, what: str) -> list[tuple[int, list[str]]]:
-    """(line number, stripped cells) of the lines of a csv file that are not empty. Raises UserError
-    naming it.
-    """
+    """(line number, stripped cells) of a csv file's lines that are not empty. Raises UserError."""
     with reading(path, what, csv.Error), path.open(newline="", encoding="utf-8-sig") as file:
         rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
     return [(number, row) for number, row in enumerate(rows, 1) if row]
 
 
-def clip_boxes(
-    boxes: Float32[np.ndarray, "t 4"], height: int, width: int
-) -> Float32[np.ndarray, "t 4"]:
-    """(x1, y1, x2, y2) cut at the borders of the image."""
+def clip_boxes(boxes: Boxes, height: int, width: int) -> Boxes:
+    """Boxes cut at the borders of the image."""
     return np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
 
 
-def has_area(boxes: Float32[np.ndarray, "t 4"]) -> np.ndarray:
-    """bool [t]: wider and higher than nothing. Boxes with a coordinate that is not a number have
-    none.
-    """
+def has_area(boxes: Boxes) -> np.ndarray:
+    """bool [t]: wider and higher than nothing, which is False for NaN."""
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
 
@@ -161,29 +154,23 @@ def image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             return image.height, image.width
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such image file; check config.data.data_dir, {remedy}"
-        ) from None
+        reason = "no such image file; check config.data.data_dir"
     except DECODE_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{path}: cannot be read as an image ({reason}); repair it, {remedy}"
-        ) from None
+        reason = f"cannot be read as an image ({one_line(error)}); repair it"
+    raise UserError(f"{path}: {reason}, {remedy}")
 
 
 def require_room(config: DataConfig, source: str, name: str, count: int) -> None:
     """Raises UserError when an image shows more people than a batch has places for."""
     if count > config.max_targets:
+        limit = f"config.data.max_targets={config.max_targets}"
         raise UserError(
-            f"{source}: {name} shows {count} people, more than "
-            f"config.data.max_targets={config.max_targets}: raise the limit"
+            f"{source}: {name} shows {count} people, more than {limit}: raise the limit"
         )
 
 
 class RecordBuilder:
-    """Collects the images of one split in order and applies the checks that are the same for every
-    source.
-    """
+    """Collects the images of one split in order, with the checks that all sources share."""
 
     def __init__(self, sources: Sequence[Path], config: DataConfig, *, protocol: str) -> None:
         protocol = protocol if config.protocol == "auto" else config.protocol
@@ -196,10 +183,8 @@ class RecordBuilder:
         """The number of the class of that name. Raises UserError, beginning with `where`."""
         index = self.find_class(name)
         if index is None:
-            raise UserError(
-                f"{where} {name!r} is not in config.class_names "
-                f"({', '.join(self._config.class_names)})"
-            )
+            known = ", ".join(self._config.class_names)
+            raise UserError(f"{where} {name!r} is not in config.class_names ({known})")
         return index
 
     def find_class(self, name: object) -> int | None:
@@ -216,8 +201,8 @@ class RecordBuilder:
         annotated_size: tuple[int, int] | None = None,
     ) -> None:
         """One image with the (x1, y1, x2, y2) pixel boxes of its people and the class indices of
-        each; no box at all is written with NaN. Raises UserError when the image is missing or
-        damaged and `skip_corrupt` is not set, or it shows more people than `max_targets`.
+        each (NaN = no box). Raises UserError for an image that is missing or damaged without
+        `skip_corrupt`, or shows more people than `max_targets`.
         """
         report = self.report
         try:
@@ -252,17 +237,10 @@ class RecordBuilder:
         number = len(self.records)
         self.records.append(Record(number, path, width, height, clipped[kept], hot, name))
 
-    def _count_boxes(
-        self,
-        name: str,
-        given: Float32[np.ndarray, "t 4"],
-        clipped: Float32[np.ndarray, "t 4"],
-        size: Size,
-    ) -> None:
+    def _count_boxes(self, name: str, given: Boxes, clipped: Boxes, size: Size) -> None:
         """What the report says of the boxes of one image, as given and as clipped to it."""
         report, kept = self.report, has_area(clipped)
         height, width = size
-        where = f"x1 y1 x2 y2 = {{box}} of a {width}x{height} image"
         report.clipped += int((kept & (clipped != given).any(1)).sum())
         report.dropped += int((~kept).sum())
         report.inverted += int((given[:, 2:] < given[:, :2]).any(1).sum())
@@ -273,8 +251,8 @@ class RecordBuilder:
             if places.any() and not getattr(report, field):
                 first = int(np.argmax(places))
                 box = [round(float(value), 1) for value in given[first]]
-                text = f"{name}, person {first}, {where.format(box=box)}"
-                setattr(report, field, text)
+                where = f"x1 y1 x2 y2 = {box} of a {width}x{height} image"
+                setattr(report, field, f"{name}, person {first}, {where}")
 
     def finish(self) -> tuple[list[Record], ReadReport]:
         """What was collected. Raises UserError when it is nothing."""

@@ -1,6 +1,4 @@
-"""The readers by the name that `config.data.source` gives them: files on disk -> one record per
-image.
-"""
+"""The readers by their name in `config.data.source`: files on disk -> one record per image."""
 
 from collections.abc import Callable
 
@@ -26,7 +24,5 @@ READERS: dict[str, Reader] = {
 
 
 def read_split(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """Every image of `split` in a fixed order, and what was counted on the way. Raises UserError
-    naming the file that cannot be used.
-    """
+    """Every image of `split` in a fixed order, and what was counted. Raises UserError."""
     return READERS[config.source](config, split)

@@ -1,10 +1,8 @@
-"""Paints a built-in scene with PIL: at twice the size, then reduced, so that edges are smooth.
-Lengths are pixels of the final image.
-"""
+"""Paints a built-in scene with PIL, at twice the size for smooth edges. Lengths: final pixels."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -53,20 +51,21 @@ class Scene:
     people: tuple[Person, ...]
 
 
+@dataclasses.dataclass(frozen=True)
 class _Pen:
     """PIL's drawing in lengths of `size` pixels around the point (x, y); y grows downwards."""
 
-    def __init__(
-        self, draw: ImageDraw.ImageDraw, x: float = 0, y: float = 0, size: float = 1
-    ) -> None:
-        self._draw, self._x, self._y, self.size = draw, x, y, size
+    draw: ImageDraw.ImageDraw
+    x: float = 0
+    y: float = 0
+    size: float = 1
 
     def at(self, x: float, y: float, size: float) -> "_Pen":
         """A pen for an object of `size` pixels whose origin is at (x, y) of this pen."""
-        return _Pen(self._draw, self._x + x * self.size, self._y + y * self.size, size)
+        return _Pen(self.draw, self.x + x * self.size, self.y + y * self.size, size)
 
     def _point(self, x: float, y: float) -> Point:
-        return (self._x + x * self.size) * _SCALE, (self._y + y * self.size) * _SCALE
+        return (self.x + x * self.size) * _SCALE, (self.y + y * self.size) * _SCALE
 
     def _box(self, x: float, y: float, rx: float, ry: float) -> list[float]:
         return [*self._point(x - rx, y - ry), *self._point(x + rx, y + ry)]
@@ -77,40 +76,42 @@ class _Pen:
     def ellipse(
         self, x: float, y: float, rx: float, ry: float, fill: Color, outline: Color | None = None
     ) -> None:
-        self._draw.ellipse(self._box(x, y, rx, ry), fill=fill, outline=outline, width=2)
+        self.draw.ellipse(self._box(x, y, rx, ry), fill=fill, outline=outline, width=2)
 
     def rectangle(
         self, x1: float, y1: float, x2: float, y2: float, fill: Color, outline: Color | None = None
     ) -> None:
         box = [*self._point(x1, y1), *self._point(x2, y2)]
-        self._draw.rectangle(box, fill=fill, outline=outline, width=2)
+        self.draw.rectangle(box, fill=fill, outline=outline, width=2)
 
     def polygon(self, points: Sequence[Point], fill: Color) -> None:
-        self._draw.polygon([self._point(*point) for point in points], fill=fill)
+        self.draw.polygon([self._point(*point) for point in points], fill=fill)
 
     def line(
         self, points: Sequence[Point], fill: Color, width: float = 0, *, pixels: float = 0
     ) -> None:
         scaled = [self._point(*point) for point in points]
-        self._draw.line(scaled, fill=fill, width=self._width(width, pixels), joint="curve")
+        self.draw.line(scaled, fill=fill, width=self._width(width, pixels), joint="curve")
 
     def arc(
         self, x: float, y: float, rx: float, ry: float, angles: Angles, fill: Color, width: float
     ) -> None:
-        self._draw.arc(self._box(x, y, rx, ry), *angles, fill, self._width(width, 0))
+        self.draw.arc(self._box(x, y, rx, ry), *angles, fill, self._width(width, 0))
 
     def chord(self, x: float, y: float, rx: float, ry: float, angles: Angles, fill: Color) -> None:
-        self._draw.chord(self._box(x, y, rx, ry), *angles, fill=fill)
+        self.draw.chord(self._box(x, y, rx, ry), *angles, fill=fill)
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """The RGB picture; `rng` only varies what carries no meaning (shades, noise, where the
-    gravestones stand).
-    """
+    """The RGB picture; `rng` varies only what carries no meaning (shades, noise, gravestones)."""
     image = Image.new("RGB", (scene.width * _SCALE, scene.height * _SCALE))
     pen = _Pen(ImageDraw.Draw(image))
     horizon = scene.height * rng.uniform(0.56, 0.64)
-    _SETTINGS[scene.setting](pen, scene, horizon, rng)
+    sky, ground, decorate = _SETTINGS[scene.setting]
+    pen.rectangle(0, 0, scene.width, horizon, _shade(rng, sky))
+    pen.rectangle(0, horizon, scene.width, scene.height, _shade(rng, ground))
+    if decorate:
+        decorate(pen, scene, horizon, rng)
     if scene.distant:
         _DISTANT[scene.distant](pen.at(scene.distant_x, horizon + 6, scene.height * 0.27))
     for person in scene.people:
@@ -128,24 +129,11 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(pixels + noise + rng.integers(-14, 15), 0, 255).astype(np.uint8))
 
 
-# --- Settings: the surroundings -------------------------------------------------------------------
-
-
 def _shade(rng: np.random.Generator, color: Color, amount: int = 14) -> Color:
     return tuple(int(np.clip(value + rng.integers(-amount, amount + 1), 0, 255)) for value in color)
 
 
-def _ground(pen: _Pen, scene: Scene, horizon: float, sky: Color, ground: Color) -> None:
-    pen.rectangle(0, 0, scene.width, horizon, sky)
-    pen.rectangle(0, horizon, scene.width, scene.height, ground)
-
-
-def _plain(pen: _Pen, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
-    _ground(pen, scene, horizon, _shade(rng, (214, 218, 210)), _shade(rng, (176, 182, 150)))
-
-
 def _fair(pen: _Pen, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
-    _ground(pen, scene, horizon, _shade(rng, (125, 200, 250)), _shade(rng, (110, 200, 90)))
     pen.ellipse(scene.width * rng.uniform(0.05, 0.95), scene.height * 0.2, 13, 13, (255, 225, 70))
     x, radius = scene.width * rng.uniform(0.1, 0.9), scene.height * 0.2
     y = horizon - radius
@@ -161,7 +149,6 @@ def _fair(pen: _Pen, scene: Scene, horizon: float, rng: np.random.Generator) -> 
 
 
 def _rain(pen: _Pen, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
-    _ground(pen, scene, horizon, _shade(rng, (112, 128, 148)), _shade(rng, (84, 98, 112)))
     for _ in range(6):
         x, y = rng.uniform(0, scene.width), rng.uniform(0, 14)
         size = rng.uniform(14, 26), rng.uniform(7, 12)
@@ -171,7 +158,6 @@ def _rain(pen: _Pen, scene: Scene, horizon: float, rng: np.random.Generator) -> 
 
 
 def _graveyard(pen: _Pen, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
-    _ground(pen, scene, horizon, _shade(rng, (26, 24, 56)), _shade(rng, (38, 52, 44)))
     moon = scene.width * rng.uniform(0.05, 0.95), scene.height * 0.13
     pen.ellipse(*moon, 12, 12, (240, 238, 205))
     for _ in range(7):
@@ -187,7 +173,6 @@ def _graveyard(pen: _Pen, scene: Scene, horizon: float, rng: np.random.Generator
 
 
 def _fire(pen: _Pen, scene: Scene, horizon: float, rng: np.random.Generator) -> None:
-    _ground(pen, scene, horizon, _shade(rng, (196, 62, 36)), _shade(rng, (74, 34, 28)))
     for x in np.arange(0, scene.width, 11.0):
         top, foot = horizon - rng.uniform(16, 46), horizon + 2
         middle = x + rng.uniform(-4, 4)
@@ -197,9 +182,6 @@ def _fire(pen: _Pen, scene: Scene, horizon: float, rng: np.random.Generator) -> 
     for _ in range(3):
         x, y = rng.uniform(0, scene.width), rng.uniform(0, 18)
         pen.ellipse(x, y, rng.uniform(14, 30), rng.uniform(6, 11), (58, 34, 36))
-
-
-# --- People ---------------------------------------------------------------------------------------
 
 
 def _chest(person: Person, height: int) -> float:
@@ -240,24 +222,17 @@ def _draw_head(pen: _Pen, person: Person) -> None:
     _EXPRESSIONS[person.expression](pen.at(x, y + size * 0.08, size))
 
 
-# --- Expressions, in widths of the head around its center -----------------------------------------
-
-
-def _eyes(pen: _Pen, *, y: float = 0.0, white: float, pupil: float) -> None:
+def _eyes(pen: _Pen, y: float, *, white: float, pupil: float, brows: tuple[float, ...]) -> None:
+    """`brows`: height of the inner and the outer end, and width."""
+    inner, outer, width = brows
     for side in (-1, 1):
         pen.ellipse(side * 0.19, y, white, white, _WHITE)
         pen.ellipse(side * 0.19, y, pupil, pupil, _DARK)
-
-
-def _brows(pen: _Pen, *, inner: float, outer: float, width: float) -> None:
-    """`inner` and `outer`: height of the two ends."""
-    for side in (-1, 1):
         pen.line([(side * 0.08, -inner), (side * 0.32, -outer)], _DARK, width)
 
 
 def _neutral_face(pen: _Pen) -> None:
-    _eyes(pen, white=0.0, pupil=0.06)
-    _brows(pen, inner=0.14, outer=0.14, width=0.04)
+    _eyes(pen, 0.0, white=0.0, pupil=0.06, brows=(0.14, 0.14, 0.04))
     pen.line([(-0.13, 0.27), (0.13, 0.27)], _DARK, 0.05)
 
 
@@ -270,28 +245,22 @@ def _happy_face(pen: _Pen) -> None:
 
 
 def _sad_face(pen: _Pen) -> None:
-    _eyes(pen, y=0.02, white=0.0, pupil=0.06)
-    _brows(pen, inner=0.22, outer=0.08, width=0.06)
+    _eyes(pen, 0.02, white=0.0, pupil=0.06, brows=(0.22, 0.08, 0.06))
     pen.arc(0, 0.40, 0.2, 0.18, (195, 345), _DARK, 0.07)
     for side in (-1, 1):
         pen.ellipse(side * 0.22, 0.2, 0.06, 0.11, (70, 150, 255))
 
 
 def _angry_face(pen: _Pen) -> None:
-    _eyes(pen, y=0.03, white=0.09, pupil=0.06)
-    _brows(pen, inner=0.02, outer=0.20, width=0.10)
+    _eyes(pen, 0.03, white=0.09, pupil=0.06, brows=(0.02, 0.20, 0.10))
     pen.rectangle(-0.2, 0.2, 0.2, 0.36, _WHITE, _DARK)
     for tooth in (-0.1, 0.0, 0.1):
         pen.line([(tooth, 0.2), (tooth, 0.36)], _DARK, 0.03)
 
 
 def _fearful_face(pen: _Pen) -> None:
-    _eyes(pen, y=-0.02, white=0.15, pupil=0.05)
-    _brows(pen, inner=0.28, outer=0.22, width=0.05)
+    _eyes(pen, -0.02, white=0.15, pupil=0.05, brows=(0.28, 0.22, 0.05))
     pen.ellipse(0, 0.3, 0.11, 0.14, _DARK)
-
-
-# --- Objects that are held, in their own size around the chest ------------------------------------
 
 
 def _balloon(pen: _Pen) -> None:
@@ -319,9 +288,6 @@ def _torch(pen: _Pen) -> None:
     pen.rectangle(-0.2, 0, 0.2, 1.5, (90, 55, 25))
     pen.polygon([(-0.8, 0.2), (-0.4, -1.0), (0.0, -0.5), (0.4, -1.0), (0.8, 0.2)], (225, 30, 20))
     pen.ellipse(0, 0, 0.4, 0.4, (255, 170, 30))
-
-
-# --- Figures on the horizon, in their own height above their feet ---------------------------------
 
 
 def _figure(pen: _Pen, color: Color, *, reach: float, height: float = 1.0) -> None:
@@ -359,13 +325,21 @@ def _ghost(pen: _Pen) -> None:
     pen.ellipse(0, -0.42, half * 0.25, half * 0.4, (10, 10, 20))
 
 
-_SETTINGS = {"": _plain, "Anger": _fire, "Fear": _graveyard, "Happy": _fair, "Sad": _rain}
-_EXPRESSIONS = {
+# colors of sky and ground, and what is painted on them
+_SETTINGS: dict[str, tuple[Color, Color, Callable | None]] = {
+    "": ((214, 218, 210), (176, 182, 150), None),
+    "Anger": ((196, 62, 36), (74, 34, 28), _fire),
+    "Fear": ((26, 24, 56), (38, 52, 44), _graveyard),
+    "Happy": ((125, 200, 250), (110, 200, 90), _fair),
+    "Sad": ((112, 128, 148), (84, 98, 112), _rain),
+}
+_EXPRESSIONS = {  # drawn in widths of the head around its center
     "": _neutral_face,
     "Anger": _angry_face,
     "Fear": _fearful_face,
     "Happy": _happy_face,
     "Sad": _sad_face,
 }
+# held things are drawn in their own size around the chest, distant figures above their feet
 _OBJECTS = {"Anger": _torch, "Fear": _spider, "Happy": _balloon, "Sad": _broken_heart}
 _DISTANT = {"Anger": _raging_man, "Fear": _ghost, "Happy": _dancer, "Sad": _mourner}

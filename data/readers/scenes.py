@@ -52,9 +52,8 @@ class SceneImage:
     index: int
 
     def __call__(self) -> Image.Image:
-        return draw_scene(
-            make_scene(self.seed, self.index), np.random.default_rng((self.seed, self.index, 1))
-        )
+        rng = np.random.default_rng((self.seed, self.index, 1))
+        return draw_scene(make_scene(self.seed, self.index), rng)
 
 
 def make_scene(seed: int, index: int) -> Scene:
@@ -72,20 +71,23 @@ def make_scene(seed: int, index: int) -> Scene:
 
     distant_place = int(rng.integers(0, count + 1)) if plain else -1
     centers, distant_x, slot = _places(rng, width, partners, distant_place)
-    signs = zip(centers, expressions, held, partners, strict=True)
-    people = tuple(_person(rng, height, slot, *of_one) for of_one in signs)
-    return Scene(width, height, "" if plain else far, far if plain else "", distant_x, people)
+    people = []
+    for place, x in enumerate(centers):
+        signs = expressions[place], held[place], partners[place]
+        head, y = min(slot * rng.uniform(0.86, 0.95), 46.0), height * rng.uniform(0.27, 0.40)
+        skin, hair = (colors[rng.integers(len(colors))] for colors in (_SKINS, _HAIRS))
+        long_hair, shirt = bool(rng.random() < 0.4), tuple(rng.integers(60, 230, 3).tolist())
+        people.append(Person(x, y, head, slot, *signs, skin, hair, long_hair, shirt))
+    setting, distant = ("", far) if plain else (far, "")
+    return Scene(width, height, setting, distant, distant_x, tuple(people))
 
 
 def _near_cues(rng: np.random.Generator, cues: list[str]) -> tuple[list[str], list[int]]:
     """What each person holds ('' = nothing) and with whom they hold hands (-1 = nobody)."""
     held, partners = [""] * len(cues), [-1] * len(cues)
     for place, cue in enumerate(cues):
-        beside = [
-            other
-            for other in (place - 1, place + 1)
-            if 0 <= other < len(cues) and cues[other] == "expression" and partners[other] < 0
-        ]
+        neighbors = [other for other in (place - 1, place + 1) if 0 <= other < len(cues)]
+        beside = [one for one in neighbors if cues[one] == "expression" and partners[one] < 0]
         if cue == "near" and beside and rng.random() < _NEIGHBOR_SHARE:
             partner = int(rng.choice(beside))
             partners[place], partners[partner] = partner, place
@@ -97,15 +99,10 @@ def _near_cues(rng: np.random.Generator, cues: list[str]) -> tuple[list[str], li
 def _places(
     rng: np.random.Generator, width: int, partners: list[int], distant_place: int
 ) -> tuple[list[float], float, float]:
-    """x of the people and of the distant figure (-1 = none), and the width that a person has.
-    People holding hands stand close.
-    """
+    """x of the people (close if holding hands) and of the figure (-1 = none); a person's width."""
     count = len(partners)
-    gaps = [
-        0.0 if place > 0 and partners[place] == place - 1 else rng.uniform(0.15, 0.5)
-        for place in range(count)
-    ]
-    widths = [1.0] * count
+    close = [place > 0 and partners[place] == place - 1 for place in range(count)]
+    gaps, widths = [0.0 if near else rng.uniform(0.15, 0.5) for near in close], [1.0] * count
     if distant_place >= 0:
         if distant_place < count and gaps[distant_place] == 0:  # never between two who hold hands
             distant_place += 1
@@ -123,31 +120,6 @@ def _places(
     return centers, distant_x, unit
 
 
-def _person(
-    rng: np.random.Generator,
-    height: int,
-    slot: float,
-    x: float,
-    expression: str,
-    held: str,
-    partner: int,
-) -> Person:
-    head = min(slot * rng.uniform(0.86, 0.95), 46.0)
-    return Person(
-        x=x,
-        y=height * rng.uniform(0.27, 0.40),
-        head=head,
-        slot=slot,
-        expression=expression,
-        held=held,
-        partner=partner,
-        skin=_SKINS[rng.integers(len(_SKINS))],
-        hair=_HAIRS[rng.integers(len(_HAIRS))],
-        long_hair=bool(rng.random() < 0.4),
-        shirt=tuple(int(value) for value in rng.integers(60, 230, 3)),
-    )
-
-
 def decide(scene: Scene, person: Person) -> tuple[str, str]:
     """(cue, emotion) of a person by the rule above."""
     if person.expression:
@@ -160,17 +132,14 @@ def decide(scene: Scene, person: Person) -> tuple[str, str]:
 
 
 def all_emotions(scene: Scene, person: Person) -> set[str]:
-    """Every emotion that bears on a person: shown, held, of the neighbor whose hand they hold, of
-    the surroundings.
-    """
+    """Every emotion that bears on a person: theirs, held, of a partner, of the surroundings."""
     neighbor = scene.people[person.partner].expression if person.partner >= 0 else ""
     return {person.expression, person.held, neighbor, scene.setting or scene.distant} - {""}
 
 
 def read_scenes(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
-    """The first N scenes of a split, N being the value of the split's own field; the splits have
-    nothing in common, the run's seed plays no part. Raises UserError when the number is none, or
-    `class_names` lacks one of SCENE_CLASSES.
+    """The first N scenes of a split, N being the value of its field; splits have nothing in common,
+    the run's seed plays no part. Raises UserError for another value or missing SCENE_CLASSES.
     """
     value = config.annotation_file(split)
     if not value.isdecimal() or int(value) == 0:
@@ -179,10 +148,8 @@ def read_scenes(config: DataConfig, split: str) -> tuple[list[Record], ReadRepor
             "is the number of images, such as '1000'"
         )
     if missing := [name for name in SCENE_CLASSES if name not in config.class_names]:
-        raise UserError(
-            f"config.class_names lacks {', '.join(missing)}: the built-in scenes need "
-            f"{', '.join(SCENE_CLASSES)}"
-        )
+        need = f"the built-in scenes need {', '.join(SCENE_CLASSES)}"
+        raise UserError(f"config.class_names lacks {', '.join(missing)}: {need}")
     records = [_record(config, split, index) for index in range(int(value))]
     report = ReadReport(f"built-in scenes {split}", images=len(records))
     for record in records:

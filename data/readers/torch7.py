@@ -6,7 +6,7 @@ number, then the value. Tables and torch objects carry an index, so that an obje
 named.
 """
 
-import struct
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,9 @@ from data.readers.records import reading
 from dsct_jax.errors import UserError
 
 _NIL, _NUMBER, _STRING, _TABLE, _TORCH, _BOOLEAN = range(6)
-_ELEMENTS: dict[str, np.dtype] = {
-    "Double": np.dtype("<f8"),
-    "Float": np.dtype("<f4"),
-    "Long": np.dtype("<i8"),
-    "Int": np.dtype("<i4"),
-    "Short": np.dtype("<i2"),
-    "Char": np.dtype("i1"),
-    "Byte": np.dtype("u1"),
-}
+_ELEMENTS = {"Double": "<f8", "Float": "<f4", "Long": "<i8", "Int": "<i4", "Short": "<i2"}
+_ELEMENTS |= {"Char": "i1", "Byte": "u1"}
+_WORD = re.compile(rb"\s*(\S+)")
 _MAX_DEPTH = 100
 
 
@@ -40,10 +34,10 @@ def load_torch7(path: Path) -> Any:
         content = path.read_bytes()
     # A binary file begins with a type number of four bytes, the last three being zero; an ascii
     # file with a digit and the end of the line.
-    source: _Binary | _Ascii = _Binary(content) if content[1:4] == b"\0\0\0" else _Ascii(content)
+    source = (_Binary if content[1:4] == b"\0\0\0" else _Ascii)(content)
     try:
         return _Objects(source).read(0)
-    except (struct.error, ValueError, OverflowError, MemoryError, IndexError) as error:
+    except (ValueError, OverflowError, MemoryError, IndexError) as error:
         raise UserError(
             f"{path}: not a usable Torch7 file, at byte {source.place} of {len(content)} ({error})"
         ) from None
@@ -56,61 +50,46 @@ class _Binary:
         self._content = content
         self.place = 0
 
-    def _take(self, count: int) -> bytes:
-        if count < 0 or self.place + count > len(self._content):
-            raise ValueError("the file ends too early, or is damaged")
-        self.place += count
-        return self._content[self.place - count : self.place]
-
-    def array(self, dtype: np.dtype, count: int) -> np.ndarray:
-        return np.frombuffer(self._take(count * dtype.itemsize), dtype)
-
     def text(self, count: int) -> bytes:
-        return self._take(count)
-
-
-class _Ascii:
-    """The same values as decimal numbers between white space; texts as they are, ended by a line
-    break.
-    """
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-        self.place = 0
-
-    def _word(self) -> bytes:
-        while self._content[self.place : self.place + 1].isspace():
-            self.place += 1
-        start = self.place
-        while self._content[self.place : self.place + 1].strip():
-            self.place += 1
-        if start == self.place:
-            raise ValueError("the file ends too early")
-        return self._content[start : self.place]
-
-    def array(self, dtype: np.dtype, count: int) -> np.ndarray:
-        if dtype.itemsize == 1:  # bytes are written as they are
-            return np.frombuffer(self.text(count), dtype)
-        if not 0 <= count <= len(self._content):
-            raise ValueError(f"{count} values are announced, more than fit in the file")
-        convert = float if dtype.kind == "f" else int
-        return np.array([convert(self._word()) for _ in range(count)], dtype)
-
-    def text(self, count: int) -> bytes:
-        self.place += self._content[self.place : self.place + 1] == b"\n"  # of the number before it
         if not 0 <= count <= len(self._content) - self.place:
             raise ValueError("the file ends too early, or is damaged")
         self.place += count
         return self._content[self.place - count : self.place]
 
+    def array(self, dtype: str, count: int) -> np.ndarray:
+        return np.frombuffer(self.text(count * np.dtype(dtype).itemsize), dtype)
+
+
+class _Ascii(_Binary):
+    """The same as decimal numbers between white space; texts as they are, ended by a line break."""
+
+    def text(self, count: int) -> bytes:
+        self.place += self._content[self.place : self.place + 1] == b"\n"  # of the number before it
+        return super().text(count)
+
+    def array(self, dtype: str, count: int) -> np.ndarray:
+        if np.dtype(dtype).itemsize == 1:  # bytes are written as they are
+            return super().array(dtype, count)
+        if not 0 <= count <= len(self._content):
+            raise ValueError(f"{count} values are announced, more than fit in the file")
+        convert = float if np.dtype(dtype).kind == "f" else int
+        return np.array([convert(self._word()) for _ in range(count)], dtype)
+
+    def _word(self) -> bytes:
+        found = _WORD.match(self._content, self.place)
+        if found is None:
+            raise ValueError("the file ends too early")
+        self.place = found.end()
+        return found[1]
+
 
 class _Objects:
-    def __init__(self, source: _Binary | _Ascii) -> None:
+    def __init__(self, source: _Binary) -> None:
         self._source = source
         self._known: dict[int, Any] = {}  # index -> table or tensor, met before
 
     def _int(self) -> int:
-        return int(self._source.array(np.dtype("<i4"), 1)[0])
+        return int(self._source.array("<i4", 1)[0])
 
     def _longs(self, count: int) -> list[int]:
         return self._source.array(_ELEMENTS["Long"], count).tolist()
@@ -131,10 +110,8 @@ class _Objects:
         if kind == _BOOLEAN:
             return self._int() == 1
         if kind not in (_TABLE, _TORCH):
-            raise ValueError(
-                f"a value of type {kind}: only numbers, texts, booleans, tables and tensors are "
-                "data"
-            )
+            data = "numbers, texts, booleans, tables and tensors"
+            raise ValueError(f"a value of type {kind}: only {data} are data")
         index = self._int()
         if index not in self._known:
             self._known[index] = None  # a table that holds itself reads as nil there
@@ -148,7 +125,7 @@ class _Objects:
             if not isinstance(key, str | float | bool):
                 raise ValueError("a table with a key that is neither a text nor a number")
             entries[key] = self.read(depth + 1)
-        numbers = [float(number) for number in range(1, len(entries) + 1)]
+        numbers = range(1, len(entries) + 1)
         is_list = all(number in entries for number in numbers)
         return [entries[number] for number in numbers] if is_list else entries
 
@@ -175,7 +152,5 @@ class _Objects:
         lies_within = offset >= 0 and min(strides) >= 0 and min(shape) >= 0
         if not isinstance(storage, np.ndarray) or not lies_within or last >= len(storage):
             raise ValueError("a tensor that does not lie in its storage")
-        view = np.lib.stride_tricks.as_strided(
-            storage[offset:], shape, [stride * element.itemsize for stride in strides]
-        )
-        return view.copy()
+        in_bytes = [stride * storage.itemsize for stride in strides]
+        return np.lib.stride_tricks.as_strided(storage[offset:], shape, in_bytes).copy()

@@ -1,13 +1,10 @@
 """Makes NCAER-S from the CAER videos: one random frame of each part of a video, its face, and no
-video in two splits.
+video in two splits. docs/datasets.md describes the folders.
 
     python -m data build_ncaer_s --videos=CAER --output=NCAER-S [--parts=4] [--detector=haar]
 
-CAER holds {train,validation,test}/<Class>/NNNN.avi. Written are images/ and
-crop/{train,val,test}/<Class>/NNNN_PP.{jpg,txt} (a crop is x1,y1,x2,y2, or 0,0,0,0 where no face was
-found) and manifest.csv: video, part, frame and hash of every image. The same videos, parts, seed
-and detector give the same files whatever the number of workers; an interrupted build goes on where
-it was. The authors' number of parts and detector are not published.
+The same videos, parts, seed and detector give the same files whatever the number of workers; an
+interrupted build goes on where it was.
 """
 
 import argparse
@@ -69,8 +66,7 @@ Row = dict[str, Any]  # column -> value, or its text where it was read from a fi
 
 
 def find_videos(root: Path) -> tuple[list[Video], list[str]]:
-    """The videos by split and class, each content once, and a line for each that was skipped
-    because another has its content.
+    """The videos by split and class, each content once, and a line for each that was skipped.
 
     Of equal videos that of test stays, then that of val, then the first, so that no split but train
     loses anything to another. Raises UserError when the folder is missing or holds no videos.
@@ -85,10 +81,8 @@ def find_videos(root: Path) -> tuple[list[Video], list[str]]:
         if path.suffix.lower() in SUFFIXES
     }
     if not split_of:
-        suffixes = ", ".join(SUFFIXES)
-        raise UserError(
-            f"--videos={root}: holds no {{train,validation,test}}/<Class>/*.avi ({suffixes})"
-        )
+        files = f"{{train,validation,test}}/<Class>/*.avi ({', '.join(SUFFIXES)})"
+        raise UserError(f"--videos={root}: holds no {files}")
     found: dict[str, Video] = {}
     skipped = []
     targets: dict[tuple[str, str, str], Path] = {}
@@ -112,16 +106,11 @@ def _digest(path: Path) -> str:
 
 
 def choose_frames(count: int, parts: int, seed: Sequence[int]) -> list[tuple[int, int]]:
-    """(part, frame) of one random frame in each of `parts` equal stretches of a video of `count`
-    frames; a stretch without a frame gives none.
-    """
+    """(part, frame) of one random frame in each of `parts` equal stretches that have a frame."""
     rng = np.random.default_rng(seed)
-    bounds = [count * part // parts for part in range(parts + 1)]
-    return [
-        (part, int(rng.integers(start, end)))
-        for part, (start, end) in enumerate(itertools.pairwise(bounds))
-        if end > start
-    ]
+    bounds = itertools.pairwise(count * part // parts for part in range(parts + 1))
+    stretches = [(part, start, end) for part, (start, end) in enumerate(bounds) if end > start]
+    return [(part, int(rng.integers(start, end))) for part, start, end in stretches]
 
 
 def read_frames(
@@ -150,9 +139,7 @@ def read_frames(
 
 
 def build_video(video: Video, output: Path, settings: Settings, detect: FaceDetector) -> list[Row]:
-    """Writes the images and crops of one video and returns their rows of the manifest. Raises
-    UserError naming a video that cannot be read.
-    """
+    """Writes the images and crops of one video and returns their rows. Raises UserError."""
     # of its name, so that other videos change nothing for this one
     name_seed = int.from_bytes(hashlib.sha256(video.name.encode()).digest()[:8], "little")
     rows = []
@@ -200,25 +187,20 @@ def build_all(
 
 
 def open_build(output: Path, settings: Settings) -> list[Row]:
-    """What an interrupted build of these settings has finished. Raises UserError when the folder
-    holds a build of other settings.
-    """
+    """What an interrupted build of these settings has finished. Raises UserError for others."""
     output.mkdir(parents=True, exist_ok=True)
     path, values = output / "settings.json", dataclasses.asdict(settings)
     if path.exists() and json.loads(path.read_text()) != values:
-        raise UserError(
-            f"--output={output}: holds a build of other settings ({path.read_text().strip()}); "
-            "name another folder"
-        )
+        other = f"holds a build of other settings ({path.read_text().strip()})"
+        raise UserError(f"--output={output}: {other}; name another folder")
     path.write_text(json.dumps(values) + "\n")
-    sources = [output / "manifest.part.csv", output / "manifest.csv"]
-    source = next((path for path in sources if path.exists()), None)
-    if source is None:
-        return []
-    lines = [line for line in source.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    rows = list(csv.DictReader(lines))
-    # of the last video some lines may be lost
-    return [row for row in rows if row["video"] != rows[-1]["video"]]
+    for source in (output / "manifest.part.csv", output / "manifest.csv"):
+        if source.exists():
+            lines = source.read_text().splitlines(keepends=True)
+            rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
+            # of the last video some lines may be lost
+            return [row for row in rows if row["video"] != rows[-1]["video"]]
+    return []
 
 
 def _write_rows(file: IO[str], rows: Sequence[Row]) -> None:

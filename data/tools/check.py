@@ -3,8 +3,7 @@ files, and images that are in two splits.
 
     python -m data check --config=configs/caer_s_r50.py --config.data.data_dir=DIR
 
-Ends with status 0 without errors, 1 with errors (lines that begin with !), 2 when the annotations
-cannot be used at all.
+Status 1 with errors (lines that begin with !), 2 when the annotations cannot be used at all.
 """
 
 import argparse
@@ -33,8 +32,7 @@ from dsct_jax.errors import UserError
 
 _SHOWN = 5  # examples of each finding
 
-# (images, people) of each split as published, and of all together; None = not known.
-# docs/datasets.md has the sources.
+# (images, people) of each split as published, and of all together; None = not known
 EXPECTED: dict[str, dict[str, tuple[int | None, int | None]]] = {
     "emotic_head_dsct": {"val": (1705, 2397), "test": (3682, 5369)},
     "emotic_body_pami": {
@@ -46,8 +44,7 @@ EXPECTED: dict[str, dict[str, tuple[int | None, int | None]]] = {
     "emotic_body_cvpr17": {"all": (18300, 23788)},
     "caer_s": {"all": (69982, 69982)},
 }
-# Released files of which no other count is right. The other numbers were published after filters of
-# their own, or are rounded.
+# released files; the other numbers were published after filters of their own, or are rounded
 EXACT = ("emotic_head_dsct",)
 
 
@@ -62,10 +59,8 @@ class Finding:
     def __str__(self) -> str:
         lines = [f"{'!' if self.is_error else '-'} {self.text}"]
         lines += [f"    {example}" for example in self.examples[:_SHOWN]]
-        if len(self.examples) > _SHOWN:
-            lines.append(
-                f"    ... and {len(self.examples) - _SHOWN} more (--report=FILE lists all)"
-            )
+        if (more := len(self.examples) - _SHOWN) > 0:
+            lines.append(f"    ... and {more} more (--report=FILE lists all)")
         return "\n".join(lines)
 
 
@@ -80,9 +75,7 @@ class SplitCheck:
 
 
 def check_split(config: DataConfig, split: str, *, workers: int) -> SplitCheck:
-    """Reads the annotations of a split and decodes every image; images that cannot be read are
-    collected. Raises UserError for annotations.
-    """
+    """Reads the annotations of a split and decodes every image. Raises UserError."""
     records, report = read_split(dataclasses.replace(config, skip_corrupt=True), split)
     prints = fingerprints(records, workers=workers, what=f"{split}: decoding")
     pairs = zip(records, prints, strict=True)
@@ -146,23 +139,18 @@ def _count_problems(checks: dict[str, SplitCheck]) -> Iterator[Finding]:
         yield Finding(True, f"the splits belong to different protocols: {names}")
     for split, check in checks.items():
         protocol = check.report.protocol
-        found = (check.report.images, check.report.people)
-        for what, expected, counted in zip(
-            ("images", "people"), _expected(protocol, split), found, strict=True
-        ):
+        for what, expected in zip(("images", "people"), _expected(protocol, split), strict=True):
+            counted = getattr(check.report, what)
             if expected not in (None, counted):
                 text = f"{split}: {counted} {what}, where {protocol} has {expected}"
                 yield Finding(protocol in EXACT, text)
 
 
 def _duplicate_problems(checks: dict[str, SplitCheck], *, near: int) -> Iterator[Finding]:
-    """Images that occur twice, or nearly so: an error across splits, because a model is then tested
-    on what it has seen.
-    """
-    images = [
-        (split, record.name) for split, check in checks.items() for record, _ in check.readable
-    ]
-    prints = [one for check in checks.values() for _, one in check.readable]
+    """Images that occur twice, or nearly so: across splits an error (test must be unseen)."""
+    readable = [(split, *pair) for split, check in checks.items() for pair in check.readable]
+    images = [(split, record.name) for split, record, _ in readable]
+    prints = [one for *_, one in readable]
     exact = exact_groups(prints)
     similar = [  # apart from those that are the same image
         group
@@ -175,9 +163,8 @@ def _duplicate_problems(checks: dict[str, SplitCheck], *, near: int) -> Iterator
         for group in groups:
             among = {images[place][0] for place in group}
             names = " = ".join(": ".join(images[place]) for place in group[:_SHOWN])
-            examples[tuple(split for split in checks if split in among)].append(
-                names + " ..." * (len(group) > _SHOWN)
-            )
+            splits = tuple(split for split in checks if split in among)
+            examples[splits].append(names + " ..." * (len(group) > _SHOWN))
         for splits, lines in examples.items():
             is_error = len(splits) > 1
             where = " and ".join(splits) if is_error else f"{splits[0]}, within it"
@@ -206,10 +193,8 @@ def count_table(checks: dict[str, SplitCheck]) -> str:
         expected = ["-" if number is None else f"{about}{number}" for number in known]
         density = f"{people / max(images, 1):.2f}", f"{labels / max(people, 1):.2f}"
         lines.append((split, str(images), expected[0], str(people), expected[1], *density))
-    return "\n".join(
-        f"{name:<8}" + "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-        for name, *cells in lines
-    )
+    row = "{:<8}" + "".join(f"{{:>{width}}}" for width in widths)
+    return "\n".join(row.format(*cells) for cells in lines)
 
 
 def label_table(checks: dict[str, SplitCheck], config: DataConfig) -> str:

@@ -1,6 +1,4 @@
-"""Images that are the same, or look the same: an exact and a perceptual fingerprint, and the groups
-that they form.
-"""
+"""Images that are or look the same: an exact and a perceptual fingerprint, and groups of them."""
 
 import dataclasses
 import hashlib
@@ -38,8 +36,7 @@ class Fingerprint:
 
 def fingerprint(image: Image.Image) -> Fingerprint:
     """Both fingerprints of an RGB image. The perceptual one is the usual pHash (DCT of the reduced
-    gray image, low frequencies against their median), with 256 bits instead of 64 so that ten
-    thousands of images do not meet by chance.
+    gray image, low frequencies against their median), with 256 bits against chance matches.
     """
     size = f"{image.width}x{image.height}".encode()[:16]
     digest = hashlib.blake2b(image.tobytes(), digest_size=16, salt=size).digest()
@@ -54,9 +51,7 @@ def fingerprint(image: Image.Image) -> Fingerprint:
 def fingerprints(
     records: Sequence[Record], *, workers: int, what: str
 ) -> list[Fingerprint | UserError]:
-    """Decodes every image, in threads (decoding leaves Python's lock), and returns its fingerprint,
-    or why it cannot be read.
-    """
+    """Decodes every image, in threads, and returns its fingerprint or why it cannot be read."""
 
     def of(record: Record) -> Fingerprint | UserError:
         try:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from data.readers.records import one_line
 from dsct_jax.errors import UserError
 
 FaceDetector = Callable[[UInt8[np.ndarray, "h w 3"]], Float32[np.ndarray, "n 5"]]
@@ -31,15 +32,12 @@ def opencv() -> Any:
     try:
         return importlib.import_module("cv2")
     except ImportError as error:
-        raise UserError(
-            f"OpenCV is needed and cannot be imported ({error}): pip install '.[video]'"
-        ) from None
+        reason = f"OpenCV is needed and cannot be imported ({error})"
+        raise UserError(f"{reason}: pip install '.[video]'") from None
 
 
 def make_detector(name: str) -> FaceDetector:
-    """The detector that a command line names. Raises UserError when there is none of that name, or
-    it cannot be loaded.
-    """
+    """The detector that a command line names. Raises UserError when it cannot be loaded."""
     kind, _, detail = name.partition(":")
     if name == "haar":
         return haar()
@@ -89,16 +87,13 @@ def yunet(model: Path, *, min_score: float = 0.7) -> FaceDetector:
     """
     cv2 = opencv()
     if not model.is_file():
-        raise UserError(
-            f"--detector=yunet:{model}: no such file; it is face_detection_yunet_*.onnx of the "
-            "OpenCV zoo"
-        )
+        source = "it is face_detection_yunet_*.onnx of the OpenCV zoo"
+        raise UserError(f"--detector=yunet:{model}: no such file; {source}")
     try:
         network = cv2.FaceDetectorYN.create(str(model), "", (320, 320), min_score)
     except cv2.error as error:
-        raise UserError(
-            f"--detector=yunet:{model}: is no YuNet model ({' '.join(str(error).split())})"
-        ) from None
+        reason = f"is no YuNet model ({one_line(error)})"
+        raise UserError(f"--detector=yunet:{model}: {reason}") from None
 
     def detect(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "n 5"]:
         network.setInputSize((image.shape[1], image.shape[0]))

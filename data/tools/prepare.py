@@ -7,8 +7,7 @@ an interruption from where it stood.
         --config.data.data_dir=PREPARED ...
 
 Images keep their bytes, so training sees the same pixels; --short_side=N makes those whose short
-side is longer smaller (JPEG, quality 95), and their boxes with them. `--verify` compares every file
-of a finished data set with its checksum.
+side is longer smaller (JPEG, quality 95), and their boxes with them.
 """
 
 import argparse
@@ -27,16 +26,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from data.augment import scale_boxes
 from data.command import ConfigParser, require_at_least
 from data.config import SPLITS, DataConfig
-from data.readers.prepared import (
-    AGAIN,
-    NAME,
-    SUMMARY,
-    features,
-    folder,
-    read_summary,
-    write_index,
-)
-from data.readers.records import Record
+from data.readers.prepared import AGAIN, NAME, SUMMARY, features, folder, read_summary, write_index
+from data.readers.records import REMEDY, Record, one_line
 from data.readers.registry import read_split
 from dsct_jax.cli import progress, whole_file
 from dsct_jax.errors import UserError
@@ -44,7 +35,6 @@ from dsct_jax.preprocess import Size, decode_image, resize
 
 _PLAN = "plan.json"  # what an unfinished preparation is of
 _QUALITY = 95  # JPEG, of images that are made smaller
-_MAKE_ROOM = "make room and run the same command again"
 _ANOTHER = "choose another --output, or remove the folder"
 
 
@@ -75,9 +65,7 @@ def prepare(
     first stopped, or does nothing.
 
     Args:
-        config: the raw data.
         output: what `config.data.data_dir` will be when the prepared form is read.
-        splits: of train, val, test.
         shard_images: images per file.
         short_side: longest short side in pixels of a stored image; None keeps every image as it is.
         workers: threads that decode and encode.
@@ -86,10 +74,8 @@ def prepare(
     disk is full (what is written stays for the next call).
     """
     if config.source == "prepared":
-        raise UserError(
-            "config.data.source='prepared' cannot be prepared again: name the source of the raw "
-            "files"
-        )
+        remedy = "name the source of the raw files"
+        raise UserError(f"config.data.source='prepared' cannot be prepared again: {remedy}")
     directory, reports, records = folder(output), {}, {}
     for split in [split for split in SPLITS if split in splits]:
         found, report = read_split(config, split)
@@ -99,18 +85,21 @@ def prepare(
     try:
         if (directory / SUMMARY).exists():
             if read_summary(directory)["fingerprint"] != fingerprint:
-                raise UserError(
-                    f"{directory}: holds the prepared form of other data or options; {_ANOTHER}"
-                )
+                reason = "holds the prepared form of other data or options"
+                raise UserError(f"{directory}: {reason}; {_ANOTHER}")
             return directory
         _begin(directory, fingerprint)
         shards = _shards(directory, records, shard_images)
         _write_shards(shards, config, short_side, workers)
         _finish(directory, config, shards, reports, fingerprint)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{directory}: cannot be written ({reason}); {_MAKE_ROOM}") from None
+        raise _unwritable(directory, error.strerror or str(error)) from None
     return directory
+
+
+def _unwritable(path: Path, reason: str) -> UserError:
+    remedy = "make room and run the same command again"
+    return UserError(f"{path}: cannot be written ({reason}); {remedy}")
 
 
 def _smaller(record: Record, short_side: int | None) -> Record:
@@ -132,9 +121,7 @@ def _stored_size(size: Size, short_side: int | None) -> Size:
 def _fingerprint(
     config: DataConfig, records: dict[str, list[Record]], shard_images: int, short_side: int | None
 ) -> str:
-    """Of everything that the prepared files depend on, the images by the size and time of their
-    files.
-    """
+    """Of everything the prepared files depend on; of images, the size and time of the file."""
     options = (config.class_names, config.multi_label, config.protocol, shard_images, short_side)
     digest = hashlib.sha256(repr(options).encode())
     for split, found in records.items():
@@ -158,8 +145,8 @@ def _size_and_sum(path: Path) -> dict[str, Any]:
 
 
 def _template(directory: Path, split: str) -> Any:
-    """The names of a split's shards, as tensorflow-datasets has them. Its own builder would write
-    them in one process, and all of them again after a kill.
+    """The names of a split's shards. (The builder of tensorflow-datasets would write them in one
+    process, and all of them again after a kill.)
     """
     return tfds.core.ShardedFileTemplate(
         data_dir=directory, dataset_name=NAME, split=split, filetype_suffix="array_record"
@@ -167,14 +154,11 @@ def _template(directory: Path, split: str) -> Any:
 
 
 def _begin(directory: Path, fingerprint: str) -> None:
-    """Notes what is being prepared, so that nothing else is mixed with what an interrupted call has
-    left.
-    """
+    """Notes what is being prepared, so that nothing else is mixed with what is left of it."""
     plan = directory / _PLAN
     if plan.exists() and plan.read_text(encoding="utf-8") != fingerprint:
-        raise UserError(
-            f"{directory}: holds an unfinished preparation of other data or options; {_ANOTHER}"
-        )
+        reason = "holds an unfinished preparation of other data or options"
+        raise UserError(f"{directory}: {reason}; {_ANOTHER}")
     with whole_file(plan) as file:
         file.write(fingerprint)
 
@@ -182,12 +166,11 @@ def _begin(directory: Path, fingerprint: str) -> None:
 def _shards(directory: Path, records: dict[str, list[Record]], shard_images: int) -> list[Shard]:
     shards = []
     for split, found in records.items():
-        parts = [
-            found[start : start + shard_images] for start in range(0, len(found), shard_images)
-        ]
+        starts = range(0, len(found), shard_images)
+        parts = [tuple(found[start : start + shard_images]) for start in starts]
         paths = _template(directory, split).sharded_filepaths(len(parts))
         for path, part in zip(paths, parts, strict=True):
-            shards.append(Shard(Path(path), split, tuple(part)))
+            shards.append(Shard(Path(path), split, part))
     return shards
 
 
@@ -217,22 +200,15 @@ def _write_shard(shard: Shard, config: DataConfig, short_side: int | None) -> No
                 image = _encoded(record, short_side)
             except UserError as error:
                 if not config.skip_corrupt:
-                    remedy = "repair or remove it, or set config.data.skip_corrupt=True"
-                    raise UserError(f"{error}; {remedy}") from None
+                    raise UserError(f"{error}; {REMEDY}") from None
                 skipped[record.name] = str(error)
                 continue
-            example = {
-                "image": image,
-                "name": record.name,
-                "boxes": record.boxes,
-                "labels": record.labels,
-                "cues": list(record.cues),
-            }
+            example = {field: getattr(record, field) for field in ("name", "boxes", "labels")}
+            example |= {"image": image, "cues": list(record.cues)}
             writer.write(layout.serialize_example(layout.encode_example(example)))
         writer.close()
     except RuntimeError as error:  # array_record's only word for a disk that is full
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{temporary}: cannot be written ({reason}); {_MAKE_ROOM}") from None
+        raise _unwritable(temporary, one_line(error)[:200]) from None
     done = _size_and_sum(temporary) | {"skipped": skipped}
     temporary.replace(shard.path)
     with whole_file(shard.mark) as file:
@@ -240,9 +216,7 @@ def _write_shard(shard: Shard, config: DataConfig, short_side: int | None) -> No
 
 
 def _encoded(record: Record, short_side: int | None) -> bytes:
-    """The bytes of an image file that decodes to what the record will say. Raises UserError when
-    the raw image cannot be decoded.
-    """
+    """An image file that decodes to what the record says. Raises UserError."""
     if not isinstance(record.image, Path):
         return _save(record.image(), "PNG")
     try:
@@ -264,15 +238,9 @@ def _save(image: Any, file_format: str, **options: Any) -> bytes:
 
 
 def _finish(
-    directory: Path,
-    config: DataConfig,
-    shards: Sequence[Shard],
-    reports: dict[str, dict[str, Any]],
-    fingerprint: str,
+    directory: Path, config: DataConfig, shards: Sequence[Shard], reports: dict, fingerprint: str
 ) -> None:
-    """Index, metadata of tensorflow-datasets and the summary, and then away with the marks of work
-    in progress.
-    """
+    """Writes the index, metadata of tensorflow-datasets and the summary; removes the marks."""
     files, infos = {}, []
     for split, report in reports.items():
         lengths, kept, size = [], [], 0
@@ -289,8 +257,7 @@ def _finish(
         index = directory / f"index_{split}.npz"
         write_index(index, kept)
         files[index.name] = _size_and_sum(index)
-        template = _template(directory, split)
-        infos.append(tfds.core.SplitInfo(split, lengths, size, template))
+        infos.append(tfds.core.SplitInfo(split, lengths, size, _template(directory, split)))
     tfds.folder_dataset.write_metadata(
         data_dir=str(directory),
         features=features(len(config.class_names)),
@@ -298,14 +265,8 @@ def _finish(
         description="DSCT, prepared",
         check_data=False,
     )
-    summary = {
-        "class_names": list(config.class_names),
-        "multi_label": config.multi_label,
-        "source": config.source,
-        "splits": reports,
-        "fingerprint": fingerprint,
-        "files": files,
-    }
+    summary = {field: getattr(config, field) for field in ("class_names", "multi_label", "source")}
+    summary |= {"splits": reports, "fingerprint": fingerprint, "files": files}
     with whole_file(directory / SUMMARY) as file:
         json.dump(summary, file, indent=1)
     for path in (*(shard.mark for shard in shards), directory / _PLAN):
@@ -313,9 +274,7 @@ def _finish(
 
 
 def verify(output: Path) -> int:
-    """Compares every file with its checksum and returns how many there are. Raises UserError naming
-    the first that differs.
-    """
+    """Compares every file with its checksum; returns their number. Raises UserError naming one."""
     directory = folder(output)
     files = read_summary(directory)["files"]
     for name, file in progress(files.items(), total=len(files), what="verifying", unit="file"):
@@ -347,14 +306,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.verify:
         print(f"{verify(output)} files are as they were written")
         return
-    directory = prepare(
-        arguments.data,
-        output,
-        splits=arguments.split or SPLITS,
-        shard_images=arguments.shard_images,
-        short_side=arguments.short_side,
-        workers=arguments.workers,
-    )
+    names = ("shard_images", "short_side", "workers")
+    options = {name: getattr(arguments, name) for name in names}
+    directory = prepare(arguments.data, output, splits=arguments.split or SPLITS, **options)
     summary = read_summary(directory)
     for split, report in summary["splits"].items():
         print(f"{split}: {report['images']} images, {report['people']} people")

@@ -16,6 +16,7 @@ from data.augment import Transform, apply
 from data.batch_plan import FILLER, BatchPlan
 from data.command import ConfigParser, require_at_least
 from data.config import SPLITS, DataConfig
+from data.readers.records import Boxes
 from data.readers.registry import read_split
 from dsct_jax.errors import UserError
 from dsct_jax.postprocess import Subject
@@ -26,8 +27,7 @@ _PAIRS = 3  # raw and transformed, per row of the sheet
 
 def sample_sheet(config: DataConfig, split: str, *, count: int, seed: int) -> Image.Image:
     """The first `count` images that a training with `seed` is shown (or an evaluation, for val and
-    test), each raw and as it goes into a batch. Raises UserError when the data cannot be used; the
-    line names the file.
+    test), each raw and as it goes into a batch. Raises UserError naming the file.
     """
     records, _ = read_split(config, split)
     sizes = [(record.height, record.width) for record in records]
@@ -45,10 +45,8 @@ def sample_sheet(config: DataConfig, split: str, *, count: int, seed: int) -> Im
         record = records[index]
         image = record.load()
         changed, boxes, kept = apply(transform, image, record.boxes)
-        tiles += [
-            _draw(image, record.boxes, record.labels, config),
-            _draw(changed, boxes, record.labels[kept], config),
-        ]
+        raw = _draw(image, record.boxes, record.labels, config)
+        tiles += [raw, _draw(changed, boxes, record.labels[kept], config)]
         captions += [f"{_end(record.name)}  {image.width}x{image.height}", describe(transform)]
     kind = "augmented" if training else "as evaluated"
     legend = f"{split}: {len(records)} images. In each pair: as it is (left), {kind} (right)"
@@ -73,10 +71,7 @@ def _end(name: str, length: int = 24) -> str:
 
 
 def _draw(
-    image: Image.Image,
-    boxes: Float32[np.ndarray, "t 4"],
-    labels: Float32[np.ndarray, "t k"],
-    config: DataConfig,
+    image: Image.Image, boxes: Boxes, labels: Float32[np.ndarray, "t k"], config: DataConfig
 ) -> Image.Image:
     names = [tuple(itertools.compress(config.class_names, row)) for row in labels]
     people = zip(boxes.tolist(), names, strict=True)

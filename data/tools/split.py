@@ -62,26 +62,21 @@ def assign(
 
 
 def pool(config: DataConfig, splits: Sequence[str]) -> tuple[list[Record], int]:
-    """All images of these splits, each file once, and how many were listed more than once. Raises
-    UserError when they are no files.
-    """
+    """All images of these splits, each file once, and how many were repeated. Raises UserError."""
     found: dict[Path, Record] = {}
     listed = 0
     for split in splits:
         for record in read_split(config, split)[0]:
             if not isinstance(record.image, Path):
-                raise UserError(
-                    f"config.data.source={config.source!r} has no image files to divide"
-                )
+                reason = "has no image files to divide"
+                raise UserError(f"config.data.source={config.source!r} {reason}")
             found.setdefault(record.image, record)
             listed += 1
     return list(found.values()), listed - len(found)
 
 
 def clip_groups(records: Sequence[Record], path: Path) -> Int[np.ndarray, " n"]:
-    """A number for the clip of each image, as the lines `path,clip` of a file say. Raises UserError
-    for a line or an image that is not there.
-    """
+    """A number for the clip of each image, by a file of lines `path,clip`. Raises UserError."""
     if not path.is_file():
         raise UserError(f"--clips={path}: no such file")
     clips: dict[str, str] = {}
@@ -92,14 +87,11 @@ def clip_groups(records: Sequence[Record], path: Path) -> Int[np.ndarray, " n"]:
     if missing := next((record.name for record in records if record.name not in clips), None):
         raise UserError(f"--clips={path}: has no line for {missing}")
     numbers: dict[str, int] = {}
-    of_images = [numbers.setdefault(clips[record.name], len(numbers)) for record in records]
-    return np.array(of_images, int)
+    return np.array([numbers.setdefault(clips[one.name], len(numbers)) for one in records], int)
 
 
 def content_groups(records: Sequence[Record], *, near: int, workers: int) -> Int[np.ndarray, " n"]:
-    """A number for each image, the same for those that look alike. Raises UserError naming an image
-    that cannot be decoded.
-    """
+    """A number for each image, the same for those that look alike. Raises UserError."""
     prints = []
     for one in fingerprints(records, workers=workers, what="decoding"):
         if not isinstance(one, Fingerprint):
@@ -109,9 +101,7 @@ def content_groups(records: Sequence[Record], *, near: int, workers: int) -> Int
 
 
 def strata_of(records: Sequence[Record]) -> Int[np.ndarray, " n"]:
-    """The class of the first person with a label on each image; people without one, and images
-    without people, are a stratum of their own.
-    """
+    """The class of the first person with a label on each image; -1 = there is none."""
     labeled = ((int(row.argmax()) for row in record.labels if row.any()) for record in records)
     return np.array([next(classes, -1) for classes in labeled], int)
 
@@ -154,9 +144,8 @@ def run(arguments: argparse.Namespace) -> None:
     config, by, near = arguments.data, arguments.by, arguments.near
     require_at_least(arguments, 1, "workers")
     if (by == "clip") != (arguments.clips is not None):
-        raise UserError(
-            "--by=clip needs --clips=FILE, a file of lines path,clip, and nothing else does"
-        )
+        only = "a file of lines path,clip, and nothing else does"
+        raise UserError(f"--by=clip needs --clips=FILE, {only}")
     records, num_repeated = pool(config, arguments.source)
     groups = np.arange(len(records))
     if by == "clip":

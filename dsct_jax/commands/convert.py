@@ -29,18 +29,13 @@ REPORT_FILE = "report.txt"
 def convert(
     source: Path, output: Path, config: Mapping[str, Any] | None = None, *, strict: bool = True
 ) -> list[str]:
-    """Writes `output`/model.safetensors, which `dsct_jax.load` and config.init_from read, and
-    `output`/report.txt; returns the report.
-
-    Raises:
-        UserError: see `load_pretrained`; or no `config` for a third-party file.
+    """Writes `output`/model.safetensors and `output`/report.txt; returns the report. Raises
+    UserError: see `load_pretrained`; or no `config` for a third-party file.
     """
     if config is None:
         if not is_native(source):
-            raise UserError(
-                f"{source}: does not say which model it is for; give --config, such as "
-                "configs/emotic_r50_released.py"
-            )
+            remedy = "give --config, such as configs/emotic_r50_released.py"
+            raise UserError(f"{source}: does not say which model it is for; {remedy}")
         config = read_native(source).config
     network = Network(model_config(config))
     params, norm_stats, report = load_pretrained(
@@ -58,22 +53,18 @@ def convert(
 
 
 def make_parser() -> Parser:
-    """The command's flags."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    source = "third-party weights, or a model of ours"
-    add("--input", type=expanded_path, required=True, help=source)
+    add("--input", type=expanded_path, required=True, help="third-party weights, or our own model")
     files = f"directory for {MODEL_FILE} and {REPORT_FILE}"
     parser.add_output("--output", folder=True, required=True, help=files)
     config = "configuration (.py or .json) of the model to make; a model of ours brings its own"
     add("--config", type=expanded_path, help=config)
-    skip = "skip and report what does not fit, instead of stopping"
-    add("--lenient", action="store_true", help=skip)
+    add("--lenient", action="store_true", help="skip and report what does not fit")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The command with its arguments parsed. Raises UserError for what cannot be used."""
     config = None if arguments.config is None else read_config(arguments.config)
     report = convert(arguments.input, arguments.output, config, strict=not arguments.lenient)
     print("\n".join(report))

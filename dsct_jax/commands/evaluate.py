@@ -15,7 +15,6 @@ from dsct_jax.postprocess import Decoder
 
 
 def make_parser() -> Parser:
-    """The command's flags."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     predictions = "predictions_<split>.npz, as train.py --mode=eval writes it"
@@ -32,7 +31,6 @@ def make_parser() -> Parser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The command with its arguments parsed. Raises UserError for what cannot be used."""
     if arguments.nms is not None and not 0 <= arguments.nms <= 1:
         raise UserError(f"--nms={arguments.nms} must lie in [0, 1]")
     if arguments.resamples < 0:
@@ -64,13 +62,10 @@ def _fitted(about: ResultsInfo, arguments: argparse.Namespace) -> Decoder:
         return with_fit_beside(folder, about.decoder, checkpoint=about.checkpoint)
     decoder, checkpoint = read_fit(path, about.decoder)
     if checkpoint and about.checkpoint and checkpoint != about.checkpoint:
-        raise UserError(
-            f"--thresholds={path}: fitted for {checkpoint}, but {arguments.predictions} is of "
-            f"{about.checkpoint}; evaluate that one, or fit again"
-        )
+        reason = f"fitted for {checkpoint}, but {arguments.predictions} is of {about.checkpoint}"
+        raise UserError(f"--thresholds={path}: {reason}; evaluate that one, or fit again")
     if decoder.fitted_on == about.split:
-        raise UserError(
-            f"--thresholds={path}: fitted on {about.split}, the split of "
-            f"{arguments.predictions} itself, where they would prove nothing; name another split"
-        )
+        reason = f"fitted on {about.split}, the split of {arguments.predictions} itself"
+        remedy = "where they would prove nothing; name another split"
+        raise UserError(f"--thresholds={path}: {reason}, {remedy}")
     return decoder

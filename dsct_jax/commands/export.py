@@ -7,13 +7,11 @@ the authors' code, ONNX.
 stablehlo    model_HxW.stablehlo (a jax.export artifact for cpu, cuda and tpu, any batch size),
              weights.npz and model.json; examples/run_exported.py runs it with jax and numpy alone
 safetensors  model.safetensors: weights, configuration and class names; `dsct_jax.load` reads it
-torch        model.pth with the released names, for the authors' code and for
-             torch.load(weights_only=True); needs no PyTorch
+torch        model.pth with the released names, for the authors' code; needs no PyTorch
 onnx         model_HxW.onnx for batches of --batch-size (needs the onnx extra)
 
-What was written is read again and compared with the checkpoint before the command says done. The
-moving average of the weights is exported where the run kept one. The same checkpoint gives the same
-bytes.
+What was written is read again and compared with the checkpoint. The moving average of the weights
+is exported where the run kept one. The same checkpoint gives the same bytes.
 """
 
 import argparse
@@ -56,14 +54,9 @@ Run = Callable[[np.ndarray, np.ndarray], Answer]
 def export(
     model: Model, output: Path, *, format: str, sizes: Sequence[Size] = (), batch_size: int = 1
 ) -> list[str]:
-    """Writes `model` into the directory `output`, reads it again, compares; returns the lines of
-    the report.
-
-    Args:
-        format: one of FORMATS.
-        sizes: (height, width) of the canvases, for stablehlo and onnx; empty = those of the model's
-            own preprocessing.
-        batch_size: images per call, for onnx only; stablehlo takes any number.
+    """Writes `model` into the directory `output` in one of FORMATS, reads it again, compares;
+    returns the lines of the report. For stablehlo and onnx one file is written per canvas of
+    `sizes` (empty = the model's own); `batch_size` is for onnx only.
 
     Raises:
         UserError: the format cannot express this model or is unknown, or what was written does not
@@ -72,29 +65,27 @@ def export(
     if format not in FORMATS:
         raise UserError(f"--format={format}: must be one of {', '.join(FORMATS)}")
     sizes = tuple(sizes) or model.preprocessing.buckets
-    notes = description(model, sizes)
+    notes, report = description(model, sizes), []
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as name:
         directory = Path(name)
         if format == "stablehlo":
-            paths = write_stablehlo(model, directory, sizes, notes)
-            runs = [
-                (size, _stablehlo_run(path, directory / WEIGHTS)) for size, path in paths.items()
-            ]
-            report = [_checked(model, run, size, batch_size=2) for size, run in runs]
+            for size, path in write_stablehlo(model, directory, sizes, notes).items():
+                run = _stablehlo_run(path, directory / WEIGHTS)
+                report.append(_checked(model, run, size, batch_size=2))
         elif format == "onnx":
-            report = []
             for size in sizes:
-                path, texts = directory / _name(size, "onnx"), _texts(notes)
+                path, texts = directory / "model_{}x{}.onnx".format(*size), _texts(notes)
                 onnx_export.write_onnx(model, path, size, batch_size=batch_size, notes=texts)
                 run = onnx_export.onnx_session(path)
                 report.append(_checked(model, run, size, batch_size=batch_size))
-        elif format == "safetensors":
-            model.save(directory / "model.safetensors", notes=_texts(notes))
-            report = [_same_weights(model, load(directory / "model.safetensors"))]
         else:
-            remarks = write_torch(model, directory / "model.pth", notes)
-            report = [*remarks, _same_weights(model, load(directory / "model.pth"))]
+            path = directory / ("model.safetensors" if format == "safetensors" else "model.pth")
+            if format == "safetensors":
+                model.save(path, notes=_texts(notes))
+            else:
+                report += write_torch(model, path, notes)
+            report.append(_same_weights(model, load(path)))
         written = sorted(path.name for path in directory.iterdir())
         for file in written:
             shutil.move(directory / file, output / file)
@@ -102,71 +93,62 @@ def export(
 
 
 def description(model: Model, sizes: Sequence[Size]) -> dict[str, Any]:
-    """What one must know to use the artifact, as JSON values: classes, thresholds, preprocessing,
-    and how the outputs are to be read.
-    """
+    """What one must know to use the artifact, as JSON values."""
+    preprocessing = {
+        "mean": list(MEAN),
+        "std": list(STD),
+        "short_side": model.preprocessing.short_side,
+        "max_long_side": model.preprocessing.max_long_side,
+        "sizes": [list(size) for size in sizes],
+        "steps": "RGB, resized (antialiased bilinear), (pixel / 255 - mean) / std, padded at the "
+        "right and below with 0; mask True = padding",
+    }
+    outputs = {
+        "logits": "float32 [b queries classes+1]; probability = sigmoid (multi_label) or softmax "
+        "of all but the last; the last says `a person`",
+        "boxes": "float32 [b queries 4]: (cx, cy, width, height) in 0..1 of the image without "
+        "padding",
+    }
     return {
         "class_names": list(model.class_names),
         "multi_label": model.multi_label,
         "subject_logit": model.decoder.subject_logit,
         "decoder": model.decoder.to_dict(),
-        "preprocessing": {
-            "mean": list(MEAN),
-            "std": list(STD),
-            "short_side": model.preprocessing.short_side,
-            "max_long_side": model.preprocessing.max_long_side,
-            "sizes": [list(size) for size in sizes],
-            "steps": "RGB, resized (antialiased bilinear), (pixel / 255 - mean) / std, padded at "
-            "the right and below with 0; mask True = padding",
-        },
+        "preprocessing": preprocessing,
         "inputs": {"images": "float32 [b height width 3]", "padding_mask": "bool [b height width]"},
-        "outputs": {
-            "logits": "float32 [b queries classes+1]; probability = sigmoid (multi_label) or "
-            "softmax of all but the last; the last says `a person`",
-            "boxes": "float32 [b queries 4]: (cx, cy, width, height) in 0..1 of the image without "
-            "padding",
-        },
+        "outputs": outputs,
         "config": model.config,
     }
 
 
 def _texts(notes: Mapping[str, Any]) -> dict[str, str]:
-    given = {name: value for name, value in notes.items() if value is not None}
-    return {name: json.dumps(value, sort_keys=True) for name, value in given.items()}
+    return {name: json.dumps(value, sort_keys=True) for name, value in notes.items()}
 
 
 def write_stablehlo(
     model: Model, directory: Path, sizes: Sequence[Size], notes: Mapping[str, Any]
 ) -> dict[Size, Path]:
-    """Writes an artifact for each size, the weights that all of them take, and model.json; returns
-    where the artifacts are.
-    """
+    """Writes an artifact per size, the weights of all, and model.json; returns the artifacts."""
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError("--format=stablehlo needs flatbuffers: pip install 'dsct-jax[export]'")
     weights, functions = model.arrays(), model.functions
     write_npz(directory / WEIGHTS, weights)
 
-    def forward(
-        weights: dict[str, jax.Array], images: jax.Array, padding_mask: jax.Array
-    ) -> dict[str, jax.Array]:
-        params, norm_stats = (
-            {name: weights[f"{part}/{name}"] for name in names} for part, names in parts.items()
-        )
-        predictions = functions.bind(params, norm_stats)(images, padding_mask, implementation="xla")
+    def forward(weights: dict[str, jax.Array], images: jax.Array, mask: jax.Array) -> Any:
+        params = {name: weights[f"params/{name}"] for name in model.params}
+        norm_stats = {name: weights[f"frozen/{name}"] for name in model.norm_stats}
+        predictions = functions.bind(params, norm_stats)(images, mask, implementation="xla")
         return {"logits": predictions.logits[-1], "boxes": predictions.boxes[-1]}
 
-    parts = {"params": list(model.params), "frozen": list(model.norm_stats)}
     weight_specs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
-    paths = {size: directory / _name(size, "stablehlo") for size in sizes}
+    paths = {size: directory / "model_{}x{}.stablehlo".format(*size) for size in sizes}
     for size, path in paths.items():
         (b,) = jax.export.symbolic_shape("b")
-        specs = (
-            jax.ShapeDtypeStruct((b, *size, 3), jnp.float32),
-            jax.ShapeDtypeStruct((b, *size), jnp.bool_),
-        )
+        images = jax.ShapeDtypeStruct((b, *size, 3), jnp.float32)
+        mask = jax.ShapeDtypeStruct((b, *size), jnp.bool_)
         with _without_source_places():
             exported = jax.export.export(jax.jit(forward), platforms=PLATFORMS)
-            path.write_bytes(exported(weight_specs, *specs).serialize())
+            path.write_bytes(exported(weight_specs, images, mask).serialize())
     artifacts = {"x".join(map(str, size)): path.name for size, path in paths.items()}
     document = {"artifacts": artifacts, "weights": WEIGHTS, "platforms": list(PLATFORMS), **notes}
     (directory / "model.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
@@ -198,31 +180,21 @@ def _without_source_places() -> Iterator[None]:
 
 
 def write_torch(model: Model, path: Path, notes: Mapping[str, Any]) -> list[str]:
-    """Writes the layout of the authors' code; returns what the user should know. Raises UserError
-    when that code has no such model.
-    """
+    """Writes the names of the authors' code, which must have such a model; returns remarks."""
     config = model.functions.config
     layout, weights = layout_of(config), model.params | model.norm_stats
     if layout is None:
         raise UserError(f"--format=torch: no other code has config.model.name={config.name}")
-    for field, value in layout.requires:
-        if (found := getattr(config, field)) != value:
-            raise UserError(
-                f"--format=torch: {layout.title} knows config.model.{field}={value} only, this "
-                f"model has {found}"
-            )
+    layout.require_fields(config, "--format=torch")
     if nameless := [path for path in weights if not has_rule(path, layout)]:
         raise UserError(f"--format=torch: {layout.title} has no {nameless[0]}")
-    write_pth(path, to_torch(weights, layout=layout), _texts(notes))
+    tensors = to_torch(weights, layout=layout, repeats=getattr(config, layout.repeats, 1))
+    write_pth(path, tensors, _texts(notes))
     if all(getattr(config, field) == value for field, value in layout.computes):
         return []
     ours = ", ".join(f"{field}={getattr(config, field)}" for field, _ in layout.computes)
     theirs = ", ".join(f"{field}={value}" for field, value in layout.computes)
     return [f"note: trained with {ours}; the authors' code loads it, but computes {theirs}"]
-
-
-def _name(size: Size, suffix: str) -> str:
-    return f"model_{size[0]}x{size[1]}.{suffix}"
 
 
 def _same_weights(model: Model, written: Model) -> str:
@@ -231,18 +203,17 @@ def _same_weights(model: Model, written: Model) -> str:
     different = [name for name in expected if expected[name].tobytes() != found[name].tobytes()]
     if different:
         largest = max(float(np.abs(expected[name] - found[name]).max()) for name in different)
-        raise UserError(
-            f"what was written differs from the checkpoint by {largest:.2g} ({different[0]}); "
-            "nothing was kept"
-        )
+        raise _differs(f"{largest:.2g} ({different[0]})")
     count = sum(x.size for x in expected.values())
     return f"largest difference to the checkpoint: 0 in {count:,} numbers of {len(expected)} arrays"
 
 
+def _differs(by: str) -> UserError:
+    return UserError(f"what was written differs from the checkpoint by {by}; nothing was kept")
+
+
 def _checked(model: Model, run: Run, size: Size, *, batch_size: int) -> str:
-    """Compares `run` with the live model on padded noise and times both; raises UserError when they
-    differ.
-    """
+    """Compares `run` with the live model on padded noise (UserError) and times both."""
 
     def live(images: np.ndarray, mask: np.ndarray) -> Answer:
         predictions = model(images, mask)
@@ -253,12 +224,14 @@ def _checked(model: Model, run: Run, size: Size, *, batch_size: int) -> str:
     logits, boxes = (float(np.abs(a - b).max()) for a, b in pairs)
     where = f"{size[0]}x{size[1]}"
     if not max(logits, boxes) <= TOLERANCE:
-        raise UserError(
-            f"{where}: what was written differs from the checkpoint by {max(logits, boxes):.2g}; "
-            "nothing was kept"
-        )
-    calls = {"exported": lambda: run(images, mask), "live": lambda: live(images, mask)}
-    speed = ", ".join(f"{name} {value:.1f} ms" for name, value in _interleaved(calls).items())
+        raise _differs(f"{max(logits, boxes):.2g} ({where})")
+    best = {"exported": float("inf"), "live": float("inf")}
+    for _ in range(_TIMED_CALLS):  # in turns; the least counts
+        for name, call in (("exported", run), ("live", live)):
+            start = time.perf_counter()
+            call(images, mask)
+            best[name] = min(best[name], 1000 * (time.perf_counter() - start))
+    speed = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in best.items())
     return (
         f"{where}: largest difference to the checkpoint: logits {logits:.2g}, boxes {boxes:.2g}; "
         f"batch of {batch_size} on {jax.default_backend()}: {speed}"
@@ -276,34 +249,19 @@ def _noise(size: Size, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     return images, mask
 
 
-def _interleaved(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Least milliseconds of each call, taken in turns."""
-    best = dict.fromkeys(calls, float("inf"))
-    for call in calls.values():
-        call()
-    for _ in range(_TIMED_CALLS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            best[name] = min(best[name], 1000 * (time.perf_counter() - start))
-    return best
-
-
 def parse_sizes(text: str) -> tuple[Size, ...]:
     """'96x136,136x96' -> ((96, 136), (136, 96))."""
     sizes = []
     for part in text.split(","):
         height, _, width = part.partition("x")
         if not (height.isdigit() and width.isdigit() and min(int(height), int(width)) >= 32):
-            raise argparse.ArgumentTypeError(
-                f"{part!r} is no HEIGHTxWIDTH of at least 32 pixels, such as 800x1344"
-            )
+            wanted = "HEIGHTxWIDTH of at least 32 pixels, such as 800x1344"
+            raise argparse.ArgumentTypeError(f"{part!r} is no {wanted}")
         sizes.append((int(height), int(width)))
     return tuple(sizes)
 
 
 def make_parser() -> Parser:
-    """The command's flags."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add_checkpoint(parser)
@@ -316,14 +274,7 @@ def make_parser() -> Parser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The command with its arguments parsed. Raises UserError for what cannot be used."""
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size={arguments.batch_size} must be at least 1")
-    lines = export(
-        load_model(arguments),
-        arguments.output,
-        format=arguments.format,
-        sizes=arguments.sizes,
-        batch_size=arguments.batch_size,
-    )
-    print("\n".join(lines))
+    options = {name: getattr(arguments, name) for name in ("format", "sizes", "batch_size")}
+    print("\n".join(export(load_model(arguments), arguments.output, **options)))

@@ -33,11 +33,9 @@ def read_ground_truth(path: Path, class_names: Sequence[str]) -> GroundTruth:
                 Subject(box=(x, y, x + w, y + h), probabilities={}, labels=labels, paper_score=1.0)
             )
     except (ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"not COCO-style annotations for {len(class_names)} classes"
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"--ground-truth={path}: not COCO-style annotations for {len(class_names)} classes "
-            f"({reason})"
-        ) from None
+        raise UserError(f"--ground-truth={path}: {what} ({reason})") from None
     return truth
 
 
@@ -48,11 +46,8 @@ def _class_of_category(categories: list[Any], class_names: Sequence[str]) -> Cal
     if not categories:
         return dict(enumerate(class_names)).__getitem__
     known = {_loosely(name): name for name in class_names}
-    return {
-        category["id"]: known[_loosely(category["name"])]
-        for category in categories
-        if _loosely(category["name"]) in known
-    }.__getitem__
+    names = {category["id"]: known.get(_loosely(category["name"])) for category in categories}
+    return {number: name for number, name in names.items() if name}.__getitem__
 
 
 def _loosely(name: str) -> str:

@@ -14,14 +14,8 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def find_inputs(paths: Sequence[str], *, exclude: Path) -> tuple[list[Path], list[Path]]:
-    """(images, videos) meant by files, folders (searched to the bottom) and glob patterns, each
-    once, in a fixed order; none below `exclude`.
-
-    A file is a video by its suffix (`video.SUFFIXES`), and an image by any other.
-
-    Raises:
-        UserError: a path does not exist, a pattern matches nothing, or a folder holds neither
-            images nor videos; the line names it.
+    """(images, videos) meant by files, folders (to the bottom) and glob patterns, each once, in a
+    fixed order, none below `exclude`. Raises UserError for a path, pattern or folder without any.
     """
     found: dict[Path, None] = {}
     for text in map(os.path.expanduser, paths):
@@ -55,8 +49,8 @@ def _files_below(folder: Path, exclude: Path) -> list[Path]:
 
 
 def drawing_names(files: Sequence[Path], suffix: str) -> dict[Path, Path]:
-    """Where each drawing goes: the path below the folder that holds them all, with `suffix`; equal
-    names of another type keep theirs (a.jpg.png).
+    """Where each drawing goes, below the folder that holds all; equal names keep their type
+    (a.jpg.png).
     """
     if not files:
         return {}

@@ -11,14 +11,13 @@ question, marked "(?)".
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dsct_jax.cli import Parser, expanded_path
-from dsct_jax.config import read_config, require, to_builtins
+from dsct_jax.config import require, to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import stored_decoder, with_fit_beside
 from dsct_jax.inference.load import decoder_of, model_config
@@ -78,15 +77,12 @@ _LICENSES = """\
 
 
 def model_card(workdir: Path, *, split: str = "test") -> str:
-    """The card of the run in `workdir` as Markdown.
-
-    Raises:
-        UserError: the directory holds no config.json, or no metrics of the split; the line says how
-            to make them.
+    """The card of the run in `workdir` as Markdown. Raises UserError where the directory holds no
+    config.json, or no metrics of the split.
     """
-    config = read_config(_existing(workdir / "config.json", "it is no run directory"))
+    config = _read_json(workdir / "config.json", "it is no run directory")
     remedy = f"train.py --mode=eval --split={split} writes it"
-    metrics = _read_json(_existing(workdir / f"metrics_{split}.json", remedy))
+    metrics = _read_json(workdir / f"metrics_{split}.json", remedy)
     environment = _read_json(workdir / "env.json") if (workdir / "env.json").is_file() else {}
     decoder = _decoder(config, workdir, str(metrics.get("checkpoint", "")))
     start = config.get("init_from")
@@ -107,13 +103,9 @@ def model_card(workdir: Path, *, split: str = "test") -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _existing(path: Path, remedy: str) -> Path:
+def _read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: missing; {remedy}")
-    return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(to_builtins(json.loads(path.read_text())))
     except (OSError, TypeError, ValueError) as error:
@@ -123,26 +115,22 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _model_lines(config: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
     network = Network(model_config(config))
     fields = dataclasses.asdict(network.config)
-    parameters = sum(int(np.prod(shape)) for shape in network.param_shapes.values())
-    several = require(config, "multi_label", bool)
-    kind = (
-        "any number of emotions per person (multi-label)" if several else "one emotion per person"
-    )
-    train = config.get("train", {})
-    length = f"{train.get('epochs', '(?)')} epochs"
-    if train.get("steps"):
-        length = f"{train['steps']} steps"
+    name, parameters = fields.pop("name"), sum(map(math.prod, network.param_shapes.values()))
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())
+    kind = "one emotion per person"
+    if require(config, "multi_label", bool):
+        kind = "any number of emotions per person (multi-label)"
+    train, seed = config.get("train", {}), config.get("seed", "(?)")
+    steps, epochs = train.get("steps"), train.get("epochs")
+    length = f"{steps} steps" if steps else f"{epochs:g} epochs" if epochs else "(?) epochs"
     lines = [
         "From an image to its people's boxes and apparent emotions, in JAX.",
         "",
-        f"- Network {fields.pop('name')}: "
-        + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())
-        + ".",
+        f"- Network {name}: {settings}.",
         f"- {parameters:,} parameters.",
         f"- {kind}: {', '.join(require(config, 'class_names', tuple))}.",
         f"- Started from: {config.get('init_from') or 'random values'}.",
-        f"- Trained for {length}, batch {train.get('batch_size', '(?)')}, seed "
-        f"{config.get('seed', '(?)')}.",
+        f"- Trained for {length}, batch {train.get('batch_size', '(?)')}, seed {seed}.",
     ]
     if versions := environment.get("versions"):
         packages = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -161,8 +149,8 @@ def _data_lines(config: Mapping[str, Any], metrics: Mapping[str, Any], split: st
         _DATA.get(source, f"{source}. (?) How it was collected, and its license."),
         "",
         f"- Protocol: **{protocol}**. Only results of the same protocol can be compared.",
-        f"- Training: {data.get('train')}; validation: {data.get('val')}; test: "
-        f"{data.get('test')}.",
+        f"- Training: {data.get('train')}; validation: {data.get('val')}; "
+        f"test: {data.get('test')}.",
         f"- Measured on {split}: {images} images, {people} people, {labeled} of them labeled.",
         "- Each annotated person is answered by the query whose box overlaps it most: a person "
         "who was not found still gets an answer.",
@@ -172,30 +160,20 @@ def _data_lines(config: Mapping[str, Any], metrics: Mapping[str, Any], split: st
 
 
 def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
-    intervals, classes = metrics.get("intervals", {}), metrics.get("per_class", {})
-    rows = [
-        (
-            title,
-            _percent(metrics[name]),
-            _interval(intervals.get(name)),
-            _percent(metrics.get(guessing)),
-        )
-        for name, (title, guessing) in _METRICS.items()
-        if isinstance(metrics.get(name), int | float)
-    ]
+    intervals = metrics.get("intervals", {})
     note = "No intervals: these metrics were written without a bootstrap; run --mode=eval again."
     if intervals:
         resamples = metrics.get("resamples", "(?)")
         note = f"Intervals: percentile bootstrap over images, {resamples} resamples."
+    rows = [
+        (title, *map(_percent, (metrics[name], intervals.get(name), metrics.get(guessing))))
+        for name, (title, guessing) in _METRICS.items()
+        if isinstance(metrics.get(name), int | float)
+    ]
     lines = [*_table(("metric", "value", "95 % interval", "guessing"), rows), "", note]
-    if classes:
+    if classes := metrics.get("per_class"):
         rows = [
-            (
-                name,
-                _percent(row.get("AP")),
-                _interval(row.get("AP_interval")),
-                str(row.get("people", "")),
-            )
+            (name, *map(_percent, (row.get("AP"), row.get("AP_interval"))), row.get("people", ""))
             for name, row in classes.items()
         ]
         lines += ["", *_table(("class", "AP", "95 % interval", "people"), rows)]
@@ -213,9 +191,8 @@ def _decoder(config: Mapping[str, Any], workdir: Path, checkpoint: str) -> Decod
 
 def _threshold_lines(decoder: Decoder) -> list[str]:
     if not decoder.fitted_on:
-        rule = (
-            "a class counts above 0.5" if decoder.multi_label else "the most probable class counts"
-        )
+        several = decoder.multi_label
+        rule = "a class counts above 0.5" if several else "the most probable class counts"
         return [f"Nothing was fitted on validation: {rule}."]
     lines = [
         f"Temperature {decoder.temperature:.3g}, fitted on {decoder.fitted_on}: divide the logits "
@@ -230,20 +207,18 @@ def _threshold_lines(decoder: Decoder) -> list[str]:
 
 
 def _percent(value: Any) -> str:
-    return f"{100 * value:.2f} %" if isinstance(value, int | float) else ""
+    """A share, or the two bounds of its interval."""
+    if isinstance(value, int | float):
+        return f"{100 * value:.2f} %"
+    return f"{100 * value[0]:.2f} to {100 * value[1]:.2f}" if value else ""
 
 
-def _interval(bounds: Any) -> str:
-    return f"{100 * bounds[0]:.2f} to {100 * bounds[1]:.2f}" if bounds else ""
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
+    return ["| " + " | ".join(map(str, cells)) + " |" for cells in lines]
 
 
 def make_parser() -> Parser:
-    """The command's flags."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--workdir", type=expanded_path, required=True, help="directory of the run")
@@ -253,7 +228,6 @@ def make_parser() -> Parser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The command with its arguments parsed. Raises UserError for what cannot be used."""
     output = arguments.output or arguments.workdir / "MODEL_CARD.md"
     card = model_card(arguments.workdir, split=arguments.split)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
 """The network as an ONNX graph, through jax2onnx.
 
-jax2onnx translates JAX's primitives well, but patches Flax's and jax.numpy's functions in ways that
-some calls of the model do not survive, wires scans with wrong shapes, and mistakes a max-pool of
-NHWC maps (0.17.1). So it is given the traced program instead of the model, in its `reference` form,
-which has no scans, with inner calls inlined and the pooling written out. The batch is a fixed
-number: with a symbolic one it writes a graph that onnxruntime rejects.
+jax2onnx translates JAX's primitives well, but patches functions of Flax and jax.numpy, wires scans
+with wrong shapes, and mistakes a max-pool of NHWC maps (0.17.1). So it is given the traced program
+in its `reference` form, which has no scans, with inner calls inlined and the pooling written out.
+The batch is a fixed number: with a symbolic one it writes a graph that onnxruntime rejects.
 """
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
 
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model
@@ -25,23 +25,20 @@ from dsct_jax.preprocess import Size
 INPUTS = ("images", "padding_mask")
 OUTPUTS = ("logits", "boxes")
 _LOWEST = np.finfo(np.float32).min
+_INSTALL = "pip install 'dsct-jax[onnx]' (docs/weights.md)"
 
 
 def write_onnx(
     model: Model, path: Path, size: Size, *, batch_size: int, notes: dict[str, str]
 ) -> None:
-    """Writes the network for float32 images [batch_size height width 3] and their padding; `notes`
-    become the file's metadata.
-
-    Raises UserError when jax2onnx or onnx is not installed.
+    """Writes the network for float32 images [batch_size height width 3] and their padding, with
+    `notes` as metadata. Raises UserError when jax2onnx or onnx is not installed.
     """
     try:
         import jax2onnx
         import onnx
     except ImportError as error:
-        raise UserError(
-            f"--format=onnx needs {error.name}: pip install 'dsct-jax[onnx]' (docs/weights.md)"
-        ) from None
+        raise UserError(f"--format=onnx needs {error.name}: {_INSTALL}") from None
     # it reports every optional plugin that it does without
     logging.getLogger("jax2onnx").setLevel(logging.ERROR)
 
@@ -55,12 +52,10 @@ def write_onnx(
         jax.ShapeDtypeStruct((batch_size, *size, 3), jnp.float32),
         jax.ShapeDtypeStruct((batch_size, *size), jnp.bool_),
     ]
-    program = simplified(jax.make_jaxpr(forward)(*specs), specs)
-    graph = jax2onnx.to_onnx(
-        lambda *inputs: tuple(_run(program.jaxpr, program.consts, inputs)),
-        inputs=specs,
-        model_name="dsct",
-    )
+    program = jax.make_jaxpr(forward)(*specs)
+    program = jax.make_jaxpr(lambda *inputs: _run(program.jaxpr, program.consts, inputs))(*specs)
+    call = lambda *inputs: tuple(_run(program.jaxpr, program.consts, inputs))  # noqa: E731
+    graph = jax2onnx.to_onnx(call, inputs=specs, model_name="dsct")
     theirs = [value.name for value in (*graph.graph.input, *graph.graph.output)]
     _rename(graph.graph, dict(zip(theirs, (*INPUTS, *OUTPUTS), strict=True)))
     for name, text in sorted(notes.items()):
@@ -74,22 +69,15 @@ def onnx_session(path: Path) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndar
     try:
         import onnxruntime
     except ImportError:
-        raise UserError(
-            "--format=onnx is checked with onnxruntime: pip install 'dsct-jax[onnx]' "
-            "(docs/weights.md)"
-        ) from None
+        raise UserError(f"--format=onnx is checked with onnxruntime: {_INSTALL}") from None
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images, mask: tuple(
         session.run(list(OUTPUTS), dict(zip(INPUTS, (images, mask), strict=True)))
     )
 
 
-def simplified(program: ClosedJaxpr, specs: list[jax.ShapeDtypeStruct]) -> ClosedJaxpr:
-    """The same program without inner calls, and with pooling as the maximum of shifted slices."""
-    return jax.make_jaxpr(lambda *inputs: _run(program.jaxpr, program.consts, inputs))(*specs)
-
-
 def _run(program: Jaxpr, constants: Any, inputs: Any) -> list[Any]:
+    """The program without inner calls, and with pooling as the maximum of shifted slices."""
     values = dict(zip((*program.constvars, *program.invars), (*constants, *inputs), strict=True))
     read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]  # noqa: E731
     for equation in program.eqns:
@@ -118,14 +106,12 @@ def _max_pool(
     if any(map(any, padding)):
         x = jax.lax.pad(x, jnp.asarray(_LOWEST, x.dtype), [(low, high, 0) for low, high in padding])
     counts = [(n - w) // s + 1 for n, w, s in zip(x.shape, window, strides, strict=True)]
-    best = None
-    for start in itertools.product(*map(range, window)):
-        reach = [(count - 1) * stride + 1 for count, stride in zip(counts, strides, strict=True)]
-        end = [first + length for first, length in zip(start, reach, strict=True)]
-        part = jax.lax.slice(x, start, end, strides)
-        best = part if best is None else jax.lax.max(best, part)
-    assert best is not None
-    return best
+    reach = [(count - 1) * stride + 1 for count, stride in zip(counts, strides, strict=True)]
+    parts = (
+        jax.lax.slice(x, start, [a + b for a, b in zip(start, reach, strict=True)], strides)
+        for start in itertools.product(*map(range, window))
+    )
+    return functools.reduce(jax.lax.max, parts)
 
 
 def _rename(graph: Any, names: dict[str, str]) -> None:

@@ -5,7 +5,7 @@ and predictions.csv.
     python -m dsct_jax predict --camera=0 --seconds=30 --checkpoint=runs/demo --output=out
 
 Nothing but the pictures is needed: the model finds the people itself. The library function is
-`dsct_jax.predict` (in dsct_jax/inference/predict.py).
+`dsct_jax.predict`.
 """
 
 import argparse
@@ -37,32 +37,27 @@ SHEET_IMAGES = 24  # at most that many go on the contact sheet
 
 
 class TimedDetector:
-    """A model that also keeps how long each call took, and of what shape it was: the first of a
-    shape is its compilation.
-    """
+    """A model that keeps how long each call took; the first of a shape is its compilation."""
 
     def __init__(self, model: Detector):
         self._model, self.preprocessing, self.decoder = model, model.preprocessing, model.decoder
         self._seconds: dict[tuple[int, ...], list[float]] = {}
 
     def __call__(self, images: Any, padding_mask: Any) -> Predictions:
-        """The model's answer, waited for."""
         start = time.perf_counter()
         answer = jax.block_until_ready(self._model(images, padding_mask))
         self._seconds.setdefault(np.shape(images), []).append(time.perf_counter() - start)
         return answer
 
     def report(self) -> str:
-        """One line: the median latency of a call and the 95th percentile, without the calls that
-        compiled.
-        """
-        calls = [seconds for shape in self._seconds.values() for seconds in shape[1:]]
-        first = sum(shape[0] for shape in self._seconds.values())
+        """One line: median and 95th percentile of the calls that did not compile."""
+        calls = [seconds for times in self._seconds.values() for seconds in times[1:]]
+        first = sum(times[0] for times in self._seconds.values())
         compiled = f"{len(self._seconds)} shape(s) compiled and run once in {first:.1f} s"
         if not calls:
             return f"latency: every call was the first of its shape; {compiled}"
         batch = max(shape[0] for shape in self._seconds)
-        images = sum(shape[0] * (len(seconds) - 1) for shape, seconds in self._seconds.items())
+        images = sum(shape[0] * (len(times) - 1) for shape, times in self._seconds.items())
         median, high = 1000 * np.quantile(calls, [0.5, 0.95])
         return (
             f"latency of the model: {median:.1f} ms per batch of {batch} (median; 95 % below "
@@ -72,9 +67,7 @@ class TimedDetector:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """A model that answers, and how it is asked; `unreadable` collects file -> reason, None = the
-    first such file is an error.
-    """
+    """A model and how it is asked; `unreadable` collects file -> reason, None: an error."""
 
     model: Detector
     selection: Selection
@@ -84,7 +77,6 @@ class Answers:
     def people(
         self, images: Iterable[Image.Image], *, batch_size: int | None = None
     ) -> Iterator[tuple[int, Image.Image, list[Subject]]]:
-        """See `predict_each`."""
         size = batch_size or self.batch_size
         return predict_each(self.model, images, selection=self.selection, batch_size=size)
 
@@ -96,11 +88,7 @@ class Answers:
 
 
 def predict_images(answers: Answers, files: Sequence[Path], output: Path) -> list[dict[str, Any]]:
-    """Draws every image into output/drawn; returns the entries of predictions.json, in order.
-
-    Raises:
-        UserError: a file is no image, where that is not allowed.
-    """
+    """Draws every image into output/drawn; returns the entries of predictions.json, in order."""
     read: list[Path] = []
 
     def images() -> Iterator[Image.Image]:
@@ -109,9 +97,9 @@ def predict_images(answers: Answers, files: Sequence[Path], output: Path) -> lis
                 image = read_rgb(file)
             except UserError as error:
                 answers.skip(file, error)
-                continue
-            read.append(file)
-            yield image
+            else:
+                read.append(file)
+                yield image
 
     names, entries = drawing_names(files, ".png"), {}
     for index, image, subjects in answers.people(images()):
@@ -123,26 +111,16 @@ def predict_images(answers: Answers, files: Sequence[Path], output: Path) -> lis
             "width": image.width,
             "height": image.height,
             "drawn": target.relative_to(output).as_posix(),
-            "subjects": describe(subjects),
+            "subjects": [dataclasses.asdict(subject) for subject in subjects],
         }
     return [entries[index] for index in sorted(entries)]
 
 
 def predict_videos(
-    answers: Answers,
-    sources: Sequence[Path | int],
-    output: Path,
-    *,
-    every: int,
-    seconds: float | None,
+    answers: Answers, sources: Sequence[Path | int], output: Path, **limits: Any
 ) -> list[dict[str, Any]]:
-    """Draws videos (paths) and cameras (numbers) into output/drawn; returns their entries of
-    predictions.json.
-
-    Args:
-        every: only every N-th frame is looked at and drawn.
-        seconds: how long a camera is watched, or how much of a file; None = to the end, or to
-            Ctrl-C, which ends the video but loses nothing.
+    """Draws every N-th frame of videos (paths) and cameras (numbers) into output/drawn; returns
+    their entries of predictions.json. After `seconds`, or Ctrl-C, a video ends but loses nothing.
     """
     names = drawing_names([source for source in sources if isinstance(source, Path)], ".mp4")
     entries = []
@@ -153,7 +131,7 @@ def predict_videos(
             with Video(source) as video:
                 frames = video.frames or "unknown number of"
                 print(f"{video.name}: {frames} frames, {video.rate:.4g} frames/s", flush=True)
-                entry = _predict_video(answers, video, target, every=every, seconds=seconds)
+                entry = _predict_video(answers, video, target, **limits)
         except UserError as error:
             answers.skip(source, error)
         else:
@@ -167,65 +145,44 @@ def _predict_video(
     frames: list[dict[str, Any]] = []
     size = (0, 0)
     total = None if video.frames is None else -(-video.frames // every)
-    pictures = _limit_duration(itertools.islice(video, 0, None, every), video, every, seconds)
-    pictures = progress(pictures, total=total, unit="frame")
+    pictures = progress(_limit_duration(video, every, seconds), total=total, unit="frame")
     try:
-        with video_writer(target, video.rate / every) as writer:
+        with video_writer(target, video.rate / every) as add:
             batch_size = 1 if video.live else None
             for index, image, subjects in answers.people(pictures, batch_size=batch_size):
                 size, frame = image.size, index * every
-                writer.add(draw_subjects(image, sort_left_to_right(subjects)))
+                add(draw_subjects(image, sort_left_to_right(subjects)))
                 entry = {"frame": frame, "seconds": round(frame / video.rate, 3)}
-                frames.append(entry | {"subjects": describe(subjects)})
+                people = [dataclasses.asdict(subject) for subject in subjects]
+                frames.append(entry | {"subjects": people})
     except KeyboardInterrupt:
         if not frames:
             raise
-    return {
-        "file": video.name,
-        "width": size[0],
-        "height": size[1],
-        "frames_per_second": video.rate,
-        "every": every,
-        "frames": frames,
-    }
+    about = {"file": video.name, "width": size[0], "height": size[1]}
+    return {**about, "frames_per_second": video.rate, "every": every, "frames": frames}
 
 
-def _limit_duration(
-    pictures: Iterable[Image.Image], video: Video, every: int, seconds: float | None
-) -> Iterator[Image.Image]:
-    """A file's first `seconds` by its frame rate; a camera's by the clock."""
+def _limit_duration(video: Video, every: int, seconds: float | None) -> Iterator[Image.Image]:
+    """Every N-th frame of the first `seconds`: a file's by its frame rate, a camera's by clock."""
     start = time.monotonic()
-    for index, picture in enumerate(pictures):
+    for index, picture in enumerate(itertools.islice(video, 0, None, every)):
         passed = time.monotonic() - start if video.live else index * every / video.rate
         if seconds is not None and passed >= seconds:
             return
         yield picture
 
 
-def describe(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
-    """The people of one picture as in predictions.json; boxes are (x1, y1, x2, y2) in pixels of the
-    upright picture.
-    """
-    return [dataclasses.asdict(subject) for subject in subjects]
-
-
-Row = tuple[str, int | str, dict[str, Any]]  # file, frame ("" for images), entry of the person
-
-
-def _rows(images: Iterable[Mapping[str, Any]], videos: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """One per person."""
-    rows: list[Row] = [
-        (entry["file"], "", subject) for entry in images for subject in entry["subjects"]
-    ]
-    return rows + [
-        (entry["file"], frame["frame"], subject)
-        for entry in videos
-        for frame in entry["frames"]
+def _rows(document: Mapping[str, Any]) -> list[tuple[str, int | str, dict[str, Any]]]:
+    """(file, frame, "" for images, the person) for every person of predictions.json."""
+    return [
+        (entry["file"], frame.get("frame", ""), subject)
+        for entry in (*document["images"], *document["videos"])
+        for frame in entry.get("frames", [entry])
         for subject in frame["subjects"]
     ]
 
 
-def write_csv(path: Path, class_names: Sequence[str], rows: Iterable[Row]) -> None:
+def write_csv(path: Path, class_names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """One line per person."""
     numbers = ("x1", "y1", "x2", "y2", "paper_score", "confidence")
     with whole_file(path, newline="") as file:
@@ -239,7 +196,6 @@ def write_csv(path: Path, class_names: Sequence[str], rows: Iterable[Row]) -> No
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The command with its arguments parsed. Raises UserError for what cannot be used."""
     output, chosen = arguments.output, selection(arguments)
     _check(arguments)
     files, videos = find_inputs(arguments.paths, exclude=output)
@@ -247,12 +203,9 @@ def run(arguments: argparse.Namespace) -> None:
     if sources:
         opencv()
     start = time.monotonic()
-    model = TimedDetector(load_model(arguments))
-    print(
-        f"{arguments.checkpoint}: loaded in {time.monotonic() - start:.1f} s; {len(files)} images "
-        f"and {len(sources)} videos to look at",
-        flush=True,
-    )
+    model, work = TimedDetector(load_model(arguments)), f"{len(files)} images and {len(sources)}"
+    loaded = f"{arguments.checkpoint}: loaded in {time.monotonic() - start:.1f} s"
+    print(f"{loaded}; {work} videos to look at", flush=True)
     start = time.monotonic()
     unreadable: dict[Path, str] | None = {} if arguments.skip_unreadable else None
     answers = Answers(model, chosen, arguments.batch_size, unreadable)
@@ -262,25 +215,24 @@ def run(arguments: argparse.Namespace) -> None:
         watched = predict_videos(answers, sources, output, **limits)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(INTERRUPTED) from None
+    decoder, seconds = model.decoder, time.monotonic() - start
+    cut = {"min_confidence": decoder.resolve_min_confidence(chosen)}
     document: dict[str, Any] = {
         "checkpoint": str(arguments.checkpoint),
-        "class_names": model.decoder.class_names,
-        "multi_label": model.decoder.multi_label,
-        "selection": dataclasses.asdict(chosen)
-        | {"min_confidence": model.decoder.resolve_min_confidence(chosen)},
-        "thresholds": model.decoder.resolve_thresholds(chosen),
+        "class_names": decoder.class_names,
+        "multi_label": decoder.multi_label,
+        "selection": dataclasses.asdict(chosen) | cut,
+        "thresholds": decoder.resolve_thresholds(chosen),
         "images": images,
         "videos": watched,
         "unreadable": [*(unreadable or {}).values()],
     }
-    seconds = time.monotonic() - start
     for reason in document["unreadable"]:
         print(f"left out: {reason}")
-    if not document["images"] and not document["videos"]:
-        raise UserError(
-            f"none of the {len(files) + len(sources)} files could be read as an image or video"
-        )
-    _write(document, output, seconds, fitted=model.decoder.min_confidence is not None)
+    if not images and not watched:
+        number = len(files) + len(sources)
+        raise UserError(f"none of the {number} files could be read as an image or video")
+    _write(document, output, seconds, fitted=decoder.min_confidence is not None)
     print(model.report())
 
 
@@ -290,7 +242,7 @@ def _write(document: Mapping[str, Any], output: Path, seconds: float, *, fitted:
     numbers, table = output / "predictions.json", output / "predictions.csv"
     with whole_file(numbers) as file:
         file.write(json.dumps(document, indent=1) + "\n")
-    rows = _rows(images, videos)
+    rows = _rows(document)
     write_csv(table, document["class_names"], rows)
     if shown := images[:SHEET_IMAGES]:
         pictures = [Image.open(output / entry["drawn"]) for entry in shown]
@@ -306,18 +258,15 @@ def _write(document: Mapping[str, Any], output: Path, seconds: float, *, fitted:
     if not rows:
         cut = document["selection"]["min_confidence"]
         remedy = "" if fitted else "; train.py --mode=eval --split=val fits it"
-        print(
-            f"no person detected above confidence {cut:.3g}; a lower --min-confidence shows what "
-            f"there was{remedy}"
-        )
+        lower = f"a lower --min-confidence shows what there was{remedy}"
+        print(f"no person detected above confidence {cut:.3g}; {lower}")
     print(f"drawings: {output / 'drawn'}   numbers: {numbers}, {table}")
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if not arguments.paths and arguments.camera is None:
-        raise UserError(
-            "nothing to look at: name images, folders, patterns or videos, or give --camera=0"
-        )
+        remedy = "name images, folders, patterns or videos, or give --camera=0"
+        raise UserError(f"nothing to look at: {remedy}")
     if arguments.every < 1:
         raise UserError(f"--every={arguments.every} must be at least 1")
     if arguments.seconds is not None and not arguments.seconds > 0:
@@ -325,7 +274,6 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def make_parser() -> Parser:
-    """The command's flags."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", help="image, video, folder, or quoted glob pattern")
@@ -334,8 +282,7 @@ def make_parser() -> Parser:
     files = "predictions.json, predictions.csv, contact_sheet.png and drawn/"
     parser.add_output("--output", folder=True, required=True, help=f"folder for {files}")
     add_selection(parser)
-    images = "images per call of the model (default: %(default)s)"
-    add("--batch-size", type=int, default=BATCH_SIZE, help=images)
+    add("--batch-size", type=int, default=BATCH_SIZE, help="images per call (default: %(default)s)")
     add("--every", type=int, default=1, help="videos: look at every N-th frame only")
     add("--seconds", type=float, help="videos and camera: stop after so many seconds")
     skip = "skip and list files that are no images or videos, instead of stopping"

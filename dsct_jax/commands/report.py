@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.errors import UserError
+from dsct_jax.evaluation.evaluate import LOWER_IS_BETTER
 from dsct_jax.evaluation.report import format_table
 from dsct_jax.visualization.drawing import BLUE, GREEN, PINK, VERMILION
 
@@ -26,7 +27,6 @@ LEVELS = {  # dashed lines: name in the log -> what it is a level of, and its te
     "chance_mAP": ("mAP", "mAP of chance"),
     "majority_accuracy": ("accuracy", "accuracy of the most common class"),
 }
-LOWER_IS_BETTER = ("total", "loss", "error", "ece", "brier")
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
@@ -47,9 +47,8 @@ def read_metrics(path: Path) -> dict[str, Series]:
         except (json.JSONDecodeError, KeyError, AttributeError):
             if number == len(lines):
                 break
-            raise UserError(
-                f"{path}, line {number}: not a JSON object with a step; remove the line"
-            ) from None
+            reason = "not a JSON object with a step; remove the line"
+            raise UserError(f"{path}, line {number}: {reason}") from None
         for name, value in entry.items():
             steps, values = series.setdefault(name, ([], []))
             steps.append(step)
@@ -60,9 +59,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
 
 
 def draw_curves(series: Mapping[str, Series], path: Path, *, title: str) -> None:
-    """Total loss, the terms of the last decoder layer, and the validation metrics, side by side in
-    one PNG.
-    """
+    """Total loss, the terms of the last layer, and validation metrics, side by side in one PNG."""
     figure = Figure(figsize=(16, 4.8), dpi=120, layout="constrained")
     total, terms, metrics = figure.subplots(1, 3)
     figure.suptitle(title, fontsize=15)
@@ -80,10 +77,9 @@ def draw_curves(series: Mapping[str, Series], path: Path, *, title: str) -> None
             level = series[f"val/{name}"][1][-1]
             metrics.axhline(level, color=METRICS[metric], linestyle="--", label=text)
     metrics.set_ylim(0, 1)
-    total.set_title("Training loss, all layers", fontsize=14)
-    terms.set_title("Training loss terms, last layer", fontsize=14)
-    metrics.set_title("Validation", fontsize=14)
-    for axes in (total, terms, metrics):
+    titles = ("Training loss, all layers", "Training loss terms, last layer", "Validation")
+    for axes, text in zip((total, terms, metrics), titles, strict=True):
+        axes.set_title(text, fontsize=14)
         axes.set_xlabel("step", fontsize=13)
         axes.tick_params(labelsize=12)
         axes.grid(alpha=0.3)
@@ -101,16 +97,14 @@ def _plot(axes: Axes, series: Series, *, color: str, label: str, marker: str | N
 
 
 def metrics_table(series: Mapping[str, Series]) -> str:
-    """A Markdown table of the validation metrics (first, last, best with its step), then one of the
-    last training numbers.
-    """
+    """Markdown tables of the validation metrics and of the training numbers."""
     lines: list[str] = []
     validation = {name: values for name, values in series.items() if name.startswith("val/")}
     if validation:
         lines += ["| validation | first | last | best | at step |", "|---|---:|---:|---:|---:|"]
     for name, (steps, values) in validation.items():
         name = name.removeprefix("val/")
-        choose = np.nanargmin if name.startswith(LOWER_IS_BETTER) else np.nanargmax
+        choose = np.nanargmin if name in LOWER_IS_BETTER else np.nanargmax
         best = -1 if np.isnan(values).all() else int(choose(values))
         numbers = " | ".join(f"{values[i]:.4f}" for i in (0, -1, best))
         lines.append(f"| {name} | {numbers} | {steps[best]} |")
@@ -123,8 +117,8 @@ def metrics_table(series: Mapping[str, Series]) -> str:
 
 
 def write_report(workdir: Path) -> list[Path]:
-    """Writes curves.png and metrics.md (with the tables of every metrics_<split>.json of
-    --mode=eval) into a run's folder; returns their paths.
+    """Writes curves.png and metrics.md (with the tables of every metrics_<split>.json) into a run's
+    folder; returns their paths.
     """
     series = read_metrics(workdir / "metrics.jsonl")
     curves, table = workdir / "curves.png", workdir / "metrics.md"
@@ -139,12 +133,10 @@ def write_report(workdir: Path) -> list[Path]:
 
 
 def make_parser() -> Parser:
-    """The command's flags."""
     parser = Parser(description=__doc__)
     parser.add_argument("workdir", type=expanded_path, help="the --workdir of a run")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The command with its arguments parsed. Raises UserError for what cannot be used."""
     print("\n".join(map(str, write_report(arguments.workdir))))

@@ -1,8 +1,5 @@
-"""Whether probabilities mean what they say, and what is fitted on validation to make them: one
-temperature, a threshold per class, and the confidence from which a query is a person.
-
-A checkpoint keeps the fit of its own validation; thresholds.json beside the checkpoints keeps what
-train.py --mode=eval --split=val fitted to one of them.
+"""What is fitted on validation (a temperature, a threshold per class, the confidence from which a
+query is a person), where it is kept, and how well probabilities mean what they say.
 """
 
 import dataclasses
@@ -31,11 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 def fit_decoder(results: SplitResults) -> Decoder:
-    """What fits this split best; meant for validation, never for a test split.
-
-    Raises:
-        UserError: no labelled person.
-    """
+    """What fits this split best, never a test split. Raises UserError: no labelled person."""
     decoder, (everyone, _) = results.about.decoder, select_people(results)
     people = everyone.labelled(len(results.image_ids))
     multi_label, thresholds = decoder.multi_label, None
@@ -54,16 +47,14 @@ def fit_decoder(results: SplitResults) -> Decoder:
 def _fit_min_confidence(results: SplitResults) -> float | None:
     """As prediction chooses: after its suppression; a query finds a person at an overlap of 0.5."""
     confidences = results.about.decoder.confidence(results.logits)
+    images = zip(results.pixel_boxes, confidences, results.gt_boxes_by_image(), strict=True)
     stated, finds = [], []
-    for boxes, values, people in zip(
-        results.pixel_boxes, confidences, results.gt_boxes_by_image(), strict=True
-    ):
+    for boxes, values, people in images:
         kept = non_max_suppression(boxes, values, threshold=PREDICTION_NMS)  # falling
         stated.append(values[kept])
         finds.append(match_detections(boxes[None, kept], people, np.array([len(people)]))[0, :, 0])
-    return fit_min_confidence(
-        np.concatenate(stated), np.concatenate(finds), people=len(results.gt_boxes)
-    )
+    number = len(results.gt_boxes)
+    return fit_min_confidence(np.concatenate(stated), np.concatenate(finds), people=number)
 
 
 def save_fit(decoder: Decoder, path: Path, *, checkpoint: str) -> None:
@@ -75,8 +66,8 @@ def save_fit(decoder: Decoder, path: Path, *, checkpoint: str) -> None:
 
 
 def read_fit(path: Path, decoder: Decoder) -> tuple[Decoder, str]:
-    """(`decoder` with the fit in a file of `save_fit`, the checkpoint it was fitted to, "" where
-    the file does not say). Raises UserError: the file is missing, damaged or of other classes.
+    """`decoder` with the fit in a file of `save_fit`, and the checkpoint it was fitted to ("":
+    unknown). Raises UserError: the file is missing, damaged or of other classes.
     """
     try:
         text = path.read_text()
@@ -91,11 +82,12 @@ def read_fit(path: Path, decoder: Decoder) -> tuple[Decoder, str]:
 def stored_decoder(
     decoder: Decoder, metadata: Mapping[str, Any], workdir: Path, step: int
 ) -> Decoder:
-    """`decoder` with the fit that is stored with the checkpoint of `step`, where there is one: in
-    its `metadata`, or in thresholds.json beside it. Raises UserError for a damaged fit.
+    """`decoder` with the fit of the checkpoint of `step`: its validation's, in `metadata`, or of
+    thresholds.json, where the user fitted it again. Raises UserError for a damaged fit.
     """
     if "decoder" in metadata:
-        return decoder.with_fit(metadata["decoder"], where=f"{workdir}, checkpoint of step {step}")
+        where = f"{workdir}, checkpoint of step {step}"
+        decoder = decoder.with_fit(metadata["decoder"], where=where)
     return with_fit_beside(workdir, decoder, checkpoint=f"step {step}")
 
 
@@ -109,17 +101,16 @@ def with_fit_beside(folder: Path, decoder: Decoder, *, checkpoint: str) -> Decod
     fitted, of = read_fit(path, decoder)
     if of == checkpoint:
         return fitted
-    again = "train.py --mode=eval --split=val fits again"
-    _log.warning("%s: fitted for %s, not for %s; not used (%s)", path, of, checkpoint, again)
+    if not decoder.fitted_on:
+        again = "train.py --mode=eval --split=val fits again"
+        _log.warning("%s: fitted for %s, not for %s; not used (%s)", path, of, checkpoint, again)
     return decoder
 
 
 def negative_log_likelihood(
     logits: Float[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"], *, multi_label: bool
 ) -> float:
-    """Mean over the people (multi-label: and over the classes) of -log p of what is true, in nats.
-    Logits without the subject logit.
-    """
+    """Mean of -log p of what is true, in nats; multi-label: over the classes too."""
     if multi_label:
         return float(np.logaddexp(0, np.where(labels, -logits, logits)).mean())
     return float(-log_softmax(logits, -1)[np.arange(len(labels)), labels.argmax(-1)].mean())
@@ -128,8 +119,8 @@ def negative_log_likelihood(
 def fit_temperature(
     logits: Float[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"], *, multi_label: bool
 ) -> float:
-    """The temperature in [0.05, 20] that makes the labels most likely (Guo et al. 2017). Logits
-    without the subject logit, at least one person.
+    """The temperature in [0.05, 20] that makes the labels most likely (Guo et al. 2017), of logits
+    without the subject logit.
     """
     logits = logits.astype(np.float64)
 
@@ -142,27 +133,21 @@ def fit_temperature(
 
 def fit_thresholds(
     probabilities: Float[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"]
-) -> Float[np.ndarray, "k"]:
+) -> Float[np.ndarray, " k"]:
     """The threshold t of each class with the best F1 of `probability > t` (Eq. 4), half-way between
-    two probabilities that occur.
-
-    Of equally good ones the highest; 0.5 for a class that nobody has, about which the split says
-    nothing.
+    two that occur; of equally good ones the highest; 0.5 for a class that nobody has.
     """
     positives = labels.sum(0)
     return np.where(positives > 0, _best_cuts(probabilities, labels, positives), DEFAULT_THRESHOLD)
 
 
 def fit_min_confidence(
-    confidences: Float[np.ndarray, "n"], finds: Bool[np.ndarray, "n"], *, people: int
+    confidences: Float[np.ndarray, " n"], finds: Bool[np.ndarray, " n"], *, people: int
 ) -> float | None:
-    """The confidence from which a query is a person: the cut with the best F1 of finding people,
-    None where no query finds anybody.
+    """The confidence from which a query is a person: the cut with the best F1 of finding people.
 
-    Args:
-        confidences: of the queries that could answer, in any order.
-        finds: whether each finds a person whom no surer one found.
-        people: how many there were to find.
+    `finds`: whether each query finds a person whom no surer one found; of `people` to find. None
+    where no query finds anybody.
     """
     if not finds.any():
         return None
@@ -172,11 +157,9 @@ def fit_min_confidence(
 def _best_cuts(
     scores: Float[np.ndarray, "n k"],
     right: Bool[np.ndarray, "n k"],
-    positives: Int[np.ndarray, "k"],
-) -> Float[np.ndarray, "k"]:
-    """For each column the cut with the best F1 of `score > cut`, half-way between two scores;
-    `positives` counts also those without a score.
-    """
+    positives: Int[np.ndarray, " k"],
+) -> Float[np.ndarray, " k"]:
+    """Each column's cut with the best F1 of `score > cut`; `positives`: all there are to find."""
     order = np.argsort(-scores, axis=0, kind="stable")
     falling = np.take_along_axis(scores, order, 0)
     below = np.concatenate([falling[1:], np.zeros((1, falling.shape[1]))])  # the next lower score
@@ -190,15 +173,11 @@ def _best_cuts(
 def calibration_errors(
     probabilities: Float[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"], *, multi_label: bool
 ) -> dict[str, Any]:
-    """Expected calibration error, Brier score and the bins of the reliability diagram.
+    """Expected calibration error `ece`, `brier` score, and the `bins` of the reliability diagram:
+    one {low, high, stated, true, count} for each of `NUM_BINS` that has statements.
 
-    Multi-label: each (person, class) is one statement with its probability. Multi-class: the
-    probability of the likeliest class, right or wrong; Brier sums over the classes.
-
-    Returns:
-        `ece`: mean distance of stated probability and share that is true, over `NUM_BINS` bins
-            weighted with their statements; `brier`; `bins`:
-        one {low, high, stated, true, count} for each bin that has statements.
+    Multi-label: each (person, class) is one statement. Multi-class: the likeliest class is; Brier
+    sums over the classes.
     """
     squared = (probabilities - labels) ** 2
     if multi_label:
@@ -212,15 +191,12 @@ def calibration_errors(
         np.bincount(which, values.astype(np.float64), NUM_BINS) / np.maximum(counts, 1)
         for values in (stated, true)
     ]
-    columns = {
-        "low": np.arange(NUM_BINS) / NUM_BINS,
-        "high": np.arange(1, NUM_BINS + 1) / NUM_BINS,
-        "stated": means[0],
-        "true": means[1],
-        "count": counts,
-    }
-    bins = [
-        {name: values[i].item() for name, values in columns.items()} for i in np.flatnonzero(counts)
-    ]
+    edges = np.arange(NUM_BINS + 1) / NUM_BINS
+    names, columns = (
+        ("low", "high", "stated", "true", "count"),
+        (edges[:-1], edges[1:], *means, counts),
+    )
+    rows = zip(*(column[counts > 0].tolist() for column in columns), strict=True)
+    bins = [dict(zip(names, row, strict=True)) for row in rows]
     ece = float(np.abs(means[0] - means[1]) @ counts / counts.sum())
     return {"ece": ece, "brier": brier, "bins": bins}

@@ -1,6 +1,4 @@
-"""What a model says of a whole split, every image once, from batches that are spread over devices
-and processes.
-"""
+"""What a model says of a whole split, from batches spread over devices and processes."""
 
 import dataclasses
 import operator
@@ -29,17 +27,14 @@ def collect_results(
     mesh: Mesh,
     keep: int = 0,
 ) -> tuple[SplitResults, list[Shown]]:
-    """(what `predict` says of every image, on every process; the first `keep` images of this
-    process with it, for `draw_shown`).
+    """What `predict` says of every image, on every process; and the first `keep` images of this
+    process with it.
 
     Args:
         predict: an eval step, on a batch of the mesh.
         batches: this process's share.
         num_images: of all processes; each has to come exactly once.
-        source: what an error calls the data.
-
-    Raises:
-        UserError: none of the images could be read.
+        source: what the UserError calls the data of which no image could be read.
     """
     results: list[ImageResult] = []
     shown: list[Shown] = []

@@ -1,10 +1,5 @@
-"""The evaluation protocols of the paper and of its field, all in one pass: predictions and people
--> one dictionary of metrics. docs/evaluation.md defines every number.
-
-Each annotated person is answered by the query whose box overlaps the person's most (released
-test.py); how well the emotions of that query fit is then measured over all people. That measures
-emotions, not detection: boxes without a person cost nothing, and one query may answer for several
-people. `box_AP` and `detected` measure the rest. Everything runs on the host in float64.
+"""The evaluation protocols of the paper and of its field, all in one pass on the host in float64:
+results of a split -> one dictionary of metrics, each defined in docs/evaluation.md.
 """
 
 import json
@@ -52,18 +47,13 @@ def evaluate(
     resamples: int = 0,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """All metrics of a split, as plain numbers, dictionaries and lists that can be written as JSON;
-    docs/evaluation.md defines them and says what each name holds.
-
-    People without labels count in the boxes and in the size of their image, not in anything about
-    classes.
+    """All metrics of a split, as plain values that can be written as JSON.
 
     Args:
         nms_threshold: overlap above which a query is suppressed before the selection (the paper's
             text); None = off, as released.
-        decoder: what was fitted on validation (None: what `results` carry). It gives the numbers
-            whose names end in _fitted or _calibrated, and the decisions of `per_class`; but nothing
-            that was fitted on this very split is used.
+        decoder: what was fitted on validation (None: what `results` carry), for what is _fitted or
+            _calibrated and the decisions of `per_class`; no fit on this very split is used.
         resamples: of the images, for the 95 % intervals; 0 = no intervals.
         seed: of the resampling.
 
@@ -108,9 +98,7 @@ def unless_fitted_on(split: str, decoder: Decoder) -> Decoder:
 
 
 def _ranking(people: People) -> dict[str, float]:
-    """mAP under the three definitions and the released accuracy, of a group of labelled people (at
-    least one).
-    """
+    """mAP under the three definitions and the released accuracy, of one labelled person or more."""
     values = _average_precisions(people)
     return {MAP_NAMES[name]: float(values[name].mean()) for name in DEFINITIONS} | {
         "mAP_present": float(values["step"][people.labels.any(0)].mean()),
@@ -125,12 +113,11 @@ def _average_precisions(people: People) -> dict[str, np.ndarray]:
     }
 
 
+Weights = Shaped[np.ndarray, "r m"]  # how often each person stands in each resample
+
+
 def _counts(
-    people: People,
-    decoder: Decoder,
-    *,
-    fitted: bool = False,
-    weights: Shaped[np.ndarray, "r n"] | None = None,
+    people: People, decoder: Decoder, *, fitted: bool = False, weights: Weights | None = None
 ) -> Counts:
     """Of the decisions of Eq. 5, or Eq. 4 with the threshold 0.5 or the `fitted` ones."""
     thresholds = decoder.thresholds if fitted else None
@@ -140,9 +127,9 @@ def _counts(
 
 def _decisions(people: People, decoder: Decoder) -> dict[str, Any]:
     counts = _counts(people, decoder)
+    names = ("recall", "f1", "precision") if decoder.multi_label else ("recall", "f1")
     metrics: dict[str, Any] = {
-        "macro_recall": float(counts.macro(counts.recall)),
-        "macro_f1": float(counts.macro(counts.f1)),
+        f"macro_{name}": float(counts.macro(getattr(counts, name))) for name in names
     }
     if not decoder.multi_label:
         support, decided = people.labels.sum(0), decide(people.probabilities, multi_label=False)
@@ -150,10 +137,9 @@ def _decisions(people: People, decoder: Decoder) -> dict[str, Any]:
             "majority_accuracy": float(support.max() / support.sum()),
             "confusion_matrix": confusion_matrix(decided, people.labels).tolist(),
         }
-    metrics["macro_precision"] = float(counts.macro(counts.precision))
     if decoder.thresholds is not None:
         fitted = _counts(people, decoder, fitted=True)
-        for name in ("recall", "f1", "precision"):
+        for name in names:
             metrics[f"macro_{name}_fitted"] = float(fitted.macro(getattr(fitted, name)))
     return metrics
 
@@ -163,11 +149,8 @@ def _boxes(results: SplitResults) -> dict[str, float]:
     precisions = box_average_precision(
         results.pixel_boxes, scores, results.gt_boxes, results.people_per_image
     )
-    return {
-        "box_AP": float(precisions.mean()),
-        "box_AP50": float(precisions[0]),
-        "box_AP75": float(precisions[5]),
-    }
+    named = {"box_AP": precisions.mean(), "box_AP50": precisions[0], "box_AP75": precisions[5]}
+    return {name: float(value) for name, value in named.items()}
 
 
 def _detected(people: People) -> dict[str, Any]:
@@ -189,32 +172,24 @@ def _detected(people: People) -> dict[str, Any]:
 def _calibration(people: People, decoder: Decoder) -> dict[str, Any]:
     multi_label = decoder.multi_label
     errors = calibration_errors(people.probabilities, people.labels, multi_label=multi_label)
-    found: dict[str, Any] = {
-        "ece": errors["ece"],
-        "brier": errors["brier"],
-        "calibration": {"bins": errors["bins"]},
-    }
+    bins: dict[str, Any] = {"bins": errors["bins"]}
+    found = {"ece": errors["ece"], "brier": errors["brier"], "calibration": bins}
     if decoder.fitted_on:
+        temperature = decoder.temperature
         scaled = class_probabilities(
-            people.logits, multi_label=multi_label, temperature=decoder.temperature
+            people.logits, multi_label=multi_label, temperature=temperature
         )
         after = calibration_errors(scaled, people.labels, multi_label=multi_label)
         found["ece_calibrated"] = after["ece"]
-        found["calibration"] |= {
-            "temperature": decoder.temperature,
-            "fitted_on": decoder.fitted_on,
-            "bins_calibrated": after["bins"],
-        }
+        bins |= {"temperature": temperature, "fitted_on": decoder.fitted_on}
+        bins["bins_calibrated"] = after["bins"]
     return found
 
 
 def _per_class(people: People, decoder: Decoder) -> dict[str, dict[str, float | int]]:
     precisions, counts = _average_precisions(people), _counts(people, decoder, fitted=True)
-    number = len(decoder.class_names)
     columns: dict[str, np.ndarray] = {
-        "AP": precisions["step"],
-        "AP_envelope": precisions["envelope"],
-        "AP_eleven_point": precisions["eleven_point"],
+        **{MAP_NAMES[name][1:]: precisions[name] for name in DEFINITIONS},
         "people": counts.support,
         "chance": counts.support / len(people.labels),
         "recall": counts.recall,
@@ -222,7 +197,8 @@ def _per_class(people: People, decoder: Decoder) -> dict[str, dict[str, float | 
         "f1": counts.f1,
     }
     if decoder.multi_label:
-        columns["threshold"] = np.array(decoder.thresholds or (DEFAULT_THRESHOLD,) * number)
+        default = (DEFAULT_THRESHOLD,) * len(decoder.class_names)
+        columns["threshold"] = np.array(decoder.thresholds or default)
     return {
         name: {column: values[i].item() for column, values in columns.items()}
         for i, name in enumerate(decoder.class_names)
@@ -238,14 +214,12 @@ def _mean_curve(people: People) -> dict[str, list[float]]:
     return {"recall": _CURVE_RECALLS.tolist(), "precision": curve.tolist()}
 
 
-def _bucket_of(results: SplitResults) -> Int[np.ndarray, "n"]:
+def _bucket_of(results: SplitResults) -> Int[np.ndarray, " n"]:
     return np.minimum(results.people_per_image, len(BUCKETS)) - 1  # -1: nobody
 
 
 def _by_number_of_people(results: SplitResults, people: People) -> dict[str, dict[str, Any]]:
-    """The released metrics of the images with 1, 2, 3, 4 and at least 5 people; a bucket without
-    labelled people has counts only.
-    """
+    """The released metrics of each of `BUCKETS`; one without labelled people has counts only."""
     bucket_of_image, buckets = _bucket_of(results), {}
     for number, name in enumerate(BUCKETS):
         images = bucket_of_image == number
@@ -259,12 +233,10 @@ def _add_intervals(
     metrics: dict[str, Any],
     people: People,
     decoder: Decoder,
-    weights: Shaped[np.ndarray, "r m"],
-    bucket_of_image: Int[np.ndarray, "n"],
+    weights: Weights,
+    bucket_of_image: Int[np.ndarray, " n"],
 ) -> None:
-    """Writes the intervals into what `evaluate` returns. `weights`: how often each person stands in
-    each resample.
-    """
+    """Writes the intervals into what `evaluate` returns."""
     counts, total = _counts(people, decoder, weights=weights), np.maximum(weights.sum(1), 1)
     intervals = {
         "accuracy": interval((weights @ people.hits.astype(np.float32)) / total),
@@ -282,10 +254,8 @@ def _add_intervals(
     for definition, values in precisions.items():
         means = mean_over_present(values, counts.support, of=present)
         intervals[MAP_NAMES[definition]] = interval(means)
-    classes = metrics["per_class"].values()
-    for entry, of_class, support in zip(
-        classes, precisions["step"].T, counts.support.T, strict=True
-    ):
+    classes, of_classes = metrics["per_class"].values(), precisions["step"].T
+    for entry, of_class, support in zip(classes, of_classes, counts.support.T, strict=True):
         if entry["people"]:
             entry["AP_interval"] = interval(of_class[support > 0])
     metrics["intervals"] = intervals
@@ -295,7 +265,7 @@ def _add_intervals(
             entry["mAP_interval"] = _map_interval(people.take(inside), weights[:, inside])
 
 
-def _map_interval(people: People, weights: Shaped[np.ndarray, "r m"]) -> list[float]:
+def _map_interval(people: People, weights: Weights) -> list[float]:
     labels = people.labels
     precisions = resampled_average_precision(people.probabilities, labels, weights)["step"]
     support = weights.astype(np.float32) @ labels.astype(np.float32)
@@ -303,15 +273,12 @@ def _map_interval(people: People, weights: Shaped[np.ndarray, "r m"]) -> list[fl
 
 
 def write_evaluation(metrics: dict[str, Any], folder: Path, *, suffix: str) -> list[Path]:
-    """Writes metrics<suffix>.json, metrics<suffix>.md (the table) and metrics<suffix>.png (the
-    plots) into `folder`; returns their paths.
-    """
+    """Writes metrics<suffix>.json, .md (the table) and .png (the plots); returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"metrics{suffix}.{kind}" for kind in ("json", "md", "png")]
     paths[0].write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
-    paths[1].write_text(
-        f"# Evaluation on the {metrics['split'] or 'given'} split\n\n{format_table(metrics)}\n"
-    )
+    title = f"# Evaluation on the {metrics['split'] or 'given'} split"
+    paths[1].write_text(f"{title}\n\n{format_table(metrics)}\n")
     try:
         draw_evaluation(metrics, paths[2])
     except ModuleNotFoundError as error:  # the numbers do not need the picture

@@ -1,8 +1,5 @@
-"""The measures of an evaluation: decisions and counts (Eq. 4 and 5), average precision, box AP,
-bootstrap intervals.
-
-Every number is a function of counts or of ranks, so the same functions serve one evaluation and all
-resamples of a bootstrap at once.
+"""The measures of an evaluation: counts of decisions, average precision, box AP and bootstrap
+intervals; functions of counts or of ranks, for one evaluation and all its resamples at once.
 """
 
 import dataclasses
@@ -16,9 +13,7 @@ from dsct_jax.boxes import elementwise_iou
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """People of each class: those that carry it, those it was decided for, and those where both
-    agree; [*r k], whole numbers or weights.
-    """
+    """People of each class: who carry it, for whom it was decided, and both; numbers or weights."""
 
     support: Num[np.ndarray, "*r k"]
     predicted: Num[np.ndarray, "*r k"]
@@ -51,9 +46,7 @@ def count(
     *,
     weights: Shaped[np.ndarray, "*r n"] | None = None,
 ) -> Counts:
-    """The counts of each class; with `weights` those of each resample, in which a person stands
-    that many times.
-    """
+    """The counts of each class; with `weights` (times that a person stands) of each resample."""
     groups = (labels, decided, labels & decided)
     if weights is None:
         return Counts(*(group.sum(0) for group in groups))
@@ -76,9 +69,7 @@ _RESAMPLES_AT_ONCE = 64  # bounds the memory: this many weights per person at a 
 
 @dataclasses.dataclass(frozen=True)
 class _Curve:
-    """The precision-recall points of n people and k classes by falling score; people of equal score
-    share one point.
-    """
+    """The precision-recall points by falling score; people of equal score share one point."""
 
     hits: Bool[np.ndarray, "n k"]  # True at a positive
     found: Int[np.ndarray, "n k"]  # positives up to and with this score
@@ -96,7 +87,7 @@ def _curve(scores: Float[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"]) ->
     return _Curve(hits, found, found / (end + 1))
 
 
-def _ends(scores: Float[np.ndarray, "n *k"]) -> Int[np.ndarray, "n *k"]:
+def _ends(scores: Float[np.ndarray, " n *k"]) -> Int[np.ndarray, " n *k"]:
     """Of scores sorted along the first axis: the position of the last of each run of equal ones."""
     rank = np.arange(len(scores)).reshape(-1, *(1,) * (scores.ndim - 1))
     last = np.ones(scores.shape, bool)
@@ -106,7 +97,7 @@ def _ends(scores: Float[np.ndarray, "n *k"]) -> Int[np.ndarray, "n *k"]:
 
 def average_precision(
     scores: Float[np.ndarray, "n k"], labels: Bool[np.ndarray, "n k"], *, definition: str = "step"
-) -> Float[np.ndarray, "k"]:
+) -> Float[np.ndarray, " k"]:
     """AP of each class under one of `DEFINITIONS`; 0 for a class without positives."""
     if definition not in DEFINITIONS:
         raise ValueError(f"definition={definition!r}: must be one of {DEFINITIONS}")
@@ -127,18 +118,13 @@ def average_precision(
 def precision_at_recall(
     scores: Float[np.ndarray, "n k"],
     labels: Bool[np.ndarray, "n k"],
-    recalls: Float[np.ndarray, "r"],
+    recalls: Float[np.ndarray, " r"],
 ) -> Float[np.ndarray, "r k"]:
-    """The best precision of each class at each recall or above (the envelope), for drawing; 0 for a
-    class without positives.
-    """
+    """The best precision of each class at each recall or above; 0 for a class without positives."""
     curve, positives = _curve(scores, labels), labels.sum(0)
     recall = curve.found / np.maximum(positives, 1)
-    rows = [
-        np.take_along_axis(curve.envelope, (recall >= r - 1e-12).argmax(0)[None], 0)[0]
-        for r in recalls
-    ]
-    return np.where(positives > 0, np.stack(rows), 0.0)
+    first = np.stack([(recall >= r - 1e-12).argmax(0) for r in recalls])
+    return np.where(positives > 0, np.take_along_axis(curve.envelope, first, 0), 0.0)
 
 
 def resampled_average_precision(
@@ -148,34 +134,29 @@ def resampled_average_precision(
     *,
     definitions: Sequence[str] = ("step",),
 ) -> dict[str, Float[np.ndarray, "r k"]]:
-    """`average_precision` of r resamples, in the j-th of which person i stands weights[j, i] times
-    (a whole number), for each definition.
-
-    Equal to `average_precision` of the people repeated that often, but sorted only once.
+    """`average_precision`, under each definition, of r resamples, in the j-th of which person i
+    stands weights[j, i] times (a whole number); sorted only once.
     """
     if unknown := set(definitions) - set(DEFINITIONS):
         raise ValueError(f"definitions={sorted(unknown)}: must be of {DEFINITIONS}")
-    values = {definition: np.zeros((len(weights), scores.shape[1])) for definition in definitions}
+    values = {name: np.zeros((len(weights), scores.shape[1])) for name in definitions}
     for start in range(0, len(weights), _RESAMPLES_AT_ONCE):
         rows = slice(start, start + _RESAMPLES_AT_ONCE)
         # [n r]: the resamples lie side by side, so that taking a person takes one row
         chunk = np.ascontiguousarray(weights[rows].T)
         for column in np.flatnonzero(labels.any(0)):
-            found, precision, hits = _weighted_curve(scores[:, column], labels[:, column], chunk)
-            for definition in definitions:
-                area = _area(found, precision, hits, definition=definition)
-                values[definition][rows, column] = area
+            curve = _weighted_curve(scores[:, column], labels[:, column], chunk)
+            for name in definitions:
+                values[name][rows, column] = _area(*curve, definition=name)
     return values
 
 
 def _weighted_curve(
-    scores: Float[np.ndarray, "n"],
-    labels: Bool[np.ndarray, "n"],
+    scores: Float[np.ndarray, " n"],
+    labels: Bool[np.ndarray, " n"],
     weights: Shaped[np.ndarray, "n r"],
 ) -> tuple[Int[np.ndarray, "p r"], Float[np.ndarray, "p r"], Int[np.ndarray, "p r"]]:
-    """(found, precision, times) at each positive by falling score; the points between them add
-    nothing, for there precision only falls.
-    """
+    """(found, precision, times) at each positive by falling score; between them precision falls."""
     order = np.argsort(-scores, kind="stable")
     end, positive = _ends(scores[order]), np.flatnonzero(labels[order])
     # the last positive of each run of equal scores
@@ -192,7 +173,7 @@ def _area(
     hits: Int[np.ndarray, "p r"],
     *,
     definition: str,
-) -> Float[np.ndarray, "r"]:
+) -> Float[np.ndarray, " r"]:
     """AP of each resample; 0 for one without positives."""
     total = hits.sum(0)
     if definition == "step":
@@ -216,15 +197,10 @@ def box_average_precision(
     boxes: Float[np.ndarray, "n q 4"],
     scores: Float[np.ndarray, "n q"],
     gt_boxes: Float[np.ndarray, "m 4"],
-    people_per_image: Int[np.ndarray, "n"],
+    people_per_image: Int[np.ndarray, " n"],
 ) -> Float[np.ndarray, "10"]:
-    """COCO's AP (101 recall points) at each of `IOU_THRESHOLDS`; its AP is the mean, AP50 and AP75
-    are elements 0 and 5.
-
-    Every query is a detection. `boxes` and `gt_boxes` are (x1, y1, x2, y2) in any one unit.
-
-    Raises:
-        ValueError: there is nobody to find.
+    """COCO's AP (101 recall points) at each of `IOU_THRESHOLDS` of boxes (x1, y1, x2, y2); every
+    query is a detection. Raises ValueError: there is nobody to find.
     """
     if len(gt_boxes) == 0:
         raise ValueError("box_average_precision: there is nobody to find")
@@ -243,12 +219,10 @@ def box_average_precision(
 def match_detections(
     boxes: Float[np.ndarray, "n q 4"],
     gt_boxes: Float[np.ndarray, "m 4"],
-    people_per_image: Int[np.ndarray, "n"],
+    people_per_image: Int[np.ndarray, " n"],
 ) -> Bool[np.ndarray, "n q 10"]:
-    """Whether each box finds a person at each of `IOU_THRESHOLDS`, boxes of an image in falling
-    order of their scores.
-
-    Each takes the free person it overlaps most (of equals the last), if by the threshold.
+    """Whether each box finds a person at each of `IOU_THRESHOLDS`: by falling score each takes the
+    free person it overlaps most (of equals the last), if by the threshold.
     """
     most = max(1, int(people_per_image.max()))
     exists = np.arange(most) < people_per_image[:, None]
@@ -267,7 +241,7 @@ def match_detections(
     return matched
 
 
-def _interpolated_area(hits: Bool[np.ndarray, "d"], *, num_people: int) -> float:
+def _interpolated_area(hits: Bool[np.ndarray, " d"], *, num_people: int) -> float:
     """Mean of the precision envelope at 101 recalls, 0 beyond the last one reached."""
     found = hits.cumsum()
     precision = np.maximum.accumulate((found / np.arange(1, len(hits) + 1))[::-1])[::-1]
@@ -282,33 +256,24 @@ LEVEL = 0.95
 def image_weights(num_images: int, *, resamples: int, seed: int) -> Int[np.ndarray, "r n"]:
     """How often each image stands in each resample of as many images, drawn with replacement."""
     rng = np.random.default_rng(seed)
-    draws = (
-        np.bincount(rng.integers(0, num_images, num_images), minlength=num_images)
-        for _ in range(resamples)
-    )
-    return np.stack([counts.astype(np.int16) for counts in draws])
+    draws = (rng.integers(0, num_images, num_images) for _ in range(resamples))
+    return np.stack([np.bincount(draw, minlength=num_images).astype(np.int16) for draw in draws])
 
 
-def interval(values: Num[np.ndarray, "r"]) -> list[float]:
-    """[low, high] between which the central 95 % of the resamples lie (percentile bootstrap);
-    resamples that are NaN do not count.
-    """
+def interval(values: Num[np.ndarray, " r"]) -> list[float]:
+    """[low, high] of the central 95 % of the resamples (percentile bootstrap) that are not NaN."""
     low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return [float(low), float(high)]
 
 
 def mean_over_present(
     values: Float[np.ndarray, "r k"], present: Num[np.ndarray, "r k"], *, of: int
-) -> Float[np.ndarray, "r"]:
-    """Mean over the classes that have people in a resample, times the share of all k classes that
-    have people in the split.
+) -> Float[np.ndarray, " r"]:
+    """Mean over the classes `present` in a resample (> 0), times the share of all k classes that
+    have people in the split (`of`); NaN where a resample has nobody.
 
     A rare class that a resample happens to miss would otherwise count as AP 0 there, and the
-    interval of a mAP could lie below the mAP. NaN where a resample has nobody.
-
-    Args:
-        present: anything that is more than 0 where the class has people.
-        of: how many classes have people in the split.
+    interval of a mAP could lie below the mAP.
     """
     exists = present > 0
     number = exists.sum(-1)

@@ -14,22 +14,14 @@ _IN_PERCENT = ("AP", "mAP", "chance", "accuracy", "mAP_present", "share")  # say
 
 
 def format_table(metrics: dict[str, Any]) -> str:
-    """The dictionary of `evaluate` as Markdown tables with columns that line up; shares in percent,
-    intervals at 95 %.
-    """
+    """The result of `evaluate` as aligned Markdown tables; shares in percent, 95 % intervals."""
     images, people, labelled = (metrics[f"num_{name}"] for name in ("images", "people", "labelled"))
-    lines = [f"{images} images, {people} people ({labelled} with labels)"]
-    lines += [
-        f"{name}: {metrics[name]}"
-        for name in ("protocol", "split", "checkpoint")
-        if metrics.get(name)
-    ]
-    lines = ["; ".join(lines), "", *_scalars(metrics)]
-    for title, name in (
-        ("class", "per_class"),
-        ("people in the image", "buckets"),
-        ("found at IoU", "detected"),
-    ):
+    about = [f"{images} images, {people} people ({labelled} with labels)"]
+    fields = ("protocol", "split", "checkpoint")
+    about += [f"{name}: {metrics[name]}" for name in fields if metrics.get(name)]
+    lines = ["; ".join(about), "", *_scalars(metrics)]
+    titles = {"per_class": "class", "buckets": "people in the image", "detected": "found at IoU"}
+    for name, title in titles.items():
         lines += ["", *_entries(title, metrics[name])]
     if "confusion_matrix" in metrics:
         names = list(metrics["per_class"])
@@ -40,15 +32,11 @@ def format_table(metrics: dict[str, Any]) -> str:
 
 
 def _scalars(metrics: dict[str, Any]) -> list[str]:
-    def text(name: str, value: float) -> str:
-        return f"{value:.4f}" if name in _NO_PERCENT else f"{100 * value:.2f} %"
-
-    intervals = metrics.get("intervals", {})
-    rows = [
-        [name, text(name, value), _interval(intervals.get(name))]
-        for name, value in metrics.items()
-        if isinstance(value, float)
-    ]
+    intervals, rows = metrics.get("intervals", {}), []
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            text = f"{value:.4f}" if name in _NO_PERCENT else f"{100 * value:.2f} %"
+            rows.append([name, text, _interval(intervals.get(name))])
     return _table(["metric", "value", "95 % interval"], rows, drop_empty=True)
 
 
@@ -104,9 +92,7 @@ _MOST_CELLS = 12  # classes up to which the numbers are written into the confusi
 
 
 def draw_evaluation(metrics: dict[str, Any], path: Path) -> None:
-    """Writes the plots of what `evaluate` returned (intervals and confusion matrix only where they
-    are in it) as a PNG.
-    """
+    """Writes the plots of what `evaluate` returned as a PNG."""
     from matplotlib.figure import Figure  # of the `plots` extra
 
     figure = Figure(figsize=(18, 11), dpi=100, layout="constrained")
@@ -118,9 +104,8 @@ def draw_evaluation(metrics: dict[str, Any], path: Path) -> None:
     for ax, draw in zip(figure.subplots(2, 3).ravel(), panels, strict=True):
         draw(ax, metrics)
         ax.tick_params(labelsize=11)
-        ax.title.set_fontsize(14)
-        ax.xaxis.label.set_fontsize(12)
-        ax.yaxis.label.set_fontsize(12)
+        for text, size in ((ax.title, 14), (ax.xaxis.label, 12), (ax.yaxis.label, 12)):
+            text.set_fontsize(size)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=11, loc="lower right" if draw is _classes else "best")
     figure.savefig(path)
@@ -130,11 +115,9 @@ def _errors(values: list[float], intervals: list[list[float] | None]) -> np.ndar
     """Lengths of the error bars below and above each value [2 n]; None without intervals."""
     if all(bounds is None for bounds in intervals):
         return None
-    pairs = [
-        (0.0, 0.0) if bounds is None else (value - bounds[0], bounds[1] - value)
-        for value, bounds in zip(values, intervals, strict=True)
-    ]
-    return np.clip(np.array(pairs).T, 0, None)
+    pairs = zip(values, (bounds or (np.nan, np.nan) for bounds in intervals), strict=True)
+    lengths = np.array([(value - low, high - value) for value, (low, high) in pairs]).T
+    return np.clip(np.nan_to_num(lengths), 0, None)
 
 
 def _each(entries: Iterable[dict[str, Any]], name: str, default: Any = None) -> list[Any]:
@@ -221,9 +204,8 @@ def _decided(ax: Any, metrics: dict[str, Any]) -> None:
     """Multi-label: precision and recall of each class's decisions."""
     entries = metrics["per_class"]
     rows, fitted = np.arange(len(entries)), metrics.get("macro_f1_fitted")
-    what, value = (
-        ("Threshold 0.5", metrics["macro_f1"]) if fitted is None else ("Fitted thresholds", fitted)
-    )
+    default = ("Threshold 0.5", metrics["macro_f1"])
+    what, value = default if fitted is None else ("Fitted thresholds", fitted)
     for name, offset, color in (("recall", 0.2, _ORANGE), ("precision", -0.2, _GREEN)):
         ax.barh(rows + offset, _each(entries.values(), name), 0.4, color=color, label=name)
     ax.set_yticks(rows, list(entries))

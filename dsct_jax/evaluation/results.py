@@ -1,5 +1,5 @@
-"""What a model said about a split beside the people annotated in it, as arrays, and the compact
-file that keeps them (predictions_<split>.npz).
+"""What a model said about a split and the people annotated in it, as arrays and as a compact file
+(predictions_<split>.npz).
 """
 
 import dataclasses
@@ -43,8 +43,7 @@ class ResultsInfo:
     """What the arrays of a split mean."""
 
     decoder: Decoder  # how the outputs are read, and what was fitted to these weights
-    # which data and which boxes: results of different protocols cannot be compared
-    protocol: str = "custom"
+    protocol: str = "custom"  # which data and boxes: different ones cannot be compared
     split: str = ""
     checkpoint: str = ""  # where the weights came from, such as "step 3"
 
@@ -54,21 +53,21 @@ class SplitResults:
     """The results of n images with m people, in the order of the images."""
 
     about: ResultsInfo
-    image_ids: Int[np.ndarray, "n"]
+    image_ids: Int[np.ndarray, " n"]
     sizes: Int[np.ndarray, "n 2"]  # (height, width) in pixels
     logits: Float[np.ndarray, "n q c"]  # c = k + 1
     boxes: Float[np.ndarray, "n q 4"]  # (cx, cy, w, h) in [0, 1] of the image
-    people_per_image: Int[np.ndarray, "n"]
+    people_per_image: Int[np.ndarray, " n"]
     gt_boxes: Float[np.ndarray, "m 4"]  # (x1, y1, x2, y2) in pixels
     gt_labels: Bool[np.ndarray, "m k"]
 
     def __post_init__(self) -> None:
         k, image = len(self.about.decoder.class_names), self.image_ids[0]
-        if self.logits.shape[-1] != k + 1 or self.gt_labels.shape[-1] != k:
+        logits, classes = self.logits.shape[-1], self.gt_labels.shape[-1]
+        if (logits, classes) != (k + 1, k):
             raise UserError(
-                f"image {image}: {self.logits.shape[-1]} logits and labels of "
-                f"{self.gt_labels.shape[-1]} classes do not fit the {k} class names: expected "
-                f"{k + 1} and {k}"
+                f"image {image}: {logits} logits and labels of {classes} classes do not fit the "
+                f"{k} class names: expected {k + 1} and {k}"
             )
         counts = int(self.people_per_image.sum()), len(self.gt_boxes), len(self.gt_labels)
         if len(set(counts)) > 1:
@@ -77,13 +76,11 @@ class SplitResults:
             )
         finite = np.isfinite(self.logits).all((1, 2)) & np.isfinite(self.boxes).all((1, 2))
         if not finite.all():
-            raise FloatingPointError(
-                f"image {self.image_ids[np.argmin(finite)]}: the predicted logits or boxes are "
-                "not finite"
-            )
+            image = self.image_ids[np.argmin(finite)]
+            raise FloatingPointError(f"image {image}: the predicted logits or boxes are not finite")
 
     @functools.cached_property
-    def image_of_person(self) -> Int[np.ndarray, "m"]:
+    def image_of_person(self) -> Int[np.ndarray, " m"]:
         """Position of each person's image."""
         return np.repeat(np.arange(len(self.image_ids)), self.people_per_image)
 
@@ -97,9 +94,7 @@ class SplitResults:
         return np.split(self.gt_boxes, self.people_per_image.cumsum()[:-1])
 
     def save(self, path: Path) -> None:
-        """Writes one compressed .npz without pickled objects (about 0.5 kB per image with 4
-        queries and 26 classes).
-        """
+        """Writes one compressed .npz without pickled objects, whole or not at all."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         about = json.dumps({"format": _FORMAT, **dataclasses.asdict(self.about)})
         temporary = path.with_name(path.name + ".tmp")
@@ -109,18 +104,10 @@ class SplitResults:
 
 
 def stack_results(results: Sequence[ImageResult], about: ResultsInfo) -> SplitResults:
-    """Image after image -> arrays.
-
-    Raises:
-        UserError: there is no image, an image is in it twice, or logits and labels do not fit the
-            class names.
-        ValueError: the images have no query, or not the same number of queries.
-        FloatingPointError: logits or boxes of an image are not finite.
-    """
+    """Image after image -> arrays. Raises UserError for no image or one that is there twice."""
     if not results:
-        raise UserError(
-            "nothing to evaluate: there is no image; check the annotation file of the split"
-        )
+        nothing = "nothing to evaluate: there is no image"
+        raise UserError(f"{nothing}; check the annotation file of the split")
     image, times = Counter(result.image_id for result in results).most_common(1)[0]
     if times > 1:
         raise UserError(
@@ -128,10 +115,8 @@ def stack_results(results: Sequence[ImageResult], about: ResultsInfo) -> SplitRe
         )
     queries = {len(result.boxes) for result in results}
     if queries == {0} or len(queries) > 1:
-        raise ValueError(
-            "every image needs the same number of predicted boxes, at least one; there are "
-            f"{sorted(queries)}"
-        )
+        wanted = "every image needs the same number of predicted boxes, at least one"
+        raise ValueError(f"{wanted}; there are {sorted(queries)}")
     return SplitResults(
         about=about,
         image_ids=np.array([result.image_id for result in results], np.int64),
@@ -145,25 +130,18 @@ def stack_results(results: Sequence[ImageResult], about: ResultsInfo) -> SplitRe
 
 
 def read_results(path: Path) -> SplitResults:
-    """Reads what `SplitResults.save` wrote.
-
-    Raises:
-        UserError: the file is missing, damaged, or of another kind.
-    """
+    """Reads what `SplitResults.save` wrote. Raises UserError: missing, damaged or another file."""
+    again = "run train.py --mode=eval again"
     if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; train.py --mode=eval writes predictions_<split>.npz into the "
-            "--workdir"
-        )
+        writes = "train.py --mode=eval writes predictions_<split>.npz into the --workdir"
+        raise UserError(f"{path}: no such file; {writes}")
     try:
         with np.load(path, allow_pickle=False) as file:
             about: dict[str, Any] = json.loads(str(file["about"]))
             arrays = {name: file[name] for name in _ARRAYS}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path}: not a file of predictions, or damaged ({error}); run train.py --mode=eval "
-            "again"
-        ) from None
+        damaged = f"not a file of predictions, or damaged ({error})"
+        raise UserError(f"{path}: {damaged}; {again}") from None
     version = about.pop("format", None)
     if version == 1:  # older: the classes stood beside the rest, and nothing fitted was kept
         names = about.pop("class_names"), about.pop("multi_label"), about.pop("subject_logit")
@@ -171,7 +149,5 @@ def read_results(path: Path) -> SplitResults:
     elif version == _FORMAT:
         decoder = Decoder.from_dict(about.pop("decoder"), where=str(path))
     else:
-        raise UserError(
-            f"{path}: written by another version of this program; run train.py --mode=eval again"
-        )
+        raise UserError(f"{path}: written by another version of this program; {again}")
     return SplitResults(about=ResultsInfo(decoder, **about), **arrays)

@@ -1,7 +1,5 @@
-"""Which query answers for which person (paper Section 4.1, released test.py).
-
-Everything runs on the host in float64, except overlaps, which keep the boxes' type so that they tie
-where the released ones do.
+"""Which query answers for which person (paper Section 4.1, released test.py). Overlaps keep the
+boxes' type, so that they tie where the released ones do.
 """
 
 import dataclasses
@@ -25,15 +23,15 @@ class People:
     logits: Float[np.ndarray, "n c"]
     probabilities: Float[np.ndarray, "n k"]
     labels: Bool[np.ndarray, "n k"]
-    iou: Float[np.ndarray, "n"]
-    image: Int[np.ndarray, "n"]  # position of the image among the results
+    iou: Float[np.ndarray, " n"]
+    image: Int[np.ndarray, " n"]  # position of the image among the results
 
     @property
-    def hits(self) -> Bool[np.ndarray, "n"]:
+    def hits(self) -> Bool[np.ndarray, " n"]:
         """Released `acc`: whether the most probable class is the (first) label."""
         return self.probabilities.argmax(-1) == self.labels.argmax(-1)
 
-    def take(self, which: Bool[np.ndarray, "n"]) -> "People":
+    def take(self, which: Bool[np.ndarray, " n"]) -> "People":
         """Those of them for whom `which` is True."""
         return People(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
 
@@ -41,10 +39,9 @@ class People:
         """Those that carry a label. Raises UserError, with the number of images, for nobody."""
         carries = np.asarray(self.labels.any(-1))
         if not carries.any():
-            raise UserError(
-                f"nothing to evaluate: none of the {num_images} images has a person with a label; "
-                "check the annotation file of the split"
-            )
+            nobody = f"none of the {num_images} images has a person with a label"
+            remedy = "check the annotation file of the split"
+            raise UserError(f"nothing to evaluate: {nobody}; {remedy}")
         return self.take(carries)
 
 
@@ -69,11 +66,9 @@ def select_people(
 def subject_scores(
     logits: Float[np.ndarray, "*n c"], *, multi_label: bool
 ) -> Float[np.ndarray, "*n"]:
-    """How much each query deserves to survive the evaluation's non-maximum suppression.
-
-    Multi-label: the mean probability, as released (test.py:271). Multi-class: the mean logit, as
-    the paper says; the mean of a softmax is the constant 1/k, so that the released order is one of
-    rounding errors.
+    """How much each query deserves to survive the evaluation's non-maximum suppression: the mean
+    probability, as released (test.py:271), or, where that is the constant 1/k (multi-class), the
+    mean logit, as the paper says.
     """
     if not multi_label:
         return paper_scores(logits)
@@ -84,16 +79,14 @@ def select_queries(
     pred_boxes: Float[np.ndarray, "q 4"],
     gt_boxes: Num[np.ndarray, "t 4"],
     *,
-    scores: Shaped[np.ndarray, "q"] | None = None,
+    scores: Shaped[np.ndarray, " q"] | None = None,
     nms_threshold: float | None = None,
-) -> tuple[Int[np.ndarray, "t"], int]:
-    """The query that answers for each person of one image, and how many queries there were to
-    choose from.
+) -> tuple[Int[np.ndarray, " t"], int]:
+    """The query that answers for each person of one image, and how many there were to choose from.
 
-    Boxes are (x1, y1, x2, y2) in pixels; the overlap counts pixels inclusively. Among equal
-    overlaps (no overlap at all, usually) the last query wins: the released argsort()[-1]. With
-    `nms_threshold` only queries that survive suppression by `scores` can be chosen, in the order of
-    their scores; among equal scores the later query comes first.
+    Boxes are (x1, y1, x2, y2) in pixels, counted inclusively. Among equal overlaps (usually zeros)
+    the last query wins, as in the released argsort()[-1]. With `nms_threshold` only queries that
+    survive suppression can be chosen, by their `scores`; among equal ones the later comes first.
     """
     num_queries = len(pred_boxes)
     if num_queries == 0:
@@ -102,10 +95,8 @@ def select_queries(
     if nms_threshold is not None:
         if scores is None:
             raise ValueError("select_queries: nms_threshold needs scores")
-        kept = non_max_suppression(
-            pred_boxes[::-1], scores[::-1], threshold=nms_threshold, offset=_PIXEL
-        )
-        candidates = num_queries - 1 - kept
+        how = {"threshold": nms_threshold, "offset": _PIXEL}
+        candidates = num_queries - 1 - non_max_suppression(pred_boxes[::-1], scores[::-1], **how)
     overlaps = pairwise_iou(pred_boxes[candidates[::-1]], gt_boxes, offset=_PIXEL)
     # the first maximum of the reversed order is the last
     return candidates[::-1][overlaps.argmax(0)], len(candidates)
@@ -113,10 +104,8 @@ def select_queries(
 
 def select_all(
     results: SplitResults, *, nms_threshold: float | None
-) -> tuple[Int[np.ndarray, "m"], float]:
-    """`select_queries` for all people of a split, and the mean number of queries per image to
-    choose from.
-    """
+) -> tuple[Int[np.ndarray, " m"], float]:
+    """`select_queries` for all people, and the mean number of queries per image to choose from."""
     boxes, image = results.pixel_boxes, results.image_of_person
     num_queries = boxes.shape[1]
     if nms_threshold is None:

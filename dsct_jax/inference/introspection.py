@@ -3,14 +3,12 @@ figures.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
-from dsct_jax.batch import Predictions
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model
 from dsct_jax.inference.predict import to_model_input
@@ -44,7 +42,7 @@ class Introspection:
 
     image: Image.Image
     subjects: tuple[Subject, ...]
-    queries: Int[np.ndarray, "n"]  # the subject query of each of them
+    queries: Int[np.ndarray, " n"]  # the subject query of each of them
     context_points: Float[np.ndarray, "m 2"]  # reference points, the same in every layer
     layers: tuple[Layer, ...]
     embeddings: Float[np.ndarray, "n d"]  # of the subjects, after the last layer
@@ -57,16 +55,16 @@ def introspect(
     model: Model, image: Image.Image, *, selection: Selection | None = None
 ) -> Introspection:
     """Runs the model on one RGB image and translates its details from the padded canvas into pixels
-    of the image.
-
-    Raises:
-        UserError: the network does not report what is shown here.
+    of the image. Raises UserError where the network does not report them.
     """
     pixels, size = prepare_image(image, model.preprocessing)
     canvas = pixels.shape[0], pixels.shape[1]
     inputs = to_model_input(pixels[None], np.array([size], np.int32))
     predictions = jax.device_get(model(*inputs, return_details=True))
-    details = _details(model, predictions)
+    details, name = predictions.details or {}, model.config["model"].get("name", "dsct")
+    if missing := ", ".join(sorted(_DETAILS - details.keys())):
+        reason = f"this network does not report {missing}, which this figure shows"
+        raise UserError(f"config.model.name={name!r}: {reason}; use a model of dsct")
     logits, boxes = predictions.logits[:, 0], predictions.boxes[:, 0]
     found = model.decoder.by_query(
         logits[-1], boxes[-1], (image.height, image.width), selection=selection or Selection()
@@ -97,16 +95,6 @@ def introspect(
         backbone=tuple(_activation(x, size, canvas) for x in features),
         encoder=tuple(_activation(x, size, canvas) for x in encoded),
     )
-
-
-def _details(model: Model, predictions: Predictions) -> dict[str, Any]:
-    details = predictions.details or {}
-    if missing := sorted(_DETAILS - details.keys()):
-        raise UserError(
-            f"config.model.name={model.config['model'].get('name', 'dsct')!r}: this network does "
-            f"not report {', '.join(missing)}, which this figure shows; use a model of dsct"
-        )
-    return details
 
 
 def _layer(
@@ -144,16 +132,10 @@ def _activation(x: np.ndarray, size: tuple[int, int], canvas: tuple[int, int]) -
 def principal_components(
     x: Float[np.ndarray, "n d"],
 ) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, "2"]]:
-    """The first two principal components of n points, and the share of the variance of each. Needs
-    n >= 2; the sign of a component is arbitrary.
+    """The first two principal components of n >= 2 points of d >= 2 numbers, their signs being
+    arbitrary, and the share of the variance of each.
     """
-    centered = x - x.mean(0)
-    left, values, _ = np.linalg.svd(centered.astype(np.float64), full_matrices=False)
-    scores = np.zeros((len(x), 2))
-    shares = np.zeros(2)
-    kept = min(2, len(values))
-    scores[:, :kept] = left[:, :kept] * values[:kept]
-    shares[:kept] = np.square(values[:kept]) / max(
-        float(np.square(values).sum()), np.finfo(np.float64).tiny
-    )
-    return scores, shares
+    centered = (x - x.mean(0)).astype(np.float64)
+    left, values, _ = np.linalg.svd(centered, full_matrices=False)
+    shares = values**2 / max(float((values**2).sum()), np.finfo(np.float64).tiny)
+    return (left * values)[:, :2], shares[:2]

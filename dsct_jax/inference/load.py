@@ -20,11 +20,7 @@ from dsct_jax.postprocess import Decoder
 from dsct_jax.preprocess import Preprocessing
 from dsct_jax.weights.native import parse_config, read_native
 from dsct_jax.weights.rules import from_torch
-from dsct_jax.weights.run_directory import (
-    parse_run_path,
-    require_same_model,
-    require_same_shapes,
-)
+from dsct_jax.weights.run_directory import parse_run_path, require_same_model, require_same_shapes
 from dsct_jax.weights.tensor_files import PTH_SUFFIXES, read_pth, write_safetensors
 
 
@@ -70,10 +66,7 @@ class Model:
         return_details: bool = False,
     ) -> Predictions:
         """Normalized float32 images and their padding (True) -> logits [layers b q k+1] and boxes
-        [layers b q 4]; the last layer is the answer.
-
-        `return_details` adds attention weights, sampling locations, reference points and selected
-        context queries. Compiles once per shape.
+        [layers b q 4]; the last layer is the answer. Compiles once per shape.
         """
         inputs = jnp.asarray(images), jnp.asarray(padding_mask)
         return self._forward(self.params, self.norm_stats, *inputs, return_details)
@@ -88,9 +81,7 @@ class Model:
         }
 
     def save(self, path: Path | str, *, notes: Mapping[str, str] | None = None) -> None:
-        """Writes weights, configuration and decoder into one .safetensors file that `load` reads;
-        `notes` are texts to keep beside them.
-        """
+        """Writes weights, configuration, decoder and `notes` as .safetensors that `load` reads."""
         texts = {"decoder": self.decoder.to_dict(), "config": self.config}
         stored = {name: json.dumps(value, sort_keys=True) for name, value in texts.items()}
         write_safetensors(Path(path), self.arrays(), {**(notes or {}), **stored})
@@ -136,36 +127,40 @@ def load(path: Path | str, config: Mapping[str, Any] | Path | str | None = None)
     if path.suffix in PTH_SUFFIXES and path.is_file():
         return _load_pth(path, given)
     weights = read_native(path)
-    chosen = weights.config if given is None else given
-    functions, decoder = Network(model_config(chosen)), decoder_of(chosen)
-    require_same_model(weights.config, chosen, str(path))
+    network, chosen = _network(path, weights.config, given)
     found = {**weights.params, **weights.norm_stats}
-    require_same_shapes(functions.param_shapes | functions.norm_stats_shapes, found, str(path))
+    require_same_shapes(network.param_shapes | network.norm_stats_shapes, found, str(path))
     if weights.step is None:
-        decoder = _decoder_in(weights.metadata, decoder, path)
+        decoder = _decoder_in(weights.metadata, decoder_of(chosen), path)
     else:
         workdir, _ = parse_run_path(path)
-        decoder = stored_decoder(decoder, weights.metadata, workdir, weights.step)
-    return Model(functions, weights.params, weights.norm_stats, chosen, decoder=decoder)
+        decoder = stored_decoder(decoder_of(chosen), weights.metadata, workdir, weights.step)
+    return Model(network, weights.params, weights.norm_stats, chosen, decoder=decoder)
 
 
-def _load_pth(path: Path, config: Mapping[str, Any] | None) -> Model:
-    tensors, texts = read_pth(path)
+def _load_pth(path: Path, given: Mapping[str, Any] | None) -> Model:
+    tensors, texts = read_pth(path)  # with a configuration where `export` wrote it
     stored = parse_config(texts["config"], path) if "config" in texts else None
-    chosen = stored if config is None else config
-    if chosen is None:
-        raise UserError(
-            f"{path}: a .pth file does not say which variant it is; give a configuration, such as "
-            "emotic_r50_released"
-        )
-    functions, decoder = Network(model_config(chosen)), decoder_of(chosen)
-    if stored is not None:  # written by `python -m dsct_jax export`
-        require_same_model(stored, chosen, str(path))
-    shapes = functions.param_shapes, functions.norm_stats_shapes
+    network, chosen = _network(path, stored, given)
+    shapes = network.param_shapes, network.norm_stats_shapes
     flat = from_torch(tensors, shapes[0] | shapes[1])
     params, norm_stats = ({name: flat[name] for name in part} for part in shapes)
-    decoder = _decoder_in(texts, decoder, path)
-    return Model(functions, params, norm_stats, chosen, decoder=decoder)
+    decoder = _decoder_in(texts, decoder_of(chosen), path)
+    return Model(network, params, norm_stats, chosen, decoder=decoder)
+
+
+def _network(
+    path: Path, stored: Mapping[str, Any] | None, given: Mapping[str, Any] | None
+) -> tuple[Network, Mapping[str, Any]]:
+    """The network of the given configuration, or else of the stored one; and which it is."""
+    chosen = stored if given is None else given
+    if chosen is None:
+        remedy = "give a configuration, such as emotic_r50_released"
+        raise UserError(f"{path}: a .pth file does not say which variant it is; {remedy}")
+    network = Network(model_config(chosen))
+    if stored is not None:
+        require_same_model(stored, chosen, str(path))
+    return network, chosen
 
 
 def _decoder_in(texts: Mapping[str, str], decoder: Decoder, path: Path) -> Decoder:

@@ -55,12 +55,11 @@ def predict(
 
     Args:
         model: what `dsct_jax.load` returns.
-        images: one image, or a list or other iterable of them: a path, a PIL image, or a uint8
-            array [h w 3] (RGB) or [h w] (grey). The EXIF orientation of paths and PIL images is
-            applied; boxes are in pixels of the upright image.
+        images: one image, or an iterable of them: a path, a PIL image, or a uint8 array [h w 3]
+            (RGB) or [h w] (grey). The EXIF orientation of paths and PIL images is applied; boxes
+            are in pixels of the upright image.
         threshold, min_confidence, nms: see `Selection`.
-        batch_size: images per call of the model. One program is compiled for each canvas of
-            `model.preprocessing.buckets` that occurs.
+        batch_size: images per call of the model, which compiles once per canvas.
 
     Raises:
         UserError: something that is no image, or a number out of its range.
@@ -82,11 +81,8 @@ def predict_each(
     selection: Selection,
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[tuple[int, Image.Image, list[Subject]]]:
-    """(position, RGB image, people) of every image as its batch is done: any number of images, at
-    most one batch per canvas in memory.
-
-    A batch holds images of one canvas; the last ones are filled up with repetitions, so that every
-    batch of a canvas has the same shape.
+    """(position, RGB image, people) of every image as its batch is done: at most one batch per
+    canvas is in memory. The last ones are filled up with repetitions, to have the same shape.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
@@ -131,11 +127,7 @@ def to_model_input(pixels: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.
 
 
 def read_rgb(image: Any) -> Image.Image:
-    """One image of any kind that `predict` takes as upright RGB.
-
-    Raises:
-        UserError: a file that cannot be read, an array of another shape or type, or no image.
-    """
+    """One image of any kind that `predict` takes as upright RGB. Raises UserError."""
     if isinstance(image, str | Path):
         return decode_image(Path(image), upright=True)
     if isinstance(image, Image.Image):
@@ -147,9 +139,8 @@ def read_rgb(image: Any) -> Image.Image:
         except DECODE_ERRORS as error:
             raise UserError(f"{name}: cannot be read as an image ({error})") from None
     if not isinstance(image, np.ndarray):
-        raise UserError(
-            f"an image must be a path, a PIL image or a uint8 array, not {type(image).__name__}"
-        )
+        kinds = "a path, a PIL image or a uint8 array"
+        raise UserError(f"an image must be {kinds}, not {type(image).__name__}")
     grey = image.ndim == 2 and image.shape[1] != 3  # [n 3] is a row of colors
     if image.dtype != np.uint8 or not (grey or (image.ndim == 3 and image.shape[2] == 3)):
         raise UserError(

@@ -5,7 +5,7 @@ OpenCV (the video extra).
 import contextlib
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def opencv() -> Any:
 
 
 class Video:
-    """An open video file (a path) or camera (its number). Close it, or use it in a `with`.
+    """An open video file (a path) or camera (its number). Use it in a `with`.
 
     Attributes:
         name: the path, or camera0.
@@ -76,50 +76,35 @@ class Video:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Releases the file or camera."""
         self._capture.release()
 
 
 @contextlib.contextmanager
-def video_writer(path: Path, rate: float) -> Iterator["VideoWriter"]:
-    """A writer of an .mp4 at `path`, which appears there when the block ends, also by an exception
-    or Ctrl-C: what was written can be watched.
+def video_writer(path: Path, rate: float) -> Iterator[Callable[[Image.Image], None]]:
+    """A function that appends an RGB image to an .mp4 of the first one's size (UserError where it
+    cannot be written). The file appears at `path` when the block ends, also by an exception or
+    Ctrl-C, so that what was written can be watched; without an image there is none.
     """
-    writer = VideoWriter(path, rate)
+    cv2, temporary = opencv(), path.with_name(f".{path.name}.part.mp4")
+    writers: list[Any] = []  # none before the first image says the size
+    size = (0, 0)
+
+    def add(image: Image.Image) -> None:
+        nonlocal size
+        if not writers:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = image.width // 2 * 2, image.height // 2 * 2  # the encoder wants even sides
+            code = cv2.VideoWriter_fourcc(*"mp4v")
+            writer = cv2.VideoWriter(str(temporary), code, rate, size)
+            if not writer.isOpened():
+                raise UserError(f"{path}: this OpenCV cannot write .mp4 here")
+            writers.append(writer)
+        frame = np.asarray(image.convert("RGB"))[: size[1], : size[0], ::-1]
+        writers[0].write(np.ascontiguousarray(frame))
+
     try:
-        yield writer
+        yield add
     finally:
-        writer.close()
-
-
-class VideoWriter:
-    """Writes images of one size as an .mp4; the size is that of the first."""
-
-    def __init__(self, path: Path, rate: float):
-        self._path, self._rate, self._cv2 = path, rate, opencv()
-        self._temporary = path.with_name(f".{path.name}.part.mp4")
-        self._writer: Any = None
-
-    def add(self, image: Image.Image) -> None:
-        """Appends one RGB image. Raises UserError when the file cannot be written."""
-        cv2 = self._cv2
-        if self._writer is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            # the encoder wants even sides
-            self._size = size = image.width // 2 * 2, image.height // 2 * 2
-            self._writer = cv2.VideoWriter(
-                str(self._temporary), cv2.VideoWriter_fourcc(*"mp4v"), self._rate, size
-            )
-            if not self._writer.isOpened():
-                raise UserError(f"{self._path}: this OpenCV cannot write .mp4 here")
-        frame = np.asarray(image.convert("RGB"))[: self._size[1], : self._size[0], ::-1]
-        self._writer.write(np.ascontiguousarray(frame))
-
-    def close(self) -> None:
-        """Finishes the file; without a image there is none."""
-        if self._writer is not None:
-            self._writer.release()
-            self._temporary.replace(self._path)
+        for writer in writers:
+            writer.release()
+            temporary.replace(path)

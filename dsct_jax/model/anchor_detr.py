@@ -156,7 +156,7 @@ class AnchorDETR(C5Network):
         super().__init__(config, rngs=rngs)
         shape, d = plain_shape(config), config.hidden_dim
         channels = BACKBONES[config.backbone].channels[-1]
-        self.input_proj = InputProjection(channels, d, size=1, stride=1, rngs=rngs)
+        self.input_proj = InputProjection(channels, d, strided=False, rngs=rngs)
         self.encoder = nnx.List(
             [AnchorEncoderLayer(shape, rngs=rngs) for _ in range(config.num_encoder_layers)]
         )

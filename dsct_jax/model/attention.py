@@ -47,12 +47,9 @@ class DeformableAttention(nnx.Module):
     def __init__(self, shape: LayerShape, *, rngs: nnx.Rngs):
         d = shape.d
         self.shape = (shape.num_heads, shape.num_levels, shape.num_points)
-        samples = math.prod(self.shape)
-        bias = jnp.asarray(initial_offsets(*self.shape)).reshape(-1)
-        zeros = nnx.initializers.zeros
-        self.sampling_offsets = Linear(
-            d, samples * 2, kernel_init=zeros, bias_init=lambda *_: bias, rngs=rngs
-        )
+        samples, zeros = math.prod(self.shape), nnx.initializers.zeros
+        start = {"bias_init": lambda *_: jnp.asarray(initial_offsets(*self.shape)).reshape(-1)}
+        self.sampling_offsets = Linear(d, samples * 2, kernel_init=zeros, **start, rngs=rngs)
         self.attention_weights = Linear(d, samples, kernel_init=zeros, rngs=rngs)
         self.value_proj = Linear(d, d, rngs=rngs)
         self.output_proj = Linear(d, d, rngs=rngs)

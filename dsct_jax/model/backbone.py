@@ -1,8 +1,5 @@
-"""ResNet 18/34/50/101/152 and Wide-ResNet 50/101: image -> feature maps C3, C4, C5 at strides 8,
-16, 32.
-
-Layout and strides are torchvision's (stride on the 3x3 of a bottleneck), so its weights load one to
-one. Source: He et al. 2015, Zagoruyko & Komodakis 2016.
+"""ResNet and Wide-ResNet: image -> feature maps C3, C4, C5 at strides 8, 16, 32 (He et al. 2015,
+Zagoruyko & Komodakis 2016). Layout and strides are torchvision's, so its weights load one to one.
 """
 
 import dataclasses
@@ -44,8 +41,7 @@ BACKBONES = {
     "wide_resnet50": ResNetConfig(True, (3, 4, 6, 3), wide=2),
     "wide_resnet101": ResNetConfig(True, (3, 4, 23, 3), wide=2),
     "tiny": ResNetConfig(True, (1, 2, 2, 1), width=8),  # the size of the golden numbers: tests
-    # trains on a CPU: the demo and other runs from scratch
-    "small": ResNetConfig(False, (1, 1, 1, 1), width=16),
+    "small": ResNetConfig(False, (1, 1, 1, 1), width=16),  # for runs from scratch on a CPU
 }
 
 
@@ -68,8 +64,8 @@ class Stem(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Residual block: two 3x3 convolutions, or 1x1 - 3x3 - 1x1 when `bottleneck`; the stride is on
-    the (first) 3x3, the dilation on every 3x3.
+    """Two 3x3 convolutions, or 1x1 - 3x3 - 1x1 if `bottleneck`; the stride is on the first 3x3, the
+    dilation on each.
     """
 
     def __init__(

@@ -1,6 +1,4 @@
-"""Which networks there are, and a network's values as one flat dictionary 'a/b/c' -> array: what is
-trained, saved and exchanged.
-"""
+"""The registry of networks, and a network's values as one flat dictionary 'a/b/c' -> array."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -27,9 +25,7 @@ class Entry(NamedTuple):
     """A network that `config.model.name` can choose."""
 
     config: type  # frozen dataclass of `setting`s: `num_classes` (shared), `name`, and its own
-    network: Callable[
-        ..., nnx.Module
-    ]  # (config, rngs) -> module; called as docs/architecture.md says
+    network: Callable[..., nnx.Module]  # (config, rngs) -> module; see docs/architecture.md
     objective: str  # what training minimizes
 
 
@@ -47,9 +43,7 @@ NETWORKS: dict[str, Entry] = {
 
 
 def network_entry(section: Mapping[str, Any]) -> Entry:
-    """The network that a configuration's `model` section names; sections older than `name` mean
-    dsct.
-    """
+    """The network that a `model` section names; sections older than `name` mean dsct."""
     name = section.get("name", "dsct")
     if name not in NETWORKS:
         raise cannot_be_used("model.name", name, f"one of {', '.join(NETWORKS)}")
@@ -84,15 +78,12 @@ def unflatten(flat: dict[str, Any]) -> dict[Any, Any]:
 
 
 class Network:
-    """A model's static half: what turns flat values into a callable network. Hashable by identity,
-    so it may be closed over by jit.
-    """
+    """A model's static half: turns flat values into a network. Hashable by identity, for jit."""
 
     def __init__(self, config: Any):
         self.config, self.entry = config, NETWORKS[config.name]
         abstract = nnx.eval_shape(lambda: self._make(0))
-        graph, *states = nnx.split(abstract, nnx.Param, NormStatistic)
-        self.graph: nnx.GraphDef = graph
+        self.graph, *states = nnx.split(abstract, nnx.Param, NormStatistic)
         self._abstract = states
         self.param_shapes, self.norm_stats_shapes = (
             {path: tuple(value.shape) for path, value in flatten(nnx.to_pure_dict(state)).items()}

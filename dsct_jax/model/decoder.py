@@ -1,6 +1,4 @@
-"""The DSCT decoder: subject and context queries are decoupled, read the image together, and are
-fused in every layer (paper Fig. 4).
-"""
+"""The DSCT decoder: decoupled subject and context queries, fused in every layer (paper Fig. 4)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -35,9 +33,7 @@ class FusionConfig:
 
 
 def smallest_k_mask(scores: Float[Array, "*n m"], k: int) -> Bool[Array, "*n m"]:
-    """True at the `k` smallest scores of each row; ties go to the lower index. Built from
-    comparisons, so it stays local to its shard.
-    """
+    """True at the `k` smallest scores of each row, of equals the first; local to its shard."""
     if k == 0:
         return jnp.zeros(scores.shape, bool)
     values, indices = jax.lax.top_k(-scores, k)
@@ -49,12 +45,9 @@ def smallest_k_mask(scores: Float[Array, "*n m"], k: int) -> Bool[Array, "*n m"]
 def weighted_softmax(
     logits: Float[Array, "b q m"], counts: Float[Array, "b q m"]
 ) -> Float[Array, "b q m"]:
-    """Softmax in which entry m counts `counts` times: 0 = excluded, 2 = selected twice. A row of
-    zeros gives zeros.
-    """
-    peak = jax.lax.stop_gradient(
-        jnp.max(jnp.where(counts > 0, logits, -jnp.inf), -1, keepdims=True)
-    )
+    """Softmax in which entry m counts `counts` times (0: excluded); a row of zeros gives zeros."""
+    peak = jnp.where(counts > 0, logits, -jnp.inf).max(-1, keepdims=True)
+    peak = jax.lax.stop_gradient(peak)
     weights = counts * jnp.exp(jnp.where(counts > 0, logits - peak, 0))
     total = weights.sum(-1, keepdims=True)
     return weights / jnp.where(total > 0, total, 1)
@@ -70,23 +63,19 @@ def subject_context_fusion(
     attentive_logits: Float[Array, "b q m"] | None = None,
 ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
     """Spatial-semantic relational aggregation: the subject queries plus what they gather from
-    selected context queries.
+    context queries selected by distance (Eq. 6) and by dot product (Eq. 7, not scaled).
 
-    Distances (Eq. 6) and dot products (Eq. 7, not scaled) select `num_spatial_neighbors` nearest
-    and `num_semantic_neighbors` most or least similar context queries; "paper" adds one weighted
-    sum over both selections (Eq. 8; a query selected twice counts twice), "released" adds one per
-    selection and a third over the subject queries themselves (transformer.py:327-330). Points are
-    in [0, 1] of the padded canvas. Returns the fused subject queries, and the selections and
-    weights [b q m].
+    "paper" adds one weighted sum over both selections (Eq. 8; a query selected twice counts twice),
+    "released" one per selection and one over the subject queries (transformer.py:327-330). Points
+    are in [0, 1] of the padded canvas. Returns also the selections and weights [b q m].
     """
     relevance = jnp.einsum("bqd,bmd->bqm", subject, context)
     distance = jnp.sqrt(jnp.square(subject_points[:, :, None] - context_points[:, None]).sum(-1))
     distance = jax.lax.stop_gradient(distance)
-    sign = 1 if config.semantic_selection == "smallest" else -1
+    rank = jax.lax.stop_gradient(relevance)
+    rank = rank if config.semantic_selection == "smallest" else -rank
     spatial = smallest_k_mask(distance, config.num_spatial_neighbors).astype(jnp.float32)
-    semantic = smallest_k_mask(
-        jax.lax.stop_gradient(sign * relevance), config.num_semantic_neighbors
-    ).astype(jnp.float32)
+    semantic = smallest_k_mask(rank, config.num_semantic_neighbors).astype(jnp.float32)
     choices: dict[str, Any] = {
         "semantic": relevance,
         "equal": jnp.zeros_like(relevance),
@@ -110,10 +99,8 @@ def subject_context_fusion(
 
 
 class DecoderLayer(nnx.Module):
-    """Self-attention of all queries, deformable cross-attention, subject-context fusion,
-    feed-forward block.
-
-    Tokens are ordered as released: `num_context` context queries, then the subject queries.
+    """Self-attention of all queries, deformable cross-attention, fusion, feed-forward block; tokens
+    are ordered as released: `num_context` context queries, then the subject queries.
     """
 
     def __init__(
@@ -144,28 +131,22 @@ class DecoderLayer(nnx.Module):
         noise: DropoutNoise | None,
         implementation: str | None,
     ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
-        """Returns the tokens and what the layer looked at. `reference_points` and the sizes `boxes`
-        are those of each level's padded map; `hidden` queries are not seen by a query.
+        """Returns the tokens and what the layer looked at; points and `boxes` are of each map;
+        `hidden` queries are not seen by a query.
         """
         placed = tokens + positions
         attended, self_weights = self.self_attention(placed, placed, tokens, hidden=hidden)
         tokens = self.norm2(tokens + dropout(attended, self.dropout_rate, noise))
+        where = (reference_points, memory, memory_padding, spatial_shapes)
         attended, details = self.cross_attention(
-            tokens + positions,
-            reference_points,
-            memory,
-            memory_padding,
-            spatial_shapes,
-            boxes=boxes,
-            implementation=implementation,
+            tokens + positions, *where, boxes=boxes, implementation=implementation
         )
         tokens = self.norm1(tokens + dropout(attended, self.dropout_rate, noise))
         if self.fusion is not None:
             tokens, selected = self._fuse(tokens, reference_points[:, :, 0])
             details |= selected
-        tokens = self.norm3(
-            tokens + dropout(self.feedforward(tokens, noise), self.dropout_rate, noise)
-        )
+        inner = dropout(self.feedforward(tokens, noise), self.dropout_rate, noise)
+        tokens = self.norm3(tokens + inner)
         return tokens, details | {"self_attention_weights": self_weights}
 
     def _fuse(
@@ -175,14 +156,10 @@ class DecoderLayer(nnx.Module):
         assert self.fusion is not None
         context, subject = jnp.split(tokens, [self.num_context], axis=1)
         context_points, subject_points = jnp.split(points, [self.num_context], axis=1)
-        exact = subject.astype(jnp.float32)
+        exact = subject.astype(jnp.float32), context.astype(jnp.float32)
+        logits = self.context_logits(exact[0]) if self.context_logits else None
         fused, selected = subject_context_fusion(
-            exact,
-            context.astype(jnp.float32),
-            subject_points,
-            context_points,
-            config=self.fusion,
-            attentive_logits=self.context_logits(exact) if self.context_logits else None,
+            *exact, subject_points, context_points, config=self.fusion, attentive_logits=logits
         )
         return jnp.concatenate([context, fused.astype(tokens.dtype)], 1), selected
 
@@ -212,11 +189,10 @@ class Decoder(nnx.List):
     def __call__(
         self, queries: Queries, memory: Memory, box_head: BoxHead, *, remat: str, **how: Any
     ) -> tuple[Float[Array, "layers b q d"], Float[Array, "layers b n 4"], list[dict[str, Any]]]:
-        """Tokens after each layer, the boxes of the subject queries (n), and what the layer looked
-        at. `how`: `noise` and `implementation` of each layer.
+        """Tokens after each layer, boxes of the subject queries (n), and what the layer looked at.
 
-        With box refinement a layer samples inside the box of the one before and moves it; no
-        gradient flows from layer to layer through it.
+        `how`: `noise` and `implementation` of each layer. With box refinement a layer samples
+        inside the box of the one before and moves it; no gradient flows through it.
         """
         tokens, num_context = queries.tokens, self[0].num_context
         references = box_head.references(queries.reference_points, num_context)
@@ -225,13 +201,9 @@ class Decoder(nnx.List):
             run = partial(layer, spatial_shapes=memory.spatial_shapes, **how)
             points, *sizes = in_each_map(references, memory.valid_ratios)
             with jax.named_scope("decoder"):
+                where = (queries.positions, points, memory.tokens, memory.padding)
                 tokens, seen = rematerialized(run, remat)(
-                    tokens,
-                    queries.positions,
-                    points,
-                    memory.tokens,
-                    memory.padding,
-                    boxes=sizes[0] if sizes else None,
+                    tokens, *where, boxes=sizes[0] if sizes else None
                 )
             context, subject = jnp.split(references, [num_context], 1)
             with jax.named_scope("heads"):

@@ -22,57 +22,39 @@ class DSCTConfig(PyramidConfig):
 
     name: str = setting("dsct", "a name of dsct_jax.model.build.NETWORKS", choices=("dsct",))
     num_subject_queries: int = setting(4, "N (Table 5: 4 for EMOTIC, 9 for CAER-S)", low=1)
-    num_context_queries: int = setting(
-        300, "M, taken from Deformable DETR; 0 = the Table 6 baseline", low=0
-    )
+    num_context_queries: int = setting(300, "M, as Deformable DETR; 0 = Table 6's baseline", low=0)
     num_spatial_neighbors: int = setting(100, "K_sp, 0 = off (Figure 11)", low=0)
     num_semantic_neighbors: int = setting(50, "K_sm, 0 = off (Figure 11)", low=0)
     fusion: str = setting(
         "paper",
-        "paper: Eq. 8, one softmax over both selections; released: two softmaxes and a "
-        "subject-subject term",
+        "paper: Eq. 8, one softmax over both selections; released: two, and a subject-subject term",
         choices=("paper", "released"),
     )
     semantic_selection: str = setting(
-        "smallest",
-        "smallest: the paper's text; largest: the released code",
-        choices=("smallest", "largest"),
+        "smallest", "the paper's text; largest: the released code", choices=("smallest", "largest")
     )
     reweighting: str = setting(
         "semantic", "Table 7", choices=("semantic", "equal", "spatial", "attentive")
     )
     fusion_layers: tuple[int, ...] = setting(
-        (),
-        "numbers from 0 of the decoder layers that fuse (Table 8), () = all of them; late fusion "
-        "= the last only",
-        low=0,
+        (), "decoder layers that fuse, from 0 (Table 8); () = all, late fusion = the last", low=0
     )
     box_refinement: bool = setting(
         False,
-        "True: each layer samples inside the box of the one before and refines it (Zhu et al. "
-        "2020)",
+        "each layer samples inside the box of the one before and refines it (Zhu et al. 2020)",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        neighbors = self.num_context_queries or max(
-            self.num_spatial_neighbors, self.num_semantic_neighbors
-        )
-        rules = {
-            "num_spatial_neighbors": (
-                self.num_spatial_neighbors <= neighbors,
-                f"at most config.model.num_context_queries ({neighbors})",
-            ),
-            "num_semantic_neighbors": (
-                self.num_semantic_neighbors <= neighbors,
-                f"at most config.model.num_context_queries ({neighbors})",
-            ),
-            "fusion_layers": (
-                all(layer < self.num_decoder_layers for layer in self.fusion_layers),
-                f"of layers 0 to {self.num_decoder_layers - 1}",
-            ),
-        }
-        for field, (fits, wanted) in rules.items():
+        last, enough = self.num_decoder_layers - 1, "at most config.model.num_context_queries"
+        spatial, semantic = self.num_spatial_neighbors, self.num_semantic_neighbors
+        most = self.num_context_queries or max(spatial, semantic)
+        enough += f" ({most})"
+        for field, fits, wanted in (
+            ("num_spatial_neighbors", spatial <= most, enough),
+            ("num_semantic_neighbors", semantic <= most, enough),
+            ("fusion_layers", max(self.fusion_layers, default=0) <= last, f"of layers 0 to {last}"),
+        ):
             if not fits:
                 raise cannot_be_used(f"model.{field}", getattr(self, field), wanted)
 
@@ -82,13 +64,8 @@ class DSCTConfig(PyramidConfig):
         neighbors = self.num_spatial_neighbors + self.num_semantic_neighbors
         if not (chosen and neighbors and self.num_context_queries):
             return None
-        return FusionConfig(
-            self.fusion,
-            self.semantic_selection,
-            self.num_spatial_neighbors,
-            self.num_semantic_neighbors,
-            self.reweighting,
-        )
+        numbers = self.num_spatial_neighbors, self.num_semantic_neighbors
+        return FusionConfig(self.fusion, self.semantic_selection, *numbers, self.reweighting)
 
 
 class DSCT(Pyramid):
@@ -99,21 +76,13 @@ class DSCT(Pyramid):
     def __init__(self, config: DSCTConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d = config.hidden_dim
-        if config.num_context_queries:  # no array without elements: checkpoints cannot hold one
-            self.context_queries = nnx.Param(
-                standard_normal(rngs.params(), (config.num_context_queries, 2 * d))
-            )
-        self.subject_queries = nnx.Param(
-            standard_normal(rngs.params(), (config.num_subject_queries, 2 * d))
-        )
+        m, q = config.num_context_queries, config.num_subject_queries
+        if m:  # no array without elements: checkpoints cannot hold one
+            self.context_queries = nnx.Param(standard_normal(rngs.params(), (m, 2 * d)))
+        self.subject_queries = nnx.Param(standard_normal(rngs.params(), (q, 2 * d)))
         self.reference_points = Linear(d, 2, rngs=rngs)
         fusions = [config.fusion_of_layer(i) for i in range(config.num_decoder_layers)]
-        self.decoder = Decoder(
-            config.layer_shape,
-            num_context=config.num_context_queries,
-            fusions=fusions,
-            rngs=rngs,
-        )
+        self.decoder = Decoder(config.layer_shape, num_context=m, fusions=fusions, rngs=rngs)
         self.class_head = ClassHead(d, config.num_classes, subject=True, rngs=rngs)
         self.box_head = BoxHead(d, refines=config.box_refinement, rngs=rngs)
 
@@ -135,9 +104,8 @@ class DSCT(Pyramid):
             queries, memory, self.box_head, remat=self.config.remat, **how
         )
         with jax.named_scope("heads"):
-            logits = self.class_head(
-                states[:, :, self.config.num_context_queries :].astype(jnp.float32)
-            )
+            subjects = states[:, :, self.config.num_context_queries :]
+            logits = self.class_head(subjects.astype(jnp.float32))
         details = {
             "reference_points": queries.reference_points,
             "valid_ratios": memory.valid_ratios,

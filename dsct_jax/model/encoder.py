@@ -89,18 +89,11 @@ class EncoderLayer(nnx.Module):
         noise: DropoutNoise | None,
         implementation: str | None,
     ) -> Float[Array, "b s d"]:
-        attended, _ = self.self_attention(
-            memory + positions,
-            reference_points,
-            memory,
-            memory_padding,
-            spatial_shapes,
-            implementation=implementation,
-        )
+        where = (reference_points, memory, memory_padding, spatial_shapes)
+        attended, _ = self.self_attention(memory + positions, *where, implementation=implementation)
         memory = self.norm1(memory + dropout(attended, self.dropout_rate, noise))
-        return self.norm2(
-            memory + dropout(self.feedforward(memory, noise), self.dropout_rate, noise)
-        )
+        inner = dropout(self.feedforward(memory, noise), self.dropout_rate, noise)
+        return self.norm2(memory + inner)
 
 
 class Encoder(nnx.List):

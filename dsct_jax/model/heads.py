@@ -28,9 +28,8 @@ def refine(
 
 
 class BoxHead(nnx.Module):
-    """Three dense layers that predict a box relative to the query's reference point, or to the
-    reference box that they `refine`. Without `initial_size`, the logit of a new box's width and
-    height, the last layer starts like the others instead of at zero.
+    """Three dense layers: a box relative to a reference point, or to the box that it `refines`.
+    Without `initial_size`, the logit of a new box's sides, the last layer starts like the others.
     """
 
     def __init__(
@@ -42,13 +41,14 @@ class BoxHead(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.refines = refines
-        start = torch_uniform(d)
+        start, zeros = torch_uniform(d), nnx.initializers.zeros
         self.layer0 = Linear(d, d, kernel_init=start, bias_init=start, rngs=rngs)
         self.layer1 = Linear(d, d, kernel_init=start, bias_init=start, rngs=rngs)
         size = 0.0 if refines else initial_size
-        flat = (nnx.initializers.zeros, lambda *_: jnp.array([0.0, 0.0, size, size]))
-        kernel_init, bias_init = (start, start) if size is None else flat
-        self.layer2 = Linear(d, 4, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
+        last = {"kernel_init": zeros, "bias_init": lambda *_: jnp.array([0.0, 0.0, size, size])}
+        if size is None:
+            last = {"kernel_init": start, "bias_init": start}
+        self.layer2 = Linear(d, 4, **last, rngs=rngs)
 
     def __call__(
         self, tokens: Float[Array, "*b d"], references: Float[Array, "*b r"]

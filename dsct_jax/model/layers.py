@@ -1,9 +1,8 @@
-"""The few layers that differ from Flax's defaults: PyTorch's epsilons, paddings and initial values,
-and convolutions that are fast on the CPU.
+"""The layers that differ from Flax's: PyTorch's epsilons, paddings and initial values, and forms
+that are fast on the CPU.
 
 Parameters are float32; every layer computes in the type of its input (`model.compute_dtype`) and
-returns that type. What a norm measures, and what is asked for with `linear_in_float32`, is float32
-whatever the input.
+returns it. Norms and `linear_in_float32` measure and sum in float32 whatever the input.
 """
 
 import itertools
@@ -20,20 +19,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float, Key
 
+from dsct_jax.boxes import AnyArray
+
 NORM_EPSILON = 1e-5  # PyTorch's; Flax's 1e-6 moves the logits by 4e-5
 
 REMAT = ("none", "light", "layers", "all")
-# name of what `rematerialized` layers never compute twice: expensive to compute, small to keep
-SAVED = "kept"
+SAVED = "kept"  # name of what `rematerialized` layers never compute twice
 MATMUL = "product"  # name of the result of a dense layer or a 1x1 convolution
 
 Initializer = Callable[..., jax.Array]
 
 
 def initializer(draw: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]) -> Initializer:
-    """An initializer for Flax that draws with NumPy: a seed gives the same weights on every backend
-    and JAX version, and nothing is compiled.
-    """
+    """An initializer that draws with NumPy: a seed gives the same weights on every backend."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         if isinstance(key, jax.core.Tracer):  # shapes only (nnx.eval_shape)
@@ -54,10 +52,12 @@ def _xavier(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarra
     return generator.uniform(-bound, bound, shape)
 
 
+def _he(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return generator.normal(0, math.sqrt(2 / _fans(shape)[1]), shape)
+
+
 xavier_uniform = initializer(_xavier)
-he_normal_fan_out = initializer(
-    lambda g, shape: g.normal(0, math.sqrt(2 / _fans(shape)[1]), shape)
-)  # torchvision's ResNet
+he_normal_fan_out = initializer(_he)  # torchvision's ResNet
 standard_normal = initializer(lambda g, shape: g.standard_normal(shape))
 
 
@@ -70,21 +70,19 @@ def torch_uniform(fan_in: int) -> Initializer:
 def matmul_2d(
     x: Float[Array, "*n a"], kernel: Float[Array | np.ndarray, "*one a b"], dtype: Any
 ) -> Float[Array, "*n b"]:
-    """x @ kernel, returned in `dtype`, as one product of two matrices whatever the leading axes
-    (those of the kernel are ones), there and back.
+    """x @ kernel in `dtype`, as one product of two matrices whatever the leading axes (those of the
+    kernel are ones), there and back.
 
     With several leading axes XLA's CPU backend transposes what comes back, element by element: up
-    to half of a layer's backward pass. The gradients are the usual ones; written out, they keep `x`
-    and `kernel` as they came, which for a value that several layers read is once.
+    to half of a layer's backward pass. Written out, the gradients keep `x` and `kernel` as given.
     """
     return checkpoint_name(_matmul_2d(x, kernel, dtype), MATMUL)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul_2d(x: Any, kernel: Any, dtype: Any) -> jax.Array:
-    return jnp.matmul(_rows(x), _rows(kernel), preferred_element_type=dtype).reshape(
-        *x.shape[:-1], kernel.shape[-1]
-    )
+    product = jnp.matmul(_rows(x), _rows(kernel), preferred_element_type=dtype)
+    return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _rows(x: Any) -> jax.Array:
@@ -140,14 +138,12 @@ class MLP(nnx.List):
         return self[-1](x)
 
 
-def _as_row(values: Float[Array, " d"], ndim: int) -> Float[Array, "*one d"]:
+def _as_row(values: Float[AnyArray, " d"], ndim: int) -> Float[AnyArray, "*one d"]:
     return values.reshape(*(1,) * (ndim - 1), -1)
 
 
 def linear_in_float32(layer: Linear, x: Float[Array, "*n a"]) -> Float[Array, "*n b"]:
-    """The layer's float32 result for an input of any type: products of what the type holds, summed
-    and returned in float32.
-    """
+    """The layer's result for an input of any type, summed and returned in float32."""
     assert layer.bias is not None
     y = matmul_2d(x, layer.kernel[...].astype(x.dtype), jnp.float32)
     return y + _as_row(layer.bias[...], y.ndim)
@@ -157,11 +153,8 @@ def linear_in_float32(layer: Linear, x: Float[Array, "*n a"]) -> Float[Array, "*
 def scale_and_shift(
     x: Float[Array, "*n d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
 ) -> Float[Array, "*n d"]:
-    """x * scale + bias, with the obvious gradients in an order that XLA's CPU backend vectorizes: a
-    norm's backward pass takes a third of the time.
-
-    (What JAX derives sums the gradient of `scale` inside the loops of the normalization, where
-    nothing is vectorized.)
+    """x * scale + bias, with gradients in an order that XLA's CPU backend vectorizes: what JAX
+    derives takes three times as long in a norm's backward pass.
     """
     return x * _as_row(scale, x.ndim) + _as_row(bias, x.ndim)
 
@@ -192,58 +185,47 @@ class LayerNorm(nnx.LayerNorm):
         exact = x.astype(jnp.float32)
         centered = exact - exact.mean(-1, keepdims=True)
         variance = jnp.square(centered).mean(-1, keepdims=True)
-        return scale_and_shift(
-            centered * jax.lax.rsqrt(variance + self.epsilon), self.scale[...], self.bias[...]
-        ).astype(x.dtype)
+        unit = centered * jax.lax.rsqrt(variance + self.epsilon)
+        return scale_and_shift(unit, self.scale[...], self.bias[...]).astype(x.dtype)
 
 
 def rematerialized(layer: Callable[..., Any], rule: str) -> Callable[..., Any]:
-    """The layer, of whose inside the backward pass finds only some values kept and computes the
-    others again.
-
-    none: everything is kept; light: the results of matrix products, sampled attention and the bits
-        of dropout; layers, all: the last two only.
+    """The layer, of whose inside the backward pass keeps (none) everything, (light) the results of
+    matrix products, sampled attention and dropout's bits, or (layers, all) the last two only.
     """
     if rule == "none":
         return layer
     policies = jax.checkpoint_policies
     policy = policies.save_only_these_names(SAVED)
     if rule == "light":
-        policy = policies.save_from_both_policies(
-            policies.save_only_these_names(SAVED, MATMUL), policies.dots_saveable
-        )
+        named = policies.save_only_these_names(SAVED, MATMUL)
+        policy = policies.save_from_both_policies(named, policies.dots_saveable)
     return jax.checkpoint(layer, policy=policy)
 
 
 class DropoutNoise:
-    """The random bits of one training step: one key per image, so that they do not depend on how a
-    batch is spread over devices.
-    """
+    """The random bits of a training step: one key per image, however a batch is spread."""
 
     def __init__(self, keys: Key[Array, " b"]):
         self._keys, self._calls = keys, 0
 
-    def keep(self, shape: tuple[int, ...], rate: float) -> Bool[Array, "b *n"]:
+    def keep(self, shape: tuple[int, ...], rate: float) -> Bool[Array, " b *n"]:
         """Fresh mask of `shape` (b, ...), False with probability `rate` (to 1/65536)."""
         self._calls += 1
         size = math.prod(shape[1:])
 
         def keep_image(key: Key[Array, ""]) -> Bool[Array, "..."]:
-            # Four entries per hash. jax.random.bits spends a hash on each entry: twelve times
-            # slower on the CPU, and felt in a whole step.
-            words = threefry_2x32(
-                jax.random.key_data(jax.random.fold_in(key, self._calls)),
-                jnp.arange(-(-size // 2), dtype=jnp.uint32),
-            )
+            # Four entries per hash: jax.random.bits, one hash per entry, is twelve times slower on
+            # the CPU. Compared before they are joined: one byte per entry.
+            data = jax.random.key_data(jax.random.fold_in(key, self._calls))
+            words = threefry_2x32(data, jnp.arange(-(-size // 2), dtype=jnp.uint32))
             first = round(rate * 65536)  # of the values that are kept
-            kept = jnp.concatenate(
-                [(words & 0xFFFF) >= first, (words >> 16) >= first]
-            )  # compared before: one byte per entry to put together
+            kept = jnp.concatenate([(words & 0xFFFF) >= first, (words >> 16) >= first])
             return kept[:size].reshape(shape[1:])
 
         return checkpoint_name(jax.vmap(keep_image)(self._keys), SAVED)
 
-    def uniform(self, shape: tuple[int, ...]) -> Float[Array, "b *n"]:
+    def uniform(self, shape: tuple[int, ...]) -> Float[Array, " b *n"]:
         """Fresh numbers in [0, 1) of `shape` (b, ...)."""
         self._calls += 1
         keys = jax.vmap(jax.random.fold_in, (0, None))(self._keys, self._calls)
@@ -251,11 +233,9 @@ class DropoutNoise:
 
 
 def dropout(
-    x: Float[Array, "b *n"], rate: float, noise: DropoutNoise | None
-) -> Float[Array, "b *n"]:
-    """Dropout of each image with its own key; without `noise` (evaluation) or at rate 0 the
-    identity.
-    """
+    x: Float[Array, " b *n"], rate: float, noise: DropoutNoise | None
+) -> Float[Array, " b *n"]:
+    """Dropout of each image with its own key; without `noise` or at rate 0 the identity."""
     if noise is None or rate == 0:
         return x
     return jnp.where(noise.keep(x.shape, rate), x / (1 - rate), 0)
@@ -264,8 +244,7 @@ def dropout(
 class Conv(nnx.Module):
     """2-D convolution, NHWC, padding k // 2 (x dilation) on every side (PyTorch's, not 'SAME').
 
-    A 1x1 kernel is a matrix product: 1.5 to 4 times faster than XLA's convolution on the CPU and
-    the same elsewhere.
+    A 1x1 kernel is a matrix product: 1.5 to 4 times faster on the CPU and the same elsewhere.
     """
 
     def __init__(
@@ -292,13 +271,11 @@ class Conv(nnx.Module):
         if self.size == 1:
             x = matmul_2d(x[:, :: self.stride, :: self.stride], kernel, x.dtype)
         else:
-            pad = self.size // 2 * self.dilation
+            strides, dilations = (self.stride,) * 2, (self.dilation,) * 2
+            pads = ((self.size // 2 * self.dilation,) * 2,) * 2
             x = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                (self.stride, self.stride),
-                ((pad, pad), (pad, pad)),
-                rhs_dilation=(self.dilation, self.dilation),
+                *(x, kernel, strides, pads),
+                rhs_dilation=dilations,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
         return x if self.bias is None else x + _as_row(self.bias[...].astype(x.dtype), 4)
@@ -309,9 +286,7 @@ class NormStatistic(nnx.Variable):
 
 
 class FrozenBatchNorm(nnx.Module):
-    """BatchNorm with fixed statistics, scale and bias: an affine map of each channel (the
-    pretrained backbone's).
-    """
+    """The pretrained backbone's BatchNorm, all fixed: an affine map of each channel."""
 
     def __init__(self, d: int):
         self.scale = NormStatistic(jnp.ones(d))
@@ -327,11 +302,7 @@ class FrozenBatchNorm(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Group normalization of NHWC maps: needs no statistics of a batch, so it is the same on one
-    device and on many.
-
-    Source: Wu & He 2018.
-    """
+    """Group normalization of NHWC maps, the same on one device and on many (Wu & He 2018)."""
 
     def __init__(self, d: int, *, num_groups: int):
         self.num_groups = num_groups
@@ -344,27 +315,23 @@ class GroupNorm(nnx.Module):
         mean = self._over_groups(x.astype(jnp.float32).mean((1, 2)))
         centered = x - mean
         variance = self._over_groups(jnp.square(centered).mean((1, 2)))
-        return scale_and_shift(
-            centered * jax.lax.rsqrt(variance + NORM_EPSILON), self.scale[...], self.bias[...]
-        ).astype(x.dtype)
+        unit = centered * jax.lax.rsqrt(variance + NORM_EPSILON)
+        return scale_and_shift(unit, self.scale[...], self.bias[...]).astype(x.dtype)
 
     def _over_groups(self, channels: Float[Array, "b d"]) -> Float[Array, "b 1 1 d"]:
         b, d = channels.shape
         size = d // self.num_groups
-        return jnp.repeat(channels.reshape(b, self.num_groups, size).mean(-1), size, axis=1)[
-            :, None, None
-        ]
+        means = channels.reshape(b, self.num_groups, size).mean(-1)
+        return jnp.repeat(means, size, axis=1)[:, None, None]
 
 
 class InputProjection(nnx.Module):
-    """Convolution to the hidden size and group normalisation over 32 groups: 1x1 for C3 to C5, 3x3
-    with stride 2 for further levels.
-    """
+    """Convolution to the hidden size, 1x1 or 3x3 with stride 2, and norm over 32 groups."""
 
-    def __init__(self, d_in: int, d: int, *, size: int, stride: int, rngs: nnx.Rngs):
-        self.conv = Conv(
-            d_in, d, size, stride=stride, use_bias=True, kernel_init=xavier_uniform, rngs=rngs
-        )
+    def __init__(self, d_in: int, d: int, *, strided: bool, rngs: nnx.Rngs):
+        size, stride = (3, 2) if strided else (1, 1)
+        start: dict[str, Any] = {"use_bias": True, "kernel_init": xavier_uniform}
+        self.conv = Conv(d_in, d, size, stride=stride, **start, rngs=rngs)
         self.norm = GroupNorm(d, num_groups=32)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:

@@ -20,9 +20,7 @@ def resize_mask(mask: Bool[Array, "b h w"], height: int, width: int) -> Bool[Arr
 
 
 def valid_ratio(mask: Bool[Array, "b h w"]) -> Float[Array, "b 2"]:
-    """(width, height) of the image as a share of the padded map, measured along its first row and
-    column.
-    """
+    """(width, height) of the image as a share of the padded map, along its first row and column."""
     height = jnp.sum(~mask[:, :, 0], 1) / mask.shape[1]
     width = jnp.sum(~mask[:, 0, :], 1) / mask.shape[2]
     return jnp.stack([width, height], -1)

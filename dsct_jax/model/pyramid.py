@@ -62,12 +62,11 @@ class Pyramid(nnx.Module):
         self.config = config
         resnet = BACKBONES[config.backbone]
         self.backbone = ResNet(resnet, norm=config.norm, rngs=rngs)
-        widths = list(resnet.channels) + [resnet.channels[-1]] + [d] * (config.num_levels - 4)
-        shapes = [(1, 1)] * 3 + [(3, 2)] * (config.num_levels - 3)
+        widths = [*resnet.channels, resnet.channels[-1], *[d] * (config.num_levels - 4)]
         self.input_proj = nnx.List(
             [
-                InputProjection(c, d, size=k, stride=s, rngs=rngs)
-                for c, (k, s) in zip(widths, shapes, strict=False)
+                InputProjection(widths[i], d, strided=i >= 3, rngs=rngs)
+                for i in range(config.num_levels)
             ]
         )
         self.level_embed = nnx.Param(standard_normal(rngs.params(), (config.num_levels, d)))

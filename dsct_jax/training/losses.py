@@ -170,7 +170,7 @@ def _gather_targets(targets: Targets, assignment: Int[Array, "layers b q"]) -> _
     )
 
 
-def _by_layer(name: str, values: Float[Array, "layers"]) -> dict[str, Float[Array, ""]]:
+def _by_layer(name: str, values: Float[Array, " layers"]) -> dict[str, Float[Array, ""]]:
     """The last layer under the bare name, the auxiliary ones numbered from 0."""
     auxiliary = {f"{name}/{layer}": values[layer] for layer in range(values.shape[0] - 1)}
     return {name: values[-1]} | auxiliary
@@ -201,7 +201,7 @@ def _focal_class_sums(
     *,
     config: LossConfig,
     multi_label: bool,
-) -> Float[Array, "layers"]:
+) -> Float[Array, " layers"]:
     """Sum over images, queries and classes; every query without a target is a negative of every
     class.
 
@@ -233,7 +233,7 @@ def _focal_class_sums(
 
 def _subject_sums(
     logits: Float[Array, "layers b q c"], matched: _Matched, *, config: LossConfig
-) -> Float[Array, "layers"]:
+) -> Float[Array, " layers"]:
     """Focal loss of the last logit: is this query a subject?"""
     exists = matched.exists.astype(jnp.float32)
     return sigmoid_focal_loss(
@@ -247,7 +247,7 @@ def _softmax_class_sums(
     *,
     config: LossConfig,
     multi_label: bool,
-) -> Float[Array, "layers"]:
+) -> Float[Array, " layers"]:
     """Cross-entropy over the classes where a labeled person is matched, plus "a subject" on the
     last logit of every query: focal, which separates finding a person from naming the emotion, for
     training from scratch; or "no_object", DETR's, a factor of the classes' probabilities.
@@ -275,7 +275,7 @@ def _softmax_class_sums(
 
 def _box_sums(
     boxes: Float[Array, "layers b q 4"], matched: _Matched, *, epsilon: float
-) -> tuple[Float[Array, "layers"], Float[Array, "layers"], Float[Array, "layers"]]:
+) -> tuple[Float[Array, " layers"], Float[Array, " layers"], Float[Array, " layers"]]:
     """Sums over the matched queries of L1 in (cx, cy, w, h), of 1 - GIoU, and of IoU."""
     # Queries without a target are compared with themselves: finite values and gradients whatever
     # they predict, then masked.
@@ -294,7 +294,7 @@ def _box_sums(
 
 def _cardinality_errors(
     logits: Float[Array, "layers b q c"], valid: Bool[Array, "b t"], counted: Bool[Array, "b q"]
-) -> Float[Array, "layers"]:
+) -> Float[Array, " layers"]:
     subjects = counted & (logits.argmax(-1) != logits.shape[-1] - 1)  # layers b q
     return jnp.abs(subjects.sum(-1) - valid.sum(-1)[None]).astype(jnp.float32).sum(-1)
 

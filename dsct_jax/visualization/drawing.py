@@ -5,13 +5,15 @@ can still be read at half its size.
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dsct_jax.batch import Batch
-from dsct_jax.boxes import cxcywh_to_xyxy
+from dsct_jax.boxes import to_pixels
 from dsct_jax.evaluation.results import Shown
 from dsct_jax.postprocess import Decoder, Subject
 
@@ -34,9 +36,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def label_lines(subject: Subject) -> list[str]:
-    """What is written at a person: the emotions with their probabilities; in brackets the likeliest
-    one when none passed the threshold.
-    """
+    """The emotions with their probabilities; in brackets the likeliest where none is a label."""
     scores = subject.probabilities
     if not subject.labels:
         likeliest = max(scores, key=lambda name: scores[name], default=None)
@@ -50,23 +50,20 @@ def draw_subjects(
     image: Image.Image,
     subjects: Sequence[Subject],
     *,
-    ground_truth: Sequence[Subject] | None = None,
+    ground_truth: Sequence[Subject] = (),
 ) -> Image.Image:
-    """A copy of `image` with a box and the emotions of every subject, and dashed white boxes for
-    the annotated people when they are given.
-
-    A small image comes back enlarged (a whole number of times). Boxes are in pixels of `image` as
-    given. The people of `ground_truth` need only box and labels.
+    """A copy of `image`, enlarged a whole number of times where it is small, with a box and the
+    emotions of every subject, and dashed white boxes for the annotated people.
     """
-    factor = _enlargement(*image.size)
-    size = (image.width * factor, image.height * factor)
-    canvas = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    wanted = -(-_MIN_SHORT_SIDE // min(image.size))
+    factor = max(1, min(wanted, int((_MAX_PIXELS / math.prod(image.size)) ** 0.5)))
+    canvas = ImageOps.scale(image.convert("RGB"), factor, Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(canvas)
     unit = min(canvas.size) / _MIN_SHORT_SIDE
     width, font = max(2, round(4 * unit)), _font(max(8, round(22 * unit)))
     placed: list[_Rectangle] = []
     colors = [PALETTE[i % len(PALETTE)] for i in range(len(subjects))]
-    truth = [(_scaled(person.box, factor), person) for person in ground_truth or ()]
+    truth = [(_scaled(person.box, factor), person) for person in ground_truth]
     people = [(_scaled(subject.box, factor), subject) for subject in subjects]
     for box, _ in truth:
         _dashed_rectangle(draw, box, width)
@@ -81,16 +78,8 @@ def draw_subjects(
     return canvas
 
 
-def _enlargement(width: int, height: int) -> int:
-    """A whole number of times."""
-    wanted = -(-_MIN_SHORT_SIDE // min(width, height))
-    return max(1, min(wanted, int((_MAX_PIXELS / (width * height)) ** 0.5)))
-
-
 def sort_left_to_right(people: Sequence[Subject]) -> list[Subject]:
-    """So that a person keeps their color from one drawing of an image, or frame of a video, to the
-    next.
-    """
+    """So that a person keeps their color from one drawing or frame of a video to the next."""
     return sorted(people, key=lambda person: person.box[0])
 
 
@@ -108,14 +97,14 @@ def _inner(box: _Rectangle) -> _Rectangle:
 def _dashed_rectangle(draw: ImageDraw.ImageDraw, box: _Rectangle, width: int) -> None:
     x1, y1, x2, y2 = box
     step = 4 * width
-    for y in (y1, y2):
-        draw.line((x1, y, x2, y), fill="black", width=width)
-        for x in np.arange(x1, x2, 2 * step):
-            draw.line((x, y, min(x + step, x2), y), fill=TRUTH_COLOR, width=width)
-    for x in (x1, x2):
-        draw.line((x, y1, x, y2), fill="black", width=width)
-        for y in np.arange(y1, y2, 2 * step):
-            draw.line((x, y, x, min(y + step, y2)), fill=TRUTH_COLOR, width=width)
+    solid = [*((x1, y, x2, y) for y in (y1, y2)), *((x, y1, x, y2) for x in (x1, x2))]
+    dashes = [
+        *((x, y, min(x + step, x2), y) for y in (y1, y2) for x in np.arange(x1, x2, 2 * step)),
+        *((x, y, x, min(y + step, y2)) for x in (x1, x2) for y in np.arange(y1, y2, 2 * step)),
+    ]
+    for lines, color in ((solid, "black"), (dashes, TRUTH_COLOR)):
+        for line in lines:
+            draw.line(line, fill=color, width=width)
 
 
 def _write(
@@ -129,9 +118,7 @@ def _write(
     *,
     below_first: bool = False,
 ) -> None:
-    """Writes the lines on a panel of `color` at the box, where it covers the least of the panels
-    already placed.
-    """
+    """Writes on a panel of `color` at the box, where it covers least of those already placed."""
     if not lines:
         return
     padding, spacing = font.size / 5, round(font.size * 1.2)
@@ -168,10 +155,7 @@ def contact_sheet(
     legend: str | None = None,
 ) -> Image.Image:
     """All images on one white sheet, `columns` per row, each scaled to fit a `tile` x `tile`
-    square, with a caption below and a legend on top. Without images the sheet says so.
-
-    Raises:
-        ValueError: no columns, or another number of captions than images.
+    square, with a caption (one per image) below and a legend on top.
     """
     if columns < 1 or (captions is not None and len(captions) != len(images)):
         raise ValueError(f"{len(images)} images, {len(captions or ())} captions, {columns} columns")
@@ -188,14 +172,14 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     if legend:
         draw.text((margin, margin), legend, fill="black", font=font)
-    for r, row in enumerate(rows):
-        for c, image in enumerate(row):
-            x = margin + c * (tile + margin)
+    texts = iter(captions or ())
+    for row, height in zip(rows, heights, strict=True):
+        for column, image in enumerate(row):
+            x = margin + column * (tile + margin)
             sheet.paste(image, (x + (tile - image.width) // 2, top))
             if captions:
-                caption = captions[r * columns + c]
-                draw.text((x, top + image.height), caption, fill="black", font=font)
-        top += heights[r] + margin
+                draw.text((x, top + image.height), next(texts), fill="black", font=font)
+        top += height + margin
     return sheet
 
 
@@ -206,46 +190,28 @@ def _fit(size: tuple[int, int], tile: int) -> tuple[int, int]:
 
 
 def draw_batch(
-    batch: Batch,
-    logits: np.ndarray,
-    boxes: np.ndarray,
-    decoder: Decoder,
+    batch: Batch, logits: np.ndarray, boxes: np.ndarray, decoder: Decoder
 ) -> list[Image.Image]:
-    """Every real image of a batch, without its padding, with the predicted people and the annotated
-    ones.
-
-    `logits` [b q k+1] and `boxes` [b q 4] are those of the last decoder layer; `batch` holds host
-    arrays. `decoder` says who is a person and which emotions apply.
+    """Every real image of a batch of host arrays, without its padding, with the annotated people
+    and those that `decoder` finds. `logits` [b q k+1], `boxes` [b q 4]: of the last layer.
     """
-    pictures = []
+    pictures, targets, names = [], batch.targets, decoder.class_names
     for i in np.flatnonzero(np.asarray(batch.real)):
         height, width = (int(side) for side in batch.sizes[i])
-        subjects = decoder(logits[i], boxes[i], (height, width))
-        valid = np.asarray(batch.targets.valid[i])
-        people = cxcywh_to_xyxy(np.asarray(batch.targets.boxes[i])[valid]) * np.array(
-            [width, height] * 2
-        )
-        labels = np.asarray(batch.targets.labels[i])[valid]
+        size = (height, width)
+        valid = np.asarray(targets.valid[i])
+        places = to_pixels(np.asarray(targets.boxes[i])[valid], size)
+        labels = np.asarray(targets.labels[i])[valid]
         truth = [
-            Subject(
-                box=tuple(box.tolist()),
-                probabilities={},
-                labels=tuple(
-                    name for name, present in zip(decoder.class_names, row, strict=True) if present
-                ),
-                paper_score=1.0,
-            )
-            for box, row in zip(people, labels, strict=True)
+            Subject(tuple(box.tolist()), {}, tuple(itertools.compress(names, row)), 1.0)
+            for box, row in zip(places, labels, strict=True)
         ]
-        pixels = np.asarray(batch.images[i])[:height, :width]
-        pictures.append(draw_subjects(Image.fromarray(pixels), subjects, ground_truth=truth))
+        image = Image.fromarray(np.asarray(batch.images[i])[:height, :width])
+        people = decoder(logits[i], boxes[i], size)
+        pictures.append(draw_subjects(image, people, ground_truth=truth))
     return pictures
 
 
 def draw_shown(shown: Sequence[Shown], decoder: Decoder) -> list[Image.Image]:
-    """Drawings of images that `collect_results` kept, with the people that `decoder` finds."""
-    return [
-        picture
-        for batch, logits, boxes in shown
-        for picture in draw_batch(batch, logits, boxes, decoder)
-    ]
+    """Drawings of the images that `collect_results` kept, with the people that `decoder` finds."""
+    return [picture for batch in shown for picture in draw_batch(*batch, decoder)]

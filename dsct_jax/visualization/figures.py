@@ -27,9 +27,7 @@ _SHOWN_SHARE = 0.98
 def _panels(
     images: Sequence[Image.Image], columns: int, *, width: float = 4.6
 ) -> tuple[Figure, np.ndarray]:
-    """A figure with a row of panels for each image, as high as it is, and room for headings and a
-    legend.
-    """
+    """A figure with a row of panels for each image, and room for headings and a legend."""
     aspects = [image.height / image.width for image in images]
     height = sum(width * aspect + 0.35 for aspect in aspects) + 0.9
     figure = Figure(figsize=(width * columns, height), dpi=100, layout="constrained")
@@ -54,13 +52,8 @@ def _box(axes: Axes, box: Sequence[float], color: str) -> None:
 
 
 def _star(axes: Axes, point: np.ndarray, color: str = REFERENCE) -> None:
-    style: dict[str, Any] = {
-        "markersize": 19,
-        "markeredgecolor": "black",
-        "markeredgewidth": 1.2,
-        "zorder": 5,
-    }
-    axes.plot(*point, marker="*", color=color, clip_on=False, **style)
+    edge: dict[str, Any] = {"markeredgecolor": "black", "markeredgewidth": 1.2}
+    axes.plot(*point, marker="*", markersize=19, color=color, clip_on=False, zorder=5, **edge)
 
 
 def _points(axes: Axes, points: np.ndarray, areas: np.ndarray | float, **style: Any) -> None:
@@ -71,17 +64,14 @@ def _points(axes: Axes, points: np.ndarray, areas: np.ndarray | float, **style: 
 def _legend(figure: Figure, entries: Mapping[str, tuple[str, str]]) -> None:
     """Below everything: name -> (marker, color)."""
     style: dict[str, Any] = {"markeredgecolor": "black", "linestyle": "none", "markersize": 12}
-    handles = [
-        Line2D([], [], marker=marker, color=color, label=name, **style)
-        for name, (marker, color) in entries.items()
-    ]
+    handles = [Line2D([], [], marker=m, color=c, label=n, **style) for n, (m, c) in entries.items()]
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(2, len(handles))}
     figure.legend(handles=handles, fontsize=_FONT, frameon=False, **place)
 
 
 def activation_figure(introspections: Sequence[Introspection], *, stage: str) -> Figure:
-    """Fig. 7: each image, and how strongly each level answers to it; `stage` backbone or encoder.
-    Each map has its own scale, dark = least.
+    """Fig. 7: each image, and how strongly each level of the `stage` (backbone or encoder) answers
+    to it, each on its own scale.
     """
     maps = [getattr(one, stage) for one in introspections]
     figure, panels = _panels([one.image for one in introspections], 1 + len(maps[0]), width=3.6)
@@ -102,17 +92,12 @@ def activation_figure(introspections: Sequence[Introspection], *, stage: str) ->
 
 
 def sampling_figure(introspections: Sequence[Introspection], *, layer: int) -> Figure:
-    """Fig. 8 and 9: where each subject query samples, and where it does together with the context
-    queries fused into it.
-
-    A dot's area is its attention weight (times the weight of its context query), the strongest in a
-    panel being equally large everywhere.
+    """Fig. 8 and 9: where each subject query samples, alone and with the context queries fused into
+    it. A dot's area is its attention weight (times that of its context query).
     """
     figure, panels = _panels([one.image for one in introspections], 3)
-    figure.suptitle(
-        f"Sampling points, decoder layer {layer % len(introspections[0].layers) + 1}",
-        fontsize=_FONT + 2,
-    )
+    number = layer % len(introspections[0].layers) + 1
+    figure.suptitle(f"Sampling points, decoder layer {number}", fontsize=_FONT + 2)
     headings = ("people found", "subject queries alone", "with their context queries")
     for position, (row, one) in enumerate(zip(panels, introspections, strict=True)):
         titles = ("", "", "") if position else headings
@@ -127,13 +112,8 @@ def sampling_figure(introspections: Sequence[Introspection], *, layer: int) -> F
             _dots(row[1], seen.subject_samples[query], seen.subject_weights[query], color)
             points, weights = contextual_samples(seen, int(query))
             _dots(row[2], points, weights, color)
-    _legend(
-        figure,
-        {
-            "reference point (color: person)": ("*", "white"),
-            "sampling point, area = weight": ("o", "white"),
-        },
-    )
+    point, samples = "reference point (color: person)", "sampling point, area = weight"
+    _legend(figure, {point: ("*", "white"), samples: ("o", "white")})
     return figure
 
 
@@ -142,14 +122,10 @@ def contextual_samples(layer: Layer, query: int) -> tuple[np.ndarray, np.ndarray
     8: the subject itself counts 1).
     """
     chosen = layer.context_weights[query] > 0
-    points = np.concatenate(
-        [layer.subject_samples[query], layer.context_samples[chosen].reshape(-1, 2)]
-    )
-    own, context = (
-        layer.subject_weights[query],
-        layer.context_sample_weights[chosen] * layer.context_weights[query][chosen, None],
-    )
-    return points, np.concatenate([own, context.reshape(-1)])
+    context = layer.context_samples[chosen].reshape(-1, 2)
+    weights = layer.context_sample_weights[chosen] * layer.context_weights[query][chosen, None]
+    points = np.concatenate([layer.subject_samples[query], context])
+    return points, np.concatenate([layer.subject_weights[query], weights.reshape(-1)])
 
 
 def _dots(axes: Axes, points: np.ndarray, weights: np.ndarray, color: str) -> None:
@@ -167,14 +143,12 @@ def context_figure(one: Introspection, *, person: int) -> Figure:
     figure, panels = _panels([one.image] * 2, len(one.layers), width=4.2)
     subject, query = one.subjects[person], int(one.queries[person])
     labels = ", ".join(subject.labels) or "no emotion above the threshold"
-    figure.suptitle(
-        f"Context queries selected for person {person + 1} ({labels})", fontsize=_FONT + 2
-    )
+    title = f"Context queries selected for person {person + 1} ({labels})"
+    figure.suptitle(title, fontsize=_FONT + 2)
     rows = (("distance", "spatial", SPATIAL), ("relevance", "semantic", SEMANTIC))
     for column, layer in enumerate(one.layers):
-        for row, (axes, (reason, field, color)) in enumerate(
-            zip(panels[:, column], rows, strict=True)
-        ):
+        for row, (reason, field, color) in enumerate(rows):
+            axes = panels[row, column]
             selected = getattr(layer, field)[query]
             weights = layer.context_weights[query][selected]
             share = f"{weights.sum():.0%} of the weight" if selected.any() else "not fused here"
@@ -187,39 +161,33 @@ def context_figure(one: Introspection, *, person: int) -> Figure:
             _star(axes, layer.subject_points[query])
             if column == 0:
                 axes.set_ylabel(f"by {reason}", fontsize=_FONT)
-    _legend(
-        figure,
-        {
-            "the person's reference point": ("*", REFERENCE),
-            "selected by distance (area = weight)": ("o", SPATIAL),
-            "selected by relevance (area = weight)": ("o", SEMANTIC),
-            "not selected": (".", _GREY),
-        },
-    )
+    entries = {
+        "the person's reference point": ("*", REFERENCE),
+        "selected by distance (area = weight)": ("o", SPATIAL),
+        "selected by relevance (area = weight)": ("o", SEMANTIC),
+        "not selected": (".", _GREY),
+    }
+    _legend(figure, entries)
     return figure
 
 
 def embedding_figure(
     introspections: Sequence[Introspection], labels: Sequence[str], *, source: str
 ) -> Figure:
-    """Principal components of the subjects' embeddings, one point per person; `labels` one for each
-    subject of all introspections in order, NOBODY in grey.
-    """
-    embeddings = np.concatenate([one.embeddings for one in introspections])
-    scores, shares = principal_components(embeddings)
+    """Principal components of the embeddings of all subjects, with a label for each."""
+    scores, shares = principal_components(
+        np.concatenate([one.embeddings for one in introspections])
+    )
     figure = Figure(figsize=(11.5, 7.5), dpi=100, layout="constrained")
     axes = figure.subplots()
     names = sorted(set(labels), key=lambda name: (name == NOBODY, name))
     for number, name in enumerate(names):
         chosen = np.array([label == name for label in labels])
-        style = {"color": _GREY, "marker": "."}
-        if name != NOBODY:
-            style = {
-                "color": PALETTE[number % len(PALETTE)],
-                "marker": MARKERS[number % len(MARKERS)],
-            }
-        text = f"{name} ({chosen.sum()})"
-        _points(axes, scores[chosen], 70.0, linewidths=0.6, alpha=0.85, label=text, **style)
+        color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
+        if name == NOBODY:
+            color, marker = _GREY, "."
+        style = {"color": color, "marker": marker, "linewidths": 0.6, "alpha": 0.85}
+        _points(axes, scores[chosen], 70.0, label=f"{name} ({chosen.sum()})", **style)
     axes.set_title(f"Subject embeddings after the last layer, by {source}", fontsize=_FONT + 1)
     axes.set_xlabel(f"first principal component, {shares[0]:.0%} of the variance", fontsize=_FONT)
     axes.set_ylabel(f"second, {shares[1]:.0%}", fontsize=_FONT)
@@ -233,13 +201,10 @@ def loss_figure(runs: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[fl
     runs: name -> series of metrics.jsonl.
     """
     figure = Figure(figsize=(13, 5.2), dpi=100, layout="constrained")
-    panels = figure.subplots(1, 2)
-    terms: dict[str, tuple[str, ...]] = {
-        "classification": ("loss_class",),
-        "localization, L1 + GIoU": ("loss_bbox", "loss_giou"),
-    }
-    styles = ("-", "--", "-.", ":")
-    for axes, (title, names) in zip(panels, terms.items(), strict=True):
+    panels, styles = figure.subplots(1, 2), ("-", "--", "-.", ":")
+    titles = ("classification", "localization, L1 + GIoU")
+    terms = (("loss_class",), ("loss_bbox", "loss_giou"))
+    for axes, title, names in zip(panels, titles, terms, strict=True):
         for number, (run, series) in enumerate(runs.items()):
             steps = series[f"train/{names[0]}"][0]
             values = np.sum([series[f"train/{name}"][1] for name in names], axis=0)

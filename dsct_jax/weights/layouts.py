@@ -37,8 +37,5 @@ def detect_layout(names: Iterable[str], own: TensorLayout | None = None) -> Tens
     """Which of these kinds of file has these names; None when it is none of them. The network's
     `own` is tried first.
     """
-    names = list(names)
-    for layout in (*([own] if own else []), *LAYOUTS):
-        if any(re.fullmatch(layout.marker, name) for name in names):
-            return layout
-    return None
+    text, kinds = "\n".join(names), (*([own] if own else []), *LAYOUTS)
+    return next((one for one in kinds if re.search(rf"^(?:{one.marker})$", text, re.M)), None)

@@ -28,11 +28,8 @@ def is_native(path: Path) -> bool:
     """Whether `path` is a run directory of ours or a .safetensors file of `Model.save`."""
     if path.is_dir():
         return path.name == DIRECTORY or (path / DIRECTORY).is_dir()
-    return (
-        path.suffix == ".safetensors"
-        and path.is_file()
-        and "config" in read_safetensors_texts(path)
-    )
+    is_file = path.suffix == ".safetensors" and path.is_file()
+    return is_file and "config" in read_safetensors_texts(path)
 
 
 def read_native(path: Path) -> NativeWeights:
@@ -51,10 +48,8 @@ def read_native(path: Path) -> NativeWeights:
         raise UserError(f"{path}: neither a run directory nor a .safetensors or .pth file")
     arrays, texts = read_safetensors(path)
     if "config" not in texts:
-        raise UserError(
-            f"{path}: holds no configuration; only files written by this project's Model.save can "
-            "be read"
-        )
+        reason = "only files written by this project's Model.save can be read"
+        raise UserError(f"{path}: holds no configuration; {reason}")
     params, norm_stats = (
         {k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)}
         for p in ("params/", "frozen/")
@@ -67,6 +62,5 @@ def parse_config(text: str, path: Path) -> dict[str, Any]:
     try:
         return dict(to_builtins(json.loads(text)))
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: the configuration in it is damaged ({error}); copy the file again"
-        ) from None
+        reason = f"the configuration in it is damaged ({error})"
+        raise UserError(f"{path}: {reason}; copy the file again") from None

@@ -1,10 +1,8 @@
 """Many small arrays as a few long ones: how a checkpoint holds a state of a thousand arrays.
 
-Writing an array costs tensorstore and orbax half a millisecond to two, however small it is, and
-about 1 KiB of memory that they never give back (docs/training.md, "Soak"); a long array is written
-and read in pieces, side by side. So what is whole on every device is laid end to end, one vector
-for each part of the state and type. Arrays that are spread over devices (FSDP) stay as they are:
-each device writes its own share.
+Writing an array costs orbax half a millisecond to two, however small it is, and about 1 KiB of
+memory for good (docs/training.md, "Soak"). So what is whole on every device is laid end to end, one
+vector per part of the state and type. Arrays that are spread over devices (FSDP) stay as they are.
 """
 
 from collections.abc import Mapping
@@ -24,9 +22,7 @@ def part_of(name: str) -> str:
 
 
 def pack(values: Mapping[str, jax.Array]) -> tuple[dict[str, Any], Layout]:
-    """({name: array}, where everything lies); 'packed.params.float32' and the like are numpy
-    vectors, copies of `values`.
-    """
+    """(arrays by name, where everything lies); 'packed.params.float32' and the like are vectors."""
     whole = {name: value for name, value in values.items() if value.is_fully_replicated}
     layout: Layout = {}
     for name, value in whole.items():
@@ -52,8 +48,7 @@ def unpack(packed: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         ends = np.cumsum([np.prod(shape, dtype=int) for shape in layout[vector].values()])
         if ends[-1] != len(array):
             raise ValueError(f"{vector} has {len(array)} numbers instead of {ends[-1]}")
-        for (name, shape), piece in zip(
-            layout[vector].items(), np.split(array, ends[:-1]), strict=True
-        ):
+        pieces = np.split(array, ends[:-1])
+        for (name, shape), piece in zip(layout[vector].items(), pieces, strict=True):
             values[name] = piece.reshape(shape).copy()
     return values

@@ -29,7 +29,7 @@ from dsct_jax.weights.rules import (
 )
 from dsct_jax.weights.tensor_files import read_tensors
 
-_CLASS_HEAD = re.compile(r"(class_head|(proposal_)?heads/classes/\d+)/.*|label_embed")
+_CLASS_HEAD = ("class_head/", "heads/classes/", "proposal_heads/classes/", "label_embed")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -44,13 +44,10 @@ def load_pretrained(
     strict: bool = True,
 ) -> tuple[FlatParams, FlatParams, list[str]]:
     """(parameters, norm statistics, report) for the start of a training: `params` and `norm_stats`,
-    with what the file has in their place.
+    with what the file has in their place. The names in the file say of which kind it is.
 
-    The names in the file say what it is: a torchvision ResNet, a Deformable DETR (original or
-    Hugging Face names), a released DSCT, or a run directory or .safetensors file of our own. A
-    parameter that this kind of file never has keeps its value, and so does the class head where the
-    classes are others: by name in models of our own, by number in a released DSCT. The lines of the
-    report say what was taken, re-initialized, left out and unknown.
+    A parameter that this kind of file never has keeps its value, and so does the class head where
+    the classes are others: by name in models of our own, by number in a released DSCT.
 
     Args:
         class_names, multi_label: of the training, compared with those of a model of our own.
@@ -58,25 +55,25 @@ def load_pretrained(
             If not, what does not fit is left as it was and reported.
 
     Raises:
-        UserError: the file cannot be read, is of no known kind, or (strict) does not fit: the line
-            names the tensors. Nothing is half-loaded.
+        UserError: the file cannot be read, is of no known kind, or (strict) does not fit.
     """
-    path = Path(path)
-    shapes = network.param_shapes | network.norm_stats_shapes
+    path, shapes = Path(path), network.param_shapes | network.norm_stats_shapes
     if is_native(path):
         found, lines = _from_native(path, network, shapes, tuple(class_names), multi_label)
     else:
-        tensors = _strip_ddp_prefix(read_tensors(path))
+        tensors = read_tensors(path)
+        if all(name.startswith("module.") for name in tensors):  # DistributedDataParallel's
+            tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
         layout = detect_layout(tensors, layout_of(network.config))
         if layout is None:
-            known = f"one of {', '.join(layout.title for layout in LAYOUTS)}"
+            names, known = list(tensors)[:3], [one.title for one in reversed(LAYOUTS)]
             raise UserError(
-                f"{path}: the names in it ({', '.join(list(tensors)[:3])}, ...) are not those of "
-                f"{known}"
+                f"{path}: the names in it ({', '.join(names)}, ...) are not those of a "
+                f"{', '.join(known)}"
             )
         found, lines = _from_third_party(path, tensors, shapes, layout)
         if found.problems and strict:
-            _require_fields(path, network, layout)
+            layout.require_fields(network.config, str(path))
     if strict:
         require_fit(found.problems, where=str(path))
     taken, kept = (
@@ -105,47 +102,33 @@ _NUMBER_OR_LEAF = re.compile(
 
 
 def _summary(names: Iterable[str]) -> str:
-    """Names by the part that says what they are, with the number of each: 'class_embed (12),
-    subject_queries'.
-    """
+    """Names by their telling part, with the number of each: 'class_embed (12), level_embed'."""
     counts = Counter(_NUMBER_OR_LEAF.split(name)[0] for name in names)
     parts = (name if count == 1 else f"{name} ({count})" for name, count in counts.items())
     return ", ".join(parts) or "none"
 
 
-def _strip_ddp_prefix(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Names without the `module.` that PyTorch's DistributedDataParallel puts before all."""
-    if all(name.startswith("module.") for name in tensors):
-        return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    return tensors
-
-
 def _without_class_head(shapes: Shapes) -> Shapes:
-    return {name: shape for name, shape in shapes.items() if not _CLASS_HEAD.fullmatch(name)}
+    return {name: shape for name, shape in shapes.items() if not name.startswith(_CLASS_HEAD)}
 
 
 def _from_third_party(
     path: Path, tensors: dict[str, np.ndarray], shapes: Shapes, layout: TensorLayout
 ) -> tuple[Translation, list[str]]:
     lines = [f"{path}: {layout.title}, {len(tensors)} tensors"]
-    heads = {
-        name: shape
-        for path, shape in shapes.items()
-        if _CLASS_HEAD.fullmatch(path)
-        for name, *_ in torch_names(path, layout)
-    }
-    found = {name: len(tensors[name]) for name in heads if name in tensors}
-    changed = [name for name in found if name.endswith("bias") and heads[name] != (found[name],)]
+    paths = [path for path in shapes if path.startswith(_CLASS_HEAD)]
+    heads = {name: shapes[path] for path in paths for name, *_ in torch_names(path, layout)}
+    biases = [name for name in heads if name.endswith("bias") and name in tensors]
+    changed = [name for name in biases if tensors[name].shape != tuple(heads[name])]
     if not changed:
         return translate(tensors, shapes, layout=layout), lines
-    left_out = tuple(name for name in tensors if original_of(name, layout) in heads)
+    left_out = [name for name in tensors if original_of(name, layout) in heads]
     rest = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-    translation = translate(rest, _without_class_head(shapes), layout=layout)
-    lines.append(
-        f"  its class head has {found[changed[0]]} outputs, this run's {heads[changed[0]][0]}: the "
-        "class head is re-initialized"
-    )
-    return dataclasses.replace(translation, left_out=(*translation.left_out, *left_out)), lines
+    found = translate(rest, _without_class_head(shapes), layout=layout)
+    outputs, wanted = len(tensors[changed[0]]), heads[changed[0]][0]
+    sizes = f"  its class head has {outputs} outputs, this run's {wanted}"
+    lines.append(f"{sizes}: the class head is re-initialized")
+    return dataclasses.replace(found, left_out=found.left_out + left_out), lines
 
 
 def _from_native(
@@ -158,28 +141,19 @@ def _from_native(
     if (stored.get("class_names"), stored.get("multi_label")) != (class_names, multi_label):
         lines.append("  other classes than this run's: the class head is re-initialized")
         wanted = _without_class_head(shapes)
-        left_out = [name for name in arrays if _CLASS_HEAD.fullmatch(name)]
-    problems = [f"{name} is missing" for name in wanted if name not in arrays]
-    problems += [f"{name} is unknown to this model" for name in arrays if name not in shapes]
-    fitting = {}
-    for name in (name for name in wanted if name in arrays):
-        if arrays[name].shape == tuple(wanted[name]):
+        left_out = [name for name in arrays if name.startswith(_CLASS_HEAD)]
+    fitting, problems = {}, []
+    for name, shape in wanted.items():
+        if name not in arrays:
+            problems.append(f"{name} is missing")
+        elif arrays[name].shape == tuple(shape):
             fitting[name] = arrays[name]
         else:
-            problems.append(
-                f"{name} has shape {arrays[name].shape} where the model has {tuple(wanted[name])}"
-            )
+            found = arrays[name].shape
+            problems.append(f"{name} has shape {found} where the model has {tuple(shape)}")
+    problems += [f"{name} is unknown to this model" for name in arrays if name not in shapes]
     model = dataclasses.asdict(network.config)
     if changed := differences({"model": stored.get("model", {})}, {"model": model}):
         lines.append(f"  it was trained with other settings: config.{'; config.'.join(changed)}")
-    unmatched = tuple(name for name in shapes if name not in wanted)
-    return Translation(fitting, tuple(fitting), tuple(left_out), unmatched, tuple(problems)), lines
-
-
-def _require_fields(path: Path, network: Network, layout: TensorLayout) -> None:
-    """The most common misfit in words, such as a file whose backbone has BatchNorm."""
-    for field, value in layout.requires:
-        if (found := getattr(network.config, field)) != value:
-            raise UserError(
-                f"{path}: {layout.title}; set config.model.{field}={value} instead of {found}"
-            )
+    unmatched = [name for name in shapes if name not in wanted]
+    return Translation(fitting, list(fitting), left_out, unmatched, problems), lines

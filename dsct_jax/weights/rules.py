@@ -1,15 +1,14 @@
 """Tables of (PyTorch name, our parameter, layout), read in both directions: third-party weights in,
 ours out.
 
-A placeholder such as {i} stands for a number and takes the same value on both sides. Every name
-must be matched by exactly one rule, and every parameter that a table knows must be supplied:
-anything else is an error that names the tensor, never a silent gap.
+A placeholder such as {i} stands for a number and takes the same value on both sides. Each name must
+be matched by exactly one rule, and each parameter that a table knows must be supplied.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,14 +39,21 @@ class TensorLayout:
     # (regex, replacement), tried on the start of a name: other spellings of the names in `rules`
     spellings: tuple[tuple[str, str], ...] = ()
     left_out: str = r"(?!)"  # regex: tensors that have no place in our model
-    # regex (prefix).(number).(rest): copies of entry 0, which they must equal; one per layer of
-    # our `repeated_per`
+    # regex (prefix).(number).(rest): copies of entry 0, which they must equal, and the field of
+    # config.model that counts them
     repeated: str = r"(?!)"
-    repeated_per: str = ""
+    repeats: str = ""
     copied: tuple[tuple[str, str], ...] = ()  # (prefix, prefix of equal copies)
     # fields of config.model without which such a file does not fit, and what else its code computes
     requires: tuple[tuple[str, Any], ...] = ()
     computes: tuple[tuple[str, Any], ...] = ()
+
+    def require_fields(self, config: Any, where: str) -> None:
+        """Raises UserError unless a network's configuration has what such a file requires."""
+        for field, value in self.requires:
+            if (found := getattr(config, field, None)) != value:
+                known = f"config.model.{field}={value} only"
+                raise UserError(f"{where}: {self.title} knows {known}; set it instead of {found}")
 
 
 _PARTS = {  # of a module: (PyTorch, ours, layout)
@@ -92,60 +98,64 @@ def _packed_projections(torch: str, ours: str) -> list[Rule]:
 def resnet_rules(torch: str, ours: str) -> list[Rule]:
     """torchvision's ResNet below the prefix `torch` (ending in a dot, or empty)."""
     block, mine = f"{torch}layer{{s}}.{{i}}", f"{ours}/layer{{s}}/{{i}}"
-    convs = [
-        (f"{torch}conv1", f"{ours}/stem/conv"),
-        (f"{block}.downsample.0", f"{mine}/shortcut_conv"),
+    convs = {
+        f"{torch}conv1": f"{ours}/stem/conv",
+        f"{block}.downsample.0": f"{mine}/shortcut_conv",
+        **{f"{block}.conv{c + 1}": f"{mine}/convs/{c}" for c in range(3)},
+    }
+    norms = {
+        f"{torch}bn1": f"{ours}/stem/norm",
+        f"{block}.downsample.1": f"{mine}/shortcut_norm",
+        **{f"{block}.bn{c + 1}": f"{mine}/norms/{c}" for c in range(3)},
+    }
+    return [
+        *((f"{conv}.weight", f"{path}/kernel", "conv") for conv, path in convs.items()),
+        *(rule for pair in norms.items() for rule in module("batch_norm", *pair)),
     ]
-    norms = [
-        (f"{torch}bn1", f"{ours}/stem/norm"),
-        (f"{block}.downsample.1", f"{mine}/shortcut_norm"),
+
+
+def _transformer(backbone: str, projection: str, rest: str, cross: str, linear: str) -> list[Rule]:
+    """What the original Deformable DETR and Hugging Face's have alike but for these names."""
+    encoder, decoder = f"{rest}encoder.layers.{{i}}", f"{rest}decoder.layers.{{i}}"
+    return [
+        *resnet_rules(backbone, "backbone"),
+        *module("conv", f"{projection}.{{i}}.0", "input_proj/{i}/conv"),
+        *module("norm", f"{projection}.{{i}}.1", "input_proj/{i}/norm"),
+        (f"{rest}level_embed", "level_embed", "same"),
+        *_deformable_attention(f"{encoder}.self_attn", "encoder/{i}/self_attention"),
+        *module("linear", f"{encoder}.{linear}{{n}}", "encoder/{i}/feedforward/linear{n}"),
+        *_deformable_attention(f"{decoder}.{cross}", "decoder/{i}/cross_attention"),
+        *module("linear", f"{decoder}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
+        *module("linear", f"{decoder}.{linear}{{n}}", "decoder/{i}/feedforward/linear{n}"),
+        *module("linear", f"{rest}reference_points", "reference_points"),
     ]
-    for c in range(3):
-        convs.append((f"{block}.conv{c + 1}", f"{mine}/convs/{c}"))
-        norms.append((f"{block}.bn{c + 1}", f"{mine}/norms/{c}"))
-    rules: list[Rule] = [(f"{conv}.weight", f"{path}/kernel", "conv") for conv, path in convs]
-    return rules + [rule for pair in norms for rule in module("batch_norm", *pair)]
 
 
 ENCODER, DECODER = "transformer.encoder.layers.{i}", "transformer.decoder.layers.{i}"
-DEFORMABLE_TRANSFORMER: tuple[Rule, ...] = (
-    *resnet_rules("backbone.0.body.", "backbone"),
-    *module("conv", "input_proj.{i}.0", "input_proj/{i}/conv"),
-    *module("norm", "input_proj.{i}.1", "input_proj/{i}/norm"),
-    ("transformer.level_embed", "level_embed", "same"),
-    *_deformable_attention(f"{ENCODER}.self_attn", "encoder/{i}/self_attention"),
-    *module("norm", f"{ENCODER}.norm{{n}}", "encoder/{i}/norm{n}"),
-    *module("linear", f"{ENCODER}.linear{{n}}", "encoder/{i}/feedforward/linear{n}"),
-    *_deformable_attention(f"{DECODER}.cross_attn", "decoder/{i}/cross_attention"),
-    *packed_attention(f"{DECODER}.self_attn", "decoder/{i}/self_attention"),
-    *module("norm", f"{DECODER}.norm{{n}}", "decoder/{i}/norm{n}"),
-    *module("linear", f"{DECODER}.linear{{n}}", "decoder/{i}/feedforward/linear{n}"),
-)
+_IN_PROJ = "decoder/{i}/self_attention/in_proj"
 _ORIGINAL_TRANSFORMER: tuple[Rule, ...] = (
-    *DEFORMABLE_TRANSFORMER,
-    *module("linear", "transformer.reference_points", "reference_points"),
+    *_transformer("backbone.0.body.", "input_proj", "transformer.", "cross_attn", "linear"),
+    *module("norm", f"{ENCODER}.norm{{n}}", "encoder/{i}/norm{n}"),
+    (f"{DECODER}.self_attn.in_proj_weight", f"{_IN_PROJ}/kernel", "linear"),
+    (f"{DECODER}.self_attn.in_proj_bias", f"{_IN_PROJ}/bias", "same"),
+    *module("norm", f"{DECODER}.norm{{n}}", "decoder/{i}/norm{n}"),
     ("query_embed.weight", "context_queries", "same"),
+)
+
+DEFORMABLE_TRANSFORMER = tuple(
+    rule for rule in _ORIGINAL_TRANSFORMER if rule[1] != "context_queries"
 )
 
 _HF_BACKBONE = "model.backbone.conv_encoder.model."
 _HF_ENCODER, _HF_DECODER = "model.encoder.layers.{i}", "model.decoder.layers.{i}"
 _HUGGING_FACE: tuple[Rule, ...] = (
-    *resnet_rules(_HF_BACKBONE, "backbone"),
-    *module("conv", "model.input_proj.{i}.0", "input_proj/{i}/conv"),
-    *module("norm", "model.input_proj.{i}.1", "input_proj/{i}/norm"),
-    ("model.level_embed", "level_embed", "same"),
-    *_deformable_attention(f"{_HF_ENCODER}.self_attn", "encoder/{i}/self_attention"),
+    *_transformer(_HF_BACKBONE, "model.input_proj", "model.", "encoder_attn", "fc"),
     *module("norm", f"{_HF_ENCODER}.self_attn_layer_norm", "encoder/{i}/norm1"),
     *module("norm", f"{_HF_ENCODER}.final_layer_norm", "encoder/{i}/norm2"),
-    *module("linear", f"{_HF_ENCODER}.fc{{n}}", "encoder/{i}/feedforward/linear{n}"),
-    *_deformable_attention(f"{_HF_DECODER}.encoder_attn", "decoder/{i}/cross_attention"),
-    *_packed_projections(f"{_HF_DECODER}.self_attn", "decoder/{i}/self_attention/in_proj"),
-    *module("linear", f"{_HF_DECODER}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
+    *_packed_projections(f"{_HF_DECODER}.self_attn", _IN_PROJ),
     *module("norm", f"{_HF_DECODER}.encoder_attn_layer_norm", "decoder/{i}/norm1"),
     *module("norm", f"{_HF_DECODER}.self_attn_layer_norm", "decoder/{i}/norm2"),
     *module("norm", f"{_HF_DECODER}.final_layer_norm", "decoder/{i}/norm3"),
-    *module("linear", f"{_HF_DECODER}.fc{{n}}", "decoder/{i}/feedforward/linear{n}"),
-    *module("linear", "model.reference_points", "reference_points"),
     ("model.query_position_embeddings.weight", "context_queries", "same"),
 )
 
@@ -223,7 +233,7 @@ DSCT = TensorLayout(
     left_out=r".*\.num_batches_tracked",
     # their modules list the one shared head once per decoder layer
     repeated=r"(class_embed_dsct|bbox_embed_dsct)\.([1-9]\d*)\.(.+)",
-    repeated_per="decoder",
+    repeats="num_decoder_layers",
     requires=(("norm", "frozen_batch"), ("box_refinement", False)),
     computes=(("fusion", "released"), ("semantic_selection", "largest")),
 )
@@ -234,10 +244,10 @@ class Translation:
     """What became of a file's tensors."""
 
     arrays: dict[str, np.ndarray]  # ours, float32
-    taken: tuple[str, ...]  # names in the file
-    left_out: tuple[str, ...]  # names in the file that have no place in our model
-    unmatched: tuple[str, ...]  # our paths that this kind of file does not have
-    problems: tuple[str, ...]  # per tensor that is unknown, missing, doubled or of another shape
+    taken: list[str]  # names in the file
+    left_out: list[str]  # names in the file that have no place in our model
+    unmatched: list[str]  # our paths that this kind of file does not have
+    problems: list[str]  # per tensor that is unknown, missing, doubled or of another shape
 
 
 def from_torch(
@@ -246,32 +256,26 @@ def from_torch(
     *,
     layout: TensorLayout = DSCT,
 ) -> dict[str, np.ndarray]:
-    """PyTorch tensors by name -> our arrays by path, float32: the whole model.
-
-    `shapes` are our paths and their shapes: each must be supplied once and fit. Raises UserError
-    naming every tensor that is unknown, missing, doubled or of another shape.
+    """PyTorch tensors by name -> our arrays by path, float32: the whole model, whose `shapes` these
+    are. Raises UserError naming every tensor that does not fit.
     """
     found = translate(state, shapes, layout=layout)
-    require_fit([*found.problems, *(f"{path} is missing" for path in found.unmatched)])
+    require_fit(found.problems + [f"{path} is missing" for path in found.unmatched])
     return found.arrays
 
 
-def require_fit(problems: Sequence[str], *, where: str = "weights") -> None:
+def require_fit(problems: list[str], *, where: str = "weights") -> None:
     """Raises UserError that names the problems, unless there are none."""
     if problems:
-        more = "; ..." if len(problems) > NAMED_PROBLEMS else ""
-        raise UserError(
-            f"{where}: {len(problems)} tensors do not fit the model: "
-            f"{'; '.join(problems[:NAMED_PROBLEMS])}{more}"
-        )
+        named = problems[:NAMED_PROBLEMS] + ["..."] * (len(problems) > NAMED_PROBLEMS)
+        count = f"{len(problems)} tensors do not fit the model"
+        raise UserError(f"{where}: {count}: {'; '.join(named)}")
 
 
 def translate(
     state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, layout: TensorLayout
 ) -> Translation:
-    """PyTorch tensors by name -> our arrays, and an account of every tensor. `shapes` are our paths
-    and their shapes; raises nothing.
-    """
+    """PyTorch tensors by name -> our arrays of these `shapes`, and an account of every tensor."""
     pieces: _Pieces = {}
     left_out: list[str] = []
     problems: list[str] = []
@@ -290,19 +294,18 @@ def translate(
         thirds = pieces.get(path, {})
         expected = {third for _, _, third in torch_names(path, layout)}
         if lacking := expected - thirds.keys():
+            lost = ", ".join(("query", "key", "value")[i] for i in sorted(lacking))
+            part = f" (its {lost} part)" if len(expected) > 1 else ""
             # unless it is there in another shape, which is said already
             if not any(text.endswith(f" at {path}") for text in problems):
-                lost = ", ".join(("query", "key", "value")[i] for i in sorted(lacking))
-                problems.append(
-                    f"{path} is missing" + (f" (its {lost} part)" if len(expected) > 1 else "")
-                )
+                problems.append(f"{path} is missing{part}")
         elif expected:
             parts = [thirds[i][1] for i in sorted(thirds)]
             array = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
             arrays[path] = np.ascontiguousarray(array, np.float32).reshape(shape)
-    taken = tuple(name for path in arrays for name, _ in pieces[path].values())
-    unmatched = tuple(path for path in shapes if not has_rule(path, layout))
-    return Translation(arrays, taken, tuple(left_out), unmatched, tuple(problems))
+    taken = [name for path in arrays for name, _ in pieces[path].values()]
+    unmatched = [path for path in shapes if not has_rule(path, layout)]
+    return Translation(arrays, taken, left_out, unmatched, problems)
 
 
 def _place(
@@ -331,28 +334,21 @@ def _place(
 
 
 def to_torch(
-    parameters: Mapping[str, AnyArray], *, layout: TensorLayout = DSCT
+    parameters: Mapping[str, AnyArray], *, layout: TensorLayout = DSCT, repeats: int = 1
 ) -> dict[str, np.ndarray]:
-    """Our arrays by path -> PyTorch tensors by name, shared heads repeated for every layer.
-
-    Raises UserError for paths without a name in such files; `has_rule` says so beforehand.
+    """Our arrays by path -> PyTorch tensors by name, shared heads `repeats` times. Raises UserError
+    for paths that this kind of file has no name for, which `has_rule` says beforehand.
     """
     if nameless := [path for path in parameters if not has_rule(path, layout)]:
-        raise UserError(
-            f"weights: {layout.title} has no name for {', '.join(nameless[:NAMED_PROBLEMS])}"
-        )
-    layers = {
-        path.split("/")[1] for path in parameters if path.startswith(f"{layout.repeated_per}/")
-    }
+        named = ", ".join(nameless[:NAMED_PROBLEMS])
+        raise UserError(f"weights: {layout.title} has no name for {named}")
     state: dict[str, np.ndarray] = {}
     for path, array in parameters.items():
         found = torch_names(path, layout)
         for name, how, third in found:
             thirds = np.split(np.asarray(array), _QKV, axis=-1) if len(found) > 1 else [array]
             tensor = np.array(_TO_TORCH[how](np.asarray(thirds[third])), order="C")
-            others: list[str] = [
-                name.replace(".0.", f".{i + 1}.", 1) for i in range(len(layers) - 1)
-            ]
+            others = [name.replace(".0.", f".{i}.", 1) for i in range(1, repeats)]
             names = [name, *(other for other in others if re.fullmatch(layout.repeated, other))]
             for prefix, copy in layout.copied:
                 names += [

@@ -39,7 +39,7 @@ def _layout(title: str, rules: tuple[Rule, ...], marker: str, **how: Any) -> Ten
         marker=re.escape(marker),
         rules=rules,
         left_out=r".*\.num_batches_tracked",
-        repeated_per="decoder",
+        repeats="num_decoder_layers",
         requires=(("norm", "frozen_batch"), ("subject_logit", False)),
         **how,
     )
@@ -47,11 +47,7 @@ def _layout(title: str, rules: tuple[Rule, ...], marker: str, **how: Any) -> Ten
 
 DEFORMABLE = _layout(
     "Deformable DETR",
-    (
-        *_COMMON,
-        _QUERIES,
-        *module("linear", "transformer.reference_points", "reference_points"),
-    ),
+    (*_COMMON, _QUERIES),
     "transformer.reference_points.weight",
     repeated=_SHARED,
 )

@@ -135,6 +135,6 @@ ANCHOR_DETR = TensorLayout(
     ),
     left_out=_BATCHES,
     repeated=r"(transformer\.(?:class|bbox)_embed)\.([1-9]\d*)\.(.+)",
-    repeated_per="decoder",
+    repeats="num_decoder_layers",
     requires=(("norm", "frozen_batch"),),
 )

@@ -16,16 +16,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dsct_jax.config import differences
+from dsct_jax.config import differences, free_fields
 from dsct_jax.errors import UserError
-from dsct_jax.model.build import FlatParams
+from dsct_jax.model.build import FlatParams, network_entry
 from dsct_jax.weights.packing import Layout, part_of, unpack
 
 DIRECTORY = "checkpoints"
 PARTS = ("model", "training")
 MODEL_FIELDS = ("class_names", "multi_label", "model")  # of a configuration: what the weights mean
-# how the same model is computed or trained
-FREE_FIELDS = ("model.compute_dtype", "model.dropout", "model.remat")
 # What orbax and tensorstore raise for files that were cut, emptied or removed, and for a full disk.
 FILE_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 _log = logging.getLogger(__name__)
@@ -35,10 +33,8 @@ class DamagedCheckpoint(UserError):
     """A complete checkpoint whose files cannot be read; `reason` in a few words."""
 
     def __init__(self, path: Path, reason: str):
-        super().__init__(
-            f"{path}: this checkpoint is damaged ({reason}); remove it to continue from the one "
-            "before"
-        )
+        remedy = "remove it to continue from the one before"
+        super().__init__(f"{path}: this checkpoint is damaged ({reason}); {remedy}")
         self.reason = reason
 
 
@@ -52,36 +48,28 @@ class Weights(NamedTuple):
 
 
 def load_weights(workdir: Path, step: int | None = None, *, ema: bool = True) -> Weights:
-    """The weights of a checkpoint below `workdir`, of a run on any number of devices.
-
-    Args:
-        step: of the checkpoint; None: the newest that can be read.
-        ema: take the moving average of the trained parameters, where the run kept one.
+    """The weights of the checkpoint of `step` (None: the newest that can be read) below `workdir`;
+    `ema`: with the moving average of the trained parameters, where the run kept one.
 
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
     """
     _require_run(workdir)
-    steps = complete_steps(workdir)
+    folder, steps = workdir / DIRECTORY, complete_steps(workdir)
     if not steps:
-        raise UserError(
-            f"{workdir / DIRECTORY}: holds no complete checkpoint; train first, or wait until one "
-            "is written"
-        )
+        remedy = "train first, or wait until one is written"
+        raise UserError(f"{folder}: holds no complete checkpoint; {remedy}")
     if step is not None:
         if step not in steps:
-            raise UserError(
-                f"{workdir / DIRECTORY}: holds no checkpoint of step {step}; there are "
-                f"{', '.join(map(str, steps))}"
-            )
+            there = ", ".join(map(str, steps))
+            raise UserError(f"{folder}: holds no checkpoint of step {step}; there are {there}")
         return _weights_of(workdir, step, ema=ema)
     for newest in reversed(steps[1:]):
         try:
             return _weights_of(workdir, newest, ema=ema)
         except DamagedCheckpoint as error:
-            _log.warning(
-                "checkpoint %d is damaged (%s): the one before is taken", newest, error.reason
-            )
+            text = "checkpoint %d is damaged (%s): the one before is taken"
+            _log.warning(text, newest, error.reason)
     return _weights_of(workdir, steps[0], ema=ema)
 
 
@@ -99,13 +87,9 @@ def _weights_of(workdir: Path, step: int, *, ema: bool) -> Weights:
 
 
 def complete_steps(workdir: Path) -> list[int]:
-    """Steps of the complete checkpoints below `workdir`, oldest first: one that is being written
-    has another name.
-    """
-    folder = workdir / DIRECTORY
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+    """Steps of the complete checkpoints, oldest first: one being written has another name."""
+    names = (path.name for path in (workdir / DIRECTORY).glob("*"))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def newest_step(workdir: Path) -> int | None:
@@ -124,10 +108,8 @@ def best_step(workdir: Path) -> int:
         with damage_reported(path):
             found = read_metadata(path).get("progress", {}).get("best_step")
     if found is None:
-        raise UserError(
-            f"{workdir / DIRECTORY}: no checkpoint tells of a validation, so none is the best; "
-            "take the newest"
-        )
+        reason = "no checkpoint has a validation, so none is the best; take the newest"
+        raise UserError(f"{workdir / DIRECTORY}: {reason}")
     return found
 
 
@@ -136,9 +118,8 @@ def parse_step(text: str, workdir: Path) -> int | None:
     if text in ("newest", "best"):
         return None if text == "newest" else best_step(workdir)
     if not text.isdecimal():
-        raise UserError(
-            f"--checkpoint={text} cannot be used: must be newest, best or the step of a checkpoint"
-        )
+        wanted = "newest, best or the step of a checkpoint"
+        raise UserError(f"--checkpoint={text} cannot be used: must be {wanted}")
     return int(text)
 
 
@@ -155,40 +136,27 @@ def _require_run(workdir: Path) -> None:
 
 
 def require_same_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
-    """Raises UserError, naming the fields, when two configurations describe different models:
-    shapes alone do not show how a model computes.
-    """
-    different = [
-        line
-        for key in MODEL_FIELDS
-        if key in stored
-        for line in differences({key: stored[key]}, {key: wanted[key]})
-        if not line.startswith(FREE_FIELDS)
-    ]
-    if different:
-        raise UserError(
-            f"{where}: a checkpoint of another model (config.{'; config.'.join(different)}); use "
-            "the same model, or another --workdir"
-        )
+    """Raises UserError, naming the fields, when two configurations describe different models."""
+    network = network_entry(wanted.get("model", {})).config
+    free = [f"model.{field}" for field in free_fields(network)]
+    keys = [key for key in MODEL_FIELDS if key in stored]
+    lines = differences(*({key: config[key] for key in keys} for config in (stored, wanted)))
+    if different := [line for line in lines if line.split(":")[0] not in free]:
+        remedy = "use the same model, or another --workdir"
+        what = f"a checkpoint of another model (config.{'; config.'.join(different)})"
+        raise UserError(f"{where}: {what}; {remedy}")
 
 
 def require_same_shapes(expected: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
-    """Raises UserError, naming the first difference, unless `given` has exactly the names and
-    shapes of `expected`.
-    """
-
-    def shape(values: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
-        value = values.get(name)
-        return None if value is None else tuple(getattr(value, "shape", value))
-
-    different = [
-        name for name in {**expected, **given} if shape(expected, name) != shape(given, name)
-    ]
-    if different:
-        raise UserError(
-            f"{where}: weights of another model ({different[0]} and {len(different) - 1} more "
-            "differ); use the configuration it was trained with, or another --workdir"
-        )
+    """Raises UserError unless `given` has exactly the names and shapes of `expected`."""
+    wanted, found = (
+        {name: tuple(getattr(value, "shape", value)) for name, value in values.items()}
+        for values in (expected, given)
+    )
+    if different := [name for name in wanted | found if wanted.get(name) != found.get(name)]:
+        what = f"weights of another model ({different[0]} and {len(different) - 1} more differ)"
+        remedy = "use the configuration it was trained with, or another --workdir"
+        raise UserError(f"{where}: {what}; {remedy}")
 
 
 def require_match(
@@ -207,11 +175,9 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
 def read_layout(checkpoint: Path) -> dict[str, Layout]:
     """Of each part; empty for older checkpoints, whose arrays are not packed."""
     folder = checkpoint / "layout"
-    return (
-        json.loads((folder / "metadata").read_text())
-        if folder.is_dir()
-        else {part: {} for part in PARTS}
-    )
+    if not folder.is_dir():
+        return {part: {} for part in PARTS}
+    return json.loads((folder / "metadata").read_text())
 
 
 def read_arrays(
@@ -221,12 +187,10 @@ def read_arrays(
     only: str | None = None,
     like: Mapping[str, jax.Array] | None = None,
 ) -> dict[str, Any]:
-    """Arrays of one part of a checkpoint, by name.
+    """Arrays of one part of a checkpoint by name; `only`: of one part of the state, such as "ema".
 
-    Args:
-        only: the part of the state, such as "ema"; None = everything.
-        like: arrays whose place on the devices those of the same name and shape get, unless they
-            were packed; all others are numpy.
+    Those of the same name and shape as one `like` them get its place on the devices, unless they
+    were packed; all others are numpy.
     """
     like = like or {}
 
@@ -236,8 +200,10 @@ def read_arrays(
             return ocp.RestoreArgs(restore_type=np.ndarray)
         return ocp.ArrayRestoreArgs(sharding=wanted.sharding, dtype=wanted.dtype)
 
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        saved = reader.metadata(folder).item_metadata.tree
+    handler = ocp.PyTreeCheckpointHandler()
+    with ocp.Checkpointer(handler) as reader:
+        # the reader's own `metadata` warns of a file that only whole checkpoints have
+        saved = handler.metadata(folder).tree
         names = [name for name in saved if only in (None, part_of(name))]
         if not names:
             return {}

@@ -2,9 +2,8 @@
 them.
 
 A `.pth` file is a pickle that describes tensors, and raw bytes per storage: in a zip archive
-(PyTorch >= 1.6), or one after the other (older non-zip files, such as torchvision's and Deformable
-DETR's oldest weights). The unpickler here knows tensors and plain containers only: any other name
-in the pickle is refused, or kept as an inert `Opaque` where released files carry it.
+(PyTorch >= 1.6), or one after the other. The unpickler here knows tensors and plain containers
+only: any other name is refused, or kept as an inert `Opaque` where released files carry it.
 """
 
 import contextlib
@@ -50,20 +49,19 @@ _UNREADABLE: tuple[type[Exception], ...] = (
 )
 
 
+_BIG_ENDIAN = "written on a big-endian machine; save it again on another one"
+
+
 class Opaque:
     """An object that carries no weights, such as the training script's arguments; does nothing."""
 
-    def __init__(self, *_: Any):
-        pass
+    def __init__(self, *_: Any): ...
 
-    def __setstate__(self, _: Any) -> None:
-        pass
+    def __setstate__(self, _: Any) -> None: ...
 
 
 class _Rebuild:
-    """A function that a pickle may call and may not change: functions and partials can be given
-    another body by a crafted file.
-    """
+    """A function that a crafted pickle may call, but cannot give another body."""
 
     __slots__ = ("_function",)
 
@@ -154,9 +152,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Tensors by name of a `.pth` (also `.pt`, `.bin`) or `.safetensors` file; raises UserError
-    when it cannot be read or is neither.
-    """
+    """Tensors by name of a file of either kind. Raises UserError when it cannot be read."""
     if path.suffix in PTH_SUFFIXES:
         return read_pth(path)[0]
     if path.suffix == ".safetensors":
@@ -165,31 +161,25 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_pth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(tensors by name, texts by name) of a `.pth` file.
+    """(tensors, texts) by name of a `.pth` file: the tensors of its entry 'model' or 'state_dict'
+    where there is one, otherwise of the whole file, and the texts beside that entry.
 
-    The tensors are those of the entry 'model' or 'state_dict' where there is one, otherwise of the
-    whole file; the texts stand beside that entry.
-
-    Raises UserError when the file is no such file or holds anything that is not a tensor or a plain
-    container.
+    Raises UserError for any other file, and for one that holds more than tensors and containers.
     """
     try:
         with path.open("rb") as file:
             read = _from_archive if zipfile.is_zipfile(file) else _from_plain_file
             tensors, texts = read(path, file)
     except (zipfile.BadZipFile, StopIteration):
-        raise UserError(
-            f"{path}: not a .pth file, or cut short; copy it again, or save it again with "
-            "torch.save"
-        ) from None
+        remedy = "copy it again, or save it again with torch.save"
+        raise UserError(f"{path}: not a .pth file, or cut short; {remedy}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UserError:
         raise
     except _UNREADABLE as error:
-        raise UserError(
-            f"{path}: refused, {' '.join(str(error).split()) or type(error).__name__}"
-        ) from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: refused, {reason}") from None
     if not tensors:
         raise UserError(f"{path}: holds no tensors by name")
     return tensors, texts
@@ -199,13 +189,11 @@ def _from_archive(path: Path, file: io.BufferedReader) -> _Content:
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         if len(set(names)) < len(names):
-            raise pickle.UnpicklingError(f"it holds {_first_doubled(names)!r} twice")
+            raise pickle.UnpicklingError(f"it holds {_doubled(names)!r} twice")
         description = next(name for name in names if name.endswith("data.pkl"))
         root = description.removesuffix("data.pkl")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
-            raise UserError(
-                f"{path}: written on a big-endian machine; save it again on another one"
-            )
+            raise UserError(f"{path}: {_BIG_ENDIAN}")
         views, texts = _named_views(_Unpickler(io.BytesIO(archive.read(description))).load())
 
         def numbers(storage: _Storage) -> np.ndarray:
@@ -222,9 +210,8 @@ def _from_plain_file(path: Path, file: io.BufferedReader) -> _Content:
     file.seek(0)
     if file.read(len(_PLAIN_FILE_START)) != _PLAIN_FILE_START:
         raise zipfile.BadZipFile
-    machine = _Unpickler(file).load()
-    if not machine["little_endian"]:
-        raise UserError(f"{path}: written on a big-endian machine; save it again on another one")
+    if not _Unpickler(file).load()["little_endian"]:
+        raise UserError(f"{path}: {_BIG_ENDIAN}")
     unpickler = _Unpickler(file)
     views, texts = _named_views(unpickler.load())
     storages: dict[str, np.ndarray] = {}
@@ -242,34 +229,29 @@ def _named_views(content: Any) -> tuple[dict[str, _View], dict[str, str]]:
     if not isinstance(content, dict):
         return {}, {}
     texts = {str(name): text for name, text in content.items() if isinstance(text, str)}
-    model = next(
-        (content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)),
-        content,
-    )
+    entries = (content.get("model"), content.get("state_dict"), content)
+    model = next(entry for entry in entries if isinstance(entry, dict))
     return {str(name): view for name, view in model.items() if isinstance(view, _View)}, texts
 
 
 def read_safetensors_texts(path: Path) -> dict[str, str]:
-    """The metadata of a `.safetensors` file, without reading its tensors; raises UserError when it
-    is damaged.
-    """
+    """The metadata of a `.safetensors` file. Raises UserError when it is damaged."""
     with _safetensors_errors(path), safetensors.safe_open(path, framework="np") as file:
         return file.metadata() or {}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(tensors by name, metadata) of a `.safetensors` file; raises UserError when it is damaged,
-    cut short, or names a tensor twice.
+    """(tensors, texts) by name of a `.safetensors` file. Raises UserError when it is damaged, cut
+    short, or names a tensor twice.
     """
     with _safetensors_errors(path):
         entries = safetensors.deserialize(path.read_bytes())
     tensors = {}
     for name, entry in entries:  # the library's own conversion does not know bfloat16
-        if entry["dtype"] not in _SAFETENSORS_TYPES:
-            raise UserError(
-                f"{path}: {name} has numbers of type {entry['dtype']}, which are no weights"
-            )
-        numbers = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[entry["dtype"]])
+        kind = entry["dtype"]
+        if kind not in _SAFETENSORS_TYPES:
+            raise UserError(f"{path}: {name} has numbers of type {kind}, which are no weights")
+        numbers = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[kind])
         tensors[name] = numbers.reshape(entry["shape"])
     return tensors, read_safetensors_texts(path)
 
@@ -283,10 +265,8 @@ def _safetensors_errors(path: Path) -> Iterator[None]:
     except (safetensors.SafetensorError, ValueError) as error:
         if doubled := _doubled_name(path.read_bytes()):
             raise UserError(f"{path}: holds {doubled!r} twice") from None
-        raise UserError(
-            f"{path}: cannot be read as .safetensors ({error}); the file may be cut short, copy it "
-            "again"
-        ) from None
+        remedy = "the file may be cut short, copy it again"
+        raise UserError(f"{path}: cannot be read as .safetensors ({error}); {remedy}") from None
 
 
 def _doubled_name(content: bytes) -> str | None:
@@ -296,14 +276,12 @@ def _doubled_name(content: bytes) -> str | None:
     doubled: list[str | None] = []
     header = content[8 : 8 + int.from_bytes(content[:8], "little")]
     with contextlib.suppress(ValueError):
-        json.loads(
-            header,
-            object_pairs_hook=lambda pairs: doubled.append(_first_doubled(n for n, _ in pairs)),
-        )
+        note = lambda pairs: doubled.append(_doubled(name for name, _ in pairs))  # noqa: E731
+        json.loads(header, object_pairs_hook=note)
     return next(filter(None, doubled), None)
 
 
-def _first_doubled(names: Iterable[str]) -> str | None:
+def _doubled(names: Iterable[str]) -> str | None:
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
@@ -314,8 +292,8 @@ _ALIGNMENT = 8  # bytes; of the header's end, as safetensors wants it
 def write_safetensors(
     path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Arrays by name and texts by name, the same bytes every time: the library itself leaves the
-    order of the texts to chance, so they are added here.
+    """Arrays and texts by name, the same bytes every time: the library leaves the order of the
+    texts to chance, so they are added here.
     """
     content = serialize({name: np.asarray(arrays[name], order="C") for name in sorted(arrays)})
     start = 8 + int.from_bytes(content[:8], "little")
@@ -335,13 +313,12 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """A function or class of PyTorch in a pickle."""
+    """A function or class of PyTorch in a pickle, which wants what it calls to be callable."""
 
     module: str
     name: str
 
-    def __call__(self) -> None:
-        """The pickler wants what it calls to be callable."""
+    def __call__(self) -> None: ...
 
 
 class _Pickler(pickle._Pickler):
@@ -368,25 +345,19 @@ class _Pickler(pickle._Pickler):
 
 
 def write_pth(path: Path, tensors: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> None:
-    """A `.pth` that `torch.load(path, weights_only=True)` reads: {"model": tensors by name, and
-    each of `notes` under its name}.
-
-    Tensors that are one array are one storage, as PyTorch keeps them.
+    """A `.pth` that `torch.load(path, weights_only=True)` reads: {"model": tensors by name} and the
+    `notes`. Tensors that are one array are one storage, as PyTorch keeps them.
     """
-    storages: dict[int, tuple[_Storage, np.ndarray]] = {}
-    views = {}
+    storages: dict[int, _Storage] = {}
+    views, pickled, files = {}, io.BytesIO(), {"data.pkl": b"", "byteorder": b"little"}
     for name, tensor in tensors.items():
         kind, key = _STORAGE_NAMES[tensor.dtype], str(len(storages))
-        storage, _ = storages.setdefault(id(tensor), (_Storage(kind, key, tensor.size), tensor))
+        storage = storages.setdefault(id(tensor), _Storage(kind, key, tensor.size))
+        files[f"data/{storage.key}"] = np.asarray(tensor, order="C").tobytes()
         strides = tuple(math.prod(tensor.shape[i + 1 :]) for i in range(tensor.ndim))
         views[name] = _View(storage, 0, tensor.shape, strides)
-    pickled = io.BytesIO()
     _Pickler(pickled, protocol=2).dump({"model": views, **notes})
-    files = {"data.pkl": pickled.getvalue(), "byteorder": b"little"}
-    files |= {
-        f"data/{storage.key}": np.asarray(tensor, order="C").tobytes()
-        for storage, tensor in storages.values()
-    }
+    files |= {"data.pkl": pickled.getvalue(), "version": b"3\n"}
     with zipfile.ZipFile(path, "w") as archive:
-        for name, data in (files | {"version": b"3\n"}).items():
+        for name, data in files.items():
             archive.writestr(zipfile.ZipInfo(f"archive/{name}", _DATE), data)

@@ -36,7 +36,9 @@ def main(arguments):
 
 ROOT = Path(__file__).parents[2]
 SIZE = (90, 97)  # of the golden batch
-ONE_DEVICE = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+# of two flags, the last counts
+ONE_FLAG = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+ONE_DEVICE = os.environ | {"XLA_FLAGS": ONE_FLAG}
 
 # Runs an artifact in a process where Flax and this package cannot be imported; the arrays come and
 # go as files.

@@ -2,6 +2,7 @@
 says in one line why not.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -21,6 +22,7 @@ from dsct_jax.errors import UserError
 from dsct_jax.inference import introspection as inside
 from dsct_jax.inference.introspection import introspect, principal_components
 from dsct_jax.inference.load import Model, load, model_config
+from dsct_jax.inference.predict import predict
 from dsct_jax.model.build import Network
 from dsct_jax.postprocess import Selection, Subject
 from dsct_jax.visualization.figures import (
@@ -81,7 +83,7 @@ def scene(checkpoint, samples):
 
 def test_a_look_agrees_with_prediction(scene):
     model, image, seen = scene
-    people = visualize._answers(model, [image], EVERYBODY)[0]
+    people = predict(model, image, **dataclasses.asdict(EVERYBODY))
     assert len(people) == len(seen.subjects) == 4
     np.testing.assert_allclose(
         [one.box for one in seen.subjects], [one.box for one in people], atol=1e-2
@@ -245,14 +247,14 @@ def test_only_the_right_person_with_the_right_emotion_is_right():
 
 
 @pytest.mark.parametrize(
-    "figure", ["predictions", "activation", "sampling", "context", "embeddings", "beside"]
+    "figure", ["predictions", "activation", "sampling", "context", "embeddings", "compare"]
 )
 def test_every_figure_is_drawn(figure, checkpoint, samples, tmp_path, capsys):
     paths = [str(samples / "test_00000.png")] if figure == "context" else [str(samples)]
     extra = ["--min-confidence=0", "--nms=1"]
-    if figure in ("predictions", "embeddings", "beside"):
+    if figure in ("predictions", "embeddings", "compare"):
         extra.append(f"--ground-truth={samples / 'truth.json'}")
-    if figure == "beside":
+    if figure == "compare":
         extra += [f"--compare-with={checkpoint}", "--names=one,two"]
     if figure == "activation":
         extra.append("--stage=encoder")
@@ -306,19 +308,19 @@ def test_losses_are_those_of_the_log(tmp_path, capsys):
             ["predictions", "{image}", "--ground-truth={text}"],
             "--ground-truth={text}: not COCO-style annotations for 4 classes",
         ),
-        (["beside", "{image}"], "--compare-with is missing"),
+        (["compare", "{image}"], "--compare-with is missing"),
         (
-            ["beside", "{image}", "--compare-with={checkpoint}", "--names=one"],
+            ["compare", "{image}", "--compare-with={checkpoint}", "--names=one"],
             "--names=one: must be two names",
         ),
         (
             [
-                "beside",
+                "compare",
                 "{image}",
                 "--compare-with={checkpoint}",
                 "--compare-config=configs/demo.py",
             ],
-            "{checkpoint}: weights of another model",
+            "{checkpoint}: a checkpoint of another model (config.",
         ),
         (["sampling", "{image}", "--layer=3"], "--layer=3: the decoder has layers 1 to 2"),
         (["sampling", "{image}", "--min-confidence=1"], "{image}: nobody was found in it"),

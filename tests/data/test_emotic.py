@@ -123,7 +123,7 @@ def mat_image(
 
 @pytest.fixture
 def mat(tmp_path) -> Path:
-    """Two training images, two test images, one validation image (a lone struct), with every quirk."""
+    """Two training, two test and one validation image (a lone struct), with every quirk."""
     for name in (
         "mscoco/images/a.jpg",
         "framesdb/images/b.jpg",
@@ -565,8 +565,10 @@ def test_csv_of_the_converter(tmp_path):
         write_image(tmp_path, f"mscoco/images/{name}")
     lines = [
         CSV_HEAD,
-        """0,mscoco/images,a.jpg,"[40, 30]","[-1, 2, 11, 12]","['Disconnection', 'Doubt/Confusion']","[5.0, 3.0, 9.0]",Male,Adult""",
-        """1,mscoco/images,b.jpg,"[30, 40]","[0, 0, 5, 5]","['Disquitement']","[nan, 3.0, 9.0]",Male,Adult""",
+        """0,mscoco/images,a.jpg,"[40, 30]","[-1, 2, 11, 12]","""
+        """"['Disconnection', 'Doubt/Confusion']","[5.0, 3.0, 9.0]",Male,Adult""",
+        """1,mscoco/images,b.jpg,"[30, 40]","[0, 0, 5, 5]","""
+        """"['Disquitement']","[nan, 3.0, 9.0]",Male,Adult""",
         """2,mscoco/images,a.jpg,"[40, 30]","[20, 20, 30, 30]",[],"[5, 3, 9]",Female,Kid""",
     ]
     (tmp_path / "train.csv").write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8")

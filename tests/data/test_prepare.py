@@ -124,7 +124,8 @@ def ncaer_s(root: Path) -> DataConfig:
 def emotic(root: Path) -> DataConfig:
     for name in ("a.jpg", "b.jpg"):
         image(root / "mscoco/images" / name, len(name))
-    lines = """0,mscoco/images,a.jpg,"[40, 30]","[-1, 2, 11, 12]","['Disconnection', 'Doubt/Confusion']","[5.0, 3.0, 9.0]",Male,Adult
+    rest = """"['Disconnection', 'Doubt/Confusion']","[5.0, 3.0, 9.0]",Male,Adult"""
+    lines = f"""0,mscoco/images,a.jpg,"[40, 30]","[-1, 2, 11, 12]",{rest}
 1,mscoco/images,b.jpg,"[30, 40]","[0, 0, 5, 5]",[],"[5, 3.0, 9.0]",Male,Adult"""
     (root / "all.csv").write_text(f"{CSV_HEAD}\n{lines}\n")
     files = dict.fromkeys(("train", "val", "test"), "all.csv")

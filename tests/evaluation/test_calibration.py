@@ -142,7 +142,11 @@ def test_a_run_without_a_fit_and_a_fit_of_other_weights(tmp_path, caplog):
         assert stored_decoder(PLAIN, {}, tmp_path, 8) == PLAIN
     assert "fitted for step 6, not for step 8" in caplog.text
     own = dataclasses.replace(FITTED, temperature=2.0)
-    assert stored_decoder(PLAIN, {"decoder": own.to_dict()}, tmp_path, 6) == own
+    validated = {"decoder": own.to_dict()}
+    assert stored_decoder(PLAIN, validated, tmp_path, 6) == FITTED  # fitted again by the user
+    caplog.clear()
+    assert stored_decoder(PLAIN, validated, tmp_path, 8) == own
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,8 @@ def test_two_processes_count_every_image_once(workdir, tmp_path, one_device):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
+        # of two flags, the last counts
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     }
     commands = [
         [sys.executable, "-c", PROCESS, str(number), str(port), str(tmp_path)]

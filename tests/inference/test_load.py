@@ -98,7 +98,7 @@ def test_the_fit_travels_with_the_file(released, pth, tmp_path):
     assert dsct_jax.load(tmp_path / "older.safetensors").decoder == fitted
 
 
-def test_a_run_directory(released, tmp_path):
+def test_a_run_directory(released, tmp_path, caplog):
     config = small_config()
     mesh = make_mesh(jax.devices()[:1])
     frozen_params = {
@@ -114,9 +114,11 @@ def test_a_run_directory(released, tmp_path):
     checkpoints = Checkpoints(tmp_path / "run", metadata={"config": config})
     checkpoints.save(state)
     checkpoints.close()
+    caplog.clear()
     for path in (tmp_path / "run", tmp_path / "run" / "checkpoints"):
         model = dsct_jax.load(path)
         assert model.config == config
+        assert [record for record in caplog.records if record.levelname == "WARNING"] == []
         for ours, expected in (
             (model.params, released.params),
             (model.norm_stats, released.norm_stats),

@@ -220,9 +220,9 @@ def case(request):
 
 
 def test_golden_names(case):
-    assert case.translation.problems == () and case.translation.unmatched == ()
+    assert case.translation.problems == [] and case.translation.unmatched == []
     assert detect_layout(case.state, case.layout) is case.layout
-    written = to_torch(case.params, layout=case.layout)
+    written = to_torch(case.params, layout=case.layout, repeats=case.settings["dec_layers"])
     assert written.keys() == case.state.keys()
     for name, tensor in case.state.items():
         np.testing.assert_array_equal(written[name], tensor, err_msg=name)

@@ -199,7 +199,7 @@ def test_every_released_rule_is_used_by_the_full_model():
         k: np.zeros(v, np.float32)
         for k, v in (shapes.param_shapes | shapes.norm_stats_shapes).items()
     }
-    state = to_torch(zeros)
+    state = to_torch(zeros, repeats=6)
     assert len(state) == 562  # entries of the released state_dict
     assert (
         len(RELEASED) == len({rule[0] for rule in RELEASED}) == len({rule[1] for rule in RELEASED})

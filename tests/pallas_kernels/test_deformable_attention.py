@@ -164,7 +164,12 @@ def test_bfloat16_values(implementation):
     same = gradients(
         function, {**arguments, "value": arguments["value"].astype(jnp.float32)}, exact_cotangent
     )
-    np.testing.assert_array_equal(found["out"], same["out"].astype(jnp.bfloat16))
+    # Half an ulp of bfloat16. Two programs' float32 sums may differ in the last bit, which near a
+    # tie turns the rounding.
+    scale = np.abs(same["out"]).max()
+    np.testing.assert_allclose(
+        found["out"].astype(jnp.float32), same["out"], rtol=2**-8, atol=1e-6 * scale
+    )
     np.testing.assert_allclose(
         found["offsets"], same["offsets"], rtol=0, atol=1e-5 * np.abs(same["offsets"]).max()
     )

@@ -4,7 +4,6 @@ for flags that do not fit.
 
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -30,16 +29,16 @@ SETTINGS += [
     "--config.train.checkpoint_every=5.0",
     "--config.data.test=11",
 ]
-# Of these small images a fourth level is a few cells, which the norm over groups of few channels
-# makes signs: gradients of rounding noise.
-SETTINGS += ["--config.model.num_levels=3"]
-# A bias in front of a normalisation has no gradient but rounding noise, which Adam turns into steps
-# of the learning rate.
-NOISE = re.compile(r"input_proj/\d/conv/bias|.*/in_proj/bias")
+# Adam makes a whole step of a gradient that is rounding noise, and that differs from program to
+# program. Clipped far below Adam's epsilon of 1e-8, gradients move the parameters in proportion to
+# their size: gradient descent with momentum.
+DESCENT = ("learning_rate=10.0", "clip_norm=1e-10", "weight_decay=0.0")
+SETTINGS += [f"--config.optimizer.{setting}" for setting in DESCENT]
 
 
 def start(workdir: Path, *more: str, devices: int) -> subprocess.Popen[str]:
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    # of two flags, the last counts
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "train.py", *SETTINGS, f"--workdir={workdir}", *more]
     return subprocess.Popen(
         command,
@@ -95,7 +94,9 @@ def lines_of(workdir: Path) -> list[dict[str, float]]:
 
 
 def same(workdir: Path, other: Path) -> None:
-    """Losses within 1e-5, relative, and the weights, averaged where the run keeps an average."""
+    """Losses within 1e-5, relative, and the weights within 1e-5, averaged where the run keeps an
+    average.
+    """
     expected, found = (
         [line for line in lines_of(run) if "train/total" in line] for run in (workdir, other)
     )
@@ -105,16 +106,20 @@ def same(workdir: Path, other: Path) -> None:
         for key in one:
             if key.startswith(("train/loss", "train/total")):
                 assert two[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
+    # Clipping hides a factor common to all gradients. The median, because a gradient jumps where
+    # rounding takes a sampling point into the next cell: by 1e-4 or so, at one step in several.
+    name, pairs = "train/grad_norm", zip(expected, found, strict=True)
+    ratios = np.array([two[name] / one[name] for one, two in pairs])
+    assert np.median(np.abs(ratios - 1)) < 1e-5
     for ema in (True, False):
         (params, norm_stats, *_), (params2, frozen2, *_) = (
             load_weights(workdir, ema=ema),
             load_weights(other, ema=ema),
         )
         for path, value in (params | norm_stats).items():
-            if not NOISE.fullmatch(path):
-                np.testing.assert_allclose(
-                    (params2 | frozen2)[path], value, rtol=0, atol=1e-5, err_msg=path
-                )
+            np.testing.assert_allclose(
+                (params2 | frozen2)[path], value, rtol=0, atol=1e-5, err_msg=path
+            )
 
 
 def test_the_same_losses_and_parameters(runs):

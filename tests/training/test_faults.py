@@ -40,7 +40,8 @@ SETTINGS = [
 
 def start(workdir: Path, steps: int, *more: str, devices: int = 1) -> subprocess.Popen[str]:
     """The run as a process group of its own, as schedulers and terminals start it."""
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    # of two flags, the last counts
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     command = [
         sys.executable,
         "train.py",

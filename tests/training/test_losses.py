@@ -141,7 +141,7 @@ def test_paper_normalization_is_a_mean_over_the_classes_of_the_loss(case, classe
     )
     for name in ("loss_class", "loss_class/0", "loss_class/1"):
         np.testing.assert_allclose(paper[name] * classes, released[name], rtol=1e-6)
-    assert paper["loss_bbox"] == released["loss_bbox"]
+    np.testing.assert_allclose(paper["loss_bbox"], released["loss_bbox"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", ["emotic_main", "caer_main"])
@@ -197,14 +197,13 @@ def test_softmax_loss_is_cross_entropy_of_the_matched_and_subject_focal_of_all()
 
 
 def test_label_smoothing_moves_only_the_matched_queries():
-    gradient, reference = (
-        run("emotic_main", LossConfig(label_smoothing=0.2))[1][0],
-        run("emotic_main")[1][0],
-    )
+    configs = (LossConfig(label_smoothing=0.2), LossConfig())
+    gradient, reference = (np.asarray(run("emotic_main", config)[1][0]) for config in configs)
     matched = golden("emotic_main")[0]["assignment"] >= 0
-    assert np.array_equal(np.asarray(gradient)[~matched], np.asarray(reference)[~matched])
-    assert np.array_equal(gradient[..., -1], reference[..., -1])
-    assert np.abs(np.asarray(gradient - reference)[matched]).max() > 1e-3
+    # Two programs, in which the compiler may round the same sum differently.
+    np.testing.assert_allclose(gradient[~matched], reference[~matched], rtol=1e-6)
+    np.testing.assert_allclose(gradient[..., -1], reference[..., -1], rtol=1e-6)
+    assert np.abs((gradient - reference)[matched]).max() > 1e-3
 
 
 def test_matched_iou_of_exact_boxes_is_one():

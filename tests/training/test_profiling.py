@@ -31,7 +31,8 @@ def test_the_steps_that_were_asked_for_are_recorded(tmp_path):
         "--config.train.steps=6",
         "--profile=3:2",
     ]
-    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
+    # of two flags, the last counts
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     done = subprocess.run(
         command,
         cwd=ROOT,

@@ -134,14 +134,9 @@ TINY = DSCTConfig(
     num_classes=3,
     backbone="small",
     norm="group",
-    # with 32, the groups of the input projection's norm are single channels and its bias has no
-    # gradient
-    hidden_dim=64,
+    hidden_dim=32,
     num_heads=2,
     feedforward_dim=32,
-    # of images of 64 pixels a fourth is a single cell, which the norm over 2 channels makes a sign:
-    # a gradient of rounding noise
-    num_levels=3,
     num_points=2,
     num_encoder_layers=1,
     num_decoder_layers=2,
@@ -182,52 +177,55 @@ RUNS: dict[str, dict] = {
     },
 }
 DECAY = 0.9
-# Adam makes a whole step of the rounding noise of a gradient near zero: with this seed none is that
-# near in ten steps, with some one is
-SEED = 8
+# Adam makes a whole step of a gradient that is rounding noise, and that differs from program to
+# program. Clipped far below Adam's epsilon of 1e-8, gradients move the parameters in proportion to
+# their size: gradient descent with momentum.
+DESCENT = OptimizerConfig(learning_rate=10.0, clip_norm=1e-10, weight_decay=0.0, rules=RULES)
 
 
 @functools.cache
 def ten_steps(name: str):
     """Ten steps on 32 images each: what makes steps, the state, its params after each step, the
-    losses.
+    metrics.
     """
     options = dict(RUNS[name])
     mesh = make_mesh(jax.devices()[: options.pop("devices")])
     matcher = MatcherConfig(implementation=options.pop("implementation", "scipy"))
     functions, step_config = Network(TINY), StepConfig(ema_decay=DECAY, **options)
-    optimizer_config = OptimizerConfig(clip_norm=1.0, rules=RULES)
     optimizer, state = initial_state(
-        *functions.init(3), optimizer_config, total_steps=1000, mesh=mesh, step_config=step_config
+        *functions.init(0), DESCENT, total_steps=1000, mesh=mesh, step_config=step_config
     )
     step = make_train_step(
         functions,
         optimizer,
         objective=SetPrediction(LossConfig(), matcher, multi_label=False),
         mesh=mesh,
-        seed=SEED,
+        seed=0,
         step_config=step_config,
     )
-    losses, params = [], [jax.device_get(state.params)]
+    metrics, params = [], [jax.device_get(state.params)]
     for i in range(10):
         state, terms = step(state, shard_batch(synthetic_batch(32, i), mesh))
-        losses.append(float(terms["total"]))
+        metrics.append(jax.device_get(terms))
         params.append(jax.device_get(state.params))
-    return step, state, params, losses
+    return step, state, params, metrics
 
 
 @pytest.mark.parametrize("name", list(RUNS)[1:])
 def test_every_way_of_spreading_a_batch_trains_the_same(name):
-    _, state, params, losses = ten_steps("1 device")
-    _, other_state, other_params, other_losses = ten_steps(name)
-    assert losses[-1] < losses[0]
-    np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+    _, state, params, metrics = ten_steps("1 device")
+    _, other_state, other_params, other_metrics = ten_steps(name)
+    assert metrics[-1]["total"] < metrics[0]["total"]
+    for key in (key for key in metrics[0] if key.startswith(("loss", "total"))):
+        found, expected = ([step[key] for step in steps] for steps in (other_metrics, metrics))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=key)
+    # Clipping hides a factor common to all gradients. The median, because a gradient jumps where
+    # rounding takes a sampling point into the next cell: by 1e-4 or so, at one step in several.
+    pairs = zip(metrics, other_metrics, strict=True)
+    ratios = np.array([other["grad_norm"] / one["grad_norm"] for one, other in pairs])
+    assert np.median(np.abs(ratios - 1)) < 1e-5
     ema, other_ema = jax.device_get((state.ema, other_state.ema))
     for path, value in params[-1].items():
-        if path.endswith("self_attention/in_proj/bias"):
-            # softmax ignores the bias of the keys: its gradient is rounding noise, which Adam turns
-            # into whole steps
-            continue
         np.testing.assert_allclose(other_params[-1][path], value, rtol=0, atol=1e-5, err_msg=path)
         np.testing.assert_allclose(other_ema[path], ema[path], rtol=0, atol=1e-5, err_msg=path)
 
@@ -235,7 +233,8 @@ def test_every_way_of_spreading_a_batch_trains_the_same(name):
 def test_shared_state_is_spread_over_the_devices():
     _, state, _, _ = ten_steps("8 devices that share the state, matched on the device")
     path = "encoder/0/feedforward/linear1/kernel"
-    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (64, 32)]
+    shape = state.params[path].shape
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == shape]
     for value in (state.params[path], state.ema[path], *moments):
         assert value.addressable_shards[0].data.size == value.size // 8
     assert len(moments) >= 2

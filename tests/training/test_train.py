@@ -37,7 +37,7 @@ EIGHT = [
     "--config.train.eval_batch_size=8",
 ]  # the tests' own process has 8 devices
 ENVIRONMENT = os.environ | {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0"
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
 }  # one device; compiled in a third of the time
 
 
@@ -176,7 +176,8 @@ import train
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def while_writing(event, arguments):  # orbax has written one part of checkpoint 4 and renames it; the others are not complete
+def while_writing(event, arguments):
+    # orbax has written one part of checkpoint 4 and renames it; the others are not complete
     if event == "os.rename" and "checkpoints/4.orbax-checkpoint-tmp" in str(arguments[0]):
         kill()
 
@@ -847,7 +848,7 @@ def test_a_damaged_image_stops_the_run_or_is_counted_at_the_end(counting, tmp_pa
     no_image(tmp_path / "data")
     assert counting([*arguments, "--config.data.skip_corrupt=True"]) == 0
     out = capsys.readouterr().out
-    assert "7 images, 7 people; 1 images left out, missing or damaged (first: 3.png)" in out
+    assert "7 images, 7 people; 1 images skipped, missing or damaged (first: 3.png)" in out
     assert (
         "left out: 2 image(s) that could not be opened and 1 with damaged pixels" in out
     )  # the two: 3.png in train and in val

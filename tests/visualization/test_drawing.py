@@ -230,8 +230,8 @@ def test_report_draws_curves_and_tables(run, capsys):
 
 
 def test_losses_are_best_when_low(run):
-    series = read_metrics(run / "metrics.jsonl") | {"val/total": ([1, 2, 3], [3.0, 1.0, 2.0])}
-    assert "| total | 3.0000 | 2.0000 | 1.0000 | 2 |" in metrics_table(series)
+    series = read_metrics(run / "metrics.jsonl") | {"val/brier": ([1, 2, 3], [3.0, 1.0, 2.0])}
+    assert "| brier | 3.0000 | 2.0000 | 1.0000 | 2 |" in metrics_table(series)
 
 
 @pytest.mark.parametrize(
