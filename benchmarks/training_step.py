@@ -121,23 +121,19 @@ def measure(
 
 def measure_parts(state: TrainState, step: TrainStep, batch: Batch, runs: int) -> dict[str, float]:
     """Seconds of each part but the decoder, alone; the encoder is what it adds to the backbone."""
-    functions, optimizer, remat = step.functions, step.optimizer, step.functions.config.remat
+    functions, optimizer = step.functions, step.optimizer
 
     def model_of(params: FlatParams, batch: Batch):
         return functions.bind(params | state.frozen_params, state.norm_stats), *model_input(batch)
 
     def backbone(params: FlatParams, batch: Batch):
         model, images, _ = model_of(params, batch)
-        return sum(level.astype(jnp.float32).sum() for level in model.features(images, remat=remat))
+        return sum(level.astype(jnp.float32).sum() for level in model.features(images))
 
     def encoder(params: FlatParams, batch: Batch):
         model, images, mask = model_of(params, batch)
         noise = DropoutNoise(jax.random.split(jax.random.key(0), mask.shape[0]))
-        return (
-            model.encode(model.features(images, remat=remat), mask, noise=noise, remat=remat)[0]
-            .astype(jnp.float32)
-            .sum()
-        )
+        return model.encode(model.features(images), mask, noise=noise)[0].astype(jnp.float32).sum()
 
     update = jax.jit(lambda params, opt_state: optimizer.update(params, opt_state, params))
     up_to = {}

@@ -6,10 +6,13 @@ Fields, meanings, units and checks stand where the sections do: `model` in dsct_
 2024; "released" = the authors' code).
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from data.config import DataConfig
 from dsct_jax.config import defaults
+from dsct_jax.model.build import NETWORKS
 from dsct_jax.model.dsct import DSCTConfig
 from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig, TrainConfig
 
@@ -39,3 +42,11 @@ def get_config() -> ConfigDict:
             "train": defaults(TrainConfig),
         }
     )
+
+
+def use_network(config: ConfigDict, name: str) -> None:
+    """Another network in place of DSCT, and training as its authors do it."""
+    network: Any = NETWORKS[name].config
+    config.model = ConfigDict(defaults(network))
+    for section, values in network.published.items():
+        config[section].update(values)

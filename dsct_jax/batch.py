@@ -65,14 +65,20 @@ class Known:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@no_type_check
 class Overlap:
-    """A query answers for the person that its box overlaps most, if their IoU is at least `min_iou`
-    or no box overlaps that person more; of these the best `repeats` per person (DETA, Ouyang-Zhang
-    et al. 2022).
+    """Queries answer for the people that their anchors overlap (DETA, Ouyang-Zhang et al. 2022).
+
+    An anchor is positive for the person it overlaps most if their IoU is at least `min_iou` or no
+    anchor overlaps somebody more. A person with n positives is answered for by the min(n,
+    `repeats`) anchors that overlap it most.
     """
 
+    anchors: Float[Any, "b q 4"]  # of the queries, one for all layers
     min_iou: float = dataclasses.field(default=0.6, metadata={"static": True})
     repeats: int = dataclasses.field(default=4, metadata={"static": True})
+    # more positives than this: as many of them, scattered over the anchors
+    max_positives: int = dataclasses.field(default=128, metadata={"static": True})
 
 
 Assignment = Hungarian | Known | Overlap  # how the queries of a branch find their people
@@ -91,6 +97,8 @@ class Branch:
     assignment: Assignment
     name: str = dataclasses.field(metadata={"static": True})
     weight: float = dataclasses.field(default=1.0, metadata={"static": True})
+    # True: everybody's only label is class 0, a person (first stage of a two-stage network)
+    one_class: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -38,20 +38,21 @@ def _areas(boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
 
 
 def iou_and_giou(
-    a: Float[Array, "*n 4"], b: Float[Array, "*n 4"]
+    a: Float[Array, "*n 4"], b: Float[Array, "*n 4"], *, epsilon: float = 0.0
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
     """IoU and generalized IoU (Rezatofighi et al. 2019) of (x1, y1, x2, y2) boxes, element by
-    element after broadcasting; a pair whose union is empty has IoU 0.
+    element after broadcasting; a pair whose union is empty has IoU 0. Some authors add an `epsilon`
+    to both denominators.
     """
     low, high = jnp.maximum(a[..., :2], b[..., :2]), jnp.minimum(a[..., 2:], b[..., 2:])
     size = jnp.clip(high - low, 0)
     intersection = size[..., 0] * size[..., 1]
     union = _areas(a) + _areas(b) - intersection
-    iou = intersection / jnp.where(union > 0, union, 1)
+    iou = intersection / (jnp.where(union > 0, union, 1) + epsilon)
     low, high = jnp.minimum(a[..., :2], b[..., :2]), jnp.maximum(a[..., 2:], b[..., 2:])
     size = jnp.clip(high - low, 0)
     hull = size[..., 0] * size[..., 1]
-    return iou, iou - (hull - union) / jnp.where(hull > 0, hull, 1)
+    return iou, iou - (hull - union) / (jnp.where(hull > 0, hull, 1) + epsilon)
 
 
 def elementwise_iou(a: np.ndarray, b: np.ndarray, *, offset: float = 0.0) -> np.ndarray:

@@ -115,7 +115,7 @@ class Decoder:
         cls, class_names: Sequence[str], *, multi_label: bool, class_loss: str
     ) -> "Decoder":
         """The decoder of weights trained with `class_loss`, before anything is fitted."""
-        return cls(tuple(class_names), multi_label, multi_label or class_loss == "softmax")
+        return cls(tuple(class_names), multi_label, multi_label or class_loss != "focal")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

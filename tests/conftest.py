@@ -39,6 +39,11 @@ if SHAPES_CHECKED:
     install_import_hook(["dsct_jax", "pallas_kernels"], "beartype.beartype")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--golden-detr=DIR`: other golden numbers of the DETR family than those of the repository."""
+    parser.addoption("--golden-detr", type=Path, default=GOLDEN / "detr", metavar="DIR")
+
+
 def pytest_report_header() -> str:
     """Says when the shapes go unchecked."""
     checked = "checked" if SHAPES_CHECKED else "NOT checked, beartype is not installed"

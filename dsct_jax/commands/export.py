@@ -36,7 +36,8 @@ from dsct_jax.commands.flags import add_checkpoint, load_model
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model, load
 from dsct_jax.preprocess import MEAN, STD, Size
-from dsct_jax.weights.rules import EXPORTS, has_rule, to_torch
+from dsct_jax.weights.layouts import layout_of
+from dsct_jax.weights.rules import has_rule, to_torch
 from dsct_jax.weights.tensor_files import write_npz, write_pth
 
 FORMATS = ("stablehlo", "safetensors", "torch", "onnx")
@@ -181,13 +182,13 @@ def _without_source_places() -> Iterator[None]:
 def write_torch(model: Model, path: Path, notes: Mapping[str, Any]) -> list[str]:
     """Writes the names of the authors' code, which must have such a model; returns remarks."""
     config = model.functions.config
-    if config.name not in EXPORTS:
+    layout, weights = layout_of(config), model.params | model.norm_stats
+    if layout is None:
         raise UserError(f"--format=torch: no other code has config.model.name={config.name}")
-    layout, weights = EXPORTS[config.name], model.params | model.norm_stats
     layout.require_fields(config, "--format=torch")
     if nameless := [path for path in weights if not has_rule(path, layout)]:
         raise UserError(f"--format=torch: {layout.title} has no {nameless[0]}")
-    tensors = to_torch(weights, layout=layout, repeats=getattr(config, layout.repeats))
+    tensors = to_torch(weights, layout=layout, repeats=getattr(config, layout.repeats, 1))
     write_pth(path, tensors, _texts(notes))
     if all(getattr(config, field) == value for field, value in layout.computes):
         return []

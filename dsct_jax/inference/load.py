@@ -100,7 +100,7 @@ def decoder_of(config: Mapping[str, Any]) -> Decoder:
     return Decoder.unfitted(
         require(config, "class_names", tuple),
         multi_label=require(config, "multi_label", bool),
-        class_loss=require(config, "loss", Mapping).get("class_loss", ""),
+        class_loss=require(config, "loss", Mapping).get("class_loss", "focal"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention (Eq. 9) and joint self-attention of all queries."""
+"""Attention: multi-scale deformable (Eq. 9), plain, conditional, and along rows and columns."""
 
 import math
 from typing import NamedTuple
@@ -96,9 +96,82 @@ class DeformableAttention(nnx.Module):
         return self.output_proj(attended), sampled
 
 
-class SelfAttention(nnx.Module):
-    """Multi-head self-attention; positions enter queries and keys, not values. The projections are
-    packed as in torch.nn.MultiheadAttention.
+def attention_weights(
+    query: Float[Array, "b q n c"],
+    key: Float[Array, "b s n c"],
+    hidden: Bool[Array, "#b #q s"] | None = None,
+) -> Float[Array, "b n q s"]:
+    """Scaled dot-product attention of each head, float32. `hidden` keys are not seen by a query;
+    where all are, all count alike.
+    """
+    query = query / math.sqrt(query.shape[-1])
+    scores = jnp.einsum("bqnc,bsnc->bnqs", query, key, preferred_element_type=jnp.float32)
+    if hidden is not None:
+        scores = jnp.where(hidden[:, None], jnp.finfo(jnp.float32).min, scores)
+    return jax.nn.softmax(scores)
+
+
+def attend(
+    weights: Float[Array, "b n q s"], value: Float[Array, "b s n c"]
+) -> Float[Array, "b q d"]:
+    """The values that each head attends, heads joined."""
+    attended = jnp.einsum("bnqs,bsnc->bqnc", weights.astype(value.dtype), value)
+    return attended.reshape(*attended.shape[:2], -1)
+
+
+def split_heads(x: Float[Array, "*b d"], num_heads: int) -> Float[Array, "*b n c"]:
+    """The channels of each head."""
+    return x.reshape(*x.shape[:-1], num_heads, -1)
+
+
+def conditional_attention(
+    query: tuple[Float[Array, "b q d"], Float[Array, "b q d"]],
+    key: tuple[Float[Array, "b s d"], Float[Array, "b s d"]],
+    value: Float[Array, "b s d"],
+    *,
+    num_heads: int,
+    hidden: Bool[Array, "#b #q s"] | None = None,
+) -> Float[Array, "b q d"]:
+    """Attention whose scores are those of the contents plus those of the positions: query and key
+    are (content, position), which each head sees side by side.
+
+    Source: Meng et al. 2021.
+    """
+    query_heads, key_heads = (
+        jnp.concatenate([split_heads(x, num_heads) for x in pair], -1) for pair in (query, key)
+    )
+    weights = attention_weights(query_heads, key_heads, hidden)
+    return attend(weights, split_heads(value, num_heads))
+
+
+def row_column_attention(
+    row_query: Float[Array, "b q d"],
+    column_query: Float[Array, "b q d"],
+    row_key: Float[Array, "b w d"],
+    column_key: Float[Array, "b h d"],
+    value: Float[Array, "b h w d"],
+    *,
+    num_heads: int,
+    padding: Bool[Array, "b h w"],
+) -> Float[Array, "b q d"]:
+    """Attention along each row of a map, then over the rows: two small sets of weights instead of
+    one of the whole map, from one key per column (`row_key`) and one per row.
+
+    Source: Wang et al. 2021, "Anchor DETR".
+    """
+    row_query, column_query, row_key, column_key, value = (
+        split_heads(x, num_heads) for x in (row_query, column_query, row_key, column_key, value)
+    )
+    along_row = attention_weights(row_query, row_key, padding[:, :1])
+    over_rows = attention_weights(column_query, column_key, padding[:, None, :, 0])
+    gathered = jnp.einsum("bnqw,bhwnc->bnqhc", along_row.astype(value.dtype), value)
+    attended = jnp.einsum("bnqh,bnqhc->bqnc", over_rows.astype(value.dtype), gathered)
+    return attended.reshape(*attended.shape[:2], -1)
+
+
+class MultiHeadAttention(nnx.Module):
+    """Multi-head attention; the projections of queries, keys and values are packed as in
+    torch.nn.MultiheadAttention.
     """
 
     def __init__(self, d: int, *, num_heads: int, rngs: nnx.Rngs):
@@ -107,21 +180,29 @@ class SelfAttention(nnx.Module):
         self.out_proj = Linear(d, d, rngs=rngs)
 
     def __call__(
-        self, tokens: Float[Array, "b q d"], positions: Float[Array, "b q d"]
-    ) -> tuple[Float[Array, "b q d"], jax.Array]:
-        """Returns the attended tokens and the attention weights [b n q q]."""
-        b, q, d = tokens.shape
+        self,
+        queries: Float[Array, "b q d"],
+        keys: Float[Array, "b s d"],
+        values: Float[Array, "b s d"],
+        *,
+        hidden: Bool[Array, "#b #q s"] | None = None,
+    ) -> tuple[Float[Array, "b q d"], Float[Array, "b n q s"]]:
+        """Returns what is attended, and the attention weights."""
         assert self.in_proj.bias is not None
-        dtype = tokens.dtype
+        d, dtype = queries.shape[-1], queries.dtype
         kernel = self.in_proj.kernel[...].astype(dtype)
         bias = self.in_proj.bias[...].astype(dtype).reshape(1, 1, -1)
-        both = matmul_2d(tokens + positions, kernel[:, : 2 * d], dtype) + bias[..., : 2 * d]
-        value = matmul_2d(tokens, kernel[:, 2 * d :], dtype) + bias[..., 2 * d :]
+
+        def project(x, part):
+            return matmul_2d(x, kernel[:, part], dtype) + bias[..., part]
+
+        if keys is queries:  # one product instead of two
+            query, key = jnp.split(project(queries, slice(2 * d)), 2, -1)
+        else:
+            query, key = project(queries, slice(d)), project(keys, slice(d, 2 * d))
         query, key, value = (
-            x.reshape(b, q, self.num_heads, -1) for x in (*jnp.split(both, 2, -1), value)
+            split_heads(x, self.num_heads)
+            for x in (query, key, project(values, slice(2 * d, 3 * d)))
         )
-        query = query / math.sqrt(d // self.num_heads)
-        scores = jnp.einsum("bqnd,bknd->bnqk", query, key, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores)
-        attended = jnp.einsum("bnqk,bknd->bqnd", weights.astype(dtype), value)
-        return self.out_proj(attended.reshape(b, q, d)), weights
+        weights = attention_weights(query, key, hidden)
+        return self.out_proj(attend(weights, value)), weights

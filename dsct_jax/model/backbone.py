@@ -64,10 +64,19 @@ class Stem(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Two 3x3 convolutions, or 1x1 - 3x3 - 1x1 if `bottleneck`; the stride is on the first 3x3."""
+    """Two 3x3 convolutions, or 1x1 - 3x3 - 1x1 if `bottleneck`; the stride is on the first 3x3, the
+    dilation on each.
+    """
 
     def __init__(
-        self, d_in: int, planes: int, stride: int, config: ResNetConfig, norm: str, rngs: nnx.Rngs
+        self,
+        d_in: int,
+        planes: int,
+        stride: int,
+        config: ResNetConfig,
+        norm: str,
+        rngs: nnx.Rngs,
+        dilation: int = 1,
     ):
         d_out = planes * config.expansion
         # (channels in, channels out, size, stride) of each convolution
@@ -75,7 +84,9 @@ class Block(nnx.Module):
         if config.bottleneck:
             inner = planes * config.wide
             shapes = [(d_in, inner, 1, 1), (inner, inner, 3, stride), (inner, d_out, 1, 1)]
-        self.convs = nnx.List([Conv(a, b, size, stride=s, rngs=rngs) for a, b, size, s in shapes])
+        self.convs = nnx.List(
+            [Conv(a, b, size, stride=s, dilation=dilation, rngs=rngs) for a, b, size, s in shapes]
+        )
         self.norms = nnx.List([_norm(norm, b) for _, b, _, _ in shapes])
         projects = stride != 1 or d_in != d_out
         self.shortcut_conv = Conv(d_in, d_out, 1, stride=stride, rngs=rngs) if projects else None
@@ -92,16 +103,21 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """images [b h w 3] -> (C3, C4, C5)."""
+    """images [b h w 3] -> (C3, C4, C5). `dilated`: C5 at stride 16, with the reach of stride 32
+    (DC5).
+    """
 
-    def __init__(self, config: ResNetConfig, *, norm: str, rngs: nnx.Rngs):
+    def __init__(self, config: ResNetConfig, *, norm: str, dilated: bool = False, rngs: nnx.Rngs):
         self.stem = Stem(config.width, norm=norm, rngs=rngs)
         layers, d_in = [], config.width
         for i, count in enumerate(config.blocks):
             blocks: list[Block] = []
             for j in range(count):
                 planes, stride = config.width * 2**i, 2 if i > 0 and j == 0 else 1
-                blocks.append(Block(d_in, planes, stride, config, norm, rngs))
+                dilation = 1
+                if dilated and i == 3:  # torchvision's first block keeps the dilation before it
+                    stride, dilation = 1, 2 if j else 1
+                blocks.append(Block(d_in, planes, stride, config, norm, rngs, dilation))
                 d_in = planes * config.expansion
             layers.append(nnx.List(blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = layers

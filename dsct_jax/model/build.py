@@ -7,6 +7,14 @@ import jax
 from flax import nnx
 
 from dsct_jax.config import cannot_be_used, dataclass_from_dict
+from dsct_jax.model.anchor_detr import AnchorDETR, AnchorDetrConfig
+from dsct_jax.model.conditional_detr import ConditionalDETR, ConditionalDetrConfig
+from dsct_jax.model.dab_deformable_detr import DabDeformableDetr, DabDeformableDetrConfig
+from dsct_jax.model.dab_detr import DabDETR, DabDetrConfig
+from dsct_jax.model.deformable_detr import DeformableDetr, DeformableDetrConfig
+from dsct_jax.model.deta import Deta, DetaConfig
+from dsct_jax.model.detr import DETR, DetrConfig
+from dsct_jax.model.dino import Dino, DinoConfig
 from dsct_jax.model.dsct import DSCT, DSCTConfig
 from dsct_jax.model.layers import NormStatistic
 
@@ -21,7 +29,17 @@ class Entry(NamedTuple):
     objective: str  # what training minimizes
 
 
-NETWORKS: dict[str, Entry] = {"dsct": Entry(DSCTConfig, DSCT, "set_prediction")}
+NETWORKS: dict[str, Entry] = {
+    "dsct": Entry(DSCTConfig, DSCT, "set_prediction"),
+    "detr": Entry(DetrConfig, DETR, "set_prediction"),
+    "conditional_detr": Entry(ConditionalDetrConfig, ConditionalDETR, "set_prediction"),
+    "dab_detr": Entry(DabDetrConfig, DabDETR, "set_prediction"),
+    "anchor_detr": Entry(AnchorDetrConfig, AnchorDETR, "set_prediction"),
+    "deformable_detr": Entry(DeformableDetrConfig, DeformableDetr, "set_prediction"),
+    "dab_deformable_detr": Entry(DabDeformableDetrConfig, DabDeformableDetr, "set_prediction"),
+    "dino": Entry(DinoConfig, Dino, "set_prediction"),
+    "deta": Entry(DetaConfig, Deta, "set_prediction"),
+}
 
 
 def network_entry(section: Mapping[str, Any]) -> Entry:

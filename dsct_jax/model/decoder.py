@@ -10,7 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.model.attention import DeformableAttention, LayerShape, SelfAttention, SpatialShapes
+from dsct_jax.model.attention import (
+    DeformableAttention,
+    LayerShape,
+    MultiHeadAttention,
+    SpatialShapes,
+)
 from dsct_jax.model.encoder import FeedForward, Memory
 from dsct_jax.model.heads import BoxHead
 from dsct_jax.model.layers import DropoutNoise, LayerNorm, Linear, dropout, rematerialized
@@ -103,7 +108,7 @@ class DecoderLayer(nnx.Module):
     ):
         d, self.dropout_rate = shape.d, shape.dropout
         self.num_context, self.fusion = num_context, fusion
-        self.self_attention = SelfAttention(d, num_heads=shape.num_heads, rngs=rngs)
+        self.self_attention = MultiHeadAttention(d, num_heads=shape.num_heads, rngs=rngs)
         self.norm2 = LayerNorm(d, rngs=rngs)  # numbered as in the released weights
         self.cross_attention = DeformableAttention(shape, rngs=rngs)
         self.norm1 = LayerNorm(d, rngs=rngs)
@@ -122,11 +127,15 @@ class DecoderLayer(nnx.Module):
         spatial_shapes: SpatialShapes,
         *,
         boxes: Float[Array, "b q l 2"] | None = None,
+        hidden: Bool[Array, "#b #q q"] | None = None,
         noise: DropoutNoise | None,
         implementation: str | None,
     ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
-        """Returns the tokens and what the layer looked at; points and `boxes` are of each map."""
-        attended, self_weights = self.self_attention(tokens, positions)
+        """Returns the tokens and what the layer looked at; points and `boxes` are of each map;
+        `hidden` queries are not seen by a query.
+        """
+        placed = tokens + positions
+        attended, self_weights = self.self_attention(placed, placed, tokens, hidden=hidden)
         tokens = self.norm2(tokens + dropout(attended, self.dropout_rate, noise))
         where = (reference_points, memory, memory_padding, spatial_shapes)
         attended, details = self.cross_attention(
@@ -190,7 +199,7 @@ class Decoder(nnx.List):
         states, boxes, details = [], [], []
         for layer in self:
             run = partial(layer, spatial_shapes=memory.spatial_shapes, **how)
-            points, *sizes = _in_each_map(references, memory.valid_ratios)
+            points, *sizes = in_each_map(references, memory.valid_ratios)
             with jax.named_scope("decoder"):
                 where = (queries.positions, points, memory.tokens, memory.padding)
                 tokens, seen = rematerialized(run, remat)(
@@ -206,7 +215,7 @@ class Decoder(nnx.List):
         return jnp.stack(states), jnp.stack(boxes), details
 
 
-def _in_each_map(
+def in_each_map(
     references: Float[Array, "b q r"], valid_ratios: Float[Array, "b l 2"]
 ) -> list[Float[Array, "b q l 2"]]:
     """Points, or points and sizes, of the image -> of each level's padded map."""

@@ -1,5 +1,7 @@
 """Class and box heads, shared by all decoder layers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,16 +15,39 @@ INITIAL_SIZE = -2.0  # logit of a new box's width and height: about a ninth of t
 CLASS_PRIOR_BIAS = -4.59511985013459
 
 
-class BoxHead(nnx.Module):
-    """Three dense layers: a box relative to a reference point, or to the box that it `refines`."""
+def refine(
+    deltas: Float[Array, "*b 4"], references: Float[Array, "*b r"], *, epsilon: float = 1e-5
+) -> Float[Array, "*b 4"]:
+    """References moved by logits `deltas`, as boxes (cx, cy, w, h) in [0, 1]. References are points
+    (r = 2), whose size is that of the deltas alone, or boxes (r = 4); both are kept `epsilon` from
+    0 and 1.
+    """
+    start = inverse_sigmoid(references, eps=epsilon)
+    missing = [(0, 0)] * (start.ndim - 1) + [(0, 4 - start.shape[-1])]
+    return jax.nn.sigmoid(deltas + jnp.pad(start, missing))
 
-    def __init__(self, d: int, *, refines: bool = False, rngs: nnx.Rngs):
+
+class BoxHead(nnx.Module):
+    """Three dense layers: a box relative to a reference point, or to the box that it `refines`.
+    Without `initial_size`, the logit of a new box's sides, the last layer starts like the others.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        *,
+        refines: bool = False,
+        initial_size: float | None = INITIAL_SIZE,
+        rngs: nnx.Rngs,
+    ):
         self.refines = refines
         start, zeros = torch_uniform(d), nnx.initializers.zeros
         self.layer0 = Linear(d, d, kernel_init=start, bias_init=start, rngs=rngs)
         self.layer1 = Linear(d, d, kernel_init=start, bias_init=start, rngs=rngs)
-        size = 0.0 if refines else INITIAL_SIZE
+        size = 0.0 if refines else initial_size
         last = {"kernel_init": zeros, "bias_init": lambda *_: jnp.array([0.0, 0.0, size, size])}
+        if size is None:
+            last = {"kernel_init": start, "bias_init": start}
         self.layer2 = Linear(d, 4, **last, rngs=rngs)
 
     def __call__(
@@ -31,10 +56,11 @@ class BoxHead(nnx.Module):
         """Boxes (cx, cy, w, h) in [0, 1] of the image without padding; references likewise, points
         (r = 2) or boxes (r = 4).
         """
-        deltas = self.layer2(jax.nn.relu(self.layer1(jax.nn.relu(self.layer0(tokens)))))
-        start = inverse_sigmoid(references)
-        missing = [(0, 0)] * (start.ndim - 1) + [(0, 4 - start.shape[-1])]
-        return jax.nn.sigmoid(deltas + jnp.pad(start, missing))
+        return refine(self.deltas(tokens), references)
+
+    def deltas(self, tokens: Float[Array, "*b d"]) -> Float[Array, "*b 4"]:
+        """How far each token moves its reference, as logits."""
+        return self.layer2(jax.nn.relu(self.layer1(jax.nn.relu(self.layer0(tokens)))))
 
     def references(self, points: Float[Array, "b q 2"], num_context: int) -> Float[Array, "b q r"]:
         """What the first decoder layer refers to: the points themselves, or with refinement boxes
@@ -48,7 +74,24 @@ class BoxHead(nnx.Module):
         return jnp.concatenate([points, jnp.broadcast_to(size[None, :, None], points.shape)], -1)
 
 
-def class_head(d: int, num_logits: int, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """One dense layer; `num_logits` is the number of classes plus the released extra logit."""
-    prior = nnx.initializers.constant(CLASS_PRIOR_BIAS)
-    return Linear(d, num_logits, kernel_init=torch_uniform(d), bias_init=prior, rngs=rngs)
+class ClassHead(Linear):
+    """One dense layer to the classes and "a subject". Without a logit for the `subject` that is the
+    highest of the classes.
+    """
+
+    def __init__(self, d: int, num_classes: int, *, subject: bool, rngs: nnx.Rngs):
+        self.subject = subject
+        super().__init__(
+            *(d, num_classes + subject),
+            kernel_init=torch_uniform(d),
+            bias_init=nnx.initializers.constant(CLASS_PRIOR_BIAS),
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, inputs: Float[Array, "*n d"], out_sharding: Any = None
+    ) -> Float[Array, "*n k1"]:
+        logits = super().__call__(inputs, out_sharding)
+        if self.subject:
+            return logits
+        return jnp.concatenate([logits, logits.max(-1, keepdims=True)], -1)

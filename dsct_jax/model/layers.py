@@ -5,6 +5,7 @@ Parameters are float32; every layer computes in the type of its input (`model.co
 returns it. Norms and `linear_in_float32` measure and sum in float32 whatever the input.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -118,6 +119,25 @@ class Linear(nnx.Linear):
         return y + _as_row(self.bias[...].astype(inputs.dtype), y.ndim)
 
 
+class MLP(nnx.List):
+    """Dense layers from width to width with a ReLU between them; biases start as PyTorch's, and the
+    kernels too unless `xavier`.
+    """
+
+    def __init__(self, *widths: int, xavier: bool = True, rngs: nnx.Rngs):
+        layers = []
+        for a, b in itertools.pairwise(widths):
+            start = torch_uniform(a)
+            kernel_init = xavier_uniform if xavier else start
+            layers.append(Linear(a, b, kernel_init=kernel_init, bias_init=start, rngs=rngs))
+        super().__init__(layers)
+
+    def __call__(self, x: Float[Array, "*n a"]) -> Float[Array, "*n b"]:
+        for layer in list(self)[:-1]:
+            x = jax.nn.relu(layer(x))
+        return self[-1](x)
+
+
 def _as_row(values: Float[AnyArray, " d"], ndim: int) -> Float[AnyArray, "*one d"]:
     return values.reshape(*(1,) * (ndim - 1), -1)
 
@@ -205,6 +225,12 @@ class DropoutNoise:
 
         return checkpoint_name(jax.vmap(keep_image)(self._keys), SAVED)
 
+    def uniform(self, shape: tuple[int, ...]) -> Float[Array, " b *n"]:
+        """Fresh numbers in [0, 1) of `shape` (b, ...)."""
+        self._calls += 1
+        keys = jax.vmap(jax.random.fold_in, (0, None))(self._keys, self._calls)
+        return jax.vmap(lambda key: jax.random.uniform(key, shape[1:]))(keys)
+
 
 def dropout(
     x: Float[Array, " b *n"], rate: float, noise: DropoutNoise | None
@@ -216,7 +242,7 @@ def dropout(
 
 
 class Conv(nnx.Module):
-    """2-D convolution, NHWC, padding k // 2 on every side (PyTorch's, not 'SAME').
+    """2-D convolution, NHWC, padding k // 2 (x dilation) on every side (PyTorch's, not 'SAME').
 
     A 1x1 kernel is a matrix product: 1.5 to 4 times faster on the CPU and the same elsewhere.
     """
@@ -228,22 +254,30 @@ class Conv(nnx.Module):
         size: int,
         *,
         stride: int = 1,
+        dilation: int = 1,
         use_bias: bool = False,
         kernel_init=he_normal_fan_out,
+        bias_init: Initializer | None = None,
         rngs: nnx.Rngs,
     ):
-        self.size, self.stride = size, stride
+        self.size, self.stride, self.dilation = size, stride, dilation
         self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, d_in, d_out), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(d_out)) if use_bias else None
+        # without an initializer zeros, for which no key is drawn: older seeds give the same weights
+        start = bias_init(rngs.params(), (d_out,)) if bias_init else jnp.zeros(d_out)
+        self.bias = nnx.Param(start) if use_bias else None
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         kernel = self.kernel[...].astype(x.dtype)
         if self.size == 1:
             x = matmul_2d(x[:, :: self.stride, :: self.stride], kernel, x.dtype)
         else:
-            strides, pads = (self.stride,) * 2, ((self.size // 2,) * 2,) * 2
-            axes = ("NHWC", "HWIO", "NHWC")
-            x = jax.lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=axes)
+            strides, dilations = (self.stride,) * 2, (self.dilation,) * 2
+            pads = ((self.size // 2 * self.dilation,) * 2,) * 2
+            x = jax.lax.conv_general_dilated(
+                *(x, kernel, strides, pads),
+                rhs_dilation=dilations,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
         return x if self.bias is None else x + _as_row(self.bias[...].astype(x.dtype), 4)
 
 
@@ -289,3 +323,16 @@ class GroupNorm(nnx.Module):
         size = d // self.num_groups
         means = channels.reshape(b, self.num_groups, size).mean(-1)
         return jnp.repeat(means, size, axis=1)[:, None, None]
+
+
+class InputProjection(nnx.Module):
+    """Convolution to the hidden size, 1x1 or 3x3 with stride 2, and norm over 32 groups."""
+
+    def __init__(self, d_in: int, d: int, *, strided: bool, rngs: nnx.Rngs):
+        size, stride = (3, 2) if strided else (1, 1)
+        start: dict[str, Any] = {"use_bias": True, "kernel_init": xavier_uniform}
+        self.conv = Conv(d_in, d, size, stride=stride, **start, rngs=rngs)
+        self.norm = GroupNorm(d, num_groups=32)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        return self.norm(self.conv(x))

@@ -51,8 +51,15 @@ class LossConfig:
     class_loss: str = setting(
         "focal",
         'focal: paper; softmax: cross-entropy of the class + focal "a subject", from scratch and '
+        'multi-class only; no_object: DETR\'s mean cross-entropy of the classes and "nobody", '
         "multi-class only",
-        choices=("focal", "softmax"),
+        choices=("focal", "softmax", "no_object"),
+    )
+    no_object_weight: float = setting(
+        0.1, 'of "nobody" in class_loss="no_object"; people count 1', above=0
+    )
+    giou_epsilon: float = setting(
+        0.0, "added to both denominators of IoU and GIoU (DAB, DN, DINO, detrex: 1e-6)", low=0
     )
     label_smoothing: float = setting(
         0.0, "share of the label given to the other classes, at matched queries", low=0, below=1

@@ -35,6 +35,16 @@ def count_boxes(valid: Bool[Array, "b t"]) -> Float[Array, ""]:
     return jnp.maximum(valid.sum(), 1).astype(jnp.float32)
 
 
+def no_object_total(
+    totals: dict[str, Any], num_queries: int, repeats: int, config: LossConfig
+) -> Float[Array, ""]:
+    """The weights of all queries of a batch, by which class_loss="no_object" is divided, as long as
+    no image has more people than queries.
+    """
+    nobody = num_queries * totals["num_images"] - repeats * totals["num_people"]
+    return repeats * totals["label_weight"] + config.no_object_weight * nobody
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossSums:
@@ -62,12 +72,14 @@ class LossSums:
 
 def loss_sums(
     logits: Float[Array, "layers b q c"],
-    boxes: Float[Array, "layers b q 4"],
+    boxes: Float[Array, "layers b p 4"],
     targets: Targets,
     assignment: Int[Array, "layers b q"],
     *,
+    box_assignment: Int[Array, "layers b p"] | None = None,
     counted: Bool[Array, "b q"],
     num_boxes: Num[Array, ""] | float,
+    class_total: Num[Array, ""] | float | None = None,
     config: LossConfig,
     multi_label: bool,
 ) -> LossSums:
@@ -75,8 +87,10 @@ def loss_sums(
 
     Args:
         assignment: target of each query, -1 = none, as from `matching.assign_on_host`.
+        box_assignment: that of each box, where the boxes are not one per query (p is q otherwise).
         counted: False = the query takes no part (a filler image); it must have no target.
         num_boxes: people of the whole batch, from `count_boxes`; every loss term is divided by it.
+        class_total: what the class loss is divided by instead.
 
     Returns:
         Sums whose `compute()` holds `loss_class`, `loss_bbox`, `loss_giou` of the last layer, those
@@ -93,16 +107,17 @@ def loss_sums(
             f"loss.class_weights has {len(config.class_weights)} values for {num_classes} "
             "classes: give one per class, or () for none"
         )
-    if multi_label and config.class_loss == "softmax":
+    if multi_label and config.class_loss != "focal":
         raise UserError(
-            "loss.class_loss='softmax' needs multi_label=False: a softmax has exactly one label "
-            "per person"
+            f"loss.class_loss={config.class_loss!r} needs multi_label=False: a softmax has exactly "
+            "one label per person"
         )
     # Logits this low cost nothing and learn nothing, so a query that is not counted is no negative.
     logits = jnp.where(counted[None, :, :, None], logits, -100.0)
     matched = _gather_targets(targets, assignment)
-    class_sums = _softmax_class_sums if config.class_loss == "softmax" else _focal_class_sums
-    bbox_sums, giou_sums, iou_sums = _box_sums(boxes, matched)
+    class_sums = _focal_class_sums if config.class_loss == "focal" else _softmax_class_sums
+    paired = matched if box_assignment is None else _gather_targets(targets, box_assignment)
+    bbox_sums, giou_sums, iou_sums = _box_sums(boxes, paired, epsilon=config.giou_epsilon)
     sums = {
         "class": class_sums(logits, matched, config=config, multi_label=multi_label),
         "bbox": bbox_sums,
@@ -111,13 +126,14 @@ def loss_sums(
     weights = {"class": config.weight_class, "bbox": config.weight_bbox, "giou": config.weight_giou}
     terms: dict[str, Any] = {"total": jnp.zeros(())}
     for name, values in sums.items():
-        values = values / jnp.asarray(num_boxes, jnp.float32)
+        total = class_total if name == "class" and class_total is not None else num_boxes
+        values = values / jnp.asarray(total, jnp.float32)
         terms["total"] += weights[name] * values.sum()
         terms |= _by_layer(f"loss_{name}", values)
     return LossSums(
         terms,
         _measure(logits, matched, targets.valid, counted, config=config, multi_label=multi_label)
-        | {"matched_iou": (iou_sums[-1], matched.exists[-1].sum().astype(jnp.float32))},
+        | {"matched_iou": (iou_sums[-1], paired.exists[-1].sum().astype(jnp.float32))},
     )
 
 
@@ -135,9 +151,9 @@ def _measure(
     ratios: dict[str, tuple[Any, Any]] = {name: (error, images) for name, error in errors.items()}
     if multi_label:
         return ratios | {"class_error": (jnp.zeros(()), images)}
-    # Released: over all logits. With the softmax loss the last one is no class, and would hide the
+    # Released: over all logits. With a softmax the last one is no class, and would hide the
     # error of the others.
-    last = logits[-1, ..., :-1] if config.class_loss == "softmax" else logits[-1]
+    last = logits[-1] if config.class_loss == "focal" else logits[-1, ..., :-1]
     return ratios | {"class_accuracy": _count_correct(last, matched.labels[-1], matched.exists[-1])}
 
 
@@ -233,14 +249,19 @@ def _softmax_class_sums(
     multi_label: bool,
 ) -> Float[Array, " layers"]:
     """Cross-entropy over the classes where a labeled person is matched, plus "a subject" on the
-    last logit of every query.
-
-    Not in the paper: it separates finding a person from naming the emotion, for training from
-    scratch. `focal_normalization` does not apply.
+    last logit of every query: focal, which separates finding a person from naming the emotion, for
+    training from scratch; or "no_object", DETR's, a factor of the classes' probabilities.
+    `focal_normalization` does not apply.
     """
     del multi_label
     labels, smoothing = matched.labels, config.label_smoothing
     log_p = jax.nn.log_softmax(logits[..., :-1], axis=-1)
+    if config.class_loss == "no_object":
+        log_p = log_p + jax.nn.log_sigmoid(logits[..., -1:])
+        nobody = -config.no_object_weight * jax.nn.log_sigmoid(-logits[..., -1])
+        subject_sums = jnp.where(matched.exists, 0, nobody).sum((1, 2))
+    else:
+        subject_sums = _subject_sums(logits, matched, config=config)
     # zeros stay zeros without a label
     level = smoothing / labels.shape[-1] * labels.sum(-1, keepdims=True)
     smoothed = labels * (1 - smoothing) + level
@@ -249,17 +270,18 @@ def _softmax_class_sums(
         entropy = entropy * jnp.einsum(
             "lbqk,k->lbq", labels, jnp.asarray(config.class_weights, jnp.float32), precision=_EXACT
         )
-    return entropy.sum((1, 2)) + _subject_sums(logits, matched, config=config)
+    return entropy.sum((1, 2)) + subject_sums
 
 
 def _box_sums(
-    boxes: Float[Array, "layers b q 4"], matched: _Matched
+    boxes: Float[Array, "layers b q 4"], matched: _Matched, *, epsilon: float
 ) -> tuple[Float[Array, " layers"], Float[Array, " layers"], Float[Array, " layers"]]:
     """Sums over the matched queries of L1 in (cx, cy, w, h), of 1 - GIoU, and of IoU."""
     # Queries without a target are compared with themselves: finite values and gradients whatever
     # they predict, then masked.
     target_boxes = jnp.where(matched.exists[..., None], matched.boxes, jax.lax.stop_gradient(boxes))
-    iou, giou = iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+    corners = cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes)
+    iou, giou = iou_and_giou(*corners, epsilon=epsilon)
     difference = boxes - target_boxes
     # |.|, but with PyTorch's gradient 0 at 0; jnp.abs has 1 there
     distance = (difference * jax.lax.stop_gradient(jnp.sign(difference))).sum(-1)

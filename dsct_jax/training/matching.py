@@ -17,15 +17,16 @@ from jaxtyping import Array, Bool, Float, Int
 from optax.assignment import hungarian_algorithm
 from scipy.optimize import linear_sum_assignment
 
-from dsct_jax.batch import Overlap, Targets
+from dsct_jax.batch import Targets
 from dsct_jax.boxes import AnyArray, cxcywh_to_xyxy, iou_and_giou
-from dsct_jax.training.config import MatcherConfig
+from dsct_jax.training.config import LossConfig, MatcherConfig
 
 # The released matcher fixes these two, whatever the focal loss uses, and adds _LOG_OFFSET inside
 # the logarithms.
 _ALPHA = 0.25
 _GAMMA = 2.0
 _LOG_OFFSET = 1e-8
+_DEFAULT_LOSS = LossConfig()
 
 
 def matching_cost(
@@ -35,16 +36,21 @@ def matching_cost(
     *,
     config: MatcherConfig,
     multi_label: bool,
+    loss: LossConfig = _DEFAULT_LOSS,
 ) -> Float[Array, "*lead b q t"]:
     """Cost of answering for target t with query q; `lead` is usually the decoder layers, c = k + 1
-    (the last logit plays no part).
+    (the last logit plays no part but in the class cost of class_loss="no_object").
 
     boxes are (cx, cy, w, h) in [0, 1]. Rows of targets that are not `targets.valid` hold finite but
     meaningless numbers. The class cost of a target without any label is 0. Source: the released
     matcher.py:60-100.
     """
     query_boxes, target_boxes = _pairs(boxes, targets)
-    per_class = _focal_class_cost(logits[..., :-1])
+    if loss.class_loss == "no_object":  # minus the probability, as DETR
+        found = jax.nn.sigmoid(logits[..., -1:])
+        per_class = -jax.nn.softmax(logits[..., :-1], axis=-1) * found
+    else:
+        per_class = _focal_class_cost(logits[..., :-1])
     if multi_label:  # the released mean over all classes, of which only the positive ones count
         per_class = per_class / per_class.shape[-1]
     labels = jnp.broadcast_to(targets.labels, (*logits.shape[:-3], *targets.labels.shape))
@@ -52,7 +58,8 @@ def matching_cost(
         "...qk,...tk->...qt", per_class, labels, precision=jax.lax.Precision.HIGHEST
     )
     bbox_cost = jnp.abs(query_boxes - target_boxes).sum(-1)
-    giou = iou_and_giou(cxcywh_to_xyxy(query_boxes), cxcywh_to_xyxy(target_boxes))[1]
+    corners = cxcywh_to_xyxy(query_boxes), cxcywh_to_xyxy(target_boxes)
+    giou = iou_and_giou(*corners, epsilon=loss.giou_epsilon)[1]
     return config.cost_class * class_cost + config.cost_bbox * bbox_cost - config.cost_giou * giou
 
 
@@ -150,20 +157,3 @@ def assign_repeatedly(
     namespace = np if isinstance(cost, np.ndarray) else jnp
     found = solve(namespace.tile(cost, repeats), namespace.tile(valid, repeats))
     return namespace.where(found < 0, -1, found % max(valid.shape[-1], 1))
-
-
-def assign_by_overlap(
-    boxes: Float[Array, "layers b q 4"], targets: Targets, rule: Overlap
-) -> Int[Array, "layers b q"]:
-    """Target of each query, int32, -1 = none, by the IoU of their boxes, as `Overlap` describes."""
-    if targets.valid.shape[-1] == 0:
-        return jnp.full(boxes.shape[:3], -1, jnp.int32)
-    query_boxes, target_boxes = _pairs(boxes, targets)
-    iou = iou_and_giou(cxcywh_to_xyxy(query_boxes), cxcywh_to_xyxy(target_boxes))[0]
-    iou = jnp.where(targets.valid[:, None, :], iou, 0.0)  # layers b q t
-    best_of_someone = ((iou == iou.max(-2, keepdims=True)) & (iou > 0)).any(-1)
-    found = best_of_someone | (iou.max(-1) >= rule.min_iou)
-    chosen = found[..., None] & jax.nn.one_hot(iou.argmax(-1), iou.shape[-1], dtype=bool)
-    order = jnp.argsort(jnp.where(chosen, -iou, 1.0), axis=-2)  # of the queries of each target
-    kept = chosen & (jnp.argsort(order, axis=-2) < rule.repeats)
-    return jnp.where(kept.any(-1), kept.argmax(-1), -1).astype(jnp.int32)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dsct_jax.batch import Batch, Branch, Hungarian, Known, Overlap, Predictions
+from dsct_jax.batch import Batch, Branch, Hungarian, Known, Overlap, Predictions, Targets
+from dsct_jax.training.assignment import assign_by_overlap
 from dsct_jax.training.config import LossConfig, MatcherConfig
-from dsct_jax.training.losses import LossSums, count_boxes, loss_sums
+from dsct_jax.training.losses import LossSums, count_boxes, loss_sums, no_object_total
 from dsct_jax.training.matching import (
-    assign_by_overlap,
     assign_on_device,
     assign_on_host,
     assign_repeatedly,
@@ -89,8 +89,17 @@ class SetPrediction:
         return match_on_host if self.matcher.implementation == "scipy" else None
 
     def totals(self, batch: Batch) -> dict[str, Float[Array, ""]]:
-        """`num_boxes`, the people of the batch."""
-        return {"num_boxes": count_boxes(batch.targets.valid)}
+        """`num_boxes`, the people of the batch; what else the class loss needs to be a mean."""
+        targets = batch.targets
+        totals = {"num_boxes": count_boxes(targets.valid)}
+        if self.loss.class_loss == "no_object":
+            weights = jnp.asarray(self.loss.class_weights or (1.0,), jnp.float32)
+            totals["num_images"] = batch.real.sum().astype(jnp.float32)
+            totals["num_people"] = targets.valid.sum().astype(jnp.float32)
+            totals["label_weight"] = jnp.where(
+                targets.valid, (targets.labels * weights).sum(-1), 0
+            ).sum()
+        return totals
 
     def prepare(self, predictions: Predictions, batch: Batch) -> Any:
         """The matching problem for the host, or its solution by the device."""
@@ -99,9 +108,10 @@ class SetPrediction:
             matching_cost(
                 branch.logits,
                 branch.boxes,
-                batch.targets,
+                _people(branch, batch.targets),
                 config=self.matcher,
                 multi_label=self.multi_label,
+                loss=self.loss,
             )
             if isinstance(branch.assignment, Hungarian)
             else None
@@ -132,14 +142,27 @@ class SetPrediction:
     def _branch_sums(
         self, branch: Branch, batch: Batch, matched: Any, totals: dict[str, Any]
     ) -> LossSums:
+        boxes, box_assignment, repeats = branch.boxes, None, branch.assignment.repeats
+        if isinstance(branch.assignment, Overlap):  # a query may answer for several people
+            pairs, repeats = assign_by_overlap(batch.targets, branch.assignment), 1
+            layers, _, q = branch.logits.shape[:3]
+            queries, people, matched = (
+                jnp.broadcast_to(x, (layers, *x.shape)) for x in (*pairs.flat, pairs.of_queries(q))
+            )
+            boxes, box_assignment = jnp.take_along_axis(boxes, queries[..., None], 2), people
         assignment, counted = _assign(branch, batch, matched)
+        class_total = None
+        if self.loss.class_loss == "no_object":
+            class_total = no_object_total(totals, assignment.shape[-1], repeats, self.loss)
         return loss_sums(
             branch.logits,
-            branch.boxes,
-            batch.targets,
+            boxes,
+            _people(branch, batch.targets),
             assignment,
+            box_assignment=box_assignment,
             counted=counted,
-            num_boxes=totals["num_boxes"] * branch.assignment.repeats,
+            num_boxes=totals["num_boxes"] * repeats,
+            class_total=class_total,
             config=self.loss,
             multi_label=self.multi_label,
         )
@@ -155,6 +178,14 @@ def _all_branches(predictions: Predictions) -> tuple[Branch, ...]:
     return (answer, *predictions.branches)
 
 
+def _people(branch: Branch, targets: Targets) -> Targets:
+    """The people as a branch knows them."""
+    if not branch.one_class:
+        return targets
+    labels = jnp.zeros_like(targets.labels).at[..., 0].set(1)
+    return dataclasses.replace(targets, labels=labels)
+
+
 def _assign(
     branch: Branch, batch: Batch, matched: Any
 ) -> tuple[Int[Array, "layers b q"], Bool[Array, "b q"]]:
@@ -162,11 +193,8 @@ def _assign(
     shape = branch.logits.shape[:3]
     counted = jnp.broadcast_to(batch.real[:, None], shape[1:])
     match branch.assignment:
-        case Hungarian():
+        case Hungarian() | Overlap():
             return matched, counted
-        case Overlap() as rule:
-            boxes = jax.lax.stop_gradient(branch.boxes)
-            return assign_by_overlap(boxes, batch.targets, rule), counted
         case Known(targets=targets):
             # compared instead of gathered, which stays local to a shard of the batch
             valid = batch.targets.valid[:, None, :]  # b 1 t

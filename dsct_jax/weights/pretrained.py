@@ -17,12 +17,19 @@ import numpy as np
 from dsct_jax.config import differences
 from dsct_jax.errors import UserError
 from dsct_jax.model.build import FlatParams, Network
+from dsct_jax.weights.layouts import LAYOUTS, detect_layout, layout_of
 from dsct_jax.weights.native import is_native, read_native
-from dsct_jax.weights.rules import TensorLayout, Translation, detect_layout, require_fit, translate
+from dsct_jax.weights.rules import (
+    TensorLayout,
+    Translation,
+    original_of,
+    require_fit,
+    torch_names,
+    translate,
+)
 from dsct_jax.weights.tensor_files import read_tensors
 
-_CLASS_HEAD = "class_head/"
-_RELEASED_CLASS_BIAS = "class_embed_dsct.0.bias"
+_CLASS_HEAD = ("class_head/", "heads/classes/", "proposal_heads/classes/", "label_embed")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -57,11 +64,12 @@ def load_pretrained(
         tensors = read_tensors(path)
         if all(name.startswith("module.") for name in tensors):  # DistributedDataParallel's
             tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-        layout = detect_layout(tensors)
+        layout = detect_layout(tensors, layout_of(network.config))
         if layout is None:
+            names, known = list(tensors)[:3], [one.title for one in reversed(LAYOUTS)]
             raise UserError(
-                f"{path}: the names in it ({', '.join(list(tensors)[:3])}, ...) are not those of a "
-                "torchvision ResNet, a Deformable DETR or a DSCT"
+                f"{path}: the names in it ({', '.join(names)}, ...) are not those of a "
+                f"{', '.join(known)}"
             )
         found, lines = _from_third_party(path, tensors, shapes, layout)
         if found.problems and strict:
@@ -108,15 +116,19 @@ def _from_third_party(
     path: Path, tensors: dict[str, np.ndarray], shapes: Shapes, layout: TensorLayout
 ) -> tuple[Translation, list[str]]:
     lines = [f"{path}: {layout.title}, {len(tensors)} tensors"]
-    bias, wanted = tensors.get(_RELEASED_CLASS_BIAS), shapes["class_head/bias"]
-    if bias is None or bias.shape == tuple(wanted):
+    paths = [path for path in shapes if path.startswith(_CLASS_HEAD)]
+    heads = {name: shapes[path] for path in paths for name, *_ in torch_names(path, layout)}
+    biases = [name for name in heads if name.endswith("bias") and name in tensors]
+    changed = [name for name in biases if tensors[name].shape != tuple(heads[name])]
+    if not changed:
         return translate(tensors, shapes, layout=layout), lines
-    heads = [name for name in tensors if name.startswith(_RELEASED_CLASS_BIAS.split(".")[0])]
-    rest = {name: tensor for name, tensor in tensors.items() if name not in heads}
+    left_out = [name for name in tensors if original_of(name, layout) in heads]
+    rest = {name: tensor for name, tensor in tensors.items() if name not in left_out}
     found = translate(rest, _without_class_head(shapes), layout=layout)
-    sizes = f"  its class head has {len(bias)} outputs, this run's {wanted[0]}"
+    outputs, wanted = len(tensors[changed[0]]), heads[changed[0]][0]
+    sizes = f"  its class head has {outputs} outputs, this run's {wanted}"
     lines.append(f"{sizes}: the class head is re-initialized")
-    return dataclasses.replace(found, left_out=found.left_out + heads), lines
+    return dataclasses.replace(found, left_out=found.left_out + left_out), lines
 
 
 def _from_native(

@@ -43,6 +43,7 @@ class TensorLayout:
     # config.model that counts them
     repeated: str = r"(?!)"
     repeats: str = ""
+    copied: tuple[tuple[str, str], ...] = ()  # (prefix, prefix of equal copies)
     # fields of config.model without which such a file does not fit, and what else its code computes
     requires: tuple[tuple[str, Any], ...] = ()
     computes: tuple[tuple[str, Any], ...] = ()
@@ -67,20 +68,30 @@ _PARTS = {  # of a module: (PyTorch, ours, layout)
 _ATTENTION = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 
 
-def _module(kind: str, torch: str, ours: str) -> list[Rule]:
+def module(kind: str, torch: str, ours: str) -> list[Rule]:
+    """A layer: kind is conv, linear, norm or batch_norm."""
     return [(f"{torch}.{theirs}", f"{ours}/{mine}", how) for theirs, mine, how in _PARTS[kind]]
 
 
 def _deformable_attention(torch: str, ours: str) -> list[Rule]:
-    parts = (_module("linear", f"{torch}.{part}", f"{ours}/{part}") for part in _ATTENTION)
+    parts = (module("linear", f"{torch}.{part}", f"{ours}/{part}") for part in _ATTENTION)
     return [rule for rules in parts for rule in rules]
+
+
+def packed_attention(torch: str, ours: str) -> list[Rule]:
+    """torch.nn.MultiheadAttention."""
+    return [
+        (f"{torch}.in_proj_weight", f"{ours}/in_proj/kernel", "linear"),
+        (f"{torch}.in_proj_bias", f"{ours}/in_proj/bias", "same"),
+        *module("linear", f"{torch}.out_proj", f"{ours}/out_proj"),
+    ]
 
 
 def _packed_projections(torch: str, ours: str) -> list[Rule]:
     return [
         (theirs, mine, f"{how}:{i}")
         for i, part in enumerate("qkv")
-        for theirs, mine, how in _module("linear", f"{torch}.{part}_proj", ours)
+        for theirs, mine, how in module("linear", f"{torch}.{part}_proj", ours)
     ]
 
 
@@ -99,7 +110,7 @@ def resnet_rules(torch: str, ours: str) -> list[Rule]:
     }
     return [
         *((f"{conv}.weight", f"{path}/kernel", "conv") for conv, path in convs.items()),
-        *(rule for pair in norms.items() for rule in _module("batch_norm", *pair)),
+        *(rule for pair in norms.items() for rule in module("batch_norm", *pair)),
     ]
 
 
@@ -108,38 +119,43 @@ def _transformer(backbone: str, projection: str, rest: str, cross: str, linear: 
     encoder, decoder = f"{rest}encoder.layers.{{i}}", f"{rest}decoder.layers.{{i}}"
     return [
         *resnet_rules(backbone, "backbone"),
-        *_module("conv", f"{projection}.{{i}}.0", "input_proj/{i}/conv"),
-        *_module("norm", f"{projection}.{{i}}.1", "input_proj/{i}/norm"),
+        *module("conv", f"{projection}.{{i}}.0", "input_proj/{i}/conv"),
+        *module("norm", f"{projection}.{{i}}.1", "input_proj/{i}/norm"),
         (f"{rest}level_embed", "level_embed", "same"),
         *_deformable_attention(f"{encoder}.self_attn", "encoder/{i}/self_attention"),
-        *_module("linear", f"{encoder}.{linear}{{n}}", "encoder/{i}/feedforward/linear{n}"),
+        *module("linear", f"{encoder}.{linear}{{n}}", "encoder/{i}/feedforward/linear{n}"),
         *_deformable_attention(f"{decoder}.{cross}", "decoder/{i}/cross_attention"),
-        *_module("linear", f"{decoder}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
-        *_module("linear", f"{decoder}.{linear}{{n}}", "decoder/{i}/feedforward/linear{n}"),
-        *_module("linear", f"{rest}reference_points", "reference_points"),
+        *module("linear", f"{decoder}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
+        *module("linear", f"{decoder}.{linear}{{n}}", "decoder/{i}/feedforward/linear{n}"),
+        *module("linear", f"{rest}reference_points", "reference_points"),
     ]
 
 
-_DECODER, _IN_PROJ = "transformer.decoder.layers.{i}", "decoder/{i}/self_attention/in_proj"
+ENCODER, DECODER = "transformer.encoder.layers.{i}", "transformer.decoder.layers.{i}"
+_IN_PROJ = "decoder/{i}/self_attention/in_proj"
 _ORIGINAL_TRANSFORMER: tuple[Rule, ...] = (
     *_transformer("backbone.0.body.", "input_proj", "transformer.", "cross_attn", "linear"),
-    *_module("norm", "transformer.encoder.layers.{i}.norm{n}", "encoder/{i}/norm{n}"),
-    (f"{_DECODER}.self_attn.in_proj_weight", f"{_IN_PROJ}/kernel", "linear"),
-    (f"{_DECODER}.self_attn.in_proj_bias", f"{_IN_PROJ}/bias", "same"),
-    *_module("norm", f"{_DECODER}.norm{{n}}", "decoder/{i}/norm{n}"),
+    *module("norm", f"{ENCODER}.norm{{n}}", "encoder/{i}/norm{n}"),
+    (f"{DECODER}.self_attn.in_proj_weight", f"{_IN_PROJ}/kernel", "linear"),
+    (f"{DECODER}.self_attn.in_proj_bias", f"{_IN_PROJ}/bias", "same"),
+    *module("norm", f"{DECODER}.norm{{n}}", "decoder/{i}/norm{n}"),
     ("query_embed.weight", "context_queries", "same"),
+)
+
+DEFORMABLE_TRANSFORMER = tuple(
+    rule for rule in _ORIGINAL_TRANSFORMER if rule[1] != "context_queries"
 )
 
 _HF_BACKBONE = "model.backbone.conv_encoder.model."
 _HF_ENCODER, _HF_DECODER = "model.encoder.layers.{i}", "model.decoder.layers.{i}"
 _HUGGING_FACE: tuple[Rule, ...] = (
     *_transformer(_HF_BACKBONE, "model.input_proj", "model.", "encoder_attn", "fc"),
-    *_module("norm", f"{_HF_ENCODER}.self_attn_layer_norm", "encoder/{i}/norm1"),
-    *_module("norm", f"{_HF_ENCODER}.final_layer_norm", "encoder/{i}/norm2"),
+    *module("norm", f"{_HF_ENCODER}.self_attn_layer_norm", "encoder/{i}/norm1"),
+    *module("norm", f"{_HF_ENCODER}.final_layer_norm", "encoder/{i}/norm2"),
     *_packed_projections(f"{_HF_DECODER}.self_attn", _IN_PROJ),
-    *_module("norm", f"{_HF_DECODER}.encoder_attn_layer_norm", "decoder/{i}/norm1"),
-    *_module("norm", f"{_HF_DECODER}.self_attn_layer_norm", "decoder/{i}/norm2"),
-    *_module("norm", f"{_HF_DECODER}.final_layer_norm", "decoder/{i}/norm3"),
+    *module("norm", f"{_HF_DECODER}.encoder_attn_layer_norm", "decoder/{i}/norm1"),
+    *module("norm", f"{_HF_DECODER}.self_attn_layer_norm", "decoder/{i}/norm2"),
+    *module("norm", f"{_HF_DECODER}.final_layer_norm", "decoder/{i}/norm3"),
     ("model.query_position_embeddings.weight", "context_queries", "same"),
 )
 
@@ -206,8 +222,8 @@ HUGGING_FACE = TensorLayout(
 RELEASED: tuple[Rule, ...] = (
     *_ORIGINAL_TRANSFORMER,
     ("query_embed_dsct.weight", "subject_queries", "same"),
-    *_module("linear", "class_embed_dsct.0", "class_head"),
-    *_module("linear", "bbox_embed_dsct.0.layers.{n}", "box_head/layer{n}"),
+    *module("linear", "class_embed_dsct.0", "class_head"),
+    *module("linear", "bbox_embed_dsct.0.layers.{n}", "box_head/layer{n}"),
 )
 
 DSCT = TensorLayout(
@@ -222,9 +238,6 @@ DSCT = TensorLayout(
     computes=(("fusion", "released"), ("semantic_selection", "largest")),
 )
 
-EXPORTS = {"dsct": DSCT}  # name of a network -> the layout of its authors' code
-LAYOUTS = (DSCT, HUGGING_FACE, DEFORMABLE_DETR, TORCHVISION)
-
 
 @dataclasses.dataclass(frozen=True)
 class Translation:
@@ -235,12 +248,6 @@ class Translation:
     left_out: list[str]  # names in the file that have no place in our model
     unmatched: list[str]  # our paths that this kind of file does not have
     problems: list[str]  # per tensor that is unknown, missing, doubled or of another shape
-
-
-def detect_layout(names: Iterable[str]) -> TensorLayout | None:
-    """Which of the four kinds of file has these names; None when it is none of them."""
-    text = "\n".join(names)
-    return next((one for one in LAYOUTS if re.search(rf"^(?:{one.marker})$", text, re.M)), None)
 
 
 def from_torch(
@@ -273,10 +280,10 @@ def translate(
     left_out: list[str] = []
     problems: list[str] = []
     for name, tensor in state.items():
+        original = original_of(name, layout)
         if re.fullmatch(layout.left_out, name):
             left_out.append(name)
-        elif repeated := re.fullmatch(layout.repeated, name):
-            original = f"{repeated[1]}.0.{repeated[3]}"
+        elif original != name:
             left_out.append(name)
             if original not in state or not np.array_equal(state[original], tensor):
                 problems.append(f"{name} differs from {original}, which it should repeat")
@@ -285,7 +292,7 @@ def translate(
     arrays: dict[str, np.ndarray] = {}
     for path, shape in shapes.items():
         thirds = pieces.get(path, {})
-        expected = {third for _, _, third in _torch_names(path, layout)}
+        expected = {third for _, _, third in torch_names(path, layout)}
         if lacking := expected - thirds.keys():
             lost = ", ".join(("query", "key", "value")[i] for i in sorted(lacking))
             part = f" (its {lost} part)" if len(expected) > 1 else ""
@@ -318,7 +325,7 @@ def _place(
     if third in pieces.get(path, {}):
         return f"{name} supplies {path} a second time (after {pieces[path][third][0]})"
     shape = tuple(shapes[path])
-    wanted = (*shape[:-1], shape[-1] // _QKV) if len(_torch_names(path, layout)) > 1 else shape
+    wanted = (*shape[:-1], shape[-1] // _QKV) if len(torch_names(path, layout)) > 1 else shape
     array = _TO_OURS[how](tensor) if tensor.ndim == _RANKS.get(how, tensor.ndim) else tensor
     if array.shape != wanted:
         return f"{name} has shape {array.shape} where the model has {wanted} at {path}"
@@ -337,19 +344,32 @@ def to_torch(
         raise UserError(f"weights: {layout.title} has no name for {named}")
     state: dict[str, np.ndarray] = {}
     for path, array in parameters.items():
-        found = _torch_names(path, layout)
+        found = torch_names(path, layout)
         for name, how, third in found:
             thirds = np.split(np.asarray(array), _QKV, axis=-1) if len(found) > 1 else [array]
             tensor = np.array(_TO_TORCH[how](np.asarray(thirds[third])), order="C")
-            state[name] = tensor
-            copies = [name.replace(".0.", f".{i}.", 1) for i in range(1, repeats)]
-            state |= {copy: tensor for copy in copies if re.fullmatch(layout.repeated, copy)}
+            others = [name.replace(".0.", f".{i}.", 1) for i in range(1, repeats)]
+            names = [name, *(other for other in others if re.fullmatch(layout.repeated, other))]
+            for prefix, copy in layout.copied:
+                names += [
+                    copy + one.removeprefix(prefix) for one in names if one.startswith(prefix)
+                ]
+            state |= dict.fromkeys(names, tensor)
     return state
 
 
 def has_rule(path: str, layout: TensorLayout) -> bool:
     """Whether this kind of file has tensors for our `path`."""
-    return bool(_torch_names(path, layout))
+    return bool(torch_names(path, layout))
+
+
+def original_of(name: str, layout: TensorLayout) -> str:
+    """The tensor that this one repeats; itself where it repeats none."""
+    for prefix, copy in layout.copied:
+        if name.startswith(copy):
+            name = prefix + name.removeprefix(copy)
+    repeated = re.fullmatch(layout.repeated, name)
+    return f"{repeated[1]}.0.{repeated[3]}" if repeated else name
 
 
 def _canonical(name: str, layout: TensorLayout) -> str:
@@ -374,6 +394,6 @@ def _matches(name: str, rules: Iterable[Rule]) -> list[tuple[str, str, int]]:
     return found
 
 
-def _torch_names(path: str, layout: TensorLayout) -> list[tuple[str, str, int]]:
+def torch_names(path: str, layout: TensorLayout) -> list[tuple[str, str, int]]:
     """(name, layout, third) of the tensors that make up our `path`."""
     return _matches(path, [(ours, theirs, how) for theirs, ours, how in layout.rules])

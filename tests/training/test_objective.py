@@ -13,9 +13,10 @@ from dsct_jax.batch import Batch, Branch, Hungarian, Known, Overlap, Predictions
 from dsct_jax.model.build import Network
 from dsct_jax.parallel import make_mesh, shard_batch
 from dsct_jax.training import objective as objective_module
+from dsct_jax.training.assignment import assign_by_overlap
 from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig, StepConfig
 from dsct_jax.training.losses import LossSums, count_boxes, loss_sums
-from dsct_jax.training.matching import assign_by_overlap, assign_on_host, matching_cost
+from dsct_jax.training.matching import assign_on_host, matching_cost
 from dsct_jax.training.objective import SetPrediction
 from dsct_jax.training.step import initial_state, make_train_step
 
@@ -163,14 +164,16 @@ def test_overlap_gives_each_person_its_best_queries():
     )
     people = np.array([[[0.3, 0.3, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2], [0.55, 0.1, 0.1, 0.1]]])
     targets = Targets(jnp.asarray(people, jnp.float32), jnp.ones((1, 3, K)), jnp.ones((1, 3), bool))
-    rule = Overlap(min_iou=0.55, repeats=2)
-    found = assign_by_overlap(jnp.asarray(boxes)[None, None], targets, rule)
-    np.testing.assert_array_equal(found[0, 0], [0, 0, -1, 1, -1, -1, 2])
+    rule = Overlap(jnp.asarray(boxes)[None], min_iou=0.55, repeats=2)
+    found = assign_by_overlap(targets, rule).of_queries(7)
+    np.testing.assert_array_equal(found[0], [0, 0, -1, 1, -1, -1, 2])
     absent = dataclasses.replace(targets, valid=jnp.array([[False, True, True]]))
-    found = assign_by_overlap(jnp.asarray(boxes)[None, None], absent, rule)
-    np.testing.assert_array_equal(found[0, 0], [-1, -1, -1, 1, -1, -1, 2])
+    found = assign_by_overlap(absent, rule).of_queries(7)
+    np.testing.assert_array_equal(found[0], [-1, -1, -1, 1, -1, -1, 2])
     nobody = jax.tree.map(lambda x: x[:, :0], targets)
-    assert np.all(assign_by_overlap(jnp.asarray(boxes)[None, None], nobody, rule) == -1)
+    assert np.all(assign_by_overlap(nobody, rule).of_queries(7) == -1)
+    few = dataclasses.replace(rule, max_positives=2)  # of the five
+    assert np.sum(assign_by_overlap(targets, few).of_queries(7) >= 0) == 2
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
