@@ -349,7 +349,8 @@ def to_torch(
             thirds = np.split(np.asarray(array), _QKV, axis=-1) if len(found) > 1 else [array]
             tensor = np.array(_TO_TORCH[how](np.asarray(thirds[third])), order="C")
             shared = [name.replace(".0.", f".{i}.", 1) for i in range(1, repeats)]
-            names = [name, *(other for other in shared if re.fullmatch(layout.repeated, other))]
+            names: list[str] = [name]
+            names += [other for other in shared if re.fullmatch(layout.repeated, other)]
             for start, copy in layout.copied:
                 names += [copy + one.removeprefix(start) for one in names if one.startswith(start)]
             state |= dict.fromkeys(names, tensor)
