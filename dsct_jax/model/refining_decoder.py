@@ -91,8 +91,7 @@ class RefiningDecoder(nnx.List):
         sigmoid; `how`: `noise` and `implementation` of each layer.
         """
         at = References(references, references)
-        logits, boxes, states, seen = [], [], [], [at.seen]
-        details = []
+        logits, boxes, states, seen, details = [], [], [], [at.seen], []
         for i, layer in enumerate(self):
             run = partial(layer, spatial_shapes=memory.spatial_shapes, hidden=hidden, **how)
             points, *sizes = in_each_map(at.seen, memory.valid_ratios)

@@ -101,17 +101,7 @@ def loss_sums(
         their class; 0 when `multi_label`, as released) and `matched_iou` (mean over the matched
         queries, 0 when there is none).
     """
-    num_classes = logits.shape[-1] - 1
-    if config.class_weights and len(config.class_weights) != num_classes:
-        raise UserError(
-            f"loss.class_weights has {len(config.class_weights)} values for {num_classes} "
-            "classes: give one per class, or () for none"
-        )
-    if multi_label and config.class_loss != "focal":
-        raise UserError(
-            f"loss.class_loss={config.class_loss!r} needs multi_label=False: a softmax has exactly "
-            "one label per person"
-        )
+    _require_classes(config, logits.shape[-1] - 1, multi_label=multi_label)
     # Logits this low cost nothing and learn nothing, so a query that is not counted is no negative.
     logits = jnp.where(counted[None, :, :, None], logits, -100.0)
     matched = _gather_targets(targets, assignment)
@@ -135,6 +125,19 @@ def loss_sums(
         _measure(logits, matched, targets.valid, counted, config=config, multi_label=multi_label)
         | {"matched_iou": (iou_sums[-1], paired.exists[-1].sum().astype(jnp.float32))},
     )
+
+
+def _require_classes(config: LossConfig, num_classes: int, *, multi_label: bool) -> None:
+    if config.class_weights and len(config.class_weights) != num_classes:
+        raise UserError(
+            f"loss.class_weights has {len(config.class_weights)} values for {num_classes} "
+            "classes: give one per class, or () for none"
+        )
+    if multi_label and config.class_loss != "focal":
+        raise UserError(
+            f"loss.class_loss={config.class_loss!r} needs multi_label=False: a softmax has exactly "
+            "one label per person"
+        )
 
 
 def _measure(
