@@ -22,7 +22,9 @@ def test_the_command_measures_every_row(tmp_path, monkeypatch, capsys):
         "pipeline, prepared",
     ]
     assert all(row["images_per_s"][0] > 1 for row in rows)
-    assert capsys.readouterr().out == (tmp_path / "table.md").read_text() == format_rows(rows)
+    assert (
+        capsys.readouterr().out == (tmp_path / "table.md").read_text() == f"{format_rows(rows)}\n"
+    )
 
 
 def test_the_table_compares_with_torch_at_the_same_workers():
