@@ -38,8 +38,8 @@ def _areas(boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
 
 
 def iou_and_giou(
-    a: Float[Array, "*#n 4"], b: Float[Array, "*#n 4"], *, epsilon: float = 0.0
-) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    a: Float[Array, "... 4"], b: Float[Array, "... 4"], *, epsilon: float = 0.0
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """IoU and generalized IoU (Rezatofighi et al. 2019) of (x1, y1, x2, y2) boxes, element by
     element after broadcasting; a pair whose union is empty has IoU 0. Some authors add an `epsilon`
     to both denominators.

@@ -109,8 +109,8 @@ def test_the_values_of_a_network_belong_to_its_name(registered):
 
 
 def test_unknown_names_and_fields_of_another_network(registered):
-    with pytest.raises(UserError, match=r"config\.model\.name='detr' .* one of dsct, readout"):
-        network_config({"name": "detr"}, 7)
+    with pytest.raises(UserError, match=r"config\.model\.name='reader' .* one of dsct, "):
+        network_config({"name": "reader"}, 7)
     with pytest.raises(UserError, match=r"config\.model\.num_heads: unknown field"):
         network_config({"name": "readout", "num_heads": 8}, 7)
 
