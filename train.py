@@ -35,7 +35,7 @@ from dsct_jax.evaluation.results import ResultsInfo, Shown, SplitResults
 from dsct_jax.model.build import FlatParams, Network, network_config
 from dsct_jax.parallel import Prefetch, make_mesh, replicate, shard_batch
 from dsct_jax.postprocess import Decoder
-from dsct_jax.runtime import AUTO, full_disk_reported, init_distributed, start_process
+from dsct_jax.runtime import AUTO, exclusive, full_disk_reported, init_distributed, start_process
 from dsct_jax.training.checkpoint import Checkpoints
 from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig, TrainConfig
 from dsct_jax.training.logbook import Logbook, versions
@@ -50,8 +50,7 @@ from dsct_jax.weights.run_directory import load_weights, newest_step, parse_step
 
 SHOWN_METRICS = ("mAP", "accuracy", "macro_f1", "mean_iou")  # in the line of a validation
 Values = tuple[FlatParams, FlatParams]  # parameters, norm statistics
-DRAWN_IMAGES = 24  # on the contact sheet of an evaluation
-DRAWN_IN_TRAINING = 6  # of each validation
+DRAWN_IMAGES, DRAWN_IN_TRAINING = 24, 6  # by an evaluation, by each validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +172,7 @@ def build_dataset(run: RunConfig, split: str, *, training: bool) -> Dataset:
         batch_size=run.train.batch_size if training else run.train.eval_batch_size,
         seed=run.seed,
         training=training,
+        model=to_builtins(run.model),
         host_index=jax.process_index(),
         host_count=jax.process_count(),
     )
@@ -381,7 +381,8 @@ def run_mode(argv: list[str] | None) -> None:
             evaluate_checkpoint(run, workdir, arguments.split, step=step)
         else:
             try:
-                train(run, workdir, profile=window)
+                with exclusive(workdir):
+                    train(run, workdir, profile=window)
             except Preempted as request:
                 print(request, flush=True)
             except KeyboardInterrupt:

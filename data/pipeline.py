@@ -8,10 +8,10 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import connection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from PIL import Image
 from data.augment import apply
 from data.batch_plan import FILLER, BatchPlan
 from data.config import DataConfig
-from data.readers.records import REMEDY, ReadReport, Record
+from data.readers.records import REMEDY, ReadReport, Record, crowded
 from data.readers.registry import read_split
 from dsct_jax.batch import Batch, Targets
 from dsct_jax.boxes import xyxy_to_cxcywh
@@ -45,6 +45,7 @@ def make_dataset(
     batch_size: int,
     seed: int,
     training: bool,
+    model: Mapping[str, Any] | None = None,
     host_index: int = 0,
     host_count: int = 1,
 ) -> "Dataset":
@@ -54,6 +55,7 @@ def make_dataset(
         batch_size: images in a global batch, over all hosts.
         seed: of the order and of the augmentation; evaluation uses none.
         training: shuffled, augmented and endless; else one pass in a fixed order.
+        model: the section; the report then says where there are more people than queries.
         host_index: which contiguous share of every global batch this process gets, of host_count.
 
     Raises UserError when the data cannot be used or host_count does not divide batch_size.
@@ -62,6 +64,7 @@ def make_dataset(
         remedy = "set config.train.batch_size to a multiple of it"
         raise UserError(f"batch size {batch_size} cannot be shared by {host_count} hosts: {remedy}")
     records, report = read_split(data, split)
+    report.notes += filter(None, crowded(records, model or {})[1:])
     sizes = [(record.height, record.width) for record in records]
     plan = BatchPlan(data, sizes, batch_size=batch_size, seed=seed, training=training)
     share = batch_size // host_count

@@ -9,11 +9,13 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from dsct_jax.errors import UserError
@@ -67,6 +69,82 @@ def full_disk_reported(workdir: Path | None) -> Iterator[None]:
             raise
         reason = f"{error.filename or workdir}: {error.strerror}"
         raise UserError(f"{reason}; make room, then run the same command again") from error
+
+
+@contextlib.contextmanager
+def exclusive(workdir: Path) -> Iterator[None]:
+    """Around a run: `workdir` belongs to it until the end. Raises UserError, in every process of
+    the run, where another has it.
+
+    Process 0 holds an flock on workdir/run.lock, which the system releases when it dies; what is
+    still written there then tells of a run that ended without cleaning up.
+    """
+    problem, release = "", contextlib.ExitStack()
+    with release:
+        if jax.process_index() == 0:
+            try:
+                release.enter_context(_locked(workdir))
+            except UserError as error:
+                problem = str(error)
+        if jax.process_count() > 1:  # the others wait for the answer
+            free = multihost_utils.broadcast_one_to_all(np.array(not problem))
+            problem = problem or ("" if free else f"--workdir={workdir}: another run uses it")
+        if problem:
+            raise UserError(problem)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    path, me = workdir / "run.lock", f"process {os.getpid()} on {platform.node()}"
+    while True:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except FileNotFoundError:  # the owner has just removed it, and the folder that it made
+            continue
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise UserError(f"--workdir={workdir}: cannot be used ({error.strerror})") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip() or "it has just started"
+                remedy = "wait for its end, stop it, or name another directory"
+                reason = f"another run uses it ({owner}); {remedy}"
+                raise UserError(f"--workdir={workdir}: {reason}") from None
+            except OSError as error:  # a file system without locks
+                why = f"cannot be locked ({error.strerror})"
+                print(f"{workdir}: {why}; start no second run in it", flush=True)
+            if not _lies_at(file, path):
+                continue  # its owner has removed it meanwhile
+            file.seek(0)
+            if before := file.read().strip():
+                print(f"{path}: left by {before}, which did not end well; taken over", flush=True)
+            file.truncate(0)
+            print(f"{me}, started {time.strftime('%Y-%m-%d %H:%M:%S')}", file=file, flush=True)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a run that left nothing leaves no folder
+                    for folder in made:
+                        folder.rmdir()
+            return
+
+
+def _lies_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 class Preemption:
