@@ -8,9 +8,7 @@ from pathlib import Path
 
 from dsct_jax.errors import UserError
 from dsct_jax.inference import video
-
-# of images, looked for in folders
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+from dsct_jax.preprocess import image_suffixes, suffix_remedy
 
 
 def find_inputs(paths: Sequence[str], *, exclude: Path) -> tuple[list[Path], list[Path]]:
@@ -37,15 +35,26 @@ def find_inputs(paths: Sequence[str], *, exclude: Path) -> tuple[list[Path], lis
 
 
 def _files_below(folder: Path, exclude: Path) -> list[Path]:
-    known = (*SUFFIXES, *video.SUFFIXES)
+    """The images and videos; prints how many files of other kinds there are."""
+    known = {*image_suffixes(), *video.SUFFIXES}
     files = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in known and file.is_file() and exclude not in file.resolve().parents
+        if file.is_file() and exclude not in file.resolve().parents and file.name[0] != "."
     ]
-    if not files:
-        raise UserError(f"{folder}: the folder holds no image or video ({', '.join(known)})")
-    return files
+    wanted = [file for file in files if file.suffix.lower() in known]
+    others = Counter(file.suffix.lower() for file in files if file.suffix.lower() not in known)
+    kinds = [f"{n} {kind or 'without suffix'}{suffix_remedy(kind)}" for kind, n in others.items()]
+    left_out = (
+        f"{others.total()} other files left out: {', '.join(sorted(kinds))}" if others else ""
+    )
+    if not wanted:
+        raise UserError(
+            f"{folder}: the folder holds no image or video; {left_out or 'it is empty'}"
+        )
+    if left_out:
+        print(f"{folder}: {left_out}", flush=True)
+    return wanted
 
 
 def drawing_names(files: Sequence[Path], suffix: str) -> dict[Path, Path]:

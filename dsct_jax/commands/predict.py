@@ -26,13 +26,16 @@ from dsct_jax.batch import Predictions
 from dsct_jax.cli import Parser, progress, whole_file
 from dsct_jax.commands.flags import add_checkpoint, add_selection, load_model, selection
 from dsct_jax.commands.inputs import drawing_names, find_inputs
+from dsct_jax.commands.unfinished import Unfinished
 from dsct_jax.errors import UserError
 from dsct_jax.inference.predict import BATCH_SIZE, Detector, predict_each, read_rgb
 from dsct_jax.inference.video import Video, opencv, video_writer
 from dsct_jax.postprocess import Selection, Subject
+from dsct_jax.preprocess import MAX_MEGAPIXELS
 from dsct_jax.visualization.drawing import contact_sheet, draw_subjects, sort_left_to_right
+from dsct_jax.weights.run_directory import DIRECTORY
 
-INTERRUPTED = "interrupted; nothing was written but the drawings made so far"
+INTERRUPTED = "interrupted; the same command goes on where it stopped"
 SHEET_IMAGES = 24  # at most that many go on the contact sheet
 
 
@@ -42,8 +45,10 @@ class TimedDetector:
     def __init__(self, model: Detector):
         self._model, self.preprocessing, self.decoder = model, model.preprocessing, model.decoder
         self._seconds: dict[tuple[int, ...], list[float]] = {}
+        self.calls = 0
 
     def __call__(self, images: Any, padding_mask: Any) -> Predictions:
+        self.calls += 1
         start = time.perf_counter()
         answer = jax.block_until_ready(self._model(images, padding_mask))
         self._seconds.setdefault(np.shape(images), []).append(time.perf_counter() - start)
@@ -69,10 +74,11 @@ class TimedDetector:
 class Answers:
     """A model and how it is asked; `unreadable` collects file -> reason, None: an error."""
 
-    model: Detector
+    model: TimedDetector
     selection: Selection
     batch_size: int
     unreadable: dict[Path, str] | None
+    unfinished: Unfinished
 
     def people(
         self, images: Iterable[Image.Image], *, batch_size: int | None = None
@@ -87,33 +93,47 @@ class Answers:
         self.unreadable[file] = str(error)
 
 
-def predict_images(answers: Answers, files: Sequence[Path], output: Path) -> list[dict[str, Any]]:
+def predict_images(
+    answers: Answers, files: Sequence[Path], output: Path, *, max_megapixels: float
+) -> list[dict[str, Any]]:
     """Draws every image into output/drawn; returns the entries of predictions.json, in order."""
     read: list[Path] = []
+    names = drawing_names(files, ".png")
+    entries = answers.unfinished.done(names)
+    if entries:
+        print(f"{len(entries)} of {len(files)} images were done before", flush=True)
 
     def images() -> Iterator[Image.Image]:
         for file in progress(files, total=len(files)):
+            if file in entries:
+                continue
             try:
-                image = read_rgb(file)
+                image = read_rgb(file, max_megapixels=max_megapixels)
             except UserError as error:
                 answers.skip(file, error)
             else:
                 read.append(file)
                 yield image
 
-    names, entries = drawing_names(files, ".png"), {}
+    batch: list[dict[str, Any]] = []
+    calls = 0
     for index, image, subjects in answers.people(images()):
+        if answers.model.calls > calls:
+            answers.unfinished.add(batch)
+            batch, calls = [], answers.model.calls
         target = output / "drawn" / names[read[index]]
         target.parent.mkdir(parents=True, exist_ok=True)
         draw_subjects(image, subjects).save(target)
-        entries[index] = {
+        entries[read[index]] = entry = {
             "file": str(read[index]),
             "width": image.width,
             "height": image.height,
             "drawn": target.relative_to(output).as_posix(),
             "subjects": [dataclasses.asdict(subject) for subject in subjects],
         }
-    return [entries[index] for index in sorted(entries)]
+        batch.append(entry)
+    answers.unfinished.add(batch)
+    return [entries[file] for file in files if file in entries]
 
 
 def predict_videos(
@@ -123,8 +143,12 @@ def predict_videos(
     their entries of predictions.json. After `seconds`, or Ctrl-C, a video ends but loses nothing.
     """
     names = drawing_names([source for source in sources if isinstance(source, Path)], ".mp4")
+    done = answers.unfinished.done(names)
     entries = []
     for source in sources:
+        if source in done:
+            entries.append(done[source])
+            continue
         name = f"camera{source}.mp4" if isinstance(source, int) else names[source]
         target = output / "drawn" / name
         try:
@@ -136,6 +160,7 @@ def predict_videos(
             answers.skip(source, error)
         else:
             entries.append(entry | {"drawn": target.relative_to(output).as_posix()})
+            answers.unfinished.add(entries[-1:])
     return entries
 
 
@@ -198,8 +223,8 @@ def write_csv(path: Path, class_names: Sequence[str], rows: Iterable[Sequence[An
 def run(arguments: argparse.Namespace) -> None:
     output, chosen = arguments.output, selection(arguments)
     _check(arguments)
-    files, videos = find_inputs(arguments.paths, exclude=output)
-    sources: list[Path | int] = [*videos, *([] if arguments.camera is None else [arguments.camera])]
+    files, films = find_inputs(arguments.paths, exclude=output)
+    sources: list[Path | int] = [*films, *([] if arguments.camera is None else [arguments.camera])]
     if sources:
         opencv()
     start = time.monotonic()
@@ -207,33 +232,42 @@ def run(arguments: argparse.Namespace) -> None:
     loaded = f"{arguments.checkpoint}: loaded in {time.monotonic() - start:.1f} s"
     print(f"{loaded}; {work} videos to look at", flush=True)
     start = time.monotonic()
-    unreadable: dict[Path, str] | None = {} if arguments.skip_unreadable else None
-    answers = Answers(model, chosen, arguments.batch_size, unreadable)
-    limits = {"every": arguments.every, "seconds": arguments.seconds}
-    try:
-        images = predict_images(answers, files, output)
-        watched = predict_videos(answers, sources, output, **limits)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(INTERRUPTED) from None
-    decoder, seconds = model.decoder, time.monotonic() - start
+    decoder = model.decoder
     cut = {"min_confidence": decoder.resolve_min_confidence(chosen)}
-    document: dict[str, Any] = {
+    about: dict[str, Any] = {
         "checkpoint": str(arguments.checkpoint),
         "class_names": decoder.class_names,
         "multi_label": decoder.multi_label,
         "selection": dataclasses.asdict(chosen) | cut,
         "thresholds": decoder.resolve_thresholds(chosen),
-        "images": images,
-        "videos": watched,
-        "unreadable": [*(unreadable or {}).values()],
     }
+    limits = {"every": arguments.every, "seconds": arguments.seconds}
+    weights = {"batch_size": arguments.batch_size, "weights": _weights_state(arguments.checkpoint)}
+    try:
+        with Unfinished(output, about | limits | weights) as unfinished:
+            unreadable: dict[Path, str] | None = {} if arguments.skip_unreadable else None
+            answers = Answers(model, chosen, arguments.batch_size, unreadable, unfinished)
+            images = predict_images(answers, files, output, max_megapixels=arguments.max_megapixels)
+            videos = predict_videos(answers, sources, output, **limits)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(INTERRUPTED) from None
+    found = {"images": images, "videos": videos, "unreadable": [*(unreadable or {}).values()]}
+    document = about | found
     for reason in document["unreadable"]:
         print(f"left out: {reason}")
-    if not images and not watched:
+    if not images and not videos:
         number = len(files) + len(sources)
         raise UserError(f"none of the {number} files could be read as an image or video")
+    seconds = time.monotonic() - start
     _write(document, output, seconds, fitted=decoder.min_confidence is not None)
+    unfinished.finish()
     print(model.report())
+
+
+def _weights_state(path: Path) -> list[Any]:
+    """Other than before when other weights lie there."""
+    files = [path] if path.is_file() else sorted((path / DIRECTORY).glob("*"))
+    return [[file.name, file.stat().st_mtime_ns] for file in files]
 
 
 def _write(document: Mapping[str, Any], output: Path, seconds: float, *, fitted: bool) -> None:
@@ -283,6 +317,8 @@ def make_parser() -> Parser:
     parser.add_output("--output", folder=True, required=True, help=f"folder for {files}")
     add_selection(parser)
     add("--batch-size", type=int, default=BATCH_SIZE, help="images per call (default: %(default)s)")
+    limit, text = MAX_MEGAPIXELS, "an image of more is an error (default: %(default)g)"
+    add("--max-megapixels", type=float, default=limit, help=text)
     add("--every", type=int, default=1, help="videos: look at every N-th frame only")
     add("--seconds", type=float, help="videos and camera: stop after so many seconds")
     skip = "skip and list files that are no images or videos, instead of stopping"

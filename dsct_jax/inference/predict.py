@@ -15,6 +15,7 @@ from dsct_jax.errors import UserError
 from dsct_jax.postprocess import Decoder, Selection, Subject
 from dsct_jax.preprocess import (
     DECODE_ERRORS,
+    MAX_MEGAPIXELS,
     Preprocessing,
     Size,
     decode_image,
@@ -126,10 +127,12 @@ def to_model_input(pixels: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.
     return normalize(pixels, mask), mask
 
 
-def read_rgb(image: Any) -> Image.Image:
-    """One image of any kind that `predict` takes as upright RGB. Raises UserError."""
+def read_rgb(image: Any, *, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+    """One image of any kind that `predict` takes as upright RGB. Raises UserError, also for a file
+    of more than `max_megapixels`.
+    """
     if isinstance(image, str | Path):
-        return decode_image(Path(image), upright=True)
+        return decode_image(Path(image), upright=True, max_megapixels=max_megapixels)
     if isinstance(image, Image.Image):
         name = str(getattr(image, "filename", "") or "a PIL image")
         try:
