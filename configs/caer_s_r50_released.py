@@ -15,5 +15,6 @@ def get_config():
     config.model.update(num_spatial_neighbors=0, num_semantic_neighbors=0)
     config.loss.weight_class = 9.0
     config.optimizer.learning_rate = 2e-5
+    config.data.exif = "stored"
     config.train.update(batch_size=4, eval_batch_size=4)
     return config

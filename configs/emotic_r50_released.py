@@ -14,5 +14,6 @@ def get_config():
     config = emotic_r50.get_config()
     config.name = "emotic_r50_released"
     config.model.update(fusion="released", semantic_selection="largest")
+    config.data.exif = "stored"
     config.train.update(batch_size=4, eval_batch_size=4)
     return config

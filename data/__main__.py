@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dsct_jax.cli import run_subcommand
 
 COMMANDS = {
+    "import": "another tool's export as a data set, and a configuration for it",
     "check": "counts, labels, damaged files and images that are in two splits",
     "show": "a sheet of raw and augmented samples",
     "samples": "the first images of a split as files, with their annotations",

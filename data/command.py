@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import SPLITS, DataConfig
+from data.readers.coco import annotated_classes
 from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.config import dataclass_from_dict, read_config, require, to_builtins, unknown_field
 from dsct_jax.errors import UserError
@@ -39,12 +40,23 @@ def override(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
         values(arguments)
     except flags.Error as error:
         raise UserError(" ".join(str(error).removeprefix("flag ").split())) from error
-    return to_builtins(locked)
+    return _with_classes(to_builtins(locked))
+
+
+def _with_classes(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with class_names "auto" taken from the annotations."""
+    if config.get("class_names") not in ("auto", ("auto",)):
+        return config
+    data = _data_section(config | {"class_names": ("auto",)})
+    return config | {"class_names": annotated_classes(data)}
 
 
 def data_config(path: Path, overrides: Sequence[str] = ()) -> DataConfig:
     """The data section and classes of a file, changed by --config.data.... Raises UserError."""
-    config = override(read_config(path), overrides)
+    return _data_section(override(read_config(path), overrides))
+
+
+def _data_section(config: Mapping[str, Any]) -> DataConfig:
     kinds = {"class_names": tuple, "multi_label": bool}
     classes = {name: require(config, name, kind) for name, kind in kinds.items()}
     return dataclass_from_dict(DataConfig, "data", require(config, "data", Mapping), **classes)
@@ -59,9 +71,10 @@ class ConfigParser(Parser):
         self.add_argument("--config", type=expanded_path, required=True, help=text)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """The flags, and the DataConfig as `data`. Raises UserError."""
+        """The flags, the DataConfig as `data` and the section `model`. Raises UserError."""
         arguments, overrides = self.parse_known_args(args, namespace)
-        arguments.data = data_config(arguments.config, overrides)
+        config = override(read_config(arguments.config), overrides)
+        arguments.data, arguments.model = _data_section(config), config.get("model", {})
         return arguments
 
     def add_workers(self, what: str) -> None:

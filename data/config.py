@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dsct_jax.config import cannot_be_used, check_settings, setting
 from dsct_jax.errors import UserError
+from dsct_jax.preprocess import MAX_MEGAPIXELS
 
 SOURCES = ("coco", "caer_s", "ncaer_s", "emotic", "scenes", "prepared")
 SPLITS = ("train", "val", "test")
@@ -57,8 +58,17 @@ class DataConfig:
     train: str | int = setting("train.json", "FILE, ROOT:FILE or several with commas")
     val: str | int = setting("val.json", "the same for validation")
     test: str | int = setting("test.json", "the same for the test")
+    exif: str = setting(
+        "auto",
+        "the picture that boxes mean where a file carries an EXIF orientation; auto: by its "
+        "annotated size and boxes",
+        choices=("auto", "upright", "stored"),
+    )
     # ids: category_id is a class number, or a list of them; bits: the 26-bit masks of EMOTIC's json
     label_format: str = setting("ids", "of a json's category_id", choices=("ids", "bits"))
+    label_attribute: str = setting(
+        "", "of a json's people: the attribute that holds the class (CVAT); empty: the category"
+    )
     # head: the paper's task, of Torch7 files; body: Annotations.mat, .csv or Torch7
     person_box: str = setting("head", "emotic only: the box of a person", choices=("head", "body"))
     drop_unrated: bool = setting(
@@ -87,6 +97,9 @@ class DataConfig:
         ((800, 1344), (1344, 800), (1088, 1088)),
         "(height, width) of the padded canvases; one compiled program each",
         low=1,
+    )
+    max_megapixels: float = setting(
+        MAX_MEGAPIXELS, "of an image file; larger is an error", above=0, finite=False
     )
     num_workers: int = setting(2, "processes; 0 = in this one", low=0)
     cache: bool = setting(False, "True: keep decoded images in memory (in each worker)")

@@ -2,16 +2,21 @@
 prediction. Sizes are (height, width) in pixels; PIL's (width, height) stays inside this file.
 """
 
+import contextlib
 import dataclasses
+import functools
 import io
+import math
 import struct
-from collections.abc import Iterable
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dsct_jax.errors import UserError
 
@@ -30,53 +35,155 @@ class Preprocessing:
     buckets: tuple[Size, ...]
 
 
+with contextlib.suppress(ImportError):  # the extra heic
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
 # What PIL raises for files that are damaged, cut short or no images at all.
 _PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError)
 DECODE_ERRORS = (*_PIL_ERRORS, struct.error, Image.DecompressionBombError)
-_ORIENTATION = 0x0112  # the EXIF tag
+_ORIENTATION = 0x0112  # the EXIF tag, and what turns an image of each value upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_EXIF_INFO = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+_TAIL = 1 << 16  # bytes at the end of a PNG, where some programs write EXIF
+_PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"adobe.xmp")
+MAX_MEGAPIXELS = 179.0  # by default, as in PIL: an image of 13,000 x 13,000 takes half a GB
+_OPENING = threading.Lock()
+_HEIC = (".heic", ".heif", ".hif")
+_HEIC_REMEDY = "pip install 'dsct-jax[heic]'"
+_NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # that PIL knows, and seldom reads
 _SIXTEEN_BITS = ("PNG", "PPM")  # formats whose mode I means 16 bits
 
 
-def decode_image(path: Path, encoded: bytes | None = None, *, upright: bool = False) -> Image.Image:
-    """The RGB image in a file, or in the bytes read from it, of any mode that `to_rgb` converts.
+@functools.cache
+def image_suffixes() -> tuple[str, ...]:
+    """Those of the files that PIL reads here, in small letters, with the dot."""
+    formats = Image.registered_extensions()
+    readable = Image.OPEN.keys() - {*_NO_PICTURES}
+    return tuple(sorted(suffix for suffix, name in formats.items() if name in readable))
 
-    Args:
-        upright: apply the EXIF orientation, as every viewer does. Training does not: the data sets'
-            boxes are given in the frame of the stored pixels.
 
-    Raises:
-        UserError: the file is missing, damaged, cut short, no image, or of a mode without a known
-            range; the line names it.
+def suffix_remedy(suffix: str) -> str:
+    """What to do about files of a suffix that is not among `image_suffixes`; "" = nothing."""
+    missing = suffix in _HEIC and suffix not in image_suffixes()
+    return f" ({_HEIC_REMEDY})" if missing else ""
+
+
+@contextlib.contextmanager
+def open_image(
+    path: Path, encoded: bytes | None = None, *, max_megapixels: float
+) -> Iterator[Image.Image]:
+    """The image in a file, or in the bytes read from it, for as long as the block lasts. Raises
+    UserError, also for what decoding it inside the block raises: the file is missing, damaged, cut
+    short, no image, or larger than `max_megapixels`.
     """
+    source = path if encoded is None else io.BytesIO(encoded)
     try:
-        with Image.open(path if encoded is None else io.BytesIO(encoded)) as image:
-            return to_rgb(image, str(path), upright=upright)
+        with _open(source) as image:
+            if image.width * image.height > max_megapixels * 1e6:
+                size = f"{image.width}x{image.height}, more than {max_megapixels:g} megapixels"
+                remedy = "make it smaller, or raise config.data.max_megapixels or --max-megapixels"
+                raise UserError(f"{path}: is {size}; {remedy}")
+            yield image
     except FileNotFoundError:
         raise UserError(f"{path}: no such image file") from None
     except UserError:
         raise
     except DECODE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        reason += suffix_remedy(path.suffix.lower())
         raise UserError(f"{path}: cannot be read as an image ({reason})") from None
 
 
-def to_rgb(image: Image.Image, name: str, *, upright: bool) -> Image.Image:
-    """An open image as RGB: alpha is dropped, palettes and CMYK are converted, 16-bit grey keeps
-    its high byte. Raises UserError: grey of 32 bits, which may mean any range.
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """One thread at a time, without PIL's warnings of damaged EXIF: warnings and limits are its
+    globals.
     """
-    image.load()  # Pillow turns some files while it reads them, and then has no orientation left
-    if upright and image.getexif().get(_ORIENTATION, 1) != 1:
-        image_format = image.format
-        image = ImageOps.exif_transpose(image)
-        image.format = image_format
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
+    with _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _open(source: Path | io.BytesIO) -> Image.Image:
+    """Image.open without a limit of its own, which is a global of PIL."""
+    with _quiet():
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(source)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def decode_image(
+    path: Path,
+    encoded: bytes | None = None,
+    *,
+    upright: bool = False,
+    max_megapixels: float = math.inf,
+) -> Image.Image:
+    """The RGB image in a file, or in the bytes read from it, of any mode that `to_rgb` converts.
+
+    Args:
+        upright: apply the EXIF orientation, as every viewer does.
+
+    Raises:
+        UserError: the file is missing, damaged, cut short, no image, of a mode without a known
+            range, or larger than `max_megapixels`; the line names it.
+    """
+    with open_image(path, encoded, max_megapixels=max_megapixels) as image:
+        return to_rgb(image, str(path), upright=upright)
+
+
+def to_rgb(image: Image.Image, name: str, *, upright: bool) -> Image.Image:
+    """An open image as RGB, without EXIF: alpha is dropped, palettes and CMYK are converted, 16-bit
+    grey keeps its high byte. Raises UserError: grey of 32 bits, which may mean any range.
+    """
+    image.load()
+    sixteen_bits = image.mode == "I" and image.format in _SIXTEEN_BITS
+    if upright and (turn := _TURNS.get(orientation(image))) is not None:
+        image = image.transpose(turn)
+    if image.mode.startswith("I;16") or sixteen_bits:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         kind = "32-bit whole numbers" if image.mode == "I" else "32-bit floating point"
         remedy = "save it with 8 or 16 bits, unsigned"
         raise UserError(f"{name}: grey of {kind} (PIL mode {image.mode}) says no range; {remedy}")
     # RGB of a palette with transparency would warn; through RGBA the alpha is dropped all the same
-    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+    rgb = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+    for key in _EXIF_INFO:  # no longer true
+        rgb.info.pop(key, None)
+    return rgb
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation 2 to 8 that the pixels of an open image wait for; 1 where there is none,
+    or where it cannot be read.
+    """
+    if image.format == "TIFF":  # Pillow turns these while it decodes them
+        return 1
+    if image.format == "PNG" and "exif" not in image.info and (file := getattr(image, "fp", None)):
+        place = file.tell()  # Pillow would decode every image to see whether EXIF follows
+        file.seek(max(0, file.seek(0, io.SEEK_END) - _TAIL))
+        tail = file.read()
+        file.seek(place)
+        if not any(mark in tail for mark in _PNG_MARKS):
+            return 1
+    try:
+        with _quiet():
+            value = image.getexif().get(_ORIENTATION)
+    except DECODE_ERRORS:
+        return 1
+    return value if isinstance(value, int) and value in _TURNS else 1
 
 
 def resized_size(

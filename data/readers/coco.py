@@ -1,16 +1,19 @@
-"""COCO-style json <-> records: class ids, lists of ids, or the 26-bit masks of EMOTIC's json."""
+"""COCO-style json <-> records: class ids, lists of ids, or the 26-bit masks of EMOTIC's json; other
+tools' exports as data/readers/exports.py makes them COCO.
+"""
 
-import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.config import DataConfig
+from data.config import SPLITS, AnnotationFile, DataConfig, class_lookup
+from data.readers.exports import Document, attribute_names, load_export, name_classes
 from data.readers.find_images import ImageFinder
-from data.readers.records import ReadReport, Record, RecordBuilder, reading
+from data.readers.frames import FRAMES
+from data.readers.records import ReadReport, Record, RecordBuilder
 from dsct_jax.errors import UserError
 
 EMOTIC_BITS = 26
@@ -29,12 +32,34 @@ def read_coco(
     names start from, file_name) -> path of an image. Raises UserError naming file and annotation.
     """
     files = config.annotation_files(split)
-    builder = RecordBuilder([file.path for file in files], config, protocol=_protocol(config))
+    attribute = config.label_attribute
+    documents = [(file, load_document(file.path, attribute)) for file in files]
+    return read_documents(documents, config, locate=locate)
+
+
+def read_documents(
+    documents: Sequence[tuple[AnnotationFile, Document]],
+    config: DataConfig,
+    *,
+    locate: Callable[[Path, str], Path] = Path.__truediv__,
+) -> tuple[list[Record], ReadReport]:
+    """The same of documents that `load_document` returned, and the files they are of."""
+    builder = RecordBuilder(
+        [file.path for file, _ in documents], config, protocol=_protocol(config)
+    )
     finder = ImageFinder(Path(config.data_dir), locate)
-    for file in files:
-        document = load_json(file.path)
+    for file, document in documents:
         to_classes = _label_decoder(file.path, document, config, builder)
         people = _people_of_images(file.path, document)
+        ids = Counter(
+            str(one["id"]) for one in document["annotations"] if one.get("id") is not None
+        )
+        if again := ids.total() - len(ids):
+            first = next(name for name, count in ids.items() if count > 1)
+            note = (
+                f"{again} annotations of {file.path.name} have the id of another (first: {first})"
+            )
+            builder.report.notes.append(note)
         for entry in document["images"]:
             boxes, labels = [], []
             for annotation in people.get(_whole(entry["id"]), ()):
@@ -45,7 +70,8 @@ def read_coco(
                 labels.append(to_classes(annotation))
             path, size = finder.find(file.root, entry["file_name"]), _annotated_size(entry)
             name = file.prefix + entry["file_name"]
-            builder.add(path, name, boxes, labels, annotated_size=size)
+            frame = entry["exif"] if entry.get("exif") in FRAMES else ""
+            builder.add(path, name, boxes, labels, annotated_size=size, frame=frame)
     builder.report.notes += finder.notes()
     return builder.finish()
 
@@ -57,14 +83,11 @@ def _protocol(config: DataConfig) -> str:
     return "emotic_head_dsct" if is_emotic else "custom"
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """A COCO document with its lists, in UTF-8 or UTF-16. Raises UserError naming the file."""
-    try:
-        with reading(path, "json"):
-            document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        hint = "the file may be empty or cut short"
-        raise UserError(f"{path}: not valid json ({error}); {hint}") from None
+def load_document(path: Path, attribute: str = "") -> Document:
+    """A COCO document with its lists, in UTF-8 or UTF-16, or another tool's export as one; the
+    classes in `attribute`, if any. Raises UserError naming the file.
+    """
+    document = load_export(path)
     if not isinstance(document, dict):
         document = {}
     document["categories"] = document.get("categories") or []
@@ -76,7 +99,7 @@ def load_json(path: Path) -> dict[str, Any]:
             raise UserError(f"{problem} '{field}' must hold objects")
     if not document["images"]:
         raise UserError(f"{path}: lists no images")
-    return document
+    return name_classes(document, path, attribute)
 
 
 def _whole(value: Any) -> Any:
@@ -94,7 +117,8 @@ def _is_id(value: Any) -> bool:
 
 def _annotated_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
     height, width = _whole(entry.get("height")), _whole(entry.get("width"))
-    return (height, width) if _is_id(height) and _is_id(width) else None
+    known = all(isinstance(side, int) and side > 0 for side in (height, width))
+    return (height, width) if known else None
 
 
 def _people_of_images(path: Path, document: dict) -> dict[Any, list[dict]]:
@@ -158,7 +182,7 @@ def _label_decoder(
     class_of = _class_of_category(path, document, config, builder)
 
     def from_ids(annotation: dict) -> list[int]:
-        ids = _category_ids(annotation)
+        ids = category_ids(annotation)
         for one in ids:
             if not _is_id(one) or one not in class_of:
                 known = ", ".join(map(str, list(class_of)[:8])) + ", ..." * (len(class_of) > 8)
@@ -175,9 +199,15 @@ def _label_decoder(
     return from_ids
 
 
-def _category_ids(annotation: dict) -> list[Any]:
+def category_ids(annotation: Document) -> list[Any]:
+    """The one or several of a person, as whole numbers where they mean such."""
     category = annotation.get("category_id")
     return [_whole(one) for one in (category if isinstance(category, list) else [category])]
+
+
+def _used_ids(document: dict) -> set[Any]:
+    ids = (one for annotation in document["annotations"] for one in category_ids(annotation))
+    return {one for one in ids if _is_id(one)}
 
 
 def _class_of_category(
@@ -186,8 +216,7 @@ def _class_of_category(
     """category id -> class index: by name where the document has `categories`, else the id is the
     index. A category of another name that nobody has is skipped, as the super-category of Roboflow.
     """
-    ids = (one for annotation in document["annotations"] for one in _category_ids(annotation))
-    used = {one for one in ids if _is_id(one)}
+    used = _used_ids(document)
     if not document["categories"]:
         if used and 0 not in used and 1 in used:
             builder.report.suspicious.append(
@@ -202,12 +231,45 @@ def _class_of_category(
         if not is_used and builder.find_class(name) is None:
             builder.report.notes.append(f"category {name!r} of {path.name} skipped, nobody has it")
             continue
-        index = builder.class_index(name, f"{path}: category")
+        index = builder.class_index(name, f"{path}: category", _attribute_hint(document))
         if type(category_id) is not int:
             needs = f"needs a whole number as its id, not {category.get('id')!r}"
             raise UserError(f"{path}: category {name!r} {needs}")
         result[category_id] = index
     return result
+
+
+def _attribute_hint(document: dict) -> str:
+    names = ", ".join(attribute_names(document))
+    return f"; if a person's {names} is the class, name it in config.data.label_attribute" * bool(
+        names
+    )
+
+
+def annotated_classes(config: DataConfig) -> tuple[str, ...]:
+    """What config.class_names=("auto",) stands for: the classes of all splits whose files are
+    there. Raises UserError where there are none.
+    """
+    if config.source not in ("coco", "caer_s"):
+        raise UserError(f"config.class_names='auto': {config.source!r} names no classes; list them")
+    files = [(split, file.path) for split in SPLITS for file in config.annotation_files(split)]
+    paths = [path for split, path in files if split == SPLITS[0] or path.exists()]
+    found = classes_of([load_document(path, config.label_attribute) for path in paths])
+    if not found:
+        raise UserError(f"{paths[0]}: nobody has a category with a name; list config.class_names")
+    return found
+
+
+def classes_of(documents: Sequence[Document]) -> tuple[str, ...]:
+    """The names of the categories that somebody has, in the order of their ids."""
+    found: list[str] = []
+    for document in documents:
+        ids = [(_whole(one.get("id")), one.get("name")) for one in document["categories"]]
+        names = {number: str(name) for number, name in ids if type(number) is int}
+        for number in sorted(names.keys() & _used_ids(document)):
+            if class_lookup(tuple(found))(names[number]) is None:
+                found.append(names[number].strip())
+    return tuple(found)
 
 
 def to_coco(
@@ -217,8 +279,9 @@ def to_coco(
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, (record, name) in enumerate(zip(records, file_names, strict=True), 1):
-        size = {"width": record.width, "height": record.height}
-        images.append({"id": image_id, "file_name": name, **size})
+        about: dict[str, Any] = {"width": record.width, "height": record.height}
+        about |= {"exif": record.exif} if record.exif else {}
+        images.append({"id": image_id, "file_name": name, **about})
         for box, row in zip(record.boxes.astype(float).tolist(), record.labels, strict=True):
             classes = np.flatnonzero(row).tolist()
             width, height = box[2] - box[0], box[3] - box[1]

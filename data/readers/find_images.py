@@ -1,11 +1,15 @@
 """The image file that a name in an annotation file means, as tools and systems spell names."""
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+_UPLOADED = re.compile("^[0-9a-f]{8}-")  # what Label Studio puts before a file's name
+_QUERY = re.compile(r"(?<=\.\w{3})\?.*|(?<=\.\w{4})\?.*")
 
 
 class ImageFinder:
@@ -47,15 +51,20 @@ class ImageFinder:
             for folder, _, files in os.walk(self._top):
                 for file in files:
                     self._by_last_part[_key(file)].append(Path(folder, file))
-        found = self._by_last_part.get(_key(_plain(name).rpartition("/")[2]), [])
-        return found[0] if len(found) == 1 else None
+        last = _key(_plain(name).rpartition("/")[2])
+        for part in (last, _UPLOADED.sub("", last)):
+            found = self._by_last_part.get(part, [])
+            if len(found) == 1:
+                return found[0]
+        return None
 
 
 def _plain(name: str) -> str:
     """A relative path with slashes, of an URL, a path of Windows or one of Label Studio."""
     if "://" in name:
         name = urlsplit(name).path
-    return unquote(name.partition("?d=")[2] or name).replace("\\", "/").lstrip("/") or name
+    name = name.partition("?d=")[2] or _QUERY.sub("", name)
+    return unquote(name).replace("\\", "/").lstrip("/") or name
 
 
 def _key(file: str) -> str:

@@ -10,8 +10,7 @@ from pathlib import Path
 from data.config import DataConfig
 from data.readers.records import ReadReport, Record, RecordBuilder
 from dsct_jax.errors import UserError
-
-_SUFFIXES = (".jpg", ".jpeg", ".png")
+from dsct_jax.preprocess import image_suffixes
 
 
 def read_ncaer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
@@ -24,7 +23,9 @@ def read_ncaer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadRepo
     builder = RecordBuilder([top], config, protocol="ncaer_s")
     for folder in sorted(path for path in top.iterdir() if path.is_dir()):
         label = builder.class_index(folder.name, f"{folder}: class")
-        for image in sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES):
+        for image in sorted(
+            path for path in folder.iterdir() if path.suffix.lower() in image_suffixes()
+        ):
             boxes = _read_crop(root / "crop" / image.relative_to(root / "images"))
             builder.report.without_people += not boxes
             if boxes:

@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from jaxtyping import Float32
 from PIL import Image
 
 from data.config import DataConfig, class_lookup
+from data.readers.frames import UPRIGHT, Boxes, FoundImage, choose_frames
 from dsct_jax.errors import UserError
-from dsct_jax.preprocess import DECODE_ERRORS, Size, decode_image
+from dsct_jax.preprocess import Size, decode_image, open_image, orientation
 
-Boxes = Float32[np.ndarray, "t 4"]  # (x1, y1, x2, y2) in pixels
+_MANY = 6  # images and people whose boxes may be expected to differ
 REMEDY = "repair or remove it, or set config.data.skip_corrupt=True"  # for a damaged image
 
 
@@ -31,10 +32,13 @@ class Record:
     labels: Float32[np.ndarray, "t k"]  # multi-hot or one-hot; a row of zeros = no label
     name: str  # the file as the annotations call it, for messages
     cues: tuple[str, ...] = ()  # scenes only: what decided each person's emotion
+    exif: str = ""  # upright or stored: how a file with an EXIF orientation is read
 
     def load(self) -> Image.Image:
         """The RGB image. Raises UserError naming a file that cannot be read."""
-        return decode_image(self.image) if isinstance(self.image, Path) else self.image()
+        if isinstance(self.image, Path):
+            return decode_image(self.image, upright=self.exif == UPRIGHT)
+        return self.image()
 
 
 def _counted(text: str) -> Any:
@@ -64,10 +68,14 @@ class ReadReport:
     swapped: int = _counted(
         "images annotated with width and height exchanged (the file's are used)"
     )
-    resized: int = _counted("images whose annotated size is not the file's (the file's is used)")
+    resized: int = _counted(
+        "images annotated in another size of the same shape (boxes are scaled, unless they fit the "
+        "file's size alone)"
+    )
     unrated: int = _counted("people without valence, arousal or dominance skipped")
     without_people: int = _counted("images skipped, nobody on them has a box")
     unreadable: int = _counted("images skipped, missing or damaged (first: {first_unreadable})")
+    misshapen: int = _counted("of these annotated as an image of another shape")
     missing: int = 0  # those of them that do not exist
     unreadable_images: list[str] = dataclasses.field(default_factory=list)  # the error line of each
     tiny: int = 0  # boxes within the first pixel: are they divided by the image size?
@@ -77,6 +85,8 @@ class ReadReport:
     first_unreadable: str = ""
     first_leaving: str = ""
     first_repeated: str = ""
+    disputed: int = 0  # people with the box of another in the image, and other labels
+    first_disputed: str = ""
     notes: list[str] = dataclasses.field(default_factory=list)  # more lines, of one reader
     suspicious: list[str] = dataclasses.field(default_factory=list)  # its more serious ones
     protocol: str = "custom"  # which task this is: one of data.config.PROTOCOLS
@@ -114,6 +124,12 @@ class ReadReport:
                 f"{self.repeated} people have the box and labels of another in the same image "
                 f"(first: {self.first_repeated})"
             )
+        if self.disputed:
+            lines.append(
+                f"{self.disputed} people have the box of another in the same image and other "
+                f"labels (first: {self.first_disputed}): several labels of a person are one "
+                "annotation with a list, and config.multi_label=True"
+            )
         return lines
 
 
@@ -147,17 +163,15 @@ def has_area(boxes: Boxes) -> np.ndarray:
     return (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) from a file's header. Raises UserError naming the file."""
-    remedy = "or set config.data.skip_corrupt=True to skip it"
+def image_header(path: Path, config: DataConfig) -> tuple[Size, int]:
+    """(height, width) as stored and EXIF orientation of a file. Raises UserError naming it."""
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except FileNotFoundError:
-        reason = "no such image file; check config.data.data_dir"
-    except DECODE_ERRORS as error:
-        reason = f"cannot be read as an image ({one_line(error)}); repair it"
-    raise UserError(f"{path}: {reason}, {remedy}")
+        with open_image(path, max_megapixels=config.max_megapixels) as image:
+            return (image.height, image.width), orientation(image)
+    except UserError as error:
+        remedy = "repair it" if path.exists() else "check config.data.data_dir"
+        skip = "or set config.data.skip_corrupt=True to skip it"
+        raise UserError(f"{error}; {remedy}, {skip}") from None
 
 
 def require_room(config: DataConfig, source: str, name: str, count: int) -> None:
@@ -169,6 +183,36 @@ def require_room(config: DataConfig, source: str, name: str, count: int) -> None
         )
 
 
+def same_place(records: Sequence[Record]) -> list[str]:
+    """A line where the boxes of many images are all the same part of the image."""
+    sides = [[one.width, one.height] * 2 for one in records for _ in one.boxes]
+    places = np.concatenate([one.boxes for one in records]) / np.array(sides).reshape(-1, 4)
+    if len(records) < _MANY or len(places) < _MANY or np.ptp(places, axis=0).max() > 0.01:
+        return []
+    where = [round(float(value), 2) for value in places[0]]
+    what = f"all {len(places)} boxes are the same part of their image (x1 y1 x2 y2 = {where}, first"
+    return [
+        f"{what}: {records[0].name}): what is learned is that place, and no person is looked for"
+    ]
+
+
+def crowded(records: Sequence[Record], model: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether many people are more than the queries of a network (the `model` section) in their
+    image, and a line about those that are ("" = none).
+    """
+    field = next((one for one in ("num_subject_queries", "num_queries") if one in model), "")
+    images = [one for one in records if field and len(one.boxes) > model[field]]
+    if not images:
+        return False, ""
+    most = max(images, key=lambda one: len(one.boxes))
+    lost = sum(len(one.boxes) - model[field] for one in images)
+    line = (
+        f"{len(images)} images show more people than config.model.{field}={model[field]} (most: "
+        f"{len(most.boxes)}, {most.name}): {lost} people cannot be found; raise it"
+    )
+    return lost > 0.01 * sum(len(one.boxes) for one in records), line
+
+
 class RecordBuilder:
     """Collects the images of one split in order, with the checks that all sources share."""
 
@@ -177,14 +221,15 @@ class RecordBuilder:
         self.records: list[Record] = []
         self.report = ReadReport(", ".join(map(str, sources)), protocol=protocol)
         self._config = config
+        self._found: list[FoundImage] = []
         self._find = class_lookup(config.class_names)
 
-    def class_index(self, name: object, where: str) -> int:
-        """The number of the class of that name. Raises UserError, beginning with `where`."""
+    def class_index(self, name: object, where: str, hint: str = "") -> int:
+        """The number of the class of that name. Raises UserError: `where` name ... `hint`."""
         index = self.find_class(name)
         if index is None:
             known = ", ".join(self._config.class_names)
-            raise UserError(f"{where} {name!r} is not in config.class_names ({known})")
+            raise UserError(f"{where} {name!r} is not in config.class_names ({known}){hint}")
         return index
 
     def find_class(self, name: object) -> int | None:
@@ -198,44 +243,63 @@ class RecordBuilder:
         boxes: Sequence[tuple[float, ...]],
         labels: Sequence[Sequence[int]],
         *,
-        annotated_size: tuple[int, int] | None = None,
+        annotated_size: Size | None = None,
+        frame: str = "",
     ) -> None:
         """One image with the (x1, y1, x2, y2) pixel boxes of its people and the class indices of
-        each (NaN = no box). Raises UserError for an image that is missing or damaged without
-        `skip_corrupt`, or shows more people than `max_targets`.
+        each (NaN = no box), as annotated: in an image of that size, in that frame ("" = unknown).
+        Raises UserError for an image that is missing or damaged without `skip_corrupt`.
         """
-        report = self.report
-        try:
-            height, width = image_size(path)
-        except UserError as error:
-            if not self._config.skip_corrupt:
-                raise
-            report.unreadable += 1
-            report.missing += not path.exists()
-            report.unreadable_images.append(str(error))
-            report.first_unreadable = report.first_unreadable or name
-            return
-        if annotated_size is not None and annotated_size != (height, width):
-            report.swapped += annotated_size == (width, height)
-            report.resized += annotated_size != (width, height)
         given = np.array(boxes, np.float32).reshape(-1, 4)
+        try:
+            size, turn = image_header(path, self._config)
+        except UserError as error:
+            self._skip(name, error)
+            self.report.missing += not path.exists()
+        else:
+            found = FoundImage(path, name, given, labels, annotated_size, size, turn, frame)
+            self._found.append(found)
+
+    def _skip(self, name: str, error: UserError) -> None:
+        if not self._config.skip_corrupt:
+            raise error
+        self.report.unreadable += 1
+        self.report.unreadable_images.append(str(error))
+        self.report.first_unreadable = self.report.first_unreadable or name
+
+    def _add(self, found: FoundImage, frame: str) -> None:
+        """The record of an image whose frame is known."""
+        try:
+            found.require_shape(frame)
+        except UserError as error:
+            self.report.misshapen += 1
+            self._skip(found.name, error)
+            return
+        report, name = self.report, found.name
+        height, width = size = found.size(frame)
+        report.swapped += found.annotated == size[::-1] != size and not frame
+        given = found.scaled_boxes(frame)
+        report.resized += given is not found.boxes
         clipped = clip_boxes(given, height, width)
         kept = has_area(clipped)
         require_room(self._config, report.source, name, int(kept.sum()))
         hot = np.zeros((len(given), len(self._config.class_names)), np.float32)
-        for row, classes in zip(hot, labels, strict=True):
+        for row, classes in zip(hot, found.labels, strict=True):
             row[list(classes)] = 1
-        self._count_boxes(name, given, clipped, (height, width))
+        self._count_boxes(name, given, clipped, size)
         hot = hot[kept]
         report.images += 1
         report.people += len(hot)
         report.unlabelled += int((hot.sum(1) == 0).sum())
-        repeated = len(hot) - len(np.unique(np.column_stack([clipped[kept], hot]), axis=0))
-        if repeated:
-            report.repeated += repeated
-            report.first_repeated = report.first_repeated or name
-        number = len(self.records)
-        self.records.append(Record(number, path, width, height, clipped[kept], hot, name))
+        boxes = clipped[kept]
+        repeated = len(hot) - len(np.unique(np.column_stack([boxes, hot]), axis=0))
+        disputed = len(hot) - len(np.unique(boxes, axis=0)) - repeated
+        for count, field in ((repeated, "repeated"), (disputed, "disputed")):
+            if count:
+                setattr(report, field, getattr(report, field) + count)
+                setattr(report, f"first_{field}", getattr(report, f"first_{field}") or name)
+        image = len(self.records), found.path, width, height
+        self.records.append(Record(*image, boxes, hot, name, exif=frame))
 
     def _count_boxes(self, name: str, given: Boxes, clipped: Boxes, size: Size) -> None:
         """What the report says of the boxes of one image, as given and as clipped to it."""
@@ -255,9 +319,17 @@ class RecordBuilder:
                 setattr(report, field, f"{name}, person {first}, {where}")
 
     def finish(self) -> tuple[list[Record], ReadReport]:
-        """What was collected. Raises UserError when it is nothing."""
+        """What was collected. Raises UserError when it is nothing, when an image was annotated as
+        one of another shape (without `skip_corrupt`), or shows more people than `max_targets`.
+        """
+        frames, notes, problems = choose_frames(self._found, self._config.exif)
+        self.report.notes += notes
+        self.report.suspicious += problems
+        for found, frame in zip(self._found, frames, strict=True):
+            self._add(found, frame)
         if not self.records:
             lines = self.report.unreadable_images
             first = f" (first: {lines[0]})" if lines else ""
             raise UserError(f"{self.report.source}: holds no usable image{first}")
+        self.report.suspicious += same_place(self.records)
         return self.records, self.report

@@ -10,14 +10,14 @@ import argparse
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from data.command import ConfigParser, require_at_least, splits_argument
 from data.config import PROTOCOLS, SPLITS, DataConfig
-from data.readers.records import ReadReport, Record
+from data.readers.records import ReadReport, Record, crowded
 from data.readers.registry import read_split
 from data.tools.duplicates import (
     NEAR,
@@ -86,12 +86,17 @@ def check_split(config: DataConfig, split: str, *, workers: int) -> SplitCheck:
 
 
 def find_problems(
-    checks: dict[str, SplitCheck], class_names: Sequence[str], *, near: int
+    checks: dict[str, SplitCheck],
+    class_names: Sequence[str],
+    *,
+    near: int,
+    model: Mapping[str, Any],
 ) -> list[Finding]:
-    """Everything that a user should know of the splits, errors first."""
+    """Everything that a user should know of the splits, errors first. `model`: the section."""
     findings = [
         *(one for split, check in checks.items() for one in _split_problems(split, check)),
         *(one for split, check in checks.items() for one in _notes(split, check, class_names)),
+        *(one for split, check in checks.items() for one in _crowds(split, check, model)),
         *_count_problems(checks),
         *_duplicate_problems(checks, near=near),
     ]
@@ -101,11 +106,12 @@ def find_problems(
 def _split_problems(split: str, check: SplitCheck) -> Iterator[Finding]:
     report = check.report
     if report.unreadable:
-        no_images = report.unreadable - report.missing
+        misshapen = f", {report.misshapen} of another shape than annotated" * (report.misshapen > 0)
+        no_images = report.unreadable - report.missing - report.misshapen
         yield Finding(
             True,
             f"{split}: {report.unreadable} files cannot be opened: {report.missing} missing, "
-            f"{no_images} that are no images",
+            f"{no_images} that are no images{misshapen}",
             tuple(report.unreadable_images),
         )
     if check.damaged:
@@ -120,12 +126,19 @@ def _split_problems(split: str, check: SplitCheck) -> Iterator[Finding]:
 def _notes(split: str, check: SplitCheck, class_names: Sequence[str]) -> Iterator[Finding]:
     """What a reader met and dealt with, apart from what is an error."""
     suspicions = check.report.suspicions()
-    for line in dataclasses.replace(check.report, unreadable=0).lines()[1:]:
+    for line in dataclasses.replace(check.report, unreadable=0, misshapen=0).lines()[1:]:
         if line not in suspicions:
             yield Finding(False, f"{split}: {line}")
     counts = zip(class_names, check.label_counts, strict=True)
     if empty := [name for name, count in counts if not count]:
-        yield Finding(False, f"{split}: nobody has the label {', '.join(empty)}")
+        remedy = "remove them from config.class_names, or see how the annotations spell them"
+        yield Finding(False, f"{split}: nobody has the label {', '.join(empty)}; {remedy}")
+
+
+def _crowds(split: str, check: SplitCheck, model: Mapping[str, Any]) -> Iterator[Finding]:
+    many, line = crowded([record for record, _ in check.readable], model)
+    if line:
+        yield Finding(many, f"{split}: {line}")
 
 
 def _expected(protocol: str, split: str) -> tuple[int | None, int | None]:
@@ -249,7 +262,7 @@ def run(arguments: argparse.Namespace) -> int:
     checks = {
         split: check_split(config, split, workers=arguments.workers) for split in arguments.split
     }
-    findings = find_problems(checks, config.class_names, near=arguments.near)
+    findings = find_problems(checks, config.class_names, near=arguments.near, model=arguments.model)
     for split, check in checks.items():
         print(f"{split}: {check.report.source}")
     protocol = next(iter(checks.values())).report.protocol

@@ -6,8 +6,9 @@ an interruption from where it stood.
     python train.py --config=configs/caer_s_r50.py --config.data.source=prepared \\
         --config.data.data_dir=PREPARED ...
 
-Images keep their bytes, so training sees the same pixels; --short_side=N makes those whose short
-side is longer smaller (JPEG, quality 95), and their boxes with them.
+Training sees the same pixels: images keep their bytes, and those that an EXIF orientation turns
+become PNG. --short_side=N makes those whose short side is longer smaller (JPEG, quality 95), and
+their boxes with them.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from data.augment import scale_boxes
 from data.command import ConfigParser, require_at_least
 from data.config import SPLITS, DataConfig
+from data.readers.frames import UPRIGHT
 from data.readers.prepared import AGAIN, NAME, SUMMARY, features, folder, read_summary, write_index
 from data.readers.records import REMEDY, Record, one_line
 from data.readers.registry import read_split
@@ -129,7 +131,7 @@ def _fingerprint(
         for record in found:
             stat = record.image.stat() if isinstance(record.image, Path) else None
             state = (stat.st_size, stat.st_mtime_ns) if stat else record.image
-            parts = (record.name, record.height, record.width, state, record.cues)
+            parts = (record.name, record.height, record.width, state, record.cues, record.exif)
             digest.update(repr(parts).encode() + record.boxes.tobytes() + record.labels.tobytes())
     return digest.hexdigest()
 
@@ -223,12 +225,15 @@ def _encoded(record: Record, short_side: int | None) -> bytes:
         raw = record.image.read_bytes()
     except OSError as error:
         raise UserError(f"{record.image}: cannot be read ({error.strerror})") from None
-    image = decode_image(record.image, raw)
+    turned = record.exif == UPRIGHT
+    image = decode_image(record.image, raw, upright=turned)
     before = image.height, image.width
     size = _stored_size(before, short_side)
     if size != (record.height, record.width):
         raise UserError(f"{record.image}: its size changed while it was being prepared")
-    return raw if size == before else _save(resize(image, size), "JPEG", quality=_QUALITY)
+    if size != before:
+        return _save(resize(image, size), "JPEG", quality=_QUALITY)
+    return _save(image, "PNG") if turned else raw
 
 
 def _save(image: Any, file_format: str, **options: Any) -> bytes:

@@ -61,6 +61,20 @@ def assign(
     return chosen[groups]
 
 
+def fill_empty(
+    chosen: Int[np.ndarray, " n"], groups: Int[np.ndarray, " n"], shares: Sequence[int | float]
+) -> Int[np.ndarray, " n"]:
+    """The answer of `assign`, but a split that has a share and no image gets the smallest group of
+    the largest split, unless that has only one.
+    """
+    for split in np.flatnonzero(np.array(shares) > 0):
+        donor = np.flatnonzero(chosen == np.bincount(chosen).argmax())
+        names, sizes = np.unique(groups[donor], return_counts=True)
+        if split not in chosen and len(names) > 1:
+            chosen = np.where(groups == names[sizes.argmin()], split, chosen)
+    return chosen
+
+
 def pool(config: DataConfig, splits: Sequence[str]) -> tuple[list[Record], int]:
     """All images of these splits, each file once, and how many were repeated. Raises UserError."""
     found: dict[Path, Record] = {}
@@ -164,11 +178,12 @@ def run(arguments: argparse.Namespace) -> None:
         )
     seed, shares = arguments.seed, arguments.shares
     chosen = assign(strata_of(records), groups, shares=shares, seed=seed)
+    chosen = fill_empty(chosen, groups, shares)
     info = {"by": by, "seed": seed, "shares": shares, "near": near, "from": arguments.source}
     arguments.output.mkdir(parents=True, exist_ok=True)
     for number, split in enumerate(SPLITS):
         part = [record for record, place in zip(records, chosen, strict=True) if place == number]
-        names = [_below(record.image, config.data_dir) for record in part]
+        names = [below(record.image, config.data_dir) for record in part]
         path = arguments.output / f"{split}.json"
         document = to_coco(part, names, config, info=info | {"split": split})
         path.write_text(json.dumps(document) + "\n")
@@ -177,5 +192,6 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"- {path} is empty: too few images or groups for --shares")
 
 
-def _below(image: Any, folder: str) -> str:
+def below(image: Any, folder: str | Path) -> str:
+    """The path of an image file, from the folder on."""
     return Path(os.path.relpath(image, folder)).as_posix()

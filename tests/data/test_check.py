@@ -52,7 +52,7 @@ def folder(tmp_path) -> Path:
             for number in range(count):
                 seed += 1
                 save(tmp_path, f"{split}/{label}/{number:04}.png", image(seed))
-                lines.append(f"{split}/{label}/{number:04}.png,{label},10,10,50,60")
+                lines.append(f"{split}/{label}/{number:04}.png,{label},{seed},10,{seed + 40},60")
         (tmp_path / f"{split}.txt").write_text("\n".join(lines) + "\n")
     return tmp_path
 
