@@ -13,7 +13,8 @@ export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.jax_cache}"
 wanted() { case " $STEPS " in *" $1 "*) echo "== $1, $(date +%T)" ;; *) false ;; esac; }
 
 if wanted tests; then
-	python3 -m pytest -q -m gpu -n 8 --dist load tests/pallas_kernels/test_pallas_gpu.py
+	python3 -m pytest -q -p no:benchmark -m gpu -n 8 --dist load \
+		tests/pallas_kernels/test_pallas_gpu.py
 fi
 if wanted tiles; then
 	timeout 200 python3 -m benchmarks.tune_tiles --output "$out/tiles"
@@ -30,11 +31,13 @@ if wanted step; then
 		--dtypes bfloat16 float32 --remat none --output "$out/training_step"
 fi
 if wanted profile; then
-	timeout 150 python3 -m benchmarks.profile_step --size 800x1066 --batch 8 --dtype bfloat16 \
+	# a recorded graph of launches is one event: without graphs, each kernel has its name
+	XLA_FLAGS="$XLA_FLAGS --xla_gpu_enable_command_buffer=" timeout 150 \
+		python3 -m benchmarks.profile_step --size 800x1066 --batch 8 --dtype bfloat16 --remat none \
 		--output "$out/profile_step"
 fi
 if wanted golden; then
 	# float32 products in full, not in the tensor cores' 10 bits
-	JAX_DEFAULT_MATMUL_PRECISION=highest timeout 200 python3 -m pytest -q -n 8 --dist load \
-		-k golden tests/model tests/training
+	JAX_DEFAULT_MATMUL_PRECISION=highest timeout 200 python3 -m pytest -q -p no:benchmark -n 8 \
+		--dist load -k golden tests/model tests/training
 fi

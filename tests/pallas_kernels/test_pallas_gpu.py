@@ -72,13 +72,22 @@ def test_lowering_leaves_the_warning_filters_of_the_process_alone():
     assert warnings.filters == before
 
 
+def points_at_an_edge(workload, arguments):
+    """Which points [b q n l p] lie within 1e-4 of a whole pixel."""
+    sizes = np.array(workload.spatial_shapes, np.float64)[:, ::-1]  # (width, height)
+    points = np.asarray(arguments["reference_points"], np.float64)[:, :, None, :, None]
+    pixels = points * sizes[:, None] - 0.5 + np.asarray(arguments["offsets"], np.float64)
+    return (np.abs(pixels - np.round(pixels)) < 1e-4).any(-1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_right_on_the_gpu(name, dtype, pattern):
     """Against the portable path in float64, which the CPU tests hold against the definition. All
-    gradients, atomic additions included.
+    gradients, atomic additions included. A point that float32 cannot tell from the edge of a pixel
+    has two slopes, one per side; of the millions, it leaves out the gradient of those.
     """
     workload = WORKLOADS[name]
     arguments = {key: jnp.asarray(x) for key, x in workload.inputs(pattern, seed=1).items()}
@@ -95,11 +104,13 @@ def test_right_on_the_gpu(name, dtype, pattern):
             xla.deformable_attention_from_offsets, workload.spatial_shapes
         )(exact, jnp.asarray(cotangent, jnp.float64))
         answers = {key: np.asarray(x) for key, x in answers.items()}
+    at_edge = points_at_an_edge(workload, arguments)
+    two_slopes = {"offsets": at_edge[..., None], "reference_points": at_edge.any((2, 4))[..., None]}
+    assert pattern == "initial" or at_edge.mean() < 2e-3
     for key, answer in answers.items():
-        if pattern == "initial" and key in ("offsets", "reference_points"):
-            continue  # whole steps put points exactly on pixels, where the slope is one-sided
         epsilon = 2**-7 if dtype == jnp.bfloat16 and key in ("out", "value") else 5e-5
-        error = np.abs(np.asarray(found[key], np.float64) - answer).max()
+        error = np.abs(np.asarray(found[key], np.float64) - answer)
+        error = np.where(two_slopes.get(key, False), 0, error).max()
         assert np.isfinite(error) and error <= epsilon * np.abs(answer).max(), (key, error)
 
 
