@@ -8,9 +8,19 @@
 The same command again continues from the newest checkpoint. docs/training.md has the rest.
 """
 
+import sys
+
+from data.command import override, train_parser
+from dsct_jax.cli import run_command, start_process
+
+if __name__ == "__main__":  # before jax is imported, which takes a second or two
+    if {"-h", "--help"} & {*sys.argv}:
+        train_parser(__doc__).print_help()
+        sys.exit()
+    start_process()
+
 import contextlib
 import dataclasses
-import sys
 import typing
 from collections.abc import Mapping
 from functools import partial
@@ -20,22 +30,27 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from data.command import override
-from data.config import SPLITS, DataConfig
+from data.config import DataConfig
 from data.pipeline import Dataset, make_dataset
-from dsct_jax.cli import Parser, expanded_path, run_command
-from dsct_jax.config import dataclass_from_dict, read_config, require, to_builtins
+from dsct_jax.batch import FlatParams
+from dsct_jax.config import (
+    RESAMPLES,
+    dataclass_from_dict,
+    read_config,
+    require,
+    to_builtins,
+)
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import FILE as FIT_FILE
 from dsct_jax.evaluation.calibration import fit_decoder, save_fit, stored_decoder
 from dsct_jax.evaluation.collect import collect_results
-from dsct_jax.evaluation.evaluate import LOWER_IS_BETTER, RESAMPLES, evaluate, write_evaluation
+from dsct_jax.evaluation.evaluate import LOWER_IS_BETTER, evaluate, write_evaluation
 from dsct_jax.evaluation.report import format_table
 from dsct_jax.evaluation.results import ResultsInfo, Shown, SplitResults
-from dsct_jax.model.build import FlatParams, Network, network_config
+from dsct_jax.model.build import Network, network_config
 from dsct_jax.parallel import Prefetch, make_mesh, replicate, shard_batch
 from dsct_jax.postprocess import Decoder
-from dsct_jax.runtime import AUTO, exclusive, full_disk_reported, init_distributed, start_process
+from dsct_jax.runtime import exclusive, full_disk_reported, init_distributed
 from dsct_jax.training.checkpoint import Checkpoints
 from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig, TrainConfig
 from dsct_jax.training.logbook import Logbook, versions
@@ -341,29 +356,9 @@ def write_results(
         print("no thresholds fitted on validation: --mode=eval --split=val makes them")
 
 
-def make_parser() -> Parser:
-    """The command's own flags; what begins with --config. is left to `override`."""
-    parser = Parser(description=__doc__)
-    modes = "train, evaluating on the way; evaluate a checkpoint; or say what a run takes"
-    several, path = "several processes:", {"type": expanded_path}
-    for flag, text, options in (
-        ("config", "such as configs/demo.py, or a run's config.json", path),
-        ("workdir", "directory of the run: checkpoints, metrics, settings", path),
-        ("mode", modes, {"choices": ["train", "eval", "plan"], "default": "train"}),
-        ("split", "what --mode=eval evaluates", {"choices": SPLITS, "default": "test"}),
-        ("checkpoint", "what --mode=eval evaluates: newest, best or a step", {"default": "newest"}),
-        ("coordinator", f"{several} HOST:PORT of process 0; {AUTO}: auto-detected by JAX", {}),
-        ("num_processes", f"{several} how many", {"type": int}),
-        ("process_id", f"{several} which of them this is, from 0", {"type": int}),
-        ("profile", "first of the steps to profile, and how many", {"metavar": "STEP:NUMBER"}),
-    ):
-        parser.add_argument(f"--{flag}", help=text, **options)
-    return parser
-
-
 def run_mode(argv: list[str] | None) -> None:
     """Reads the command line and runs the chosen mode."""
-    arguments, overrides = make_parser().parse_known_args(argv)
+    arguments, overrides = train_parser(__doc__).parse_known_args(argv)
     for name in ("config",) if arguments.mode == "plan" else ("config", "workdir"):
         if getattr(arguments, name) is None:
             instead = f", but there is {overrides[0]}" if overrides else ""
@@ -396,5 +391,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    start_process()
     sys.exit(main())

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dsct_jax.cli import Parser, run_command
+from dsct_jax.cli import Parser, run_command, start_process
 from dsct_jax.inference.introspection import Introspection, introspect
 from dsct_jax.inference.load import load
 from dsct_jax.inference.predict import read_rgb
-from dsct_jax.runtime import start_process
 
 
 def weight_measures(

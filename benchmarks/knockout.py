@@ -27,12 +27,11 @@ from data.config import SPLITS
 from data.pipeline import Dataset, make_dataset
 from dsct_jax.batch import Batch, Predictions
 from dsct_jax.boxes import cxcywh_to_xyxy
-from dsct_jax.cli import Parser, run_command
+from dsct_jax.cli import Parser, run_command, start_process
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.selection import select_queries
 from dsct_jax.inference.load import Model, load
 from dsct_jax.model import decoder
-from dsct_jax.runtime import start_process
 from dsct_jax.training.step import model_input
 
 _fusion = decoder.subject_context_fusion

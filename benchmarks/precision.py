@@ -23,12 +23,11 @@ import numpy as np
 from benchmarks.tables import add_output, device_line, report, table
 from data.command import override
 from data.pipeline import make_dataset
-from dsct_jax.cli import Parser, run_command
+from dsct_jax.cli import Parser, run_command, start_process
 from dsct_jax.config import read_config
 from dsct_jax.errors import UserError
 from dsct_jax.model.build import Network
 from dsct_jax.parallel import make_mesh, shard_batch
-from dsct_jax.runtime import start_process
 from dsct_jax.training.objective import SetPrediction
 from dsct_jax.training.step import initial_state, make_train_step
 from train import RunConfig

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from data.config import SPLITS, DataConfig
-from data.readers.coco import annotated_classes
 from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.config import dataclass_from_dict, read_config, require, to_builtins, unknown_field
 from dsct_jax.errors import UserError
@@ -47,6 +46,8 @@ def _with_classes(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with class_names "auto" taken from the annotations."""
     if config.get("class_names") not in ("auto", ("auto",)):
         return config
+    from data.readers.coco import annotated_classes  # more than --help can wait for
+
     data = _data_section(config | {"class_names": ("auto",)})
     return config | {"class_names": annotated_classes(data)}
 
@@ -80,6 +81,26 @@ class ConfigParser(Parser):
     def add_workers(self, what: str) -> None:
         """--workers, by default one per core."""
         self.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=what)
+
+
+def train_parser(description: str | None) -> Parser:
+    """The flags of train.py itself; what begins with --config. is left to `override`."""
+    parser = Parser(description=description)
+    modes = "train, evaluating on the way; evaluate a checkpoint; or say what a run takes"
+    several, path = "several processes:", {"type": expanded_path}
+    for flag, text, options in (
+        ("config", "such as configs/demo.py, or a run's config.json", path),
+        ("workdir", "directory of the run: checkpoints, metrics, settings", path),
+        ("mode", modes, {"choices": ["train", "eval", "plan"], "default": "train"}),
+        ("split", "what --mode=eval evaluates", {"choices": SPLITS, "default": "test"}),
+        ("checkpoint", "what --mode=eval evaluates: newest, best or a step", {"default": "newest"}),
+        ("coordinator", f"{several} HOST:PORT of process 0; auto: found by jax", {}),
+        ("num_processes", f"{several} how many", {"type": int}),
+        ("process_id", f"{several} which of them this is, from 0", {"type": int}),
+        ("profile", "first of the steps to profile, and how many", {"metavar": "STEP:NUMBER"}),
+    ):
+        parser.add_argument(f"--{flag}", help=text, **options)
+    return parser
 
 
 def splits_argument(text: str) -> list[str]:

@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from dsct_jax.config import cannot_be_used, check_settings, setting
+from dsct_jax.config import MAX_MEGAPIXELS, cannot_be_used, check_settings, setting
 from dsct_jax.errors import UserError
-from dsct_jax.preprocess import MAX_MEGAPIXELS
 
 SOURCES = ("coco", "caer_s", "ncaer_s", "emotic", "scenes", "prepared")
 SPLITS = ("train", "val", "test")

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+FlatParams = dict[str, Any]  # the values of a network: path 'a/b/c' -> array
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -1,25 +1,24 @@
 """Box arithmetic: (cx, cy, w, h) is what networks predict, (x1, y1, x2, y2) what areas need."""
 
-from typing import TypeVar
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Float, Num
 
-# some functions serve the host (readers, drawing) and the device (losses) alike
-AnyArray = TypeVar("AnyArray", Array, np.ndarray)
+# of jax or NumPy: these serve the device (losses) and the host, which may not have imported jax
+AnyArray = Any
 
 
 def cxcywh_to_xyxy(boxes: Num[AnyArray, "*n 4"]) -> Num[AnyArray, "*n 4"]:
     """(cx, cy, w, h) -> (x1, y1, x2, y2)."""
     centre, size = boxes[..., :2], boxes[..., 2:]
-    return _namespace(boxes).concatenate([centre - 0.5 * size, centre + 0.5 * size], axis=-1)
+    return boxes.__array_namespace__().concat([centre - 0.5 * size, centre + 0.5 * size], axis=-1)
 
 
 def xyxy_to_cxcywh(boxes: Num[AnyArray, "*n 4"]) -> Num[AnyArray, "*n 4"]:
     """(x1, y1, x2, y2) -> (cx, cy, w, h)."""
     low, high = boxes[..., :2], boxes[..., 2:]
-    return _namespace(boxes).concatenate([(low + high) / 2, high - low], axis=-1)
+    return boxes.__array_namespace__().concat([(low + high) / 2, high - low], axis=-1)
 
 
 def to_pixels(
@@ -29,30 +28,27 @@ def to_pixels(
     return cxcywh_to_xyxy(boxes) * np.asarray(sizes, boxes.dtype)[..., [1, 0, 1, 0]]
 
 
-def _namespace(array: AnyArray):
-    return np if isinstance(array, np.ndarray) else jnp
-
-
-def _areas(boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
+def _areas(boxes: Float[AnyArray, "*n 4"]) -> Float[AnyArray, "*n"]:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 def iou_and_giou(
-    a: Float[Array, "... 4"], b: Float[Array, "... 4"], *, epsilon: float = 0.0
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    a: Float[AnyArray, "... 4"], b: Float[AnyArray, "... 4"], *, epsilon: float = 0.0
+) -> tuple[Float[AnyArray, "..."], Float[AnyArray, "..."]]:
     """IoU and generalized IoU (Rezatofighi et al. 2019) of (x1, y1, x2, y2) boxes, element by
     element after broadcasting; a pair whose union is empty has IoU 0. Some authors add an `epsilon`
     to both denominators.
     """
-    low, high = jnp.maximum(a[..., :2], b[..., :2]), jnp.minimum(a[..., 2:], b[..., 2:])
-    size = jnp.clip(high - low, 0)
+    xp = a.__array_namespace__()
+    low, high = xp.maximum(a[..., :2], b[..., :2]), xp.minimum(a[..., 2:], b[..., 2:])
+    size = xp.clip(high - low, 0)
     intersection = size[..., 0] * size[..., 1]
     union = _areas(a) + _areas(b) - intersection
-    iou = intersection / (jnp.where(union > 0, union, 1) + epsilon)
-    low, high = jnp.minimum(a[..., :2], b[..., :2]), jnp.maximum(a[..., 2:], b[..., 2:])
-    size = jnp.clip(high - low, 0)
+    iou = intersection / (xp.where(union > 0, union, 1) + epsilon)
+    low, high = xp.minimum(a[..., :2], b[..., :2]), xp.maximum(a[..., 2:], b[..., 2:])
+    size = xp.clip(high - low, 0)
     hull = size[..., 0] * size[..., 1]
-    return iou, iou - (hull - union) / (jnp.where(hull > 0, hull, 1) + epsilon)
+    return iou, iou - (hull - union) / (xp.where(hull > 0, hull, 1) + epsilon)
 
 
 def elementwise_iou(a: np.ndarray, b: np.ndarray, *, offset: float = 0.0) -> np.ndarray:
@@ -88,7 +84,8 @@ def non_max_suppression(
     return np.array(kept, dtype=np.int64)
 
 
-def inverse_sigmoid(x: Float[Array, "*n"], *, eps: float = 1e-5) -> Float[Array, "*n"]:
+def inverse_sigmoid(x: Float[AnyArray, "*n"], *, eps: float = 1e-5) -> Float[AnyArray, "*n"]:
     """log(x / (1 - x)) of x clipped to [0, 1], both terms at least `eps`, as Deformable DETR's."""
-    x = jnp.clip(x, 0, 1)
-    return jnp.log(jnp.maximum(x, eps) / jnp.maximum(1 - x, eps))
+    xp = x.__array_namespace__()
+    x = xp.clip(x, 0, 1)
+    return xp.log(xp.maximum(x, eps) / xp.maximum(1 - x, eps))

@@ -1,22 +1,25 @@
-"""What all commands share: the command line, paths, outputs that are tried before the work, a
-user's mistake reported in one line, the exit status, and progress on the terminal.
+"""What all commands share: the process, the command line, paths, outputs that are tried before the
+work, a user's mistake reported in one line, the exit status, and progress on the terminal.
 
-A command is a module with `make_parser()` (its flags) and `run(arguments)` (with those parsed; it
-raises UserError for what cannot be used); `run_subcommand` does the rest.
+A command is a function of its package's `parsers.py` (its flags; its docstring is their --help) and
+the `run(arguments)` of the module of that name, which raises UserError for what cannot be used;
+`run_subcommand` does the rest.
 """
 
 import argparse
 import contextlib
 import difflib
 import importlib
+import inspect
+import keyword
+import logging
 import os
+import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
-
-from tqdm import tqdm
 
 from dsct_jax.errors import UserError, missing_extra
 
@@ -35,7 +38,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, description: str | None, prog: str | None = None) -> None:
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(
-            prog=prog, description=description, formatter_class=layout, allow_abbrev=False
+            prog=prog,
+            description=inspect.cleandoc(description or ""),
+            formatter_class=layout,
+            allow_abbrev=False,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -84,6 +90,44 @@ def whole_file(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]
         temporary.unlink(missing_ok=True)
 
 
+def start_process() -> None:
+    """Sets this process up as a command's; call it once, before anything is compiled.
+
+    The terminal shows this project's own lines (stdout) and warnings of others (stderr). Compiled
+    programs are kept in a directory of the user, $XDG_CACHE_HOME/dsct_jax or ~/.cache/dsct_jax,
+    unless JAX_COMPILATION_CACHE_DIR says where, so that nothing is compiled twice.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # orbax reports every leaf, and twice what it raises
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    ours = logging.StreamHandler(sys.stdout)
+    for package in ("dsct_jax", "pallas_kernels", "data"):
+        logger = logging.getLogger(package)
+        logger.addHandler(ours)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    # batches that workers had ready at a stop: Python's tracker frees them, and need not say so
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
+    sys.unraisablehook = _report_unraisable
+    # or every data worker would run the command's file, and load all that it imports
+    sys.modules["__main__"].__dict__.pop("__file__", None)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # per machine: programs for a CPU use its instructions, and home directories are shared
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        directory = caches / "dsct_jax" / (platform.node() or "local")
+        with contextlib.suppress(OSError):  # no such place to write
+            directory.mkdir(parents=True, exist_ok=True)
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)  # read where jax is imported
+            if "jax" in sys.modules:
+                sys.modules["jax"].config.update("jax_compilation_cache_dir", str(directory))
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    """Python's own, but for reads under way when orbax gave up on a damaged checkpoint."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def run_command(run: Callable[[], int | None]) -> int:
     """Calls `run` and returns the exit status: its own (None = 0); 2 after one line on stderr for a
     user's mistake, a missing extra, a file that the system refuses or devices that jax does not
@@ -123,35 +167,33 @@ def _jax_starts() -> bool:
         return False
 
 
-def run_subcommand(
-    package: str, commands: Mapping[str, str], argv: Sequence[str] | None = None, *, prog: str
-) -> int:
-    """Runs the command that the first argument names, one of `commands` (name -> what it does), a
-    module of `package`; returns the exit status. `argv`: None = those of the process, which is then
-    set up as a command's; `prog`: how the user calls this, such as "python -m data".
+def run_subcommand(package: str, argv: Sequence[str] | None = None, *, prog: str) -> int:
+    """Runs the command of `package` that the first argument names; returns the exit status. `argv`:
+    None = those of the process, which is then set up as a command's; `prog`: how the user calls
+    this, such as "python -m data".
     """
-    if argv is None:
-        from dsct_jax.runtime import start_process
-
-        start_process()
-        argv = sys.argv[1:]
-    if not argv or argv[0] in ("-h", "--help"):
-        width = max(map(len, commands)) + 2
+    parsers = importlib.import_module(f"{package}.parsers")
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        width = max(map(len, parsers.COMMANDS)) + 2
         print("commands (each with --help):")
-        print("\n".join(f"  {name:{width}}{text}" for name, text in commands.items()))
-        return 0 if argv else 2
-    name = argv[0].replace("-", "_")
-    if name not in commands:
-        close = difflib.get_close_matches(name, commands, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"must be one of {', '.join(commands)}"
-        print(f"error: {argv[0]}: unknown command; {hint}", file=sys.stderr)
+        print("\n".join(f"  {name:{width}}{text}" for name, text in parsers.COMMANDS.items()))
+        return 0 if words else 2
+    name = words[0].replace("-", "_")
+    if name not in parsers.COMMANDS:
+        close = difflib.get_close_matches(name, parsers.COMMANDS, n=1)
+        hint = f"must be one of {', '.join(parsers.COMMANDS)}"
+        hint = f"did you mean {close[0]}?" if close else hint
+        print(f"error: {words[0]}: unknown command; {hint}", file=sys.stderr)
         return 2
 
     def run() -> int | None:
-        command = importlib.import_module(f"{package}.{name}")
-        parser = command.make_parser()
+        parser = getattr(parsers, name + "_" * keyword.iskeyword(name))()
         parser.prog = f"{prog} {name}"
-        return command.run(parser.parse_args(argv[1:]))
+        arguments = parser.parse_args(words[1:])
+        if argv is None:
+            start_process()
+        return importlib.import_module(f"{package}.{name}").run(arguments)
 
     return run_command(run)
 
@@ -160,6 +202,8 @@ def progress(
     things: Iterable[T], *, total: int | None = None, what: str | None = None, unit: str = "image"
 ) -> Iterator[T]:
     """The same things, with a bar on a terminal and now and then a line elsewhere (both stderr)."""
+    from tqdm import tqdm
+
     pace: dict[str, Any] = {"mininterval": 0.2, "dynamic_ncols": True}
     if not sys.stderr.isatty():
         pace = {"mininterval": SECONDS_BETWEEN_LINES, "delay": SECONDS_BETWEEN_LINES}

@@ -18,6 +18,12 @@ from dsct_jax.errors import UserError, missing_extra
 T = TypeVar("T")
 Number = int | float
 
+# what commands and library do unless told otherwise
+BATCH_SIZE = 4  # images per call in prediction
+MAX_MEGAPIXELS = 179.0  # of an image file, as in PIL: 13,000 x 13,000 takes half a GB
+NMS_IOU = 0.5  # of two boxes that overlap more, the less confident one is dropped
+RESAMPLES = 400  # of the images, for intervals: a few seconds for 10,000 of them
+
 PRESETS = Path(__file__).with_name("presets")
 _COMPARE = {"at least": ge, "at most": le, "more than": gt, "less than": lt}
 _START = "start from configs/base.py"

@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float
 from scipy.special import expit, softmax
 
 from dsct_jax.boxes import non_max_suppression, to_pixels
+from dsct_jax.config import NMS_IOU
 from dsct_jax.errors import UserError
 from dsct_jax.preprocess import Size
 
-PREDICTION_NMS = 0.5  # of two boxes that overlap more (IoU), the less confident one is dropped
 DEFAULT_MIN_CONFIDENCE = 0.3  # where none was fitted on validation
 DEFAULT_THRESHOLD = 0.5  # Eq. 4's t where none was fitted; the paper names no value
 
@@ -77,7 +77,7 @@ class Selection:
     threshold: float | None = None
     # queries below are no person; None = as fitted on validation, else 0.3
     min_confidence: float | None = None
-    nms: float = PREDICTION_NMS  # 1 = keep all
+    nms: float = NMS_IOU  # 1 = keep all
 
     def __post_init__(self) -> None:
         for field, value in dataclasses.asdict(self).items():

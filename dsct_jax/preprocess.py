@@ -12,10 +12,10 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from PIL import Image
 
 from dsct_jax.errors import UserError
@@ -56,7 +56,6 @@ _TURNS = {
 _EXIF_INFO = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 _TAIL = 1 << 16  # bytes at the end of a PNG, where some programs write EXIF
 _PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"adobe.xmp")
-MAX_MEGAPIXELS = 179.0  # by default, as in PIL: an image of 13,000 x 13,000 takes half a GB
 _OPENING = threading.Lock()
 _HEIC = (".heic", ".heif", ".hif")
 _HEIC_REMEDY = "pip install 'dsct-jax[heic]'"
@@ -255,9 +254,10 @@ def prepare_image(
 
 
 def normalize(
-    images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], padding_mask: Bool[Array, "b h w"]
-) -> Float32[Array, "b h w 3"]:
+    images: UInt8[Any, "b h w 3"] | Float[Any, "b h w 3"], padding_mask: Bool[Any, "b h w"]
+) -> Float32[Any, "b h w 3"]:
     """ImageNet normalization of pixels 0..255; padding becomes 0, as DETR pads after it."""
-    mean, std = (jnp.array(x, jnp.float32).reshape(1, 1, 1, 3) for x in (MEAN, STD))
-    scaled = (images.astype(jnp.float32) / 255 - mean) / std
-    return jnp.where(padding_mask[..., None], jnp.float32(0), scaled)
+    xp = images.__array_namespace__()
+    mean, std = (xp.asarray(x, dtype=xp.float32) for x in (MEAN, STD))
+    scaled = (images.astype(xp.float32) / 255 - mean) / std
+    return xp.where(padding_mask[..., None], xp.float32(0), scaled)

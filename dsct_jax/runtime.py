@@ -1,14 +1,12 @@
-"""The process of a command: terminal, compilation cache, signals, and how several processes find
-each other. Never called by the library itself.
+"""The process of a run: a full disk, signals, and how several processes find each other. Never
+called by the library itself.
 """
 
 import contextlib
 import errno
-import logging
 import os
 import platform
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,42 +19,6 @@ from jax.experimental import multihost_utils
 from dsct_jax.errors import UserError
 
 AUTO = "auto"
-
-
-def start_process() -> None:
-    """Call once, before anything is compiled.
-
-    The terminal shows this project's own lines (stdout) and warnings of others (stderr). Compiled
-    programs are kept in a directory of the user, $XDG_CACHE_HOME/dsct_jax or ~/.cache/dsct_jax,
-    unless JAX_COMPILATION_CACHE_DIR says where, so that the second start of a run does not compile.
-    """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    # orbax reports every leaf, and twice what it raises
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    ours = logging.StreamHandler(sys.stdout)
-    for package in ("dsct_jax", "pallas_kernels", "data"):
-        logger = logging.getLogger(package)
-        logger.addHandler(ours)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-    # batches that workers had ready at a stop: Python's tracker frees them, and need not say so
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-    sys.unraisablehook = _report_unraisable
-    # or every data worker would run the command's file, and load all that it imports
-    sys.modules["__main__"].__dict__.pop("__file__", None)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # per machine: programs for a CPU use its instructions, and home directories are shared
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        directory = caches / "dsct_jax" / (platform.node() or "local")
-        with contextlib.suppress(OSError):  # no such place to write
-            directory.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", str(directory))
-
-
-def _report_unraisable(unraisable: Any) -> None:
-    """Python's own, but for reads under way when orbax gave up on a damaged checkpoint."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager

@@ -86,10 +86,11 @@ from dsct_jax import errors
 blocked = {*errors.EXTRAS, "cv2", "flatbuffers", "jax2onnx", "onnx", "torch", "data", "configs"}
 import dsct_jax
 dsct_jax.load, dsct_jax.predict
-from dsct_jax.__main__ import COMMANDS, main
+from dsct_jax.__main__ import main
+from dsct_jax.commands.parsers import COMMANDS
 for name in sorted({*COMMANDS} - {"report", "visualize"}):
     importlib.import_module(f"dsct_jax.commands.{name}")
-sys.exit(main(["report", "--help"]))
+sys.exit(main(["report", "."]))
 """
 
 

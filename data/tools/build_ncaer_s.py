@@ -1,11 +1,5 @@
 """Makes NCAER-S from the CAER videos: one random frame of each part of a video, its face, and no
-video in two splits. docs/datasets.md describes the folders.
-
-    python -m data build_ncaer_s --videos=CAER --output=NCAER-S [--parts=4] [--detector=haar]
-
-The same videos, parts, seed and detector give the same files whatever the number of workers; an
-interrupted build goes on where it was.
-"""
+video in two splits. docs/datasets.md describes the folders."""
 
 import argparse
 import csv
@@ -15,7 +9,6 @@ import hashlib
 import itertools
 import json
 import multiprocessing
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,7 +21,7 @@ from PIL import Image
 
 from data.command import require_at_least
 from data.tools.faces import FaceDetector, largest_face, make_detector, opencv
-from dsct_jax.cli import Parser, expanded_path, progress, whole_file
+from dsct_jax.cli import progress, whole_file
 from dsct_jax.errors import UserError
 
 # of the videos -> split
@@ -212,22 +205,6 @@ def write_manifest(rows: Sequence[Row], path: Path) -> None:
     """The manifest of these rows, there in full or not at all."""
     with whole_file(path, newline="") as file:
         _write_rows(file, [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows])
-
-
-def make_parser() -> Parser:
-    """The command line."""
-    parser = Parser(description=__doc__)
-    text = "folder with {train,validation,test}/<Class>/*.avi"
-    parser.add_argument("--videos", type=expanded_path, required=True, help=text)
-    text = "folder for images/, crop/ and manifest.csv"
-    parser.add_output("--output", folder=True, required=True, help=text)
-    text = "stretches of a video that give one frame each (default 4)"
-    parser.add_argument("--parts", type=int, default=4, help=text)
-    parser.add_argument("--seed", type=int, default=0)
-    text = "haar, yunet:MODEL.onnx, or MODULE:NAME, a function of your own (data/tools/faces.py)"
-    parser.add_argument("--detector", default="haar", help=text)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,10 +1,5 @@
 """Reads all data of a configuration and reports what they are: counts, labels, boxes, damaged
-files, and images that are in two splits.
-
-    python -m data check --config=configs/caer_s_r50.py --config.data.data_dir=DIR
-
-Status 1 with errors (lines that begin with !), 2 when the annotations cannot be used at all.
-"""
+files, and images that are in two splits."""
 
 import argparse
 import dataclasses
@@ -15,13 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from data.command import ConfigParser, require_at_least, splits_argument
+from data.command import require_at_least
 from data.config import PROTOCOLS, SPLITS, DataConfig
 from data.readers.records import ReadReport, Record, crowded
 from data.readers.registry import read_split
 from data.tools.duplicates import (
-    NEAR,
-    NEAR_HELP,
     Fingerprint,
     duplicate_groups,
     exact_groups,
@@ -241,16 +234,6 @@ def as_json(
         "splits": splits,
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }
-
-
-def make_parser() -> ConfigParser:
-    """The command line."""
-    parser = ConfigParser(__doc__)
-    parser.add_argument("--split", type=splits_argument, default=SPLITS, help="default: all")
-    parser.add_argument("--near", type=int, default=NEAR, help=NEAR_HELP)
-    parser.add_workers("images decoded at once")
-    parser.add_output("--report", folder=False, help="json file for everything that is found")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:

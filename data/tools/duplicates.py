@@ -12,13 +12,12 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from data.readers.records import Record
+from data.tools.parsers import NEAR
 from dsct_jax.cli import progress
 from dsct_jax.errors import UserError
 
 # of 256 bits: what saving again, resizing and slight color changes move; unrelated images differ
 # in about 128
-NEAR = 24
-NEAR_HELP = f"bits of 256 that images looking alike differ in at most (default {NEAR})"
 # the image is reduced to 64x64 gray; of its cosine transform the 16x16 lowest frequencies are kept
 _SIDE, _LOWEST = 64, 16
 _ANGLES = np.pi / _SIDE * (np.arange(_SIDE) + 0.5) * np.arange(_LOWEST)[:, None]

@@ -1,13 +1,5 @@
 """Makes a data set of what an annotation tool exports: COCO json (of Roboflow, CVAT and others),
 the XML of CVAT for images, Label Studio's JSON or JSON-MIN, json or csv of VIA.
-
-    python -m data import EXPORT --output=DIR [--images=FOLDER] [--label-attribute=emotion]
-    python train.py --config=DIR/config.py --workdir=runs/mine
-
-EXPORT is the file, or the folder with it or with one for each split. DIR gets
-{train,val,test}.json, which name the images where they are, and config.py, the configuration --like
-with the annotated classes. Splits are made where there are none; images that look alike stay in one
-of them.
 """
 
 import argparse
@@ -28,8 +20,9 @@ from data.readers.coco import category_ids, classes_of, load_document, read_docu
 from data.readers.exports import Document, attribute_names, box_polygons
 from data.readers.records import Record
 from data.tools.duplicates import Fingerprint, fingerprints, near_groups
+from data.tools.parsers import CONFIGS
 from data.tools.split import assign, below, fill_empty, strata_of
-from dsct_jax.cli import Parser, expanded_path, whole_file
+from dsct_jax.cli import whole_file
 from dsct_jax.config import read_config
 from dsct_jax.errors import UserError
 
@@ -39,7 +32,6 @@ _LOOKED_FOR = 20  # images of a document, to see where they lie
 _SHARES = {"train": 70, "val": 10, "test": 20}
 _SPELLINGS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPELLINGS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
-_CONFIGS = Path(__file__).parents[2] / "configs"
 _CONFIG = '''"""{name}: made by python -m data import of {export}.
 
     python train.py --config={output}/config.py --workdir=runs/{name}
@@ -208,7 +200,7 @@ def configuration(
     like: str, splits: Mapping[str, Sequence[Record]], config: DataConfig, **texts: Any
 ) -> str:
     """The file config.py: `like`, with what differs."""
-    base = read_config(_CONFIGS / f"{like}.py")
+    base = read_config(CONFIGS / f"{like}.py")
     most = max(len(record.boxes) for found in splits.values() for record in found)
     limits = [("data", "max_targets"), ("model", "num_subject_queries"), ("model", "num_queries")]
     raised = [
@@ -218,24 +210,6 @@ def configuration(
     ]
     about = {"class_names": config.class_names, "multi_label": config.multi_label}
     return _CONFIG.format(like=like, more="".join(raised), **about, **texts)
-
-
-def make_parser() -> Parser:
-    """The command line."""
-    parser = Parser(description=__doc__)
-    text = "file, or folder with one or more, of annotations"
-    parser.add_argument("export", type=expanded_path, metavar="EXPORT", help=text)
-    text = "folder for {train,val,test}.json and config.py"
-    parser.add_output("--output", folder=True, required=True, help=text)
-    text = "folder with the images, where they do not lie with the annotations"
-    parser.add_argument("--images", type=expanded_path, help=text)
-    text = "what holds a person's class, where it is an attribute (CVAT, VIA, Label Studio)"
-    parser.add_argument("--label-attribute", default="", metavar="NAME", help=text)
-    text = "file of configs/ that is changed (default %(default)s; demo: small, for a CPU)"
-    names = sorted(path.stem for path in _CONFIGS.glob("*.py") if path.stem != "__init__")
-    parser.add_argument("--like", default="caer_s_r50", choices=names, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="of the division into splits")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,15 +1,5 @@
 """Brings a data set into the prepared form (data/readers/prepared.py): once, in parallel, and after
-an interruption from where it stood.
-
-    python -m data prepare --config=configs/caer_s_r50.py --config.data.data_dir=DIR \\
-        --output=PREPARED
-    python train.py --config=configs/caer_s_r50.py --config.data.source=prepared \\
-        --config.data.data_dir=PREPARED ...
-
-Training sees the same pixels: images keep their bytes, and those that an EXIF orientation turns
-become PNG. --short_side=N makes those whose short side is longer smaller (JPEG, quality 95), and
-their boxes with them.
-"""
+an interruption from where it stood."""
 
 import argparse
 import dataclasses
@@ -25,7 +15,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data.augment import scale_boxes
-from data.command import ConfigParser, require_at_least
+from data.command import require_at_least
 from data.config import SPLITS, DataConfig
 from data.readers.frames import UPRIGHT
 from data.readers.prepared import AGAIN, NAME, SUMMARY, features, folder, read_summary, write_index
@@ -286,22 +276,6 @@ def verify(output: Path) -> int:
         if sha256(directory / name) != file["sha256"]:
             raise UserError(f"{directory / name}: differs from its checksum; {AGAIN}")
     return len(files)
-
-
-def make_parser() -> ConfigParser:
-    """The command line."""
-    parser = ConfigParser(__doc__)
-    text = "folder of the prepared data: later config.data.data_dir"
-    parser.add_output("--output", folder=True, required=True, help=text)
-    text = "only this one; may be given several times"
-    parser.add_argument("--split", action="append", choices=SPLITS, help=text)
-    text = "reduce images whose short side has more pixels than this"
-    parser.add_argument("--short_side", type=int, help=text)
-    parser.add_argument("--shard_images", type=int, default=256, help="images per file")
-    parser.add_workers("threads")
-    text = "only compare the files there with their checksums"
-    parser.add_argument("--verify", action="store_true", help=text)
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,31 +1,12 @@
 """The first images of a split as files, with their people in one COCO-style file: something to
-predict on, to draw, or to look at.
-
-    python -m data samples --config=configs/demo.py --split=test -n 12 --output=samples
-
-Writes OUTPUT/<split>_00000.png ... and OUTPUT/truth.json (`--ground-truth` of python -m dsct_jax
-visualize). The built-in scenes have no files otherwise.
-"""
+predict on, to draw, or to look at."""
 
 import argparse
 import json
 
-from data.command import ConfigParser
-from data.config import SPLITS
 from data.readers.coco import to_coco
 from data.readers.registry import read_split
 from dsct_jax.errors import UserError
-
-
-def make_parser() -> ConfigParser:
-    """The command line."""
-    parser = ConfigParser(__doc__)
-    parser.add_argument("--split", choices=SPLITS, default="test")
-    parser.add_argument("-n", "--count", type=int, default=12, help="number of images")
-    parser.add_argument("--first", type=int, default=0, help="number of the first one, from 0")
-    text = "folder for the images and truth.json"
-    parser.add_output("--output", folder=True, required=True, help=text)
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:

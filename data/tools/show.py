@@ -1,12 +1,8 @@
 """What a network is shown: raw images with their people beside what the augmentation makes of them,
-on one sheet.
-
-    python -m data show --config=configs/demo.py --split=train -n 24 --output=samples.png
-"""
+on one sheet."""
 
 import argparse
 import itertools
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
@@ -14,8 +10,8 @@ from PIL import Image
 
 from data.augment import Transform, apply
 from data.batch_plan import FILLER, BatchPlan
-from data.command import ConfigParser, require_at_least
-from data.config import SPLITS, DataConfig
+from data.command import require_at_least
+from data.config import DataConfig
 from data.readers.records import Boxes
 from data.readers.registry import read_split
 from dsct_jax.errors import UserError
@@ -76,18 +72,6 @@ def _draw(
     names = [tuple(itertools.compress(config.class_names, row)) for row in labels]
     people = zip(boxes.tolist(), names, strict=True)
     return draw_subjects(image, [Subject(tuple(box), {}, name, 1.0) for box, name in people])
-
-
-def make_parser() -> ConfigParser:
-    """The command line."""
-    parser = ConfigParser(__doc__)
-    parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("-n", "--count", type=int, default=24, help="images on it (default 24)")
-    text = "config.seed of the training to look at (default 0)"
-    parser.add_argument("--seed", type=int, default=0, help=text)
-    output = Path("samples.png")
-    parser.add_output("--output", folder=False, default=output, help=f"default {output}")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:

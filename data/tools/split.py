@@ -1,15 +1,5 @@
 """Divides images into train, val and test, by chance or so that nothing alike is in two of
-them; writes COCO-style json, copies no image.
-
-    python -m data split --config=configs/caer_s_r50.py --config.data.data_dir=DIR \\
-        --config.data.train=train.txt --config.data.test=test.txt --from=train,test \\
-        --output=DIR/splits [--by=content] [--shares=70,10,20] [--seed=0]
-
-The paper divides CAER-S by image, 70/10/20 (--by=image). Its images are frames of television
-scenes, so that a test image then has close relatives in train; --by=content keeps images that look
-alike together, --by=clip what a file of lines `path,clip` says comes from one clip. Then read it
-with --config.data.train=splits/train.json and so on (docs/datasets.md).
-"""
+them; writes COCO-style json, copies no image."""
 
 import argparse
 import json
@@ -21,13 +11,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from data.command import ConfigParser, require_at_least, splits_argument
+from data.command import require_at_least
 from data.config import SPLITS, DataConfig
 from data.readers.coco import to_coco
 from data.readers.records import Record, read_rows
 from data.readers.registry import read_split
-from data.tools.duplicates import NEAR, NEAR_HELP, Fingerprint, fingerprints, near_groups
-from dsct_jax.cli import expanded_path
+from data.tools.duplicates import Fingerprint, fingerprints, near_groups
 from dsct_jax.errors import UserError
 
 
@@ -118,39 +107,6 @@ def strata_of(records: Sequence[Record]) -> Int[np.ndarray, " n"]:
     """The class of the first person with a label on each image; -1 = there is none."""
     labeled = ((int(row.argmax()) for row in record.labels if row.any()) for record in records)
     return np.array([next(classes, -1) for classes in labeled], int)
-
-
-def _shares(text: str) -> list[float]:
-    """The type of --shares."""
-    try:
-        shares = [float(part) for part in text.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != len(SPLITS) or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
-        raise argparse.ArgumentTypeError(
-            f"{text} must be three numbers, those of {', '.join(SPLITS)}, such as 70,10,20"
-        )
-    return shares
-
-
-def make_parser() -> ConfigParser:
-    """The command line."""
-    parser = ConfigParser(__doc__)
-    source, shares = ["train", "test"], [70, 10, 20]
-    text = "splits to divide; default train,test"
-    parser.add_argument("--from", dest="source", type=splits_argument, default=source, help=text)
-    parser.add_output("--output", folder=True, required=True, help="for {train,val,test}.json")
-    text = "of train, val and test; default 70,10,20, the paper's"
-    parser.add_argument("--shares", type=_shares, default=shares, help=text)
-    choices = ["image", "content", "clip"]
-    parser.add_argument("--by", choices=choices, default="image", help="what is never divided")
-    text = "for --by=clip: lines path,clip, the paths as the annotations have them"
-    parser.add_argument("--clips", type=expanded_path, help=text)
-    text = f"for --by=content: {NEAR_HELP}"
-    parser.add_argument("--near", type=int, default=NEAR, help=text)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_workers("images decoded at once")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,20 +1,11 @@
 """Turns third-party weights into a model of ours: one .safetensors file with its configuration, and
-an account of every tensor.
-
-    python -m dsct_jax convert --input=FILE --output=DIR --config=configs/emotic_r50_released.py
-
-FILE is a released DSCT (.pth), a Deformable DETR (.pth of the original code, .safetensors of
-Hugging Face), a torchvision ResNet (.pth or .safetensors), or a run directory or .safetensors file
-of ours, which needs no --config. What a file does not have starts as in a fresh training with the
-configuration's seed. `--config.init_from=FILE` of train.py does the same at the start of a run.
-"""
+an account of every tensor."""
 
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.config import read_config, require
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model, model_config
@@ -50,18 +41,6 @@ def convert(
     Model(network, params, norm_stats, config).save(output / MODEL_FILE)
     (output / REPORT_FILE).write_text("\n".join(report) + "\n")
     return report
-
-
-def make_parser() -> Parser:
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("--input", type=expanded_path, required=True, help="third-party weights, or our own model")
-    files = f"directory for {MODEL_FILE} and {REPORT_FILE}"
-    parser.add_output("--output", folder=True, required=True, help=files)
-    config = "configuration (.py or .json) of the model to make; a model of ours brings its own"
-    add("--config", type=expanded_path, help=config)
-    add("--lenient", action="store_true", help="skip and report what does not fit")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,33 +1,13 @@
-"""Every metric of a predictions_<split>.npz, computed again without a model.
-
-python -m dsct_jax evaluate runs/demo/predictions_test.npz [--output=FOLDER]
-"""
+"""Every metric of a predictions_<split>.npz, computed again without a model."""
 
 import argparse
 
-from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import read_fit, with_fit_beside
-from dsct_jax.evaluation.evaluate import RESAMPLES, evaluate, write_evaluation
+from dsct_jax.evaluation.evaluate import evaluate, write_evaluation
 from dsct_jax.evaluation.report import format_table
 from dsct_jax.evaluation.results import ResultsInfo, read_results
 from dsct_jax.postprocess import Decoder
-
-
-def make_parser() -> Parser:
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    predictions = "predictions_<split>.npz, as train.py --mode=eval writes it"
-    add("predictions", type=expanded_path, help=predictions)
-    tables = "folder for metrics_<split>.json, .md and .png; default: only print the table"
-    parser.add_output("--output", folder=True, help=tables)
-    add("--nms", type=float, help="suppress queries that overlap more (IoU) before the selection")
-    fitted = "thresholds.json of validation; default: what the file carries, or the one beside it"
-    add("--thresholds", type=expanded_path, help=fitted)
-    images = "of the images, for the 95 %% intervals; 0 = none (default: %(default)s)"
-    add("--resamples", type=int, default=RESAMPLES, help=images)
-    add("--seed", type=int, default=0, help="of the resampling (default: %(default)s)")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:

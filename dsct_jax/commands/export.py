@@ -1,18 +1,5 @@
 """A trained model for use elsewhere: StableHLO for any process with jax, safetensors, a .pth for
-the authors' code, ONNX.
-
-    python -m dsct_jax export --checkpoint=runs/demo --output=exported --format=stablehlo
-        [--sizes=96x136,136x96]
-
-stablehlo    model_HxW.stablehlo (a jax.export artifact for cpu, cuda and tpu, any batch size),
-             weights.npz and model.json; examples/run_exported.py runs it with jax and numpy alone
-safetensors  model.safetensors: weights, configuration and class names; `dsct_jax.load` reads it
-torch        model.pth with the released names, for the authors' code; needs no PyTorch
-onnx         model_HxW.onnx for batches of --batch-size (needs the onnx extra)
-
-What was written is read again and compared with the checkpoint. The moving average of the weights
-is exported where the run kept one. The same checkpoint gives the same bytes.
-"""
+the authors' code, ONNX."""
 
 import argparse
 import contextlib
@@ -30,9 +17,9 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from dsct_jax.cli import Parser
 from dsct_jax.commands import onnx_export
-from dsct_jax.commands.flags import add_checkpoint, load_model
+from dsct_jax.commands.flags import load_model
+from dsct_jax.commands.parsers import FORMATS
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model, load
 from dsct_jax.preprocess import MEAN, STD, Size
@@ -40,7 +27,6 @@ from dsct_jax.weights.layouts import layout_of
 from dsct_jax.weights.rules import has_rule, to_torch
 from dsct_jax.weights.tensor_files import write_npz, write_pth
 
-FORMATS = ("stablehlo", "safetensors", "torch", "onnx")
 WEIGHTS = "weights.npz"
 PLATFORMS = ("cpu", "cuda", "tpu")
 # of a logit or a box coordinate, between what was written and the checkpoint, float32
@@ -247,30 +233,6 @@ def _noise(size: Size, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
         mask[i, height - i * height // 8 :], mask[i, :, width - (i % 3) * width // 6 :] = True, True
     images[mask] = 0
     return images, mask
-
-
-def parse_sizes(text: str) -> tuple[Size, ...]:
-    """'96x136,136x96' -> ((96, 136), (136, 96))."""
-    sizes = []
-    for part in text.split(","):
-        height, _, width = part.partition("x")
-        if not (height.isdigit() and width.isdigit() and min(int(height), int(width)) >= 32):
-            wanted = "HEIGHTxWIDTH of at least 32 pixels, such as 800x1344"
-            raise argparse.ArgumentTypeError(f"{part!r} is no {wanted}")
-        sizes.append((int(height), int(width)))
-    return tuple(sizes)
-
-
-def make_parser() -> Parser:
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add_checkpoint(parser)
-    parser.add_output("--output", folder=True, required=True, help="directory for what is written")
-    add("--format", required=True, help=" | ".join(FORMATS))
-    sizes = "stablehlo, onnx: canvases as HEIGHTxWIDTH,...; default: those of the evaluation"
-    add("--sizes", type=parse_sizes, default=(), help=sizes)
-    add("--batch-size", type=int, default=1, help="onnx: images per call")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,12 +1,5 @@
 """A model card of a run: what the model is, what it was trained and measured on, how sure the
-numbers are, what it must not be used for.
-
-    python -m dsct_jax model_card --workdir=runs/demo [--split=test] [--output=MODEL_CARD.md]
-
-Filled from the run's config.json, env.json, metrics_<split>.json (train.py --mode=eval) and what
-was fitted on validation to the same checkpoint. What a run cannot know stands in the card as a
-question, marked "(?)".
-"""
+numbers are, what it must not be used for."""
 
 import argparse
 import dataclasses
@@ -16,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.config import require, to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import stored_decoder, with_fit_beside
@@ -216,15 +208,6 @@ def _percent(value: Any) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(map(str, cells)) + " |" for cells in lines]
-
-
-def make_parser() -> Parser:
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("--workdir", type=expanded_path, required=True, help="directory of the run")
-    add("--split", default="test", help="whose metrics_<split>.json to show")
-    parser.add_output("--output", folder=False, help="default: WORKDIR/MODEL_CARD.md")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,12 +1,5 @@
 """Finds the people in images and videos, and their emotions; draws them and writes predictions.json
-and predictions.csv.
-
-    python -m dsct_jax predict a.jpg folder/ 'more/*.png' b.mp4 --checkpoint=runs/demo --output=out
-    python -m dsct_jax predict --camera=0 --seconds=30 --checkpoint=runs/demo --output=out
-
-Nothing but the pictures is needed: the model finds the people itself. The library function is
-`dsct_jax.predict`.
-"""
+and predictions.csv."""
 
 import argparse
 import csv
@@ -23,15 +16,14 @@ import numpy as np
 from PIL import Image
 
 from dsct_jax.batch import Predictions
-from dsct_jax.cli import Parser, progress, whole_file
-from dsct_jax.commands.flags import add_checkpoint, add_selection, load_model, selection
+from dsct_jax.cli import progress, whole_file
+from dsct_jax.commands.flags import load_model, selection
 from dsct_jax.commands.inputs import drawing_names, find_inputs
 from dsct_jax.commands.unfinished import Unfinished
 from dsct_jax.errors import UserError
-from dsct_jax.inference.predict import BATCH_SIZE, Detector, predict_each, read_rgb
+from dsct_jax.inference.predict import Detector, predict_each, read_rgb
 from dsct_jax.inference.video import Video, opencv, video_writer
 from dsct_jax.postprocess import Selection, Subject
-from dsct_jax.preprocess import MAX_MEGAPIXELS
 from dsct_jax.visualization.drawing import contact_sheet, draw_subjects, sort_left_to_right
 from dsct_jax.weights.run_directory import DIRECTORY
 
@@ -305,22 +297,3 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--every={arguments.every} must be at least 1")
     if arguments.seconds is not None and not arguments.seconds > 0:
         raise UserError(f"--seconds={arguments.seconds} must be more than 0")
-
-
-def make_parser() -> Parser:
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("paths", nargs="*", metavar="PATH", help="image, video, folder, or quoted glob pattern")
-    add("--camera", type=int, help="number of a camera to watch, until --seconds or Ctrl-C")
-    add_checkpoint(parser)
-    files = "predictions.json, predictions.csv, contact_sheet.png and drawn/"
-    parser.add_output("--output", folder=True, required=True, help=f"folder for {files}")
-    add_selection(parser)
-    add("--batch-size", type=int, default=BATCH_SIZE, help="images per call (default: %(default)s)")
-    limit, text = MAX_MEGAPIXELS, "an image of more is an error (default: %(default)g)"
-    add("--max-megapixels", type=float, default=limit, help=text)
-    add("--every", type=int, default=1, help="videos: look at every N-th frame only")
-    add("--seconds", type=float, help="videos and camera: stop after so many seconds")
-    skip = "skip and list files that are no images or videos, instead of stopping"
-    add("--skip-unreadable", action="store_true", help=skip)
-    return parser

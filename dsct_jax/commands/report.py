@@ -1,7 +1,4 @@
-"""What a run has learned so far: curves.png and metrics.md from its metrics.jsonl.
-
-python -m dsct_jax report runs/demo
-"""
+"""What a run has learned so far: curves.png and metrics.md from its metrics.jsonl."""
 
 import argparse
 import json
@@ -13,7 +10,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.evaluate import LOWER_IS_BETTER
 from dsct_jax.evaluation.report import format_table
@@ -130,12 +126,6 @@ def write_report(workdir: Path) -> list[Path]:
         text += [f"## Evaluated on the {split} split", "", measured, ""]
     table.write_text("\n".join(text))
     return [curves, table]
-
-
-def make_parser() -> Parser:
-    parser = Parser(description=__doc__)
-    parser.add_argument("workdir", type=expanded_path, help="the --workdir of a run")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:

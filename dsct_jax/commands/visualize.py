@@ -1,22 +1,5 @@
 """The paper's figures from any checkpoint and any images: what the network answered, and what it
-looked at.
-
-    python -m dsct_jax visualize FIGURE PATH... --checkpoint=runs/demo --output=figure.png
-
-FIGURE is one of
-    predictions   boxes and emotions, beside those of --ground-truth (Figures 5 and 6)
-    activation    how strongly each level of the --stage (backbone or encoder) answers (Figure 7)
-    sampling      reference and sampling points of each person, alone and with the context
-                  (Figures 8 and 9)
-    context       the context queries that each layer selects for a person, and their weights
-                  (Figures 4 and 10)
-    compare       the answers of two checkpoints, such as early and late fusion (Figure 13)
-    embeddings    principal components of the embeddings of all people
-    losses        training loss of classification and localization; PATHs are runs (Figure 12)
-
-PATHs are images, folders or quoted patterns. --ground-truth is what `python -m data samples` writes
-beside the images (COCO style).
-"""
+looked at."""
 
 import argparse
 import dataclasses
@@ -29,10 +12,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dsct_jax.boxes import elementwise_iou
-from dsct_jax.cli import Parser, expanded_path, progress, whole_file
-from dsct_jax.commands.flags import CHECKPOINT, add_checkpoint, add_selection, load_model, selection
+from dsct_jax.cli import expanded_path, progress, whole_file
+from dsct_jax.commands.flags import load_model, selection
 from dsct_jax.commands.ground_truth import GroundTruth, read_ground_truth
 from dsct_jax.commands.inputs import find_inputs
+from dsct_jax.commands.parsers import CHECKPOINT
 from dsct_jax.commands.report import read_metrics
 from dsct_jax.errors import UserError
 from dsct_jax.inference.introspection import Introspection, introspect
@@ -49,7 +33,6 @@ from dsct_jax.visualization.figures import (
     sampling_figure,
 )
 
-FIGURES = ("predictions", "activation", "sampling", "context", "compare", "embeddings", "losses")
 _COLORS = 256  # of the file
 _MAX_IMAGES = 12  # on one picture; more could not be read
 _SAME_PERSON = 0.5  # IoU from which a found person is an annotated one
@@ -233,27 +216,6 @@ def as_image(picture: Image.Image | Figure) -> Image.Image:
     picture.savefig(buffer, format="png")
     buffer.seek(0)
     return Image.open(buffer).convert("RGB")
-
-
-def make_parser() -> Parser:
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("figure", choices=FIGURES, metavar="FIGURE", help=", ".join(FIGURES))
-    paths = "image, folder of images, or quoted glob pattern (losses: run directory)"
-    add("paths", nargs="+", metavar="PATH", help=paths)
-    add_checkpoint(parser, required=False)
-    parser.add_output("--output", folder=False, required=True, help="the picture, .png")
-    truth = "COCO-style annotations of the images (predictions, compare, embeddings)"
-    add("--ground-truth", type=expanded_path, help=truth)
-    add("--compare-with", type=expanded_path, help="second checkpoint (compare)")
-    add("--compare-config", type=expanded_path, help="its configuration; needed for .pth only")
-    add("--names", help="of the two checkpoints, as 'early fusion,late fusion' (compare)")
-    stages = ["backbone", "encoder"]
-    add("--stage", choices=stages, default=stages[0], help="whose maps are drawn (activation)")
-    add("--layer", type=int, default=0, help="decoder layer from 1; 0 = the last (sampling)")
-    add("--person", type=int, default=1, help="whose context queries; 1 = the surest (context)")
-    add_selection(parser)
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:

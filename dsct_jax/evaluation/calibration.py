@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from dsct_jax.boxes import non_max_suppression
+from dsct_jax.config import NMS_IOU
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.measures import match_detections
 from dsct_jax.evaluation.results import SplitResults
 from dsct_jax.evaluation.selection import select_people
-from dsct_jax.postprocess import DEFAULT_THRESHOLD, PREDICTION_NMS, Decoder
+from dsct_jax.postprocess import DEFAULT_THRESHOLD, Decoder
 
 FILE = "thresholds.json"
 NUM_BINS = 15  # of equal width, as usual for the expected calibration error (Guo et al. 2017)
@@ -50,7 +50,7 @@ def _fit_min_confidence(results: SplitResults) -> float | None:
     images = zip(results.pixel_boxes, confidences, results.gt_boxes_by_image(), strict=True)
     stated, finds = [], []
     for boxes, values, people in images:
-        kept = non_max_suppression(boxes, values, threshold=PREDICTION_NMS)  # falling
+        kept = non_max_suppression(boxes, values, threshold=NMS_IOU)  # falling
         stated.append(values[kept])
         finds.append(match_detections(boxes[None, kept], people, np.array([len(people)]))[0, :, 0])
     number = len(results.gt_boxes)
@@ -122,6 +122,8 @@ def fit_temperature(
     """The temperature in [0.05, 20] that makes the labels most likely (Guo et al. 2017), of logits
     without the subject logit.
     """
+    from scipy.optimize import minimize_scalar  # half a second that prediction need not spend
+
     logits = logits.astype(np.float64)
 
     def loss(log_t: float) -> float:

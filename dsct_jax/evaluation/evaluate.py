@@ -32,7 +32,6 @@ from dsct_jax.evaluation.selection import People, select_people
 from dsct_jax.postprocess import DEFAULT_THRESHOLD, Decoder, class_probabilities, decide
 
 BUCKETS = ("1", "2", "3", "4", ">=5")  # people annotated in the image: Tables 4 and 12
-RESAMPLES = 400  # a few seconds for 10,000 images
 LOWER_IS_BETTER = ("ece", "ece_calibrated", "brier")  # of every other metric, more is better
 # The names of the mAP of each definition of AP.
 MAP_NAMES = {"step": "mAP", "envelope": "mAP_envelope", "eleven_point": "mAP_eleven_point"}

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
 
-from dsct_jax.batch import Batch
 from dsct_jax.boxes import to_pixels
 from dsct_jax.errors import UserError
 from dsct_jax.postprocess import Decoder
@@ -23,7 +22,7 @@ _FORMAT = 2  # of the file; a number that grows when an older reader would misun
 _ARRAYS = ("image_ids", "sizes", "logits", "boxes", "people_per_image", "gt_boxes", "gt_labels")
 
 # Images on the host, and the last layer's logits [b q k+1] and boxes [b q 4] of each.
-Shown = tuple[Batch, np.ndarray, np.ndarray]
+Shown = tuple[Any, np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

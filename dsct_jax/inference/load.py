@@ -1,27 +1,31 @@
 """A trained model, ready to use: from a run directory, a .safetensors file, or a released .pth."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from dsct_jax.batch import Predictions
+from dsct_jax.batch import FlatParams, Predictions
 from dsct_jax.boxes import AnyArray
 from dsct_jax.config import read_config, require, to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import stored_decoder
-from dsct_jax.model.build import FlatParams, Network, network_config
+from dsct_jax.inference.programs import Programs
 from dsct_jax.postprocess import Decoder
 from dsct_jax.preprocess import Preprocessing
 from dsct_jax.weights.native import parse_config, read_native
 from dsct_jax.weights.rules import from_torch
 from dsct_jax.weights.run_directory import parse_run_path, require_same_model, require_same_shapes
 from dsct_jax.weights.tensor_files import PTH_SUFFIXES, read_pth, write_safetensors
+
+if TYPE_CHECKING:
+    from dsct_jax.model.build import Network
 
 
 class Model:
@@ -31,22 +35,39 @@ class Model:
 
     def __init__(
         self,
-        functions: Network,
+        functions: "Network | None",
         params: FlatParams,
         norm_stats: FlatParams,
         config: Mapping[str, Any],
         *,
         decoder: Decoder | None = None,
     ):
-        self.functions, self.config = functions, to_builtins(config)
+        """`functions`: None = built of `config` when something needs it that was not compiled."""
+        self.config = to_builtins(config)
         self.decoder = decoder_of(self.config) if decoder is None else decoder
         self.params, self.norm_stats = jax.tree.map(jnp.asarray, (params, norm_stats))
         self.preprocessing = preprocessing_of(self.config)
+        if functions is not None:
+            self.functions = functions
+        values = self.params | self.norm_stats
+        shapes = {name: (*value.shape, str(value.dtype)) for name, value in values.items()}
+        self.programs = Programs([self.config["model"], len(self.class_names), shapes])
+
+    @functools.cached_property
+    def functions(self) -> "Network":
+        """The network without its weights."""
+        from dsct_jax.model.build import Network  # flax, which a compiled program does not need
+
+        return Network(model_config(self.config))
+
+    @functools.cached_property
+    def _forward(self) -> Callable[..., Predictions]:
+        functions = self.functions
 
         def forward(params, norm_stats, images, mask, details):
             return functions.bind(params, norm_stats)(images, mask, return_details=details)
 
-        self._forward = jax.jit(forward, static_argnums=4)
+        return jax.jit(forward, static_argnums=4)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -69,7 +90,17 @@ class Model:
         [layers b q 4]; the last layer is the answer. Compiles once per shape.
         """
         inputs = jnp.asarray(images), jnp.asarray(padding_mask)
-        return self._forward(self.params, self.norm_stats, *inputs, return_details)
+        arguments = self.params, self.norm_stats, *inputs
+        if return_details or isinstance(inputs[0], jax.core.Tracer):
+            return self._forward(*arguments, return_details)
+
+        def answer(*arguments: Any) -> tuple[Any, Any]:
+            predictions = self._forward(*arguments, False)
+            return predictions.logits, predictions.boxes
+
+        name = "x".join(map(str, inputs[0].shape[:3]))
+        program = self.programs.get(name, lambda: jax.jit(answer).lower(*arguments).compile())
+        return Predictions(*program(*arguments))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Every value on the host, as params/PATH and frozen/PATH."""
@@ -106,6 +137,8 @@ def decoder_of(config: Mapping[str, Any]) -> Decoder:
 
 def model_config(config: Mapping[str, Any]) -> Any:
     """The `model` section and the number of classes as the network's configuration."""
+    from dsct_jax.model.build import network_config
+
     classes = require(config, "class_names", tuple)
     return network_config(require(config, "model", Mapping), len(classes))
 
@@ -127,21 +160,26 @@ def load(path: Path | str, config: Mapping[str, Any] | Path | str | None = None)
     if path.suffix in PTH_SUFFIXES and path.is_file():
         return _load_pth(path, given)
     weights = read_native(path)
-    network, chosen = _network(path, weights.config, given)
-    found = {**weights.params, **weights.norm_stats}
-    require_same_shapes(network.param_shapes | network.norm_stats_shapes, found, str(path))
+    chosen = _chosen(path, weights.config, given)
     if weights.step is None:
         decoder = _decoder_in(weights.metadata, decoder_of(chosen), path)
     else:
         workdir, _ = parse_run_path(path)
         decoder = stored_decoder(decoder_of(chosen), weights.metadata, workdir, weights.step)
-    return Model(network, weights.params, weights.norm_stats, chosen, decoder=decoder)
+    model = Model(None, weights.params, weights.norm_stats, chosen, decoder=decoder)
+    if not model.programs.known:  # otherwise they fitted when those were compiled
+        shapes = model.functions.param_shapes | model.functions.norm_stats_shapes
+        require_same_shapes(shapes, {**weights.params, **weights.norm_stats}, str(path))
+    return model
 
 
 def _load_pth(path: Path, given: Mapping[str, Any] | None) -> Model:
+    from dsct_jax.model.build import Network
+
     tensors, texts = read_pth(path)  # with a configuration where `export` wrote it
     stored = parse_config(texts["config"], path) if "config" in texts else None
-    network, chosen = _network(path, stored, given)
+    chosen = _chosen(path, stored, given)
+    network = Network(model_config(chosen))
     shapes = network.param_shapes, network.norm_stats_shapes
     flat = from_torch(tensors, shapes[0] | shapes[1])
     params, norm_stats = ({name: flat[name] for name in part} for part in shapes)
@@ -149,18 +187,17 @@ def _load_pth(path: Path, given: Mapping[str, Any] | None) -> Model:
     return Model(network, params, norm_stats, chosen, decoder=decoder)
 
 
-def _network(
+def _chosen(
     path: Path, stored: Mapping[str, Any] | None, given: Mapping[str, Any] | None
-) -> tuple[Network, Mapping[str, Any]]:
-    """The network of the given configuration, or else of the stored one; and which it is."""
+) -> Mapping[str, Any]:
+    """The given configuration, or else the stored one."""
     chosen = stored if given is None else given
     if chosen is None:
         remedy = "give a configuration, such as emotic_r50_released"
         raise UserError(f"{path}: a .pth file does not say which variant it is; {remedy}")
-    network = Network(model_config(chosen))
-    if stored is not None:
-        require_same_model(stored, chosen, str(path))
-    return network, chosen
+    if stored is not None and given is not None:
+        require_same_model(stored, given, str(path))
+    return chosen
 
 
 def _decoder_in(texts: Mapping[str, str], decoder: Decoder, path: Path) -> Decoder:

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 
 from dsct_jax.batch import Predictions, padding_mask
+from dsct_jax.config import BATCH_SIZE, MAX_MEGAPIXELS
 from dsct_jax.errors import UserError
 from dsct_jax.postprocess import Decoder, Selection, Subject
 from dsct_jax.preprocess import (
     DECODE_ERRORS,
-    MAX_MEGAPIXELS,
     Preprocessing,
     Size,
     decode_image,
@@ -26,8 +26,6 @@ from dsct_jax.preprocess import (
 
 # A file, a PIL image of any mode, or a uint8 array [h w 3] (RGB) or [h w] (grey).
 AnyImage = str | Path | Image.Image | np.ndarray
-
-BATCH_SIZE = 4
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from dsct_jax.batch import FlatParams
 from dsct_jax.config import cannot_be_used, dataclass_from_dict
 from dsct_jax.model.anchor_detr import AnchorDETR, AnchorDetrConfig
 from dsct_jax.model.conditional_detr import ConditionalDETR, ConditionalDetrConfig
@@ -17,8 +18,6 @@ from dsct_jax.model.detr import DETR, DetrConfig
 from dsct_jax.model.dino import Dino, DinoConfig
 from dsct_jax.model.dsct import DSCT, DSCTConfig
 from dsct_jax.model.layers import NormStatistic
-
-FlatParams = dict[str, Any]  # path -> array, on the device or the host
 
 
 class Entry(NamedTuple):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dsct_jax.model.build import FlatParams
+from dsct_jax.batch import FlatParams
 from dsct_jax.parallel import BATCH
 
 

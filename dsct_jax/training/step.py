@@ -19,9 +19,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsct_jax.batch import Batch, Predictions, padding_mask
+from dsct_jax.batch import Batch, FlatParams, Predictions, padding_mask
 from dsct_jax.errors import UserError
-from dsct_jax.model.build import FlatParams, Network
+from dsct_jax.model.build import Network
 from dsct_jax.model.layers import DropoutNoise
 from dsct_jax.parallel import AXES, BATCH, LAYERED, spec_of, state_sharding
 from dsct_jax.preprocess import normalize

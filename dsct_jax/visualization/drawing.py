@@ -8,11 +8,11 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from dsct_jax.batch import Batch
 from dsct_jax.boxes import to_pixels
 from dsct_jax.evaluation.results import Shown
 from dsct_jax.postprocess import Decoder, Subject
@@ -190,7 +190,7 @@ def _fit(size: tuple[int, int], tile: int) -> tuple[int, int]:
 
 
 def draw_batch(
-    batch: Batch, logits: np.ndarray, boxes: np.ndarray, decoder: Decoder
+    batch: Any, logits: np.ndarray, boxes: np.ndarray, decoder: Decoder
 ) -> list[Image.Image]:
     """Every real image of a batch of host arrays, without its padding, with the annotated people
     and those that `decoder` finds. `logits` [b q k+1], `boxes` [b q 4]: of the last layer.

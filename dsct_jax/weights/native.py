@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dsct_jax.batch import FlatParams
 from dsct_jax.config import to_builtins
 from dsct_jax.errors import UserError
-from dsct_jax.model.build import FlatParams
 from dsct_jax.weights.run_directory import DIRECTORY, load_weights, parse_run_path
 from dsct_jax.weights.tensor_files import read_safetensors, read_safetensors_texts
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dsct_jax.batch import FlatParams
 from dsct_jax.config import differences
 from dsct_jax.errors import UserError
-from dsct_jax.model.build import FlatParams, Network
+from dsct_jax.model.build import Network
 from dsct_jax.weights.layouts import LAYOUTS, detect_layout, layout_of
 from dsct_jax.weights.native import is_native, read_native
 from dsct_jax.weights.rules import (

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
+from dsct_jax.batch import FlatParams
 from dsct_jax.config import differences, free_fields
 from dsct_jax.errors import UserError
-from dsct_jax.model.build import FlatParams, network_entry
 from dsct_jax.weights.packing import Layout, part_of, unpack
 
 DIRECTORY = "checkpoints"
@@ -137,6 +136,8 @@ def _require_run(workdir: Path) -> None:
 
 def require_same_model(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> None:
     """Raises UserError, naming the fields, when two configurations describe different models."""
+    from dsct_jax.model.build import network_entry  # flax, which not every reader needs
+
     network = network_entry(wanted.get("model", {})).config
     free = [f"model.{field}" for field in free_fields(network)]
     keys = [key for key in MODEL_FIELDS if key in stored]
@@ -199,6 +200,8 @@ def read_arrays(
     Those of the same name and shape as one `like` them get its place on the devices, unless they
     were packed; all others are numpy.
     """
+    import orbax.checkpoint as ocp  # which reading a file of weights can do without
+
     like = like or {}
 
     def target(name: str, saved: Any) -> ocp.RestoreArgs:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from data.command import ConfigParser, data_config
-from dsct_jax.__main__ import COMMANDS, main
+from dsct_jax.__main__ import main
 from dsct_jax.cli import progress, run_command, try_output, whole_file
+from dsct_jax.commands.parsers import COMMANDS
 from dsct_jax.errors import UserError
 
 DEBUG = Path(__file__).parents[2] / "configs/debug.py"

@@ -1,0 +1,221 @@
+"""The command lines of `dsct`, --help included. They lie apart from the commands, so that --help
+and a mistyped flag are answered before jax is imported.
+"""
+
+import argparse
+
+from dsct_jax.cli import Parser, expanded_path
+from dsct_jax.config import BATCH_SIZE, MAX_MEGAPIXELS, NMS_IOU, RESAMPLES
+
+CHECKPOINT = "run directory, .safetensors file, or released .pth (with --config)"
+CONFIG = "configuration (.py or .json) that describes the weights; needed for .pth only"
+FIGURES = ("predictions", "activation", "sampling", "context", "compare", "embeddings", "losses")
+FORMATS = ("stablehlo", "safetensors", "torch", "onnx")
+COMMANDS = {
+    "predict": "people and their emotions in images, folders, videos or a camera",
+    "evaluate": "every metric of a predictions_<split>.npz, without a model",
+    "report": "curves and tables of a run",
+    "visualize": "the paper's figures, drawn from a checkpoint",
+    "export": "a trained model as StableHLO, safetensors, .pth or ONNX",
+    "convert": "third-party weights as a .safetensors file of this project",
+    "model_card": "what others should know about a trained model, as Markdown",
+}
+
+
+def add_checkpoint(parser: Parser, *, required: bool = True) -> None:
+    """--checkpoint and --config, which `flags.load_model` reads."""
+    parser.add_argument("--checkpoint", type=expanded_path, required=required, help=CHECKPOINT)
+    parser.add_argument("--config", type=expanded_path, help=CONFIG)
+
+
+def add_selection(parser: Parser) -> None:
+    """--threshold, --min-confidence and --nms, which `flags.selection` reads."""
+    add = parser.add_argument
+    threshold = "multi-label: probability that makes a class a label; default: as fitted, or 0.5"
+    add("--threshold", type=float, help=threshold)
+    confidence = "below which a query is nobody; default: as fitted on validation, or 0.3"
+    add("--min-confidence", type=float, help=confidence)
+    overlap = "IoU above which two boxes are the same person (default: %(default)s; 1 = keep all)"
+    add("--nms", type=float, default=NMS_IOU, help=overlap)
+
+
+def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """'96x136,136x96' -> ((96, 136), (136, 96))."""
+    sizes = []
+    for part in text.split(","):
+        height, _, width = part.partition("x")
+        if not (height.isdigit() and width.isdigit() and min(int(height), int(width)) >= 32):
+            wanted = "HEIGHTxWIDTH of at least 32 pixels, such as 800x1344"
+            raise argparse.ArgumentTypeError(f"{part!r} is no {wanted}")
+        sizes.append((int(height), int(width)))
+    return tuple(sizes)
+
+
+def predict() -> Parser:
+    """Finds the people in images and videos, and their emotions; draws them and writes
+    predictions.json and predictions.csv.
+
+        python -m dsct_jax predict a.jpg folder/ 'x/*.png' b.mp4 --checkpoint=runs/demo --output=out
+        python -m dsct_jax predict --camera=0 --seconds=30 --checkpoint=runs/demo --output=out
+
+    Nothing but the pictures is needed: the model finds the people itself. The library function is
+    `dsct_jax.predict`.
+
+    """
+    parser = Parser(description=predict.__doc__)
+    add = parser.add_argument
+    add("paths", nargs="*", metavar="PATH", help="image, video, folder, or quoted glob pattern")
+    add("--camera", type=int, help="number of a camera to watch, until --seconds or Ctrl-C")
+    add_checkpoint(parser)
+    files = "predictions.json, predictions.csv, contact_sheet.png and drawn/"
+    parser.add_output("--output", folder=True, required=True, help=f"folder for {files}")
+    add_selection(parser)
+    add("--batch-size", type=int, default=BATCH_SIZE, help="images per call (default: %(default)s)")
+    limit, text = MAX_MEGAPIXELS, "an image of more is an error (default: %(default)g)"
+    add("--max-megapixels", type=float, default=limit, help=text)
+    add("--every", type=int, default=1, help="videos: look at every N-th frame only")
+    add("--seconds", type=float, help="videos and camera: stop after so many seconds")
+    skip = "skip and list files that are no images or videos, instead of stopping"
+    add("--skip-unreadable", action="store_true", help=skip)
+    return parser
+
+
+def evaluate() -> Parser:
+    """Every metric of a predictions_<split>.npz, computed again without a model.
+
+    python -m dsct_jax evaluate runs/demo/predictions_test.npz [--output=FOLDER]
+
+    """
+    parser = Parser(description=evaluate.__doc__)
+    add = parser.add_argument
+    predictions = "predictions_<split>.npz, as train.py --mode=eval writes it"
+    add("predictions", type=expanded_path, help=predictions)
+    tables = "folder for metrics_<split>.json, .md and .png; default: only print the table"
+    parser.add_output("--output", folder=True, help=tables)
+    add("--nms", type=float, help="suppress queries that overlap more (IoU) before the selection")
+    fitted = "thresholds.json of validation; default: what the file carries, or the one beside it"
+    add("--thresholds", type=expanded_path, help=fitted)
+    images = "of the images, for the 95 %% intervals; 0 = none (default: %(default)s)"
+    add("--resamples", type=int, default=RESAMPLES, help=images)
+    add("--seed", type=int, default=0, help="of the resampling (default: %(default)s)")
+    return parser
+
+
+def report() -> Parser:
+    """What a run has learned so far: curves.png and metrics.md from its metrics.jsonl.
+
+    python -m dsct_jax report runs/demo
+
+    """
+    parser = Parser(description=report.__doc__)
+    parser.add_argument("workdir", type=expanded_path, help="the --workdir of a run")
+    return parser
+
+
+def visualize() -> Parser:
+    """The paper's figures from any checkpoint and any images: what the network answered, and what
+    it looked at.
+
+        python -m dsct_jax visualize FIGURE PATH... --checkpoint=runs/demo --output=figure.png
+
+    FIGURE is one of
+        predictions   boxes and emotions, beside those of --ground-truth (Figures 5 and 6)
+        activation    how strongly each level of the --stage (backbone or encoder) answers
+                      (Figure 7)
+        sampling      reference and sampling points of each person, alone and with the context
+                      (Figures 8 and 9)
+        context       the context queries that each layer selects for a person, and their weights
+                      (Figures 4 and 10)
+        compare       the answers of two checkpoints, such as early and late fusion (Figure 13)
+        embeddings    principal components of the embeddings of all people
+        losses        training loss of classification and localization; PATHs are runs (Figure 12)
+
+    PATHs are images, folders or quoted patterns. --ground-truth is what `python -m data samples`
+    writes beside the images (COCO style).
+    """
+    parser = Parser(description=visualize.__doc__)
+    add = parser.add_argument
+    add("figure", choices=FIGURES, metavar="FIGURE", help=", ".join(FIGURES))
+    paths = "image, folder of images, or quoted glob pattern (losses: run directory)"
+    add("paths", nargs="+", metavar="PATH", help=paths)
+    add_checkpoint(parser, required=False)
+    parser.add_output("--output", folder=False, required=True, help="the picture, .png")
+    truth = "COCO-style annotations of the images (predictions, compare, embeddings)"
+    add("--ground-truth", type=expanded_path, help=truth)
+    add("--compare-with", type=expanded_path, help="second checkpoint (compare)")
+    add("--compare-config", type=expanded_path, help="its configuration; needed for .pth only")
+    add("--names", help="of the two checkpoints, as 'early fusion,late fusion' (compare)")
+    stages = ["backbone", "encoder"]
+    add("--stage", choices=stages, default=stages[0], help="whose maps are drawn (activation)")
+    add("--layer", type=int, default=0, help="decoder layer from 1; 0 = the last (sampling)")
+    add("--person", type=int, default=1, help="whose context queries; 1 = the surest (context)")
+    add_selection(parser)
+    return parser
+
+
+def export() -> Parser:
+    """A trained model for use elsewhere: StableHLO for any process with jax, safetensors, a .pth
+    for the authors' code, ONNX.
+
+        python -m dsct_jax export --checkpoint=runs/demo --output=exported --format=stablehlo
+            [--sizes=96x136,136x96]
+
+    stablehlo    model_HxW.stablehlo (a jax.export artifact for cpu, cuda and tpu, any batch size),
+                 weights.npz and model.json; examples/run_exported.py runs it with jax and numpy
+    safetensors  model.safetensors: weights, configuration and class names; `dsct_jax.load` reads it
+    torch        model.pth with the released names, for the authors' code; needs no PyTorch
+    onnx         model_HxW.onnx for batches of --batch-size (needs the onnx extra)
+
+    What was written is read again and compared with the checkpoint. The moving average of the
+    weights is exported where the run kept one. The same checkpoint gives the same bytes.
+    """
+    parser = Parser(description=export.__doc__)
+    add = parser.add_argument
+    add_checkpoint(parser)
+    parser.add_output("--output", folder=True, required=True, help="directory for what is written")
+    add("--format", required=True, help=" | ".join(FORMATS))
+    sizes = "stablehlo, onnx: canvases as HEIGHTxWIDTH,...; default: those of the evaluation"
+    add("--sizes", type=parse_sizes, default=(), help=sizes)
+    add("--batch-size", type=int, default=1, help="onnx: images per call")
+    return parser
+
+
+def convert() -> Parser:
+    """Turns third-party weights into a model of ours: one .safetensors file with its configuration,
+    and an account of every tensor.
+
+        python -m dsct_jax convert --input=FILE --output=DIR --config=configs/emotic_r50_released.py
+
+    FILE is a released DSCT (.pth), a Deformable DETR (.pth of the original code, .safetensors of
+    Hugging Face), a torchvision ResNet (.pth or .safetensors), or a run directory or .safetensors
+    file of ours, which needs no --config. What a file does not have starts as in a fresh training
+    with the configuration's seed. `--config.init_from=FILE` of train.py does the same at the start
+    of a run.
+    """
+    parser = Parser(description=convert.__doc__)
+    add = parser.add_argument
+    add("--input", type=expanded_path, required=True, help="third-party weights, or our own model")
+    files = "directory for model.safetensors and report.txt"
+    parser.add_output("--output", folder=True, required=True, help=files)
+    config = "configuration (.py or .json) of the model to make; a model of ours brings its own"
+    add("--config", type=expanded_path, help=config)
+    add("--lenient", action="store_true", help="skip and report what does not fit")
+    return parser
+
+
+def model_card() -> Parser:
+    """A model card of a run: what the model is, what it was trained and measured on, how sure the
+    numbers are, what it must not be used for.
+
+        python -m dsct_jax model_card --workdir=runs/demo [--split=test] [--output=MODEL_CARD.md]
+
+    Filled from the run's config.json, env.json, metrics_<split>.json (train.py --mode=eval) and
+    what was fitted on validation to the same checkpoint. What a run cannot know stands in the card
+    as a question, marked "(?)".
+    """
+    parser = Parser(description=model_card.__doc__)
+    add = parser.add_argument
+    add("--workdir", type=expanded_path, required=True, help="directory of the run")
+    add("--split", default="test", help="whose metrics_<split>.json to show")
+    parser.add_output("--output", folder=False, help="default: WORKDIR/MODEL_CARD.md")
+    return parser
