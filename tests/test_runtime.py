@@ -57,7 +57,7 @@ for call in calls:
         call()
     assert "usage:" in said.getvalue()
 """
-HOST = {"PIL", "jaxtyping", "numpy", "scipy"}
+HOST = {"PIL", "pillow_heif", "jaxtyping", "numpy", "scipy"}
 DEVICE = HOST | {"etils", "flatbuffers", "jax", "jaxlib", "ml_dtypes", "opt_einsum", "safetensors"}
 # of packages of ours, or that those above bring along
 OTHERS = {

@@ -15,7 +15,8 @@ import pytest
 
 import dsct_jax
 from dsct_jax import __main__
-from dsct_jax.commands.export import export, parse_sizes
+from dsct_jax.commands.export import export
+from dsct_jax.commands.parsers import parse_sizes
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import save_fit
 from dsct_jax.inference.load import Model, model_config
