@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import platform
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,11 @@ class Programs:
         """Whether this model has been compiled here before."""
         return self._folder is not None and self._folder.is_dir()
 
-    def get(self, name: str, compile: Callable[[], Any]) -> Callable[..., Any]:
-        """The program `name`: in use already, kept, or made by `compile` and then kept."""
+    def get(self, name: str, function: Callable[..., Any], arguments: Any) -> Callable[..., Any]:
+        """The program `name`: in use already, kept, or compiled of `function` and then kept."""
         if name not in self._in_use:
             path = None if self._folder is None else self._folder / name
-            self._in_use[name] = _read(path) or _keep(compile(), path)
+            self._in_use[name] = _read(path) or _compile(function, arguments, path)
         return self._in_use[name]
 
 
@@ -66,20 +67,37 @@ def _read(path: Path | None) -> Callable[..., Any] | None:
     if path is None or not path.is_file():
         return None
     try:
-        program, inputs, outputs = pickle.loads(path.read_bytes())
-        return serialize_executable.deserialize_and_load(
-            program, inputs, outputs, execution_devices=jax.devices()[:1]
-        )
+        return _load(path.read_bytes())
     except _UNREADABLE:
         return None  # it is made again
 
 
-def _keep(program: Any, path: Path | None) -> Callable[..., Any]:
-    if path is not None:
-        try:
-            parts = serialize_executable.serialize(program)
-            with whole_file(path, "wb") as file:
-                pickle.dump(parts, file)
-        except (OSError, ValueError, RuntimeError):
-            pass  # a full disk, or a device whose programs cannot be kept
+def _compile(function: Callable[..., Any], arguments: Any, path: Path | None) -> Callable[..., Any]:
+    if path is None:
+        return jax.jit(function).lower(*arguments).compile()
+    # Around jax's own cache: XLA cannot store again what it has read (functions are missing then),
+    # and nobody would read this there. A name of its own is never found, "inf" seconds never kept.
+    function.__name__ = f"answer_{secrets.token_hex(8)}"
+    seconds = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, seconds)
+    jax.config.update(seconds, float("inf"))
+    try:
+        program = jax.jit(function).lower(*arguments).compile()
+    finally:
+        jax.config.update(seconds, before)
+    try:
+        parts = pickle.dumps(serialize_executable.serialize(program))
+        jax.block_until_ready(_load(parts)(*arguments))  # what does not run is not kept
+        with whole_file(path, "wb") as file:
+            file.write(parts)
+    except (OSError, ValueError, RuntimeError):
+        pass  # a full disk, or a device whose programs cannot be kept
     return program
+
+
+def _load(parts: bytes) -> Callable[..., Any]:
+    program, inputs, outputs = pickle.loads(parts)
+    devices = jax.devices()[:1]
+    return serialize_executable.deserialize_and_load(
+        program, inputs, outputs, execution_devices=devices
+    )

@@ -83,6 +83,16 @@ def test_other_code_other_weights_and_other_settings_have_other_programs(
     assert not dsct_jax.load(kept[0]).programs.known
 
 
+def test_what_jax_has_cached_is_not_stored_from_there(kept, cache, monkeypatch):
+    # as after an update of the code that compiles to the same program
+    monkeypatch.setattr(programs, "_sources", lambda: ["updated"])
+    for _ in range(2):
+        model = dsct_jax.load(kept[0])
+        np.testing.assert_array_equal(model(*INPUTS).logits, kept[2].logits)
+    assert model.programs.known
+    assert len(list((cache / "programs").glob("*/*"))) == 2
+
+
 def test_without_a_cache_nothing_is_kept(kept, cache):
     jax.config.update("jax_compilation_cache_dir", None)
     model = dsct_jax.load(kept[0])
