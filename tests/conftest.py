@@ -40,8 +40,12 @@ if SHAPES_CHECKED:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--golden-detr=DIR`: other golden numbers of the DETR family than those of the repository."""
-    parser.addoption("--golden-detr", type=Path, default=GOLDEN / "detr", metavar="DIR")
+    """`--golden-detr=DIR`, `--golden-two-stage=DIR`: other golden numbers of these networks than
+    those of the repository.
+    """
+    for folder in ("detr", "two_stage"):
+        flag = f"--golden-{folder.replace('_', '-')}"
+        parser.addoption(flag, type=Path, default=GOLDEN / folder, metavar="DIR")
 
 
 def pytest_report_header() -> str:
