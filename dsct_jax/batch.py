@@ -25,6 +25,8 @@ class Targets:
     # multi-hot (multi-label) or one-hot (multi-class); all zero = the person carries no label
     labels: Float[Any, "b t k"]
     valid: Bool[Any, "b t"]  # True = a real person
+    # valence, arousal and dominance / 10, not a number = unknown; None: nobody reads them
+    ratings: Float[Any, "b t 3"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +41,8 @@ class Batch:
     image_ids: Int[Any, " b"]  # index of the record in its data set
     original_sizes: Int[Any, "b 2"]  # (height, width) of the image on disk
     real: Bool[Any, " b"]  # False = filler that completes the last batch; never counted
+    # two-stage networks: each person cut out, t = 1; `images` are their contexts
+    subjects: UInt8[Any, "b s s 3"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -115,6 +119,8 @@ class Predictions:
     details: Any = None  # attention weights, sampling locations ... per layer, when asked for
     branches: tuple[Branch, ...] = ()  # in training only
     assignment: Assignment = Hungarian()  # of the answer
+    # "b 3": valence, arousal, dominance of the person, where the network says them; of 10
+    ratings: Any = None
 
 
 def padding_mask(sizes: Int[Array, "b 2"], height: int, width: int) -> Bool[Array, "b h w"]:

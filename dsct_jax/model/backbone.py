@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsct_jax.model.layers import Conv, FrozenBatchNorm, GroupNorm
+from dsct_jax.model.layers import BatchNorm, BatchNormKind, Conv, FrozenBatchNorm, GroupNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,12 @@ BACKBONES = {
 }
 
 
-def _norm(kind: str, channels: int) -> FrozenBatchNorm | GroupNorm:
+Norm = str | BatchNormKind  # "frozen_batch" or "group", as TransformerConfig.norm explains
+
+
+def _norm(kind: Norm, channels: int) -> FrozenBatchNorm | GroupNorm | BatchNorm:
+    if isinstance(kind, BatchNormKind):
+        return BatchNorm(channels, kind)
     if kind == "frozen_batch":
         return FrozenBatchNorm(channels)
     return GroupNorm(channels, num_groups=max(1, min(32, channels // 8)))
@@ -54,7 +59,7 @@ def _norm(kind: str, channels: int) -> FrozenBatchNorm | GroupNorm:
 class Stem(nnx.Module):
     """7x7 convolution with stride 2, normalization, ReLU and 3x3 max pooling with stride 2."""
 
-    def __init__(self, width: int, *, norm: str, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, norm: Norm, rngs: nnx.Rngs):
         self.conv = Conv(3, width, 7, stride=2, rngs=rngs)
         self.norm = _norm(norm, width)
 
@@ -74,7 +79,7 @@ class Block(nnx.Module):
         planes: int,
         stride: int,
         config: ResNetConfig,
-        norm: str,
+        norm: Norm,
         rngs: nnx.Rngs,
         dilation: int = 1,
     ):
@@ -107,7 +112,7 @@ class ResNet(nnx.Module):
     (DC5).
     """
 
-    def __init__(self, config: ResNetConfig, *, norm: str, dilated: bool = False, rngs: nnx.Rngs):
+    def __init__(self, config: ResNetConfig, *, norm: Norm, dilated: bool = False, rngs: nnx.Rngs):
         self.stem = Stem(config.width, norm=norm, rngs=rngs)
         layers, d_in = [], config.width
         for i, count in enumerate(config.blocks):

@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from dsct_jax.batch import FlatParams
+from dsct_jax.batch import Batch, FlatParams, padding_mask
 from dsct_jax.config import cannot_be_used, dataclass_from_dict
+from dsct_jax.crops import CropConfig, normalize_crops
 from dsct_jax.model.anchor_detr import AnchorDETR, AnchorDetrConfig
 from dsct_jax.model.conditional_detr import ConditionalDETR, ConditionalDetrConfig
 from dsct_jax.model.dab_deformable_detr import DabDeformableDetr, DabDeformableDetrConfig
@@ -17,7 +19,9 @@ from dsct_jax.model.deta import Deta, DetaConfig
 from dsct_jax.model.detr import DETR, DetrConfig
 from dsct_jax.model.dino import Dino, DinoConfig
 from dsct_jax.model.dsct import DSCT, DSCTConfig
-from dsct_jax.model.layers import NormStatistic
+from dsct_jax.model.layers import MovingStatistic, NormStatistic
+from dsct_jax.model.two_stage import TwoStage, TwoStageConfig
+from dsct_jax.preprocess import Size, normalize
 
 
 class Entry(NamedTuple):
@@ -38,6 +42,7 @@ NETWORKS: dict[str, Entry] = {
     "dab_deformable_detr": Entry(DabDeformableDetrConfig, DabDeformableDetr, "set_prediction"),
     "dino": Entry(DinoConfig, Dino, "set_prediction"),
     "deta": Entry(DetaConfig, Deta, "set_prediction"),
+    "two_stage": Entry(TwoStageConfig, TwoStage, "classification"),
 }
 
 
@@ -105,3 +110,32 @@ class Network:
             nnx.replace_by_pure_dict(state, unflatten(flat))
             states.append(state)
         return nnx.merge(self.graph, *states, copy=True)
+
+    def input_specs(self, b: Any, size: Size) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the network takes, by name: `b` normalized images of (height, width) and their
+        padding mask, or the contexts and subjects of a two-stage network.
+        """
+        images = jax.ShapeDtypeStruct((b, *size, 3), jnp.float32)
+        if isinstance(self.config, CropConfig):
+            side = self.config.subject_size
+            return {
+                "images": images,
+                "subjects": jax.ShapeDtypeStruct((b, side, side, 3), jnp.float32),
+            }
+        return {"images": images, "padding_mask": jax.ShapeDtypeStruct((b, *size), jnp.bool_)}
+
+    def inputs(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """What the network takes of a batch, normalized; images that are floating point already
+        count as normalized.
+        """
+        if batch.subjects is not None:
+            return normalize_crops(batch.images, batch.subjects, self.config.pixels)
+        mask = padding_mask(batch.sizes, *batch.images.shape[1:3])
+        if jnp.issubdtype(batch.images.dtype, jnp.floating):
+            return batch.images, mask
+        return normalize(batch.images, mask), mask
+
+
+def moving_statistics(network: nnx.Module) -> FlatParams:
+    """The statistics that a forward pass in training has moved, by path."""
+    return flatten(nnx.to_pure_dict(nnx.state(network, MovingStatistic)))

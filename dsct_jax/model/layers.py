@@ -5,6 +5,7 @@ Parameters are float32; every layer computes in the type of its input (`model.co
 returns it. Norms and `linear_in_float32` measure and sum in float32 whatever the input.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float, Key
 
 from dsct_jax.boxes import AnyArray
+from dsct_jax.errors import UserError
 
 NORM_EPSILON = 1e-5  # PyTorch's; Flax's 1e-6 moves the logits by 4e-5
 
@@ -120,16 +122,23 @@ class Linear(nnx.Linear):
 
 
 class MLP(nnx.List):
-    """Dense layers from width to width with a ReLU between them; biases start as PyTorch's, and the
-    kernels too unless `xavier`.
+    """Dense layers from width to width with a ReLU between them; biases start as PyTorch's unless
+    told otherwise, and the kernels too unless `xavier`.
     """
 
-    def __init__(self, *widths: int, xavier: bool = True, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        *widths: int,
+        xavier: bool = True,
+        bias_init: Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
         layers = []
         for a, b in itertools.pairwise(widths):
             start = torch_uniform(a)
             kernel_init = xavier_uniform if xavier else start
-            layers.append(Linear(a, b, kernel_init=kernel_init, bias_init=start, rngs=rngs))
+            biases = bias_init or start
+            layers.append(Linear(a, b, kernel_init=kernel_init, bias_init=biases, rngs=rngs))
         super().__init__(layers)
 
     def __call__(self, x: Float[Array, "*n a"]) -> Float[Array, "*n b"]:
@@ -282,7 +291,11 @@ class Conv(nnx.Module):
 
 
 class NormStatistic(nnx.Variable):
-    """A value of a frozen BatchNorm: saved and loaded with the model, never trained."""
+    """A value of a BatchNorm: saved and loaded with the model, never trained by gradients."""
+
+
+class MovingStatistic(NormStatistic):
+    """One that moves: in training a network leaves its new value in it, which the step takes."""
 
 
 class FrozenBatchNorm(nnx.Module):
@@ -299,6 +312,45 @@ class FrozenBatchNorm(nnx.Module):
         offset = self.bias[...] - self.mean[...] * scale
         scale, offset = (_as_row(value.astype(x.dtype), 4) for value in (scale, offset))
         return x * scale + offset
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchNormKind:
+    """The conventions of a trained BatchNorm; the defaults are PyTorch's."""
+
+    epsilon: float = NORM_EPSILON
+    momentum: float = 0.1  # weight of the new batch in the moving statistics
+    # of maps, and of vectors: whether the variance that is stored is n / (n - 1) times the batch's
+    unbiased: tuple[bool, bool] = (True, True)
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalization over all axes but the last: in training by the batch of this device."""
+
+    def __init__(self, d: int, kind: BatchNormKind):
+        self.kind, self.training = kind, False
+        self.scale, self.bias = nnx.Param(jnp.ones(d)), nnx.Param(jnp.zeros(d))
+        self.mean, self.var = MovingStatistic(jnp.zeros(d)), MovingStatistic(jnp.ones(d))
+
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        exact = x.astype(jnp.float32)
+        mean, variance = self.mean[...], self.var[...]
+        if self.training:
+            axes = tuple(range(x.ndim - 1))
+            mean = exact.mean(axes)
+            variance = jnp.square(exact - mean).mean(axes)
+            self._move(mean, variance, math.prod(x.shape[:-1]), vectors=x.ndim < 4)
+        unit = (exact - mean) * jax.lax.rsqrt(variance + self.kind.epsilon)
+        return scale_and_shift(unit, self.scale[...], self.bias[...]).astype(x.dtype)
+
+    def _move(self, mean: jax.Array, variance: jax.Array, n: int, *, vectors: bool) -> None:
+        if n < 2:
+            remedy = "set config.train.batch_size to two or more for each device and part"
+            raise UserError(f"one person alone has no variance for a batch norm: {remedy}")
+        if self.kind.unbiased[vectors]:
+            variance = variance * (n / (n - 1))
+        for moving, new in ((self.mean, mean), (self.var, variance)):
+            moving[...] += self.kind.momentum * (jax.lax.stop_gradient(new) - moving[...])
 
 
 class GroupNorm(nnx.Module):

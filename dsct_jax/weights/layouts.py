@@ -7,6 +7,7 @@ from typing import Any
 from dsct_jax.weights import rules_deformable as deformable
 from dsct_jax.weights.rules import DEFORMABLE_DETR, DSCT, HUGGING_FACE, TORCHVISION, TensorLayout
 from dsct_jax.weights.rules_detr import ANCHOR_DETR, CONDITIONAL_DETR, DAB_DETR, DETR
+from dsct_jax.weights.rules_two_stage import two_stage_layout
 
 _DEFORMABLE = deformable.DEFORMABLE, deformable.REFINED, deformable.TWO_STAGE
 EXPORTS = {  # name of a network -> the layout of its authors' code
@@ -30,6 +31,8 @@ def layout_of(config: Any) -> TensorLayout | None:
     """The layout of the authors' code for a network's configuration, None where there is none."""
     if config.name == "deformable_detr":
         return _DEFORMABLE[config.box_refinement + config.two_stage]
+    if config.name == "two_stage":
+        return two_stage_layout(config)
     return EXPORTS.get(config.name)
 
 
