@@ -32,7 +32,6 @@ from dsct_jax.errors import UserError
 from dsct_jax.evaluation.selection import select_queries
 from dsct_jax.inference.load import Model, load
 from dsct_jax.model import decoder
-from dsct_jax.training.step import model_input
 
 _fusion = decoder.subject_context_fusion
 _BATCH_SIZE = 40
@@ -113,7 +112,7 @@ def _answers(
     with mock.patch.object(decoder, "subject_context_fusion", fusion):
         forward = jax.jit(
             lambda params, norm_stats, batch: model.functions.bind(params, norm_stats)(
-                *model_input(batch), return_details=return_details
+                *model.functions.inputs(batch), return_details=return_details
             )
         )
         for batch in data.iterator():

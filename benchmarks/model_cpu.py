@@ -46,7 +46,7 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
     from dsct_jax.parallel import make_mesh, shard_batch
     from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig
     from dsct_jax.training.objective import SetPrediction
-    from dsct_jax.training.step import initial_state, make_eval_step, make_train_step, model_input
+    from dsct_jax.training.step import initial_state, make_eval_step, make_train_step
 
     config, mesh = to_builtins(get_config()), make_mesh()
     config["model"]["remat"] = "none"
@@ -65,7 +65,7 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
     if mode == "forward" and implementation:
         forward = jax.jit(
             lambda p, f, batch: functions.bind(p, f)(
-                *model_input(batch), implementation=implementation
+                *functions.inputs(batch), implementation=implementation
             )
         )
         return timed(lambda: jax.block_until_ready(forward(params, norm_stats, batch)), runs)

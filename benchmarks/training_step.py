@@ -43,7 +43,6 @@ from dsct_jax.training.step import (
     TrainStep,
     initial_state,
     make_train_step,
-    model_input,
 )
 
 PARTS = ("backbone", "encoder", "decoder", "matcher", "optimizer")
@@ -124,7 +123,8 @@ def measure_parts(state: TrainState, step: TrainStep, batch: Batch, runs: int) -
     functions, optimizer = step.functions, step.optimizer
 
     def model_of(params: FlatParams, batch: Batch):
-        return functions.bind(params | state.frozen_params, state.norm_stats), *model_input(batch)
+        network = functions.bind(params | state.frozen_params, state.norm_stats)
+        return network, *functions.inputs(batch)
 
     def backbone(params: FlatParams, batch: Batch):
         model, images, _ = model_of(params, batch)

@@ -8,6 +8,7 @@ from dsct_jax.errors import UserError
 from dsct_jax.parallel import FSDP
 
 MATCHERS = ("scipy", "device")
+GIVEN_LOSSES = ("cross_entropy", "squared")  # of networks whose people are given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,21 @@ class LossConfig:
         "focal",
         'focal: paper; softmax: cross-entropy of the class + focal "a subject", from scratch and '
         'multi-class only; no_object: DETR\'s mean cross-entropy of the classes and "nobody", '
-        "multi-class only",
-        choices=("focal", "softmax", "no_object"),
+        "multi-class only; for two-stage networks cross_entropy, a mean over people, or squared: "
+        "EMO-Net's weighted sum of squared errors of scores",
+        choices=("focal", "softmax", "no_object", *GIVEN_LOSSES),
+    )
+    squared_weights: str = setting(
+        "dynamic",
+        "of the classes in class_loss='squared'. dynamic: 1 / ln(1.2 + people of the batch); mean: "
+        "1 / classes; static: class_weights",
+        choices=("dynamic", "mean", "static"),
+    )
+    weight_ratings: float = setting(0.5, "of valence, arousal and dominance (EMO-Net)", low=0)
+    ratings_loss: str = setting(
+        "smooth_l1",
+        "a sum over people, of ratings from 0 to 10; l2: squares, but 0 below an error of 1",
+        choices=("smooth_l1", "l2"),
     )
     no_object_weight: float = setting(
         0.1, 'of "nobody" in class_loss="no_object"; people count 1', above=0
@@ -73,15 +87,26 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its schedule and the rules over parameter paths."""
+    """The rule of the update, its schedule and the rules over parameter paths."""
 
+    kind: str = setting(
+        "adamw",
+        "adamw; adam: the decay inside the gradient; sgd, nesterov: PyTorch's momentum; keras: "
+        "momentum that holds the learning rate, so that a drop acts as the velocity decays",
+        choices=("adamw", "adam", "sgd", "nesterov", "keras"),
+    )
+    momentum: float = setting(0.9, "of sgd, nesterov and keras", low=0, below=1)
     learning_rate: float = setting(2e-4, "of the parameters with multiplier 1", above=0)
     weight_decay: float = setting(1e-4, "on every trained parameter, as released", low=0)
     clip_norm: float = setting(0.1, "global gradient norm; inf = off", above=0, finite=False)
-    schedule: str = setting("step", "step: x0.1 once; cosine: to zero", choices=("step", "cosine"))
+    schedule: str = setting(
+        "step", "step: x0.1 at every drop; cosine: to zero", choices=("step", "cosine")
+    )
     drop_at: float = setting(
         0.8, 'share of the run after which "step" drops (epoch 40 of 50)', low=0, high=1
     )
+    drop_again_at: Sequence[float] = setting((), "further such shares", low=0, high=1)
+    lowest_rate: float = setting(0.0, 'where drops of "step" end', low=0)
     warmup_steps: int = setting(0, "linear from 0", low=0)
     rules: Sequence[tuple[str, float]] = setting(
         (

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from dsct_jax.batch import Targets
 from dsct_jax.boxes import cxcywh_to_xyxy, iou_and_giou
+from dsct_jax.config import cannot_be_used
 from dsct_jax.errors import UserError
-from dsct_jax.training.config import LossConfig
+from dsct_jax.training.config import GIVEN_LOSSES, LossConfig
 
 _EXACT = jax.lax.Precision.HIGHEST  # a one-hot product must return the very number it selects
 
@@ -56,6 +57,8 @@ class LossSums:
     terms: dict[str, Any]
     # float32 [] each: numerator and denominator of what is measured beside the loss
     ratios: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    # of norms that move, by path: their sum becomes a mean over devices and parts
+    statistics: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def compute(self) -> dict[str, Float[Array, ""]]:
         """Everything under its name; `class_error` is 100 - accuracy, in percent (100 where nobody
@@ -101,7 +104,8 @@ def loss_sums(
         their class; 0 when `multi_label`, as released) and `matched_iou` (mean over the matched
         queries, 0 when there is none).
     """
-    _require_classes(config, logits.shape[-1] - 1, multi_label=multi_label)
+    require_classes(config, logits.shape[-1] - 1)
+    _require_class_loss(config, multi_label=multi_label)
     # Logits this low cost nothing and learn nothing, so a query that is not counted is no negative.
     logits = jnp.where(counted[None, :, :, None], logits, -100.0)
     matched = _gather_targets(targets, assignment)
@@ -127,12 +131,19 @@ def loss_sums(
     )
 
 
-def _require_classes(config: LossConfig, num_classes: int, *, multi_label: bool) -> None:
+def require_classes(config: LossConfig, num_classes: int) -> None:
+    """Raises UserError unless there is one weight per class, or none."""
     if config.class_weights and len(config.class_weights) != num_classes:
         raise UserError(
             f"loss.class_weights has {len(config.class_weights)} values for {num_classes} "
             "classes: give one per class, or () for none"
         )
+
+
+def _require_class_loss(config: LossConfig, *, multi_label: bool) -> None:
+    if config.class_loss in GIVEN_LOSSES:
+        wanted = "focal, softmax or no_object for a network that finds its people"
+        raise cannot_be_used("loss.class_loss", config.class_loss, wanted)
     if multi_label and config.class_loss != "focal":
         raise UserError(
             f"loss.class_loss={config.class_loss!r} needs multi_label=False: a softmax has exactly "
@@ -157,7 +168,7 @@ def _measure(
     # Released: over all logits. With a softmax the last one is no class, and would hide the
     # error of the others.
     last = logits[-1] if config.class_loss == "focal" else logits[-1, ..., :-1]
-    return ratios | {"class_accuracy": _count_correct(last, matched.labels[-1], matched.exists[-1])}
+    return ratios | {"class_accuracy": count_correct(last, matched.labels[-1], matched.exists[-1])}
 
 
 def _gather_targets(targets: Targets, assignment: Int[Array, "layers b q"]) -> _Matched:
@@ -302,7 +313,7 @@ def _cardinality_errors(
     return jnp.abs(subjects.sum(-1) - valid.sum(-1)[None]).astype(jnp.float32).sum(-1)
 
 
-def _count_correct(
+def count_correct(
     logits: Float[Array, "b q c"], labels: Float[Array, "b q k"], exists: Bool[Array, "b q"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """How many labeled people their query classifies correctly, of how many."""

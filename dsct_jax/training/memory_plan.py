@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dsct_jax.batch import Batch, Targets
+from dsct_jax.crops import CropConfig
 from dsct_jax.parallel import BATCH
 from dsct_jax.training.halves import shapes_from_host
 from dsct_jax.training.step import TrainState, TrainStep
@@ -69,6 +70,7 @@ def make_plan(
     batch_size: int,
     max_targets: int,
     num_classes: int,
+    crops: CropConfig | None = None,
 ) -> Plan:
     """Compiles the programs of `step` for every bucket.
 
@@ -77,6 +79,7 @@ def make_plan(
             shardings are looked at.
         buckets: (height, width) of the padded images.
         batch_size: global, as the configuration's.
+        crops: of a two-stage network, whose batches hold people.
 
     Raises:
         UserError: the batch cannot be split over the devices and the parts that are accumulated.
@@ -91,7 +94,9 @@ def make_plan(
     idle = {"first_half": unread + sums, "add_gradients": unread}
     plans = []
     for height, width in buckets:
-        batch = _abstract_batch(batch_size, height, width, max_targets, num_classes, step.mesh)
+        batch = _abstract_batch(
+            *(batch_size, height, width, max_targets, num_classes, step.mesh), crops
+        )
         programs = tuple(_programs(step, state, batch))
         peak = max(program.live_bytes + idle.get(program.name, 0) for program in programs)
         plans.append(BucketPlan(batch.images.shape, programs, peak))
@@ -139,13 +144,17 @@ def _bytes_on_a_device(tree: Any) -> int:
     )
 
 
-def _abstract_batch(b: int, height: int, width: int, t: int, k: int, mesh: Mesh) -> Batch:
+def _abstract_batch(
+    b: int, height: int, width: int, t: int, k: int, mesh: Mesh, crops: CropConfig | None
+) -> Batch:
     def struct(dtype, *shape):
         return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=NamedSharding(mesh, BATCH))
 
+    t, subject = (1, (crops.subject_size,) * 2) if crops else (t, ())
     targets = Targets(struct(np.float32, t, 4), struct(np.float32, t, k), struct(np.bool_, t))
     images, sizes = struct(np.uint8, height, width, 3), struct(np.int32, 2)
-    return Batch(images, sizes, targets, struct(np.int32), sizes, struct(np.bool_))
+    subjects = struct(np.uint8, *subject, 3) if crops else None
+    return Batch(images, sizes, targets, struct(np.int32), sizes, struct(np.bool_), subjects)
 
 
 def _programs(step: TrainStep, state: TrainState, batch: Batch):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsct_jax.batch import Batch, Branch, Hungarian, Known, Overlap, Predictions, Targets
 from dsct_jax.training.assignment import assign_by_overlap
+from dsct_jax.training.classification import Classification
 from dsct_jax.training.config import LossConfig, MatcherConfig
 from dsct_jax.training.losses import LossSums, count_boxes, loss_sums, no_object_total
 from dsct_jax.training.matching import (
@@ -169,7 +170,10 @@ class SetPrediction:
 
 
 # by the name in model.build.NETWORKS; each is made of (loss, matcher, multi_label=...)
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"set_prediction": SetPrediction}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "set_prediction": SetPrediction,
+    "classification": Classification,
+}
 
 
 def _all_branches(predictions: Predictions) -> tuple[Branch, ...]:

@@ -1,5 +1,5 @@
-"""AdamW as the released recipe uses it: one table of rules decides which parameters move and how
-fast.
+"""AdamW as the released recipe uses it, and the rules of other papers: one table decides which
+parameters move and how fast.
 
 The arithmetic is PyTorch's (decoupled decay, clipping by min(1, limit / (norm + 1e-6))), so a
 released training run can be followed step by step.
@@ -7,7 +7,7 @@ released training run can be followed step by step.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +25,20 @@ _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
-    """Learning rate of step 0, 1 ...: linear from 0 over `warmup_steps`, then "step" (x0.1 once) or
-    "cosine" (to 0 at `total_steps`).
+    """Learning rate of step 0, 1 ...: linear from 0 over `warmup_steps`, then "step" (x0.1 at each
+    drop, not below the lowest) or "cosine" (to 0 at `total_steps`).
     """
-    drop_step = round(config.drop_at * total_steps)
+    drops = [config.drop_at, *config.drop_again_at]
+    drop_steps = jnp.array([round(at * total_steps) for at in drops])
+    factors = [_DROP_FACTOR**number for number in range(len(drops) + 1)]
+    rates = jnp.array([max(config.learning_rate * x, config.lowest_rate) for x in factors])
     decay_steps = max(total_steps - config.warmup_steps, 1)
 
     def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
         step = jnp.asarray(step, jnp.float32)
         warm = jnp.minimum(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
         if config.schedule == "step":
-            return warm * jnp.where(
-                step < drop_step, config.learning_rate, config.learning_rate * _DROP_FACTOR
-            )
+            return warm * rates[(step >= drop_steps).sum()]
         progress = jnp.clip((step - config.warmup_steps) / decay_steps, 0, 1)
         return warm * config.learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
@@ -96,7 +97,8 @@ def multipliers(params: Tree, rules: Sequence[tuple[str, float]]) -> Tree:
 def make_optimizer(
     config: OptimizerConfig, params: Tree, total_steps: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Clip, AdamW (0.9, 0.999, 1e-8), decay of every parameter, schedule and rules.
+    """Clip, the update of its kind (Adam: 0.9, 0.999, 1e-8), decay of every parameter, schedule
+    and rules.
 
     `params` are the trained ones, and give the paths only (ShapeDtypeStructs do). `update(...,
     skip=True)` moves nothing: updates are 0 whatever the gradients, the state stays as it is.
@@ -111,19 +113,23 @@ def make_optimizer(
 
     return optax.chain(
         optax.stateless(clip),
-        _adamw(make_schedule(config, total_steps), config.weight_decay),
+        (_adam if config.kind in ("adamw", "adam") else _momentum)(
+            make_schedule(config, total_steps), config
+        ),
         optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)),
     )
 
 
-def _adamw(schedule: Schedule, weight_decay: float) -> optax.GradientTransformationExtraArgs:
-    """optax.adamw that can skip a step in place.
+def _adam(schedule: Schedule, config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """optax.adamw, or adam with the decay inside the gradient, that can skip a step in place.
 
     Skipped from outside (`where(skip, old state, new state)`), the parameter's update and the new
     moments both read the old moments, so XLA copies these before it overwrites them: 2.7 times the
     time of the whole update on a CPU. Here the update reads the moments that were decided upon.
     """
-    b1, b2, epsilon = 0.9, 0.999, 1e-8
+    b1, b2, epsilon, weight_decay = 0.9, 0.999, 1e-8, config.weight_decay
+    if config.kind == "adam":
+        weight_decay = 0.0
 
     def init(params):
         return optax.scale_by_adam().init(params)
@@ -132,6 +138,8 @@ def _adamw(schedule: Schedule, weight_decay: float) -> optax.GradientTransformat
         def unless_skipped(new, old):
             return jax.tree.map(lambda new, old: jnp.where(skip, old, new), new, old)
 
+        if config.kind == "adam":
+            gradients = _with_decay(gradients, params, config)
         mean = unless_skipped(optax.tree.update_moment(gradients, state.mu, b1, 1), state.mu)
         square = unless_skipped(optax.tree.update_moment(gradients, state.nu, b2, 2), state.nu)
         count, rate = optax.safe_increment(state.count), schedule(state.count)
@@ -148,6 +156,45 @@ def _adamw(schedule: Schedule, weight_decay: float) -> optax.GradientTransformat
             params,
         )
         return updates, optax.ScaleByAdamState(unless_skipped(count, state.count), mean, square)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _with_decay(gradients: Tree, params: Tree, config: OptimizerConfig) -> Tree:
+    """The gradients of the loss with L2 regularization."""
+    return jax.tree.map(lambda g, x: g + config.weight_decay * x, gradients, params)
+
+
+class MomentumState(NamedTuple):
+    """Of `_momentum`."""
+
+    count: Any  # int32 []
+    velocity: Tree
+
+
+def _momentum(schedule: Schedule, config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """SGD with momentum, which can skip a step in place as `_adam` does."""
+
+    def init(params):
+        return MomentumState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+    def update(gradients, state, params, *, skip: jax.Array | bool = False):
+        rate, keras = schedule(state.count), config.kind == "keras"
+        gradients = _with_decay(gradients, params, config)
+        share = rate if keras else 1.0
+        velocity = jax.tree.map(
+            lambda v, g: jnp.where(skip, v, config.momentum * v + share * g),
+            state.velocity,
+            gradients,
+        )
+
+        def step(v, g):
+            ahead = config.momentum * v + g if config.kind == "nesterov" else v
+            return jnp.where(skip, 0.0, -ahead if keras else -rate * ahead)
+
+        updates = jax.tree.map(step, velocity, gradients)
+        count = jnp.where(skip, state.count, optax.safe_increment(state.count))
+        return updates, MomentumState(count, velocity)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

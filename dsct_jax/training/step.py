@@ -19,12 +19,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsct_jax.batch import Batch, FlatParams, Predictions, padding_mask
+from dsct_jax.batch import Batch, FlatParams, Predictions
 from dsct_jax.errors import UserError
-from dsct_jax.model.build import Network
+from dsct_jax.model.build import Network, moving_statistics
 from dsct_jax.model.layers import DropoutNoise
 from dsct_jax.parallel import AXES, BATCH, LAYERED, spec_of, state_sharding
-from dsct_jax.preprocess import normalize
 from dsct_jax.training.config import OptimizerConfig, StepConfig
 from dsct_jax.training.halves import PullBack, add_axis, drop_axis, run_on_host
 from dsct_jax.training.objective import LossSums, Objective
@@ -48,7 +47,7 @@ class TrainState:
     step: Any  # int32 []
     params: FlatParams  # trained parameters, float32
     frozen_params: FlatParams  # parameters that the optimizer's rules freeze
-    norm_stats: FlatParams  # statistics of frozen norms
+    norm_stats: FlatParams  # statistics of norms, frozen or moving
     opt_state: Any
     # moving average of `params`, float32; {} = off
     ema: FlatParams = dataclasses.field(default_factory=dict)
@@ -88,16 +87,6 @@ def initial_state(
     )
 
 
-def model_input(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Normalized images and their padding mask; images that are floating point already count as
-    normalized.
-    """
-    mask = padding_mask(batch.sizes, *batch.images.shape[1:3])
-    if jnp.issubdtype(batch.images.dtype, jnp.floating):
-        return batch.images, mask
-    return normalize(batch.images, mask), mask
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Forward:
@@ -106,6 +95,7 @@ class _Forward:
     problem: Any  # from Objective.prepare; finite, where steps that are not finite are skipped
     predictions: Any
     pull_back: Any  # PullBack of the predictions with respect to the trained parameters
+    statistics: FlatParams  # of norms that move, after this part
 
 
 class TrainStep:
@@ -185,13 +175,14 @@ class TrainStep:
         params, frozen_params, norm_stats, step = values
         keys = self._noise_keys(batch.images.shape[0], step, part)
         batch = self._cut(batch, part)
-        images, mask = model_input(batch)
+        inputs = self.functions.inputs(batch)
 
         def predict(params: FlatParams) -> Any:
             network = self.functions.bind(params | frozen_params, norm_stats)
-            return network(images, mask, people=batch.targets, noise=DropoutNoise(keys))
+            predictions = network(*inputs, people=batch.targets, noise=DropoutNoise(keys))
+            return predictions, moving_statistics(network)
 
-        predictions, pull_back = jax.vjp(predict, params)
+        predictions, pull_back, statistics = jax.vjp(predict, params, has_aux=True)
         with jax.named_scope("matching"):
             problem = self.objective.prepare(predictions, batch)
         if self.config.skip_nonfinite:
@@ -199,7 +190,7 @@ class TrainStep:
             problem = jax.tree.map(
                 lambda x: jnp.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0), problem
             )
-        return _Forward(problem, predictions, pull_back)
+        return _Forward(problem, predictions, pull_back, statistics)
 
     def _predict(self, state: TrainState, batch: Batch, part: jax.Array | None) -> _Forward:
         self._require_divisible(batch)
@@ -256,7 +247,7 @@ class TrainStep:
             finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(forward.predictions)]
             sums.terms["nonfinite"] = (~jnp.stack(finite).all()).astype(jnp.float32)
             (grads,) = pull_back(cotangents)
-            return add_axis((grads, sums))
+            return add_axis((grads, dataclasses.replace(sums, statistics=forward.statistics)))
 
         in_specs = (P(), BATCH, BATCH, BATCH, P(), P())
         return self._shard(gradients, in_specs=in_specs, out_specs=BATCH)(
@@ -328,10 +319,16 @@ class TrainStep:
             if ema:
                 average = moving_average(ema, params, state.step, decay=self.config.ema_decay)
                 ema = jax.tree.map(lambda old, new: jnp.where(skip, old, new), ema, average)
+            number = self.mesh.size * len(parts)  # each has moved the statistics by its own images
+            moved = {
+                path: jnp.where(skip, state.norm_stats[path], total / number)
+                for path, total in sums.statistics.items()
+            }
         new = dataclasses.replace(
             state,
             step=state.step + 1,
             params=params,
+            norm_stats=state.norm_stats | moved,
             opt_state=opt_state,
             ema=ema,
             skipped=jnp.where(unsound, state.skipped + 1, 0),
@@ -340,7 +337,8 @@ class TrainStep:
         shardings = state_sharding(
             new, self.mesh, rules=self.config.shard_rules, min_size=self.config.shard_min_size
         )
-        metrics = terms | norms | totals | {"nonfinite": unsound.astype(jnp.float32)}
+        counts = {name: value for name, value in totals.items() if value.ndim == 0}
+        metrics = terms | norms | counts | {"nonfinite": unsound.astype(jnp.float32)}
         return jax.lax.with_sharding_constraint(new, shardings), metrics
 
 
@@ -391,7 +389,8 @@ def make_eval_step(
     """
 
     def predict(params: FlatParams, norm_stats: FlatParams, batch: Batch):
-        out = functions.bind(params, norm_stats)(*model_input(batch))
+        network = functions.bind(params, norm_stats)
+        out = network(*functions.inputs(batch), people=batch.targets)
         return Predictions(out.logits[-1:], out.boxes[-1:])
 
     sharded = jax.shard_map(
