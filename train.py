@@ -33,6 +33,7 @@ from jax.sharding import Mesh
 from data.config import DataConfig
 from data.pipeline import Dataset, make_dataset
 from dsct_jax.batch import FlatParams
+from dsct_jax.commands.evaluate import write_results
 from dsct_jax.config import (
     RESAMPLES,
     dataclass_from_dict,
@@ -40,13 +41,14 @@ from dsct_jax.config import (
     require,
     to_builtins,
 )
+from dsct_jax.crops import CropConfig
 from dsct_jax.errors import UserError
-from dsct_jax.evaluation.calibration import FILE as FIT_FILE
-from dsct_jax.evaluation.calibration import fit_decoder, save_fit, stored_decoder
+from dsct_jax.evaluation.calibration import fit_decoder, stored_decoder
 from dsct_jax.evaluation.collect import collect_results
-from dsct_jax.evaluation.evaluate import LOWER_IS_BETTER, evaluate, write_evaluation
+from dsct_jax.evaluation.evaluate import LOWER_IS_BETTER, evaluate
 from dsct_jax.evaluation.report import format_table
-from dsct_jax.evaluation.results import ResultsInfo, Shown, SplitResults
+from dsct_jax.evaluation.results import ResultsInfo
+from dsct_jax.inference.finders import make_finder
 from dsct_jax.model.build import Network, network_config
 from dsct_jax.parallel import Prefetch, make_mesh, replicate, shard_batch
 from dsct_jax.postprocess import Decoder
@@ -88,6 +90,16 @@ class RunConfig:
     def best_metric(self) -> str:
         """What the best checkpoint is best by."""
         return self.train.best_metric or ("mAP" if self.multi_label else "accuracy")
+
+    @property
+    def crops(self) -> CropConfig | None:
+        """What a two-stage network sees of a person; None for a network that finds its people."""
+        return self.model if isinstance(self.model, CropConfig) else None
+
+    @property
+    def canvases(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of the images of a batch."""
+        return self.crops.canvases if self.crops else self.data.buckets
 
     @property
     def decoder(self) -> Decoder:
@@ -154,7 +166,8 @@ def train(run: RunConfig, workdir: Path, *, profile: tuple[int, int] | None = No
         )
         stack.enter_context(logbook)
         size = sum(value.size for value in state.params.values())
-        what = f"{run.name}: {train_data.num_images} images, {size:,} trained parameters"
+        what = f"{run.name}: {train_data.num_examples} {'people' if run.crops else 'images'}, "
+        what += f"{size:,} trained parameters"
         logbook.log(f"{what}, {mesh.size} device(s), steps {step} to {schedule.total}")
         logbook.log_changes(stored, steps_per_epoch=schedule.epoch)
         best = Best(run.best_metric, lower_is_better=run.best_metric in LOWER_IS_BETTER)
@@ -171,7 +184,7 @@ def train(run: RunConfig, workdir: Path, *, profile: tuple[int, int] | None = No
             best=best,
             validate=partial(validate, run, val_data, eval_step, mesh, logbook),
             learning_rates=partial(learning_rates, run.optimizer, schedule.total),
-            max_programs=len(run.data.buckets),
+            max_programs=len(run.canvases),
             profile=profile,
         )
         if trained:
@@ -179,8 +192,10 @@ def train(run: RunConfig, workdir: Path, *, profile: tuple[int, int] | None = No
             best.report(logbook)
 
 
-def build_dataset(run: RunConfig, split: str, *, training: bool) -> Dataset:
-    """The data of one split for this process; says what was read and what had to be left out."""
+def build_dataset(run: RunConfig, split: str, *, training: bool, found: Any = None) -> Dataset:
+    """The data of one split for this process; says what was read and what had to be left out.
+    `found`: whose boxes a two-stage network sees instead of the annotated ones.
+    """
     data = make_dataset(
         run.data,
         split,
@@ -190,6 +205,8 @@ def build_dataset(run: RunConfig, split: str, *, training: bool) -> Dataset:
         model=to_builtins(run.model),
         host_index=jax.process_index(),
         host_count=jax.process_count(),
+        crops=run.crops,
+        found=found,
     )
     if jax.process_index() == 0:
         print(f"{split}: {data.report}", flush=True)
@@ -257,15 +274,11 @@ def validate(
     fitted to them, to be stored beside them.
     """
     weights = (state.ema or state.params) | state.frozen_params
-    results, shown = collect_results(
-        partial(eval_step, weights, state.norm_stats),
-        data.iterator(),
-        ResultsInfo(run.decoder, data.report.protocol, "val", f"step {step}"),
-        num_images=data.num_images,
-        source=data.report.source,
-        mesh=mesh,
-        keep=DRAWN_IN_TRAINING if jax.process_index() == 0 else 0,
-    )
+    whose = "given" if run.crops else ""
+    about = ResultsInfo(run.decoder, data.report.protocol, "val", f"step {step}", whose)
+    predict = partial(eval_step, weights, state.norm_stats)
+    keep = DRAWN_IN_TRAINING if jax.process_index() == 0 else 0
+    results, shown = collect_results(predict, data, about, mesh=mesh, keep=keep)
     metrics, decoder = evaluate(results), fit_decoder(results)
     numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
     logbook.write(step, {f"val/{name}": value for name, value in numbers.items()})
@@ -287,21 +300,22 @@ def report_skipped(*datasets: Dataset, log: Any) -> None:
 
 def print_plan(run: RunConfig) -> None:
     """Prints what a training run would take. Compiles every program; reads no data."""
-    mesh, buckets = make_mesh(), run.data.buckets
+    mesh, buckets = make_mesh(), run.canvases
     run.train.require_divisible(mesh.size)
     network = Network(run.model)
     step, state = build_step(run, network, network.init(run.seed), mesh, total_steps=1)
     devices = f"{mesh.size} {jax.devices()[0].device_kind} device(s)"
     print(f"{run.name}: {devices}; compiling {len(buckets)} size(s) of images ...", flush=True)
-    sizes = {"batch_size": run.train.batch_size, "max_targets": run.data.max_targets}
+    sizes: dict[str, Any] = {"batch_size": run.train.batch_size, "crops": run.crops}
+    sizes["max_targets"] = run.data.max_targets
     print(format_plan(make_plan(step, state, buckets, num_classes=len(run.class_names), **sizes)))
 
 
 def evaluate_checkpoint(
-    run: RunConfig, workdir: Path, split: str, *, step: int | None = None
+    run: RunConfig, workdir: Path, split: str, *, step: int | None = None, boxes: str | None = None
 ) -> dict[str, Any]:
     """Evaluates a checkpoint (None: the newest that can be read) on a split under every protocol of
-    docs/evaluation.md.
+    docs/evaluation.md. A two-stage network sees the annotated people, or those of `boxes`.
 
     Prints the table; writes metrics_<split>.json, .md and .png, predictions_<split>.npz (what
     `python -m dsct_jax evaluate` reads) and predictions_<split>.png into `workdir`, and, on the
@@ -314,17 +328,12 @@ def evaluate_checkpoint(
     require_match(weights, run.to_dict(), shapes, str(workdir))
     if split != "val":
         decoder = stored_decoder(decoder, weights.metadata, workdir, weights.step)
-    data = build_dataset(run, split, training=False)
+    data = build_dataset(run, split, training=False, found=found_boxes(run, boxes))
     values = replicate((weights.params, weights.norm_stats), mesh)
-    results, shown = collect_results(
-        partial(make_eval_step(network, mesh=mesh), *values),
-        data.iterator(),
-        ResultsInfo(decoder, data.report.protocol, split, f"step {weights.step}"),
-        num_images=data.num_images,
-        source=data.report.source,
-        mesh=mesh,
-        keep=DRAWN_IMAGES,
-    )
+    whose = f"found by {boxes}" if boxes else "given" if run.crops else ""
+    about = ResultsInfo(decoder, data.report.protocol, split, f"step {weights.step}", whose)
+    predict = partial(make_eval_step(network, mesh=mesh), *values)
+    results, shown = collect_results(predict, data, about, mesh=mesh, keep=DRAWN_IMAGES)
     metrics = evaluate(results, resamples=RESAMPLES, seed=run.seed)
     if jax.process_index() == 0:
         print(format_table(metrics))
@@ -333,27 +342,14 @@ def evaluate_checkpoint(
     return metrics
 
 
-def write_results(
-    results: SplitResults, metrics: dict[str, Any], shown: list[Shown], workdir: Path
-) -> None:
-    """Writes what `evaluate_checkpoint` has found, and says where it is."""
-    split, decoder = results.about.split, results.about.decoder
-    predictions, sheet = (workdir / f"predictions_{split}{end}" for end in (".npz", ".png"))
-    results.save(predictions)
-    numbers = write_evaluation(metrics, workdir, suffix=f"_{split}")
-    line = f"numbers: {'   '.join(map(str, numbers))}   predictions: {predictions}"
-    if split == "val":
-        decoder = fit_decoder(results)
-        save_fit(decoder, workdir / FIT_FILE, checkpoint=results.about.checkpoint)
-    if pictures := draw_shown(shown, decoder):  # none where all of them are damaged
-        contact_sheet(pictures, 6).save(sheet)
-        line += f"   drawings (dashed: annotated): {sheet}"
-    print(line)
-    if split == "val":
-        what = "temperature and thresholds fitted for prediction and for the other splits"
-        print(f"{what}: {workdir / FIT_FILE}")
-    elif not decoder.fitted_on:
-        print("no thresholds fitted on validation: --mode=eval --split=val makes them")
+def found_boxes(run: RunConfig, source: str | None) -> Any:
+    """What --boxes names, as `build_dataset` takes it."""
+    if source is None:
+        return None
+    if run.crops is None:
+        raise UserError(f"--boxes={source}: config.model.name={run.model.name} finds its people")
+    finder = make_finder(source)
+    return lambda records: [finder(record.load(), record.name) for record in records]
 
 
 def run_mode(argv: list[str] | None) -> None:
@@ -373,7 +369,7 @@ def run_mode(argv: list[str] | None) -> None:
             print_plan(run)
         elif arguments.mode == "eval":
             step = parse_step(arguments.checkpoint, workdir)
-            evaluate_checkpoint(run, workdir, arguments.split, step=step)
+            evaluate_checkpoint(run, workdir, arguments.split, step=step, boxes=arguments.boxes)
         else:
             try:
                 with exclusive(workdir):

@@ -1,5 +1,5 @@
 """Train-only randomness: DETR's recipe (paper Appendix C; released datasets/emotic.py), and color
-changes for training from scratch.
+changes for training from scratch; and that of two-stage networks, of a person's two crops.
 
 `draw` turns uniform numbers and an image's size into a `Transform` without touching a pixel, so
 that the batch plan knows every final size beforehand; `apply` carries it out.
@@ -7,13 +7,16 @@ that the batch plan knows every final size beforehand; `apply` carries it out.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from PIL import Image, ImageEnhance
+from scipy import ndimage
 
 from data.config import DataConfig
 from data.readers.records import Boxes, clip_boxes, has_area
+from dsct_jax.crops import CropConfig, cut_crops, round_crop
 from dsct_jax.preprocess import Size, resize, resized_size
 
 NUM_DRAWS = 12  # uniform numbers per image and epoch
@@ -30,6 +33,9 @@ class Transform:
     brightness: float = 1.0  # factors, 1 = unchanged
     contrast: float = 1.0
     saturation: float = 1.0
+    rotation: float = 0.0  # degrees; of a subject only
+    # of the person cut out, where this one is of the context
+    subject: "Transform | None" = None
 
 
 def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) -> Transform:
@@ -40,7 +46,6 @@ def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) 
     image is resized. Sides smaller than the smallest crop are kept whole.
     """
     flip, branch, before, crop_width, crop_height, top, left, side, *colors = uniform
-    brightness, contrast, saturation, gray = colors
     crop_resize, crop = None, None
     if branch < config.crop_probability:
         crop_resize = resized_size(height, width, _pick(config.crop_resize, before))
@@ -50,17 +55,45 @@ def draw(config: DataConfig, height: int, width: int, uniform: Sequence[float]) 
         width = _between(min(smallest, full_width), min(largest, full_width), crop_width)
         corner = _between(0, full_height - height, top), _between(0, full_width - width, left)
         crop = (*corner, height, width)
-    strength = config.color_jitter
-    is_gray = gray < config.grayscale_probability
     return Transform(
         size=resized_size(height, width, _pick(config.short_sides, side), config.max_long_side),
         flip=flip < config.flip_probability,
         crop_resize=crop_resize,
         crop=crop,
-        brightness=1 + strength * (2 * brightness - 1),
-        contrast=1 + strength * (2 * contrast - 1),
-        saturation=0.0 if is_gray else 1 + strength * (2 * saturation - 1),
+        **_colors(config, colors),
     )
+
+
+def draw_crops(config: DataConfig, crops: CropConfig, uniform: Sequence[float]) -> Transform:
+    """The random transform of a person's two crops that NUM_DRAWS numbers in [0, 1) mean."""
+    top, left, flip, other_flip, turn, *colors, gray = uniform
+    size, (down, right) = crops.context_size, crops.spare
+    subject = Transform(
+        size=(crops.subject_size,) * 2,
+        flip=flip < config.flip_probability,
+        rotation=crops.rotation * (2 * turn - 1),
+        **_colors(config, (*colors[:3], gray)),
+    )
+    context = Transform(
+        size=(size, size),
+        crop=(_between(0, down, top), _between(0, right, left), size, size),
+        subject=subject,
+    )
+    if not crops.augment_context:
+        return context
+    return dataclasses.replace(
+        context, flip=other_flip < config.flip_probability, **_colors(config, (*colors[3:], gray))
+    )
+
+
+def _colors(config: DataConfig, uniform: Sequence[float]) -> dict[str, Any]:
+    brightness, contrast, saturation, gray = uniform
+    strength, is_gray = config.color_jitter, gray < config.grayscale_probability
+    return {
+        "brightness": 1 + strength * (2 * brightness - 1),
+        "contrast": 1 + strength * (2 * contrast - 1),
+        "saturation": 0.0 if is_gray else 1 + strength * (2 * saturation - 1),
+    }
 
 
 def apply(
@@ -79,6 +112,27 @@ def apply(
         image = image.crop((left, top, left + width, top + height))
     boxes = scale_boxes(boxes, (image.height, image.width), transform.size)
     return _recolor(transform, resize(image, transform.size)), boxes, kept
+
+
+def apply_crops(
+    transform: Transform, image: Image.Image, boxes: Boxes, person: int, crops: CropConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """(context, subject) of one of the image's people, uint8, as a network sees them."""
+    corner = None if transform.crop is None else transform.crop[:2]
+    pair = cut_crops(image, boxes[person], crops, everybody=boxes, corner=corner)
+    changes = transform, transform.subject or Transform((0, 0))
+    context, subject = (
+        _augment_crop(how, round_crop(x)) for how, x in zip(changes, pair, strict=True)
+    )
+    return context, subject
+
+
+def _augment_crop(transform: Transform, crop: np.ndarray) -> np.ndarray:
+    if transform.flip:
+        crop = crop[:, ::-1]
+    if transform.rotation:
+        crop = ndimage.rotate(crop, transform.rotation, reshape=False, order=1, mode="nearest")
+    return np.asarray(_recolor(transform, Image.fromarray(crop)))
 
 
 def flip_boxes(boxes: Boxes, width: int) -> Boxes:

@@ -12,6 +12,9 @@ the end of the epoch is put together on the canvas that asks for the least scali
 therefore has ceil(images / batch_size) steps and shows every image exactly once; the last batch may
 be completed with fillers (`real` False).
 
+The examples of a two-stage network are people instead of images, all on one canvas; in training
+the last batch is completed with the epoch's first people, so that batch norms see people only.
+
 Evaluation. One pass in which an image's canvas depends on that image alone; each canvas completes
 its own last batch with fillers.
 """
@@ -22,8 +25,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.augment import NUM_DRAWS, Transform, draw
+from data.augment import NUM_DRAWS, Transform, draw, draw_crops
 from data.config import DataConfig
+from dsct_jax.crops import CropConfig
 from dsct_jax.preprocess import Size, choose_bucket, fit_bucket, resized_size, shrink_to_fit
 
 FILLER = -1  # index of a place in a batch that no image takes
@@ -42,7 +46,8 @@ class PlannedBatch:
 class BatchPlan:
     """Random access by step to the batches of a split whose images have these (height, width).
 
-    `training`: an endless stream of epochs, else one pass. `batch_size` counts all hosts.
+    `training`: an endless stream of epochs, else one pass. `batch_size` counts all hosts. `crops`:
+    the examples are people, and these are the sizes of their images.
     """
 
     def __init__(
@@ -53,8 +58,10 @@ class BatchPlan:
         batch_size: int,
         seed: int,
         training: bool,
+        crops: CropConfig | None = None,
     ) -> None:
         self._config, self._sizes, self._batch_size = config, tuple(sizes), batch_size
+        self._crops, self._buckets = crops, crops.canvases if crops else config.buckets
         self._seed, self._training = seed, training
         # the last two used; two threads may compute the same one, with the same result
         self._epochs: dict[int, list[PlannedBatch]] = {}
@@ -76,19 +83,25 @@ class BatchPlan:
     def _training_epoch(self, epoch: int) -> list[PlannedBatch]:
         rng = np.random.default_rng((self._seed, epoch))
         order = rng.permutation(len(self._sizes)).tolist()
+        if self._crops:
+            order += np.resize(order, -len(order) % self._batch_size).tolist()
         uniforms = rng.random((len(self._sizes), NUM_DRAWS))
         batches: list[PlannedBatch] = []
-        queues: dict[Size, list[Entry]] = {bucket: [] for bucket in self._config.buckets}
+        queues: dict[Size, list[Entry]] = {bucket: [] for bucket in self._buckets}
         for index in order:
             height, width = self._sizes[index]
-            transform = draw(self._config, height, width, uniforms[index].tolist())
-            size, bucket = fit_bucket(transform.size, self._config.buckets)
+            numbers = uniforms[index].tolist()
+            if self._crops:
+                transform = draw_crops(self._config, self._crops, numbers)
+            else:
+                transform = draw(self._config, height, width, numbers)
+            size, bucket = fit_bucket(transform.size, self._buckets)
             queue = queues[bucket]
             queue.append((index, dataclasses.replace(transform, size=size)))
             if len(queue) == self._batch_size:
                 batches.append(self._batch(bucket, queue))
                 queue.clear()
-        left = [entry for bucket in self._config.buckets for entry in queues[bucket]]
+        left = [entry for bucket in self._buckets for entry in queues[bucket]]
         for start in range(0, len(left), self._batch_size):
             batches.append(self._mixed_batch(left[start : start + self._batch_size]))
         return batches
@@ -97,8 +110,11 @@ class BatchPlan:
         queues: dict[Size, list[Entry]] = defaultdict(list)
         limits = self._config.eval_short_side, self._config.max_long_side
         for index, (height, width) in enumerate(self._sizes):
-            wanted = resized_size(height, width, *limits)
-            size, bucket = fit_bucket(wanted, self._config.buckets)
+            if self._crops:
+                (wanted,) = self._buckets
+            else:
+                wanted = resized_size(height, width, *limits)
+            size, bucket = fit_bucket(wanted, self._buckets)
             queues[bucket].append((index, Transform(size)))
         return [
             self._batch(bucket, queue[start : start + self._batch_size])
@@ -113,7 +129,7 @@ class BatchPlan:
         def scale(bucket: Size) -> float:
             return sum(shrink_to_fit(size, bucket)[0] / size[0] for size in sizes)
 
-        buckets = self._config.buckets
+        buckets = self._buckets
         bucket = choose_bucket(sizes, buckets) or max(buckets, key=scale)
         fitted = [
             (index, dataclasses.replace(transform, size=shrink_to_fit(transform.size, bucket)))

@@ -12,7 +12,7 @@ from typing import Any
 
 from data.config import SPLITS, DataConfig
 from dsct_jax.cli import Parser, expanded_path
-from dsct_jax.config import dataclass_from_dict, read_config, require, to_builtins, unknown_field
+from dsct_jax.config import BOXES, dataclass_from_dict, read_config, require, to_builtins, unknown_field
 from dsct_jax.errors import UserError
 
 
@@ -94,6 +94,7 @@ def train_parser(description: str | None) -> Parser:
         ("mode", modes, {"choices": ["train", "eval", "plan"], "default": "train"}),
         ("split", "what --mode=eval evaluates", {"choices": SPLITS, "default": "test"}),
         ("checkpoint", "what --mode=eval evaluates: newest, best or a step", {"default": "newest"}),
+        ("boxes", f"of a two-stage network that --mode=eval evaluates: {BOXES}", {}),
         ("coordinator", f"{several} HOST:PORT of process 0; auto: found by jax", {}),
         ("num_processes", f"{several} how many", {"type": int}),
         ("process_id", f"{several} which of them this is, from 0", {"type": int}),

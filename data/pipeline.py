@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import connection
 from typing import Any, NamedTuple
@@ -18,13 +18,14 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from data.augment import apply
+from data.augment import Transform, apply, apply_crops
 from data.batch_plan import FILLER, BatchPlan
 from data.config import DataConfig
-from data.readers.records import REMEDY, ReadReport, Record, crowded
+from data.readers.records import REMEDY, Boxes, ReadReport, Record, crowded, with_boxes
 from data.readers.registry import read_split
 from dsct_jax.batch import Batch, Targets
 from dsct_jax.boxes import xyxy_to_cxcywh
+from dsct_jax.crops import CropConfig
 from dsct_jax.errors import UserError
 
 try:
@@ -48,6 +49,8 @@ def make_dataset(
     model: Mapping[str, Any] | None = None,
     host_index: int = 0,
     host_count: int = 1,
+    crops: CropConfig | None = None,
+    found: Callable[[Sequence[Record]], Sequence[Boxes]] | None = None,
 ) -> "Dataset":
     """Reads one split and plans its batches.
 
@@ -57,6 +60,8 @@ def make_dataset(
         training: shuffled, augmented and endless; else one pass in a fixed order.
         model: the section; the report then says where there are more people than queries.
         host_index: which contiguous share of every global batch this process gets, of host_count.
+        crops: what a two-stage network sees; each person is an example then.
+        found: the boxes of each image, whose people are those examples, in place of the annotated.
 
     Raises UserError when the data cannot be used or host_count does not divide batch_size.
     """
@@ -65,30 +70,46 @@ def make_dataset(
         raise UserError(f"batch size {batch_size} cannot be shared by {host_count} hosts: {remedy}")
     records, report = read_split(data, split)
     report.notes += filter(None, crowded(records, model or {})[1:])
-    sizes = [(record.height, record.width) for record in records]
-    plan = BatchPlan(data, sizes, batch_size=batch_size, seed=seed, training=training)
+    shown = records if found is None else list(map(with_boxes, records, found(records)))
+    people = [(i, person) for i, record in enumerate(shown) for person in range(len(record.boxes))]
+    images: list[tuple[int, int | None]] = [(i, None) for i in range(len(records))]
+    examples = images if crops is None else people
+    if not examples:
+        raise UserError(f"{report.source}: no person to look at in {len(records)} images")
+    sizes = [(records[i].height, records[i].width) for i, _ in examples]
+    plan = BatchPlan(data, sizes, batch_size=batch_size, seed=seed, training=training, crops=crops)
     share = batch_size // host_count
-    loader = BatchLoader(data, records, plan, slice(host_index * share, (host_index + 1) * share))
-    return Dataset(records, report, plan.steps_per_epoch, loader, training, data.num_workers)
+    here = slice(host_index * share, (host_index + 1) * share)
+    loader = BatchLoader(data, shown, examples, plan, here, crops)
+    return Dataset(
+        records,
+        report,
+        plan.steps_per_epoch,
+        loader,
+        training,
+        data.num_workers,
+        by_person=crops is not None,
+    )
 
 
 @dataclasses.dataclass
 class Dataset:
     """The batches of one split."""
 
-    records: list[Record]  # one per image, in the order of `Batch.image_ids`
+    records: list[Record]  # one per image, in the order of `Batch.image_ids`, as annotated
     report: ReadReport  # what the reader counted
     steps_per_epoch: int  # batches that show every image exactly once
     _loader: "BatchLoader"
     _training: bool
     _num_workers: int
+    by_person: bool = False  # whether the examples are people (two-stage networks)
     # with `skip_corrupt`: name of each file that could not be read -> how often it was skipped
     skipped: Counter[str] = dataclasses.field(default_factory=Counter)
 
     @property
-    def num_images(self) -> int:
-        """Of the split."""
-        return len(self.records)
+    def num_examples(self) -> int:
+        """Images of the split, or people of a two-stage network."""
+        return self._loader.num_examples
 
     def iterator(self, start_step: int = 0, steps: int | None = None) -> Iterator[Batch]:
         """Batches from number `start_step` on, `steps` of them or to the end (training has none).
@@ -127,8 +148,8 @@ class Loaded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BatchLoader:
-    """Makes this host's share of the batch of a step. Travels to worker processes, so it holds
-    plain values only.
+    """Makes this host's share of the batch of a step, of examples (record, person; None = the whole
+    image). Travels to worker processes, so it holds plain values only.
 
     A place without an image (the end of an epoch, or a damaged file) is a black image of the whole
     canvas without people, and `real` is False: an image without any pixel would make valid ratios
@@ -137,20 +158,28 @@ class BatchLoader:
 
     _config: DataConfig
     _records: list[Record]
+    _examples: Sequence[tuple[int, int | None]]
     _plan: BatchPlan
     _share: slice
+    _crops: CropConfig | None = None
     # decoded, by id; only when the configuration asks for it
     _images: dict[int, Image.Image] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_examples(self) -> int:
+        """How many there are."""
+        return len(self._examples)
 
     def __call__(self, step: int) -> Loaded:
         planned = self._plan[step]
         indices, transforms = planned.indices[self._share], planned.transforms[self._share]
         batch = self._empty(len(indices), planned.bucket)
-        targets, skipped = batch.targets, []
+        skipped = []
         for place, (index, transform) in enumerate(zip(indices, transforms, strict=True)):
             if index == FILLER:
                 continue
-            record = self._records[index]
+            number, person = self._examples[index]
+            record = self._records[number]
             batch.image_ids[place] = record.image_id
             batch.original_sizes[place] = record.height, record.width
             try:
@@ -160,18 +189,41 @@ class BatchLoader:
                     return Loaded(None, [], f"{error}; {REMEDY}")
                 skipped.append((record.name, str(error)))
                 continue
-            image, boxes, kept = apply(transform, image, record.boxes)
-            batch.sizes[place] = height, width = transform.size
-            batch.images[place, :height, :width] = np.asarray(image)
-            extent = np.array([width, height, width, height], np.float32)
-            targets.boxes[place, : len(kept)] = xyxy_to_cxcywh(boxes) / extent
-            targets.labels[place, : len(kept)] = record.labels[kept]
-            targets.valid[place, : len(kept)] = True
-            batch.real[place] = True
+            self._fill(batch, place, image, record, person, transform)
         return Loaded(batch, skipped)
 
+    def _fill(
+        self,
+        batch: Batch,
+        place: int,
+        image: Image.Image,
+        record: Record,
+        person: int | None,
+        transform: Transform,
+    ) -> None:
+        """Writes one example: the image with its people, or the crops of a person."""
+        targets, kept = batch.targets, np.array([person])
+        height, width = transform.size
+        if self._crops is None or person is None:
+            image, boxes, kept = apply(transform, image, record.boxes)
+            batch.images[place, :height, :width] = np.asarray(image)
+            extent = np.array([width, height, width, height], np.float32)
+        else:
+            crops = apply_crops(transform, image, record.boxes, person, self._crops)
+            for canvases, crop in zip((batch.images, batch.subjects), crops, strict=True):
+                canvases[place] = crop
+            boxes = record.boxes[kept]
+            extent = np.array([image.width, image.height] * 2, np.float32)
+        batch.sizes[place] = height, width
+        targets.boxes[place, : len(kept)] = xyxy_to_cxcywh(boxes) / extent
+        targets.labels[place, : len(kept)] = record.labels[kept]
+        targets.valid[place, : len(kept)] = True
+        batch.real[place] = True
+
     def _empty(self, count: int, bucket: tuple[int, int]) -> Batch:
-        people, classes = (count, self._config.max_targets), len(self._config.class_names)
+        crops, classes = self._crops, len(self._config.class_names)
+        people = count, 1 if crops else self._config.max_targets
+        subjects = (count, crops.subject_size, crops.subject_size, 3) if crops else None
         return Batch(
             images=np.zeros((count, *bucket, 3), np.uint8),
             sizes=np.full((count, 2), bucket, np.int32),
@@ -183,6 +235,7 @@ class BatchLoader:
             image_ids=np.full(count, FILLER, np.int32),
             original_sizes=np.full((count, 2), bucket, np.int32),
             real=np.zeros(count, np.bool_),
+            subjects=None if subjects is None else np.zeros(subjects, np.uint8),
         )
 
     def _image(self, record: Record) -> Image.Image:

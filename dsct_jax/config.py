@@ -24,6 +24,8 @@ MAX_MEGAPIXELS = 179.0  # of an image file, as in PIL: 13,000 x 13,000 takes hal
 NMS_IOU = 0.5  # of two boxes that overlap more, the less confident one is dropped
 RESAMPLES = 400  # of the images, for intervals: a few seconds for 10,000 of them
 
+FACES = "faces"  # of --boxes, besides a file
+BOXES = f"who the people are: a run that finds them, a json of boxes, or {FACES} (OpenCV)"
 PRESETS = Path(__file__).with_name("presets")
 _COMPARE = {"at least": ge, "at most": le, "more than": gt, "less than": lt}
 _START = "start from configs/base.py"

@@ -41,6 +41,14 @@ class Record:
         return self.image()
 
 
+def with_boxes(record: Record, boxes: Boxes) -> Record:
+    """The image with other people, whose labels nobody knows."""
+    clipped = clip_boxes(np.asarray(boxes, np.float32).reshape(-1, 4), record.height, record.width)
+    inside = clipped[has_area(clipped)]
+    unknown = np.zeros((len(inside), record.labels.shape[1]), np.float32)
+    return dataclasses.replace(record, boxes=inside, labels=unknown, cues=())
+
+
 def _counted(text: str) -> Any:
     """A number, from 0, that a report shows with this text once it is not 0."""
     return dataclasses.field(default=0, metadata={"text": text})

@@ -20,9 +20,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from data.command import require_at_least
-from data.tools.faces import FaceDetector, largest_face, make_detector, opencv
 from dsct_jax.cli import progress, whole_file
 from dsct_jax.errors import UserError
+from dsct_jax.faces import FaceDetector, largest_face, make_detector, opencv
 
 # of the videos -> split
 FOLDERS = {"train": "train", "validation": "val", "val": "val", "test": "test"}

@@ -193,7 +193,7 @@ def build_ncaer_s() -> Parser:
     text = "stretches of a video that give one frame each (default 4)"
     parser.add_argument("--parts", type=int, default=4, help=text)
     parser.add_argument("--seed", type=int, default=0)
-    text = "haar, yunet:MODEL.onnx, or MODULE:NAME, a function of your own (data/tools/faces.py)"
+    text = "haar, yunet:MODEL.onnx, or MODULE:NAME, a function of your own (dsct_jax/faces.py)"
     parser.add_argument("--detector", default="haar", help=text)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     return parser

@@ -17,7 +17,7 @@ def format_table(metrics: dict[str, Any]) -> str:
     """The result of `evaluate` as aligned Markdown tables; shares in percent, 95 % intervals."""
     images, people, labelled = (metrics[f"num_{name}"] for name in ("images", "people", "labelled"))
     about = [f"{images} images, {people} people ({labelled} with labels)"]
-    fields = ("protocol", "split", "checkpoint")
+    fields = ("protocol", "split", "checkpoint", "boxes")
     about += [f"{name}: {metrics[name]}" for name in fields if metrics.get(name)]
     lines = ["; ".join(about), "", *_scalars(metrics)]
     titles = {"per_class": "class", "buckets": "people in the image", "detected": "found at IoU"}
@@ -98,6 +98,7 @@ def draw_evaluation(metrics: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(18, 11), dpi=100, layout="constrained")
     counted = f"{metrics['num_images']} images, {metrics['num_labelled']} labelled people"
     about = [counted, metrics.get("split"), metrics.get("protocol")]
+    about += [f"boxes {metrics['boxes']}"] if metrics.get("boxes") else []
     figure.suptitle("   ".join(part for part in about if part), fontsize=16)
     last = _confusion if "confusion_matrix" in metrics else _decided
     panels = (_classes, _buckets, _detected, _precision_recall, _reliability, last)
@@ -156,7 +157,9 @@ def _detected(ax: Any, metrics: dict[str, Any]) -> None:
     ):
         values, thresholds = _each(entries, name, np.nan), [float(x) for x in metrics["detected"]]
         ax.plot(thresholds, values, color=color, marker=marker, label=label)
-    title = f"Given detection; box AP {100 * metrics['box_AP']:.1f} %"
+    title = f"Boxes {metrics.get('boxes')}"
+    if "box_AP" in metrics:
+        title = f"Given detection; box AP {100 * metrics['box_AP']:.1f} %"
     ax.set(ylim=(0, 1), xlabel="IoU from which a person is found", title=title)
     ax.grid(alpha=0.3)
 

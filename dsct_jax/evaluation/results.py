@@ -45,6 +45,8 @@ class ResultsInfo:
     protocol: str = "custom"  # which data and boxes: different ones cannot be compared
     split: str = ""
     checkpoint: str = ""  # where the weights came from, such as "step 3"
+    # whose boxes a two-stage network saw: "given" or "found by ..."; "": it finds its people itself
+    boxes: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

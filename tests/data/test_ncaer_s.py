@@ -19,8 +19,8 @@ from data.config import DataConfig
 from data.readers.ncaer_s import read_ncaer_s
 from data.tools import build_ncaer_s
 from data.tools.build_ncaer_s import choose_frames
-from data.tools.faces import largest_face, make_detector
 from dsct_jax.errors import UserError
+from dsct_jax.faces import largest_face, make_detector
 
 
 def main(argv: list[str]) -> int:
@@ -321,7 +321,7 @@ def test_without_opencv_the_extra_is_named(monkeypatch):
     def missing(name: str) -> None:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr("data.tools.faces.importlib.import_module", missing)
+    monkeypatch.setattr("dsct_jax.faces.importlib.import_module", missing)
     assert "pip install '.[video]'" in one_line(lambda: make_detector("haar"))
 
 
@@ -344,7 +344,7 @@ class YunetStandIn:
 def test_yunet_boxes_have_corners_and_colours_are_in_opencvs_order(monkeypatch, tmp_path):
     create = SimpleNamespace(create=lambda model, config, size, score: YunetStandIn())
     monkeypatch.setattr(
-        "data.tools.faces.opencv",
+        "dsct_jax.faces.opencv",
         lambda: SimpleNamespace(FaceDetectorYN=create, error=RuntimeError),
     )
     (tmp_path / "face.onnx").write_bytes(b"")

@@ -96,7 +96,7 @@ def images(tmp_path: Path) -> Path:
 
 def test_training_epochs_show_every_image_once_in_another_order():
     dataset = train_set()
-    assert dataset.num_images == NUM_IMAGES and dataset.steps_per_epoch == 5
+    assert dataset.num_examples == NUM_IMAGES and dataset.steps_per_epoch == 5
     orders = []
     batches = list(dataset.iterator(0, 15))
     for epoch in range(3):

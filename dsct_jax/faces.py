@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from data.readers.records import one_line
 from dsct_jax.errors import UserError
 
 FaceDetector = Callable[[UInt8[np.ndarray, "h w 3"]], Float32[np.ndarray, "n 5"]]
@@ -46,7 +45,7 @@ def make_detector(name: str) -> FaceDetector:
     if not kind or not detail:
         raise UserError(
             f"--detector={name}: must be haar, yunet:MODEL.onnx or MODULE:NAME, a function of "
-            "your own (see data/tools/faces.py)"
+            "your own (see dsct_jax/faces.py)"
         )
     if "" not in sys.path:
         sys.path.insert(0, "")  # modules of the working directory, as python -m finds them
@@ -92,7 +91,7 @@ def yunet(model: Path, *, min_score: float = 0.7) -> FaceDetector:
     try:
         network = cv2.FaceDetectorYN.create(str(model), "", (320, 320), min_score)
     except cv2.error as error:
-        reason = f"is no YuNet model ({one_line(error)})"
+        reason = f"is no YuNet model ({' '.join(str(error).split())})"
         raise UserError(f"--detector=yunet:{model}: {reason}") from None
 
     def detect(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "n 5"]:
