@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 
 from dsct_jax.commands import onnx_export
 from dsct_jax.commands.flags import load_model
 from dsct_jax.commands.parsers import FORMATS
+from dsct_jax.crops import PIXELS
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model, load
 from dsct_jax.preprocess import MEAN, STD, Size
@@ -50,7 +50,8 @@ def export(
     """
     if format not in FORMATS:
         raise UserError(f"--format={format}: must be one of {', '.join(FORMATS)}")
-    sizes = tuple(sizes) or model.preprocessing.buckets
+    own = model.crops.canvases if model.crops else model.preprocessing.buckets
+    sizes = tuple(sizes) or own
     notes, report = description(model, sizes), []
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as name:
@@ -89,6 +90,14 @@ def description(model: Model, sizes: Sequence[Size]) -> dict[str, Any]:
         "steps": "RGB, resized (antialiased bilinear), (pixel / 255 - mean) / std, padded at the "
         "right and below with 0; mask True = padding",
     }
+    if model.crops:
+        of_both = dict(zip(("images", "subjects"), PIXELS[model.crops.pixels], strict=True))
+        steps = "RGB, cut as dsct_jax.crops.cut_crops does with the config's fields, (pixel / 255 "
+        steps += "- mean) / std; images: the context of each person, subjects: the person"
+        preprocessing = {"mean_and_std": of_both, "sizes": preprocessing["sizes"], "steps": steps}
+    inputs = {"images": "float32 [b height width 3]", "padding_mask": "bool [b height width]"}
+    if model.crops:
+        inputs = {"images": inputs["images"], "subjects": "float32 [b side side 3]"}
     outputs = {
         "logits": "float32 [b queries classes+1]; probability = sigmoid (multi_label) or softmax "
         "of all but the last; the last says `a person`",
@@ -101,7 +110,7 @@ def description(model: Model, sizes: Sequence[Size]) -> dict[str, Any]:
         "subject_logit": model.decoder.subject_logit,
         "decoder": model.decoder.to_dict(),
         "preprocessing": preprocessing,
-        "inputs": {"images": "float32 [b height width 3]", "padding_mask": "bool [b height width]"},
+        "inputs": inputs,
         "outputs": outputs,
         "config": model.config,
     }
@@ -120,21 +129,20 @@ def write_stablehlo(
     weights, functions = model.arrays(), model.functions
     write_npz(directory / WEIGHTS, weights)
 
-    def forward(weights: dict[str, jax.Array], images: jax.Array, mask: jax.Array) -> Any:
+    def forward(weights: dict[str, jax.Array], *inputs: jax.Array) -> Any:
         params = {name: weights[f"params/{name}"] for name in model.params}
         norm_stats = {name: weights[f"frozen/{name}"] for name in model.norm_stats}
-        predictions = functions.bind(params, norm_stats)(images, mask, implementation="xla")
+        predictions = functions.bind(params, norm_stats)(*inputs, implementation="xla")
         return {"logits": predictions.logits[-1], "boxes": predictions.boxes[-1]}
 
     weight_specs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
     paths = {size: directory / "model_{}x{}.stablehlo".format(*size) for size in sizes}
     for size, path in paths.items():
         (b,) = jax.export.symbolic_shape("b")
-        images = jax.ShapeDtypeStruct((b, *size, 3), jnp.float32)
-        mask = jax.ShapeDtypeStruct((b, *size), jnp.bool_)
         with _without_source_places():
             exported = jax.export.export(jax.jit(forward), platforms=PLATFORMS)
-            path.write_bytes(exported(weight_specs, images, mask).serialize())
+            inputs = functions.input_specs(b, size).values()
+            path.write_bytes(exported(weight_specs, *inputs).serialize())
     artifacts = {"x".join(map(str, size)): path.name for size, path in paths.items()}
     document = {"artifacts": artifacts, "weights": WEIGHTS, "platforms": list(PLATFORMS), **notes}
     (directory / "model.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
@@ -205,7 +213,7 @@ def _checked(model: Model, run: Run, size: Size, *, batch_size: int) -> str:
         predictions = model(images, mask)
         return np.asarray(predictions.logits[-1]), np.asarray(predictions.boxes[-1])
 
-    images, mask = _noise(size, batch_size)
+    images, mask = _noise(model, size, batch_size)
     pairs = zip(run(images, mask), live(images, mask), strict=True)
     logits, boxes = (float(np.abs(a - b).max()) for a, b in pairs)
     where = f"{size[0]}x{size[1]}"
@@ -224,10 +232,13 @@ def _checked(model: Model, run: Run, size: Size, *, batch_size: int) -> str:
     )
 
 
-def _noise(size: Size, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised images whose right and lower parts are padding, each another part."""
-    height, width = size
-    images = np.random.default_rng(0).standard_normal((batch_size, height, width, 3), np.float32)
+def _noise(model: Model, size: Size, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normalised images whose right and lower parts are padding, each another part; or crops."""
+    (height, width), random = size, np.random.default_rng(0)
+    images = random.standard_normal((batch_size, height, width, 3), np.float32)
+    if model.crops:
+        side = model.crops.subject_size
+        return images, random.standard_normal((batch_size, side, side, 3), np.float32)
     mask = np.zeros((batch_size, height, width), bool)
     for i in range(batch_size):
         mask[i, height - i * height // 8 :], mask[i, :, width - (i % 3) * width // 6 :] = True, True

@@ -22,7 +22,6 @@ from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model
 from dsct_jax.preprocess import Size
 
-INPUTS = ("images", "padding_mask")
 OUTPUTS = ("logits", "boxes")
 _LOWEST = np.finfo(np.float32).min
 _INSTALL = "pip install 'dsct-jax[onnx]' (docs/weights.md)"
@@ -42,22 +41,19 @@ def write_onnx(
     # it reports every optional plugin that it does without
     logging.getLogger("jax2onnx").setLevel(logging.ERROR)
 
-    def forward(images: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        predictions = model.functions.bind(model.params, model.norm_stats)(
-            images, mask, implementation="reference"
-        )
+    def forward(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        network = model.functions.bind(model.params, model.norm_stats)
+        predictions = network(*inputs, implementation="reference")
         return predictions.logits[-1], predictions.boxes[-1]
 
-    specs = [
-        jax.ShapeDtypeStruct((batch_size, *size, 3), jnp.float32),
-        jax.ShapeDtypeStruct((batch_size, *size), jnp.bool_),
-    ]
+    named = model.functions.input_specs(batch_size, size)
+    specs = list(named.values())
     program = jax.make_jaxpr(forward)(*specs)
     program = jax.make_jaxpr(lambda *inputs: _run(program.jaxpr, program.consts, inputs))(*specs)
     call = lambda *inputs: tuple(_run(program.jaxpr, program.consts, inputs))  # noqa: E731
     graph = jax2onnx.to_onnx(call, inputs=specs, model_name="dsct")
     theirs = [value.name for value in (*graph.graph.input, *graph.graph.output)]
-    _rename(graph.graph, dict(zip(theirs, (*INPUTS, *OUTPUTS), strict=True)))
+    _rename(graph.graph, dict(zip(theirs, (*named, *OUTPUTS), strict=True)))
     for name, text in sorted(notes.items()):
         graph.metadata_props.add(key=name, value=text)
     onnx.checker.check_model(graph)
@@ -65,15 +61,14 @@ def write_onnx(
 
 
 def onnx_session(path: Path) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """images, padding_mask -> (logits, boxes), computed by onnxruntime from the file on the CPU."""
+    """Both inputs -> (logits, boxes), computed by onnxruntime from the file on the CPU."""
     try:
         import onnxruntime
     except ImportError:
         raise UserError(f"--format=onnx is checked with onnxruntime: {_INSTALL}") from None
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images, mask: tuple(
-        session.run(list(OUTPUTS), dict(zip(INPUTS, (images, mask), strict=True)))
-    )
+    names = [value.name for value in session.get_inputs()]
+    return lambda *inputs: tuple(session.run(list(OUTPUTS), dict(zip(names, inputs, strict=True))))
 
 
 def _run(program: Jaxpr, constants: Any, inputs: Any) -> list[Any]:

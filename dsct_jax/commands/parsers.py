@@ -5,7 +5,7 @@ and a mistyped flag are answered before jax is imported.
 import argparse
 
 from dsct_jax.cli import Parser, expanded_path
-from dsct_jax.config import BATCH_SIZE, MAX_MEGAPIXELS, NMS_IOU, RESAMPLES
+from dsct_jax.config import BATCH_SIZE, BOXES, MAX_MEGAPIXELS, NMS_IOU, RESAMPLES
 
 CHECKPOINT = "run directory, .safetensors file, or released .pth (with --config)"
 CONFIG = "configuration (.py or .json) that describes the weights; needed for .pth only"
@@ -70,6 +70,7 @@ def predict() -> Parser:
     files = "predictions.json, predictions.csv, contact_sheet.png and drawn/"
     parser.add_output("--output", folder=True, required=True, help=f"folder for {files}")
     add_selection(parser)
+    add("--boxes", metavar="RUN|FILE|faces", help=f"two-stage networks: {BOXES}")
     add("--batch-size", type=int, default=BATCH_SIZE, help="images per call (default: %(default)s)")
     limit, text = MAX_MEGAPIXELS, "an image of more is an error (default: %(default)g)"
     add("--max-megapixels", type=float, default=limit, help=text)

@@ -21,9 +21,11 @@ from dsct_jax.commands.flags import load_model, selection
 from dsct_jax.commands.inputs import drawing_names, find_inputs
 from dsct_jax.commands.unfinished import Unfinished
 from dsct_jax.errors import UserError
+from dsct_jax.inference.finders import Finder, make_finder
 from dsct_jax.inference.predict import Detector, predict_each, read_rgb
 from dsct_jax.inference.video import Video, opencv, video_writer
 from dsct_jax.postprocess import Selection, Subject
+from dsct_jax.visualization.attention import draw_attention
 from dsct_jax.visualization.drawing import contact_sheet, draw_subjects, sort_left_to_right
 from dsct_jax.weights.run_directory import DIRECTORY
 
@@ -36,13 +38,14 @@ class TimedDetector:
 
     def __init__(self, model: Detector):
         self._model, self.preprocessing, self.decoder = model, model.preprocessing, model.decoder
+        self.crops = getattr(model, "crops", None)
         self._seconds: dict[tuple[int, ...], list[float]] = {}
         self.calls = 0
 
-    def __call__(self, images: Any, padding_mask: Any) -> Predictions:
+    def __call__(self, images: Any, padding_mask: Any, **options: Any) -> Predictions:
         self.calls += 1
         start = time.perf_counter()
-        answer = jax.block_until_ready(self._model(images, padding_mask))
+        answer = jax.block_until_ready(self._model(images, padding_mask, **options))
         self._seconds.setdefault(np.shape(images), []).append(time.perf_counter() - start)
         return answer
 
@@ -71,12 +74,24 @@ class Answers:
     batch_size: int
     unreadable: dict[Path, str] | None
     unfinished: Unfinished
+    finder: Finder | None = None  # of the people, for a two-stage network
 
     def people(
-        self, images: Iterable[Image.Image], *, batch_size: int | None = None
+        self,
+        images: Iterable[Image.Image],
+        *,
+        names: Sequence[Path] = (),
+        batch_size: int | None = None,
     ) -> Iterator[tuple[int, Image.Image, list[Subject]]]:
-        size = batch_size or self.batch_size
-        return predict_each(self.model, images, selection=self.selection, batch_size=size)
+        """`names` are the files of the images as far as they are read; none of a video."""
+        size, finder = batch_size or self.batch_size, self.finder
+
+        def find(image: Image.Image, index: int) -> Any:
+            assert finder is not None
+            return finder(image, str(names[index]) if names else "a video")
+
+        how: dict[str, Any] = {"selection": self.selection, "batch_size": size}
+        return predict_each(self.model, images, find=find if finder else None, **how)
 
     def skip(self, file: Path | int, error: UserError) -> None:
         """Notes a file that cannot be read; raises the error where that is not allowed."""
@@ -109,13 +124,15 @@ def predict_images(
 
     batch: list[dict[str, Any]] = []
     calls = 0
-    for index, image, subjects in answers.people(images()):
+    for index, image, subjects in answers.people(images(), names=read):
         if answers.model.calls > calls:
             answers.unfinished.add(batch)
             batch, calls = [], answers.model.calls
         target = output / "drawn" / names[read[index]]
         target.parent.mkdir(parents=True, exist_ok=True)
         draw_subjects(image, subjects).save(target)
+        if answers.model.crops and (maps := draw_attention(image, subjects, answers.model.crops)):
+            contact_sheet(maps, 4).save(target.with_name(f"{target.stem}_attention.png"))
         entries[read[index]] = entry = {
             "file": str(read[index]),
             "width": image.width,
@@ -225,11 +242,13 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{loaded}; {work} videos to look at", flush=True)
     start = time.monotonic()
     decoder = model.decoder
+    finder = None if arguments.boxes is None else make_finder(arguments.boxes)
     cut = {"min_confidence": decoder.resolve_min_confidence(chosen)}
     about: dict[str, Any] = {
         "checkpoint": str(arguments.checkpoint),
         "class_names": decoder.class_names,
         "multi_label": decoder.multi_label,
+        "boxes": arguments.boxes,
         "selection": dataclasses.asdict(chosen) | cut,
         "thresholds": decoder.resolve_thresholds(chosen),
     }
@@ -238,7 +257,9 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         with Unfinished(output, about | limits | weights) as unfinished:
             unreadable: dict[Path, str] | None = {} if arguments.skip_unreadable else None
-            answers = Answers(model, chosen, arguments.batch_size, unreadable, unfinished)
+            answers = Answers(
+                *(model, chosen, arguments.batch_size, unreadable, unfinished), finder
+            )
             images = predict_images(answers, files, output, max_megapixels=arguments.max_megapixels)
             videos = predict_videos(answers, sources, output, **limits)
     except KeyboardInterrupt:

@@ -57,6 +57,8 @@ def introspect(
     """Runs the model on one RGB image and translates its details from the padded canvas into pixels
     of the image. Raises UserError where the network does not report them.
     """
+    if model.crops is not None:
+        raise UserError("this figure needs a network that finds its people; use a model of dsct")
     pixels, size = prepare_image(image, model.preprocessing)
     canvas = pixels.shape[0], pixels.shape[1]
     inputs = to_model_input(pixels[None], np.array([size], np.int32))

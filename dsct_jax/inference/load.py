@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from dsct_jax.batch import FlatParams, Predictions
 from dsct_jax.boxes import AnyArray
 from dsct_jax.config import read_config, require, to_builtins
+from dsct_jax.crops import CropConfig
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import stored_decoder
 from dsct_jax.inference.programs import Programs
@@ -75,6 +76,12 @@ class Model:
         return self.decoder.class_names
 
     @property
+    def crops(self) -> CropConfig | None:
+        """What a two-stage network sees of a person; None for a network that finds its people."""
+        config = self.functions.config
+        return config if isinstance(config, CropConfig) else None
+
+    @property
     def multi_label(self) -> bool:
         """Whether a person can have several emotions."""
         return self.decoder.multi_label
@@ -82,12 +89,13 @@ class Model:
     def __call__(
         self,
         images: Float[AnyArray, "b h w 3"],
-        padding_mask: Bool[AnyArray, "b h w"],
+        padding_mask: Bool[AnyArray, "b h w"] | Float[AnyArray, "b s s 3"],
         *,
         return_details: bool = False,
     ) -> Predictions:
         """Normalized float32 images and their padding (True) -> logits [layers b q k+1] and boxes
-        [layers b q 4]; the last layer is the answer. Compiles once per shape.
+        [layers b q 4]; the last layer is the answer. Compiles once per shape. A two-stage network
+        takes normalized contexts and subjects.
         """
         inputs = jnp.asarray(images), jnp.asarray(padding_mask)
         arguments = self.params, self.norm_stats, *inputs

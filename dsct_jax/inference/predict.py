@@ -13,6 +13,7 @@ from PIL import Image
 from dsct_jax.batch import Predictions, padding_mask
 from dsct_jax.config import BATCH_SIZE, MAX_MEGAPIXELS
 from dsct_jax.errors import UserError
+from dsct_jax.inference.people import Find, predict_people
 from dsct_jax.postprocess import Decoder, Selection, Subject
 from dsct_jax.preprocess import (
     DECODE_ERRORS,
@@ -48,6 +49,7 @@ def predict(
     min_confidence: float | None = Selection.min_confidence,
     nms: float = Selection.nms,
     batch_size: int = BATCH_SIZE,
+    boxes: Any = None,
 ) -> list[Any]:
     """The people in one image: `Subject`s, most confident first; empty where nobody is found. Of
     several images a list of such lists, in their order.
@@ -58,7 +60,10 @@ def predict(
             (RGB) or [h w] (grey). The EXIF orientation of paths and PIL images is applied; boxes
             are in pixels of the upright image.
         threshold, min_confidence, nms: see `Selection`.
-        batch_size: images per call of the model, which compiles once per canvas.
+        batch_size: images per call of the model, which compiles once per canvas; people, of a
+            two-stage network.
+        boxes: of the people that a two-stage network asks for: (x1, y1, x2, y2) in pixels [n 4], of
+            several images one such array each.
 
     Raises:
         UserError: something that is no image, or a number out of its range.
@@ -68,7 +73,8 @@ def predict(
     several: Any = [images] if single else images
     if isinstance(several, Sized):
         batch_size = min(batch_size, max(1, len(several)))
-    answers = predict_each(model, several, selection=selection, batch_size=batch_size)
+    find = None if boxes is None else lambda _, index: boxes if single else boxes[index]
+    answers = predict_each(model, several, selection=selection, batch_size=batch_size, find=find)
     found = {index: subjects for index, _, subjects in answers}
     return found[0] if single else [found[index] for index in sorted(found)]
 
@@ -79,12 +85,23 @@ def predict_each(
     *,
     selection: Selection,
     batch_size: int = BATCH_SIZE,
+    find: Find | None = None,
 ) -> Iterator[tuple[int, Image.Image, list[Subject]]]:
     """(position, RGB image, people) of every image as its batch is done: at most one batch per
     canvas is in memory. The last ones are filled up with repetitions, to have the same shape.
+    `find` names the people of an image to a two-stage network, and to no other.
     """
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
+    two_stage = getattr(model, "crops", None) is not None
+    if two_stage and find is None:
+        raise UserError("a two-stage network finds nobody by itself: name the people with boxes")
+    if find is not None:
+        if not two_stage:
+            raise UserError("this network finds its people itself: leave the boxes away")
+        people = map(read_rgb, images)
+        yield from predict_people(model, people, find, selection=selection, batch_size=batch_size)
+        return
     waiting: dict[Size, list[_Prepared]] = defaultdict(list)
     for index, image in enumerate(images):
         rgb = read_rgb(image)
