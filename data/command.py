@@ -12,7 +12,14 @@ from typing import Any
 
 from data.config import SPLITS, DataConfig
 from dsct_jax.cli import Parser, expanded_path
-from dsct_jax.config import BOXES, dataclass_from_dict, read_config, require, to_builtins, unknown_field
+from dsct_jax.config import (
+    BOXES,
+    dataclass_from_dict,
+    read_config,
+    require,
+    to_builtins,
+    unknown_field,
+)
 from dsct_jax.errors import UserError
 
 
