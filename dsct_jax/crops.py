@@ -7,13 +7,12 @@ EMO-Net: opencv, and bicubic, which a second data path of it has).
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Num, Shaped, UInt8
+from jaxtyping import Float32, Num, Shaped, UInt8
 from PIL import Image
 
-from dsct_jax.boxes import AnyArray
 from dsct_jax.config import cannot_be_used, check_settings, setting
 from dsct_jax.preprocess import MEAN, STD, Size
 
@@ -146,11 +145,13 @@ def bilinear(values: Shaped[np.ndarray, "n m c"], size: int) -> Float32[np.ndarr
 
 
 def normalize_crops(
-    images: UInt8[AnyArray, "b c c 3"], subjects: UInt8[AnyArray, "b s s 3"], pixels: str
-) -> tuple[Float32[Array, "b c c 3"], Float32[Array, "b s s 3"]]:
+    images: UInt8[Any, "b c c 3"], subjects: UInt8[Any, "b s s 3"], pixels: str
+) -> tuple[Float32[Any, "b c c 3"], Float32[Any, "b s s 3"]]:
     """Pixels 0..255 -> what the network takes; `pixels` is a name of PIXELS."""
+    xp = images.__array_namespace__()
     context, subject = (
-        (jnp.asarray(x, jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+        (x.astype(xp.float32) / 255 - xp.asarray(mean, dtype=xp.float32))
+        / xp.asarray(std, dtype=xp.float32)
         for x, (mean, std) in zip((images, subjects), PIXELS[pixels], strict=True)
     )
     return context, subject

@@ -1,5 +1,6 @@
 """A trained model, ready to use: from a run directory, a .safetensors file, or a released .pth."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float
 
 from dsct_jax.batch import FlatParams, Predictions
 from dsct_jax.boxes import AnyArray
-from dsct_jax.config import read_config, require, to_builtins
+from dsct_jax.config import dataclass_from_dict, read_config, require, to_builtins
 from dsct_jax.crops import CropConfig
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import stored_decoder
@@ -75,11 +76,14 @@ class Model:
         """The emotions, in the order of the logits."""
         return self.decoder.class_names
 
-    @property
+    @functools.cached_property
     def crops(self) -> CropConfig | None:
         """What a two-stage network sees of a person; None for a network that finds its people."""
-        config = self.functions.config
-        return config if isinstance(config, CropConfig) else None
+        section = self.config["model"]
+        names = [field.name for field in dataclasses.fields(CropConfig)]
+        if not section.keys() >= {*names}:  # told without flax, which the network's own needs
+            return None
+        return dataclass_from_dict(CropConfig, "model", {name: section[name] for name in names})
 
     @property
     def multi_label(self) -> bool:
