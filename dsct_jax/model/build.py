@@ -136,6 +136,6 @@ class Network:
         return normalize(batch.images, mask), mask
 
 
-def moving_statistics(network: Any) -> FlatParams:
+def moving_statistics(network: nnx.Module) -> FlatParams:
     """The statistics that a forward pass in training has moved, by path."""
     return flatten(nnx.to_pure_dict(nnx.state(network, MovingStatistic)))
