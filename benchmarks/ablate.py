@@ -13,6 +13,7 @@ whose name holds one of these words, for a larger budget or another setting of a
 
 import dataclasses
 import json
+import math
 import os
 import shlex
 import statistics
@@ -24,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cues import accuracy_by_cue
-from benchmarks.paper_tables import TABLES, Row, Table, paper_table
+from benchmarks.paper_tables import TABLES, Row, Table, network_section, paper_table
 from data.command import override
 from data.config import SPLITS
 from dsct_jax.cli import Parser, run_command
 from dsct_jax.config import differences, read_config, to_builtins
 from dsct_jax.errors import UserError
+from dsct_jax.model.build import Network, network_config
 from train import RunConfig
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +81,8 @@ def row_config(config: Mapping[str, Any], row: Row, seed: int) -> dict[str, Any]
         key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()
     }
     changed["seed"] = seed
+    if network := row.changes.get("model.name"):
+        changed["model"] = network_section(network, config["model"])
     for name, value in row.changes.items():
         section, field = name.split(".")
         changed[section][field] = value
@@ -179,12 +183,36 @@ def measure(run: Run, *, split: str, by_people: bool) -> dict[str, float]:
     return found | {"box IoU": 100 * metrics["mean_iou"]}
 
 
+def costs(run: Run, reach: float) -> dict[str, float]:
+    """What a finished run took: thousands of parameters, milliseconds of a step (median), and
+    epochs to the first validation that is right for the share `reach`, where one was.
+    """
+    network = Network(network_config(run.config["model"], len(run.config["class_names"])))
+    lines = (run.workdir / "metrics.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    p50 = "time/step_seconds_p50"
+    times = [entry[p50] for entry in entries if p50 in entry]
+    found = {
+        "k parameters": sum(map(math.prod, network.param_shapes.values())) / 1000,
+        "ms per step": 1000 * statistics.median(times),
+    }
+    metric = "val/mAP" if run.config["multi_label"] else "val/accuracy"
+    steps = [entry["step"] for entry in entries if entry.get(metric, 0) >= reach]
+    if steps:
+        share = min(steps) / max(entry["step"] for entry in entries)
+        found[f"epochs to {100 * reach:.0f} %"] = share * run.config["train"]["epochs"]
+    return found
+
+
 def collect(table: Table, runs: Sequence[Run], *, split: str) -> dict[str, _Measured]:
     """Row key -> column -> one value for each finished seed."""
     found: dict[str, _Measured] = {row.key: {} for row in table.rows}
     for run in runs:
         if run.is_finished(split):
-            for column, value in measure(run, split=split, by_people=table.by_people).items():
+            values = measure(run, split=split, by_people=table.by_people)
+            if table.reach:
+                values |= costs(run, table.reach)
+            for column, value in values.items():
                 found[run.row.key].setdefault(column, []).append(value)
     return found
 

@@ -133,7 +133,9 @@ def measure_parts(state: TrainState, step: TrainStep, batch: Batch, runs: int) -
     def encoder(params: FlatParams, batch: Batch):
         model, images, mask = model_of(params, batch)
         noise = DropoutNoise(jax.random.split(jax.random.key(0), mask.shape[0]))
-        return model.encode(model.features(images), mask, noise=noise)[0].astype(jnp.float32).sum()
+        return (
+            model.encode(model.features(images), mask, noise=noise).tokens.astype(jnp.float32).sum()
+        )
 
     update = jax.jit(lambda params, opt_state: optimizer.update(params, opt_state, params))
     up_to = {}

@@ -16,7 +16,14 @@ from dsct_jax.postprocess import Selection, Subject
 from dsct_jax.preprocess import prepare_image
 
 # What a network has to report in `Predictions.details`.
-_DETAILS = {"features", "layers", "memory", "reference_points", "states", "valid_ratios"}
+_DETAILS = {
+    "features",
+    "memory",
+    "reference_points",
+    "sampling_locations",
+    "states",
+    "valid_ratios",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,8 @@ def introspect(
     inputs = to_model_input(pixels[None], np.array([size], np.int32))
     predictions = jax.device_get(model(*inputs, return_details=True))
     details, name = predictions.details or {}, model.config["model"].get("name", "dsct")
-    if missing := ", ".join(sorted(_DETAILS - details.keys())):
+    reported = details.keys() | {key for layer in details.get("layers", ()) for key in layer}
+    if missing := ", ".join(sorted(_DETAILS - reported)):
         reason = f"this network does not report {missing}, which this figure shows"
         raise UserError(f"config.model.name={name!r}: {reason}; use a model of dsct")
     logits, boxes = predictions.logits[:, 0], predictions.boxes[:, 0]

@@ -1,7 +1,12 @@
-"""Attention: multi-scale deformable (Eq. 9), plain, conditional, and along rows and columns."""
+"""Attention: multi-scale deformable (Eq. 9), plain, conditional, and along rows and columns.
 
+Every layer of attention is called with tokens, where they are and what it looks at, and returns
+what is attended and, by name, what it looked at.
+"""
+
+import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +19,22 @@ from dsct_jax.model.layers import SAVED, Linear, linear_in_float32, matmul_2d
 from pallas_kernels.deformable_attention import deformable_attention_from_offsets
 
 SpatialShapes = tuple[tuple[int, int], ...]
+Attended = tuple[Float[Array, "b q d"], dict[str, jax.Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+@no_type_check
+class Memory:
+    """What an image is to the decoder: the tokens of all levels, one after another."""
+
+    tokens: Float[Any, "b s d"]
+    positions: Float[Any, "b s e"]  # as waves or what a network makes of them
+    padding: Bool[Any, "b s"]
+    valid_ratios: Float[Any, "b l 2"]  # (width, height) of the image as a share of each map
+    spatial_shapes: SpatialShapes = dataclasses.field(metadata={"static": True})
+    # of deformable attention, by which this memory is sampled; None = chosen when traced
+    implementation: str | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 class LayerShape(NamedTuple):
@@ -56,25 +77,22 @@ class DeformableAttention(nnx.Module):
 
     def __call__(
         self,
-        queries: Float[Array, "b q d"],
+        tokens: Float[Array, "b q d"],
+        positions: Float[Array, "b q d"],
         reference_points: Float[Array, "b q l 2"],
-        memory: Float[Array, "b s d"],
-        memory_padding: Bool[Array, "b s"],
-        spatial_shapes: SpatialShapes,
-        *,
+        memory: Memory,
         boxes: Float[Array, "b q l 2"] | None = None,
-        implementation: str | None = None,
-    ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
-        """Returns the attended values, and what was sampled: sampling_locations [b q n l p 2] in
-        [0, 1], attention_weights [b q n l p].
+    ) -> Attended:
+        """Sampled were sampling_locations [b q n l p 2] in [0, 1], attention_weights [b q n l p].
 
         `boxes` are widths and heights in [0, 1] of the padded canvas: sampling offsets then count
         in half boxes instead of pixels, the farthest initial point on the border (Zhu et al. 2020,
         iterative bounding box refinement). A width of 0 keeps a query's offsets in pixels.
         """
+        queries, spatial_shapes = tokens + positions, memory.spatial_shapes
         b, q, d = queries.shape
         n, l, p = self.shape
-        value = jnp.where(memory_padding[..., None], 0, self.value_proj(memory))
+        value = jnp.where(memory.padding[..., None], 0, self.value_proj(memory.tokens))
         value = value.reshape(b, -1, n, d // n)
         # Locations and softmax are float32 whatever the type of the rest: half a bfloat16 step is
         # half a pixel at the far edge of a map.
@@ -86,7 +104,9 @@ class DeformableAttention(nnx.Module):
         logits = linear_in_float32(self.attention_weights, queries).reshape(b, q, n, l, p)
         with jax.named_scope("deformable_attention"):
             where = (value, spatial_shapes, reference_points, offsets, logits)
-            attended = deformable_attention_from_offsets(*where, implementation=implementation)
+            attended = deformable_attention_from_offsets(
+                *where, implementation=memory.implementation
+            )
         attended = checkpoint_name(attended, SAVED)
         weights = jax.nn.softmax(logits.reshape(b, q, n, l * p)).reshape(logits.shape)
         sampled = {  # dead code under jit unless the caller keeps it
@@ -124,85 +144,40 @@ def split_heads(x: Float[Array, "*b d"], num_heads: int) -> Float[Array, "*b n c
     return x.reshape(*x.shape[:-1], num_heads, -1)
 
 
-def conditional_attention(
-    query: tuple[Float[Array, "b q d"], Float[Array, "b q d"]],
-    key: tuple[Float[Array, "b s d"], Float[Array, "b s d"]],
-    value: Float[Array, "b s d"],
-    *,
-    num_heads: int,
-    hidden: Bool[Array, "#b #q s"] | None = None,
-) -> Float[Array, "b q d"]:
-    """Attention whose scores are those of the contents plus those of the positions: query and key
-    are (content, position), which each head sees side by side.
-
-    Source: Meng et al. 2021.
-    """
-    query_heads, key_heads = (
-        jnp.concatenate([split_heads(x, num_heads) for x in pair], -1) for pair in (query, key)
-    )
-    weights = attention_weights(query_heads, key_heads, hidden)
-    return attend(weights, split_heads(value, num_heads))
-
-
-def row_column_attention(
-    row_query: Float[Array, "b q d"],
-    column_query: Float[Array, "b q d"],
-    row_key: Float[Array, "b w d"],
-    column_key: Float[Array, "b h d"],
-    value: Float[Array, "b h w d"],
-    *,
-    num_heads: int,
-    padding: Bool[Array, "b h w"],
-) -> Float[Array, "b q d"]:
-    """Attention along each row of a map, then over the rows: two small sets of weights instead of
-    one of the whole map, from one key per column (`row_key`) and one per row.
-
-    Source: Wang et al. 2021, "Anchor DETR".
-    """
-    row_query, column_query, row_key, column_key, value = (
-        split_heads(x, num_heads) for x in (row_query, column_query, row_key, column_key, value)
-    )
-    along_row = attention_weights(row_query, row_key, padding[:, :1])
-    over_rows = attention_weights(column_query, column_key, padding[:, None, :, 0])
-    gathered = jnp.einsum("bnqw,bhwnc->bnqhc", along_row.astype(value.dtype), value)
-    attended = jnp.einsum("bnqh,bnqhc->bqnc", over_rows.astype(value.dtype), gathered)
-    return attended.reshape(*attended.shape[:2], -1)
-
-
 class MultiHeadAttention(nnx.Module):
     """Multi-head attention; the projections of queries, keys and values are packed as in
     torch.nn.MultiheadAttention.
     """
 
-    def __init__(self, d: int, *, num_heads: int, rngs: nnx.Rngs):
-        self.num_heads = num_heads
-        self.in_proj = Linear(d, 3 * d, rngs=rngs)
-        self.out_proj = Linear(d, d, rngs=rngs)
+    def __init__(self, shape: LayerShape, *, rngs: nnx.Rngs):
+        self.num_heads = shape.num_heads
+        self.in_proj = Linear(shape.d, 3 * shape.d, rngs=rngs)
+        self.out_proj = Linear(shape.d, shape.d, rngs=rngs)
 
     def __call__(
         self,
-        queries: Float[Array, "b q d"],
-        keys: Float[Array, "b s d"],
-        values: Float[Array, "b s d"],
-        *,
+        tokens: Float[Array, "b q d"],
+        positions: Float[Array, "b q d"],
         hidden: Bool[Array, "#b #q s"] | None = None,
-    ) -> tuple[Float[Array, "b q d"], Float[Array, "b n q s"]]:
-        """Returns what is attended, and the attention weights."""
+        memory: Memory | None = None,
+    ) -> Attended:
+        """Attends the memory, without one the tokens themselves, of which a query does not see the
+        `hidden` ones. Looked at: attention_weights [b n q s].
+        """
         assert self.in_proj.bias is not None
-        d, dtype = queries.shape[-1], queries.dtype
+        queries, d, dtype = tokens + positions, tokens.shape[-1], tokens.dtype
         kernel = self.in_proj.kernel[...].astype(dtype)
         bias = self.in_proj.bias[...].astype(dtype).reshape(1, 1, -1)
 
         def project(x, part):
             return matmul_2d(x, kernel[:, part], dtype) + bias[..., part]
 
-        if keys is queries:  # one product instead of two
+        if memory is None:  # one product instead of two
             query, key = jnp.split(project(queries, slice(2 * d)), 2, -1)
         else:
-            query, key = project(queries, slice(d)), project(keys, slice(d, 2 * d))
-        query, key, value = (
-            split_heads(x, self.num_heads)
-            for x in (query, key, project(values, slice(2 * d, 3 * d)))
-        )
+            query = project(queries, slice(d))
+            key = project(memory.tokens + memory.positions, slice(d, 2 * d))
+        value = project(tokens if memory is None else memory.tokens, slice(2 * d, 3 * d))
+        query, key, value = (split_heads(x, self.num_heads) for x in (query, key, value))
         weights = attention_weights(query, key, hidden)
-        return self.out_proj(attend(weights, value)), weights
+        return self.out_proj(attend(weights, value)), {"attention_weights": weights}

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
 
-from dsct_jax.batch import Predictions, Targets
+from dsct_jax.batch import Predictions
 from dsct_jax.config import setting
-from dsct_jax.model.layers import MLP, DropoutNoise, standard_normal
-from dsct_jax.model.pyramid import BACKBONE_SLOWER, Pyramid, QueryConfig
-from dsct_jax.model.refining_decoder import Heads, RefiningDecoder, box_waves
+from dsct_jax.model.attention import Memory
+from dsct_jax.model.decoder import Decoder, DeformableLayer, box_waves, deformable_look
+from dsct_jax.model.family import BACKBONE_SLOWER, Pyramid, QueryConfig, for_images
+from dsct_jax.model.heads import Heads
+from dsct_jax.model.layers import MLP, standard_normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,46 +41,22 @@ class DabDeformableDetr(Pyramid):
     def __init__(self, config: DabDeformableDetrConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d, q, layers = config.hidden_dim, config.num_queries, config.num_decoder_layers
-        self.decoder = RefiningDecoder(config.layer_shape, num_layers=layers, rngs=rngs)
+        self.decoder = Decoder(lambda _: DeformableLayer(config.layer_shape, rngs=rngs), layers)
         self.heads = Heads(config, copies=layers, large=True, rngs=rngs)
         self.content_embed = nnx.Param(standard_normal(rngs.params(), (q, d)))
         self.box_embed = nnx.Param(standard_normal(rngs.params(), (q, 4)))
         self.position_head = MLP(2 * d, d, d, rngs=rngs)
         self.position_scale = MLP(d, d, d, rngs=rngs)
 
-    def detect(
-        self,
-        levels: list[Float[Array, "b _ _ d"]],
-        padding_mask: Bool[Array, "b h w"],
-        *,
-        people: Targets | None = None,
-        noise: DropoutNoise | None = None,
-        implementation: str | None = None,
-    ) -> Predictions:
-        """One map per level -> predictions."""
-        del people
-        config = self.config
-        how: dict[str, Any] = {"noise": noise, "implementation": implementation}
-        memory = self.encode(levels, padding_mask, **how)
-        how["remat"] = config.remat
-        dtype, b = memory.tokens.dtype, memory.tokens.shape[0]
-        tokens = jnp.broadcast_to(self.content_embed[...], (b, *self.content_embed.shape))
-        boxes = jnp.broadcast_to(jax.nn.sigmoid(self.box_embed[...]), (b, *self.box_embed.shape))
+    def decode(self, memory: Memory, people: Any, noise: Any) -> Predictions:
+        """Memory -> predictions."""
+        b = memory.tokens.shape[0]
+        tokens, boxes = (for_images(x[...], b) for x in (self.content_embed, self.box_embed))
 
-        def positions(layer: int, tokens: jax.Array, references: jax.Array) -> jax.Array:
-            position = self.position_head(box_waves(references, memory))
-            if layer > 0:
-                position = position * self.position_scale(tokens.astype(jnp.float32))
-            return position.astype(dtype)
+        def positions(layer: int, tokens: jax.Array, boxes: jax.Array) -> jax.Array:
+            position = self.position_head(box_waves(boxes, memory))
+            scale = self.position_scale(tokens.astype(jnp.float32)) if layer else 1
+            return position * scale
 
-        decoded = self.decoder(
-            tokens.astype(dtype),
-            positions,
-            boxes,
-            memory,
-            self.heads,
-            epsilon=config.sigmoid_epsilon,
-            **how,
-        )
-        details = decoded.details
-        return Predictions(decoded.logits, decoded.boxes, details)
+        look = deformable_look(memory, positions)
+        return self.run(tokens, jax.nn.sigmoid(boxes), memory, look, noise, refines=True)

@@ -3,28 +3,21 @@
 """
 
 import dataclasses
-from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from dsct_jax.batch import Branch, Known, Predictions, Targets
+from dsct_jax.batch import Predictions, Targets
 from dsct_jax.config import setting
-from dsct_jax.model.conditional_detr import ConditionalDecoderLayer
-from dsct_jax.model.denoising import (
-    embed_labels,
-    hidden_queries,
-    move_center_and_size,
-    noisy_people,
-    query_logits,
-)
-from dsct_jax.model.encoder import PlainEncoder
-from dsct_jax.model.family import C5Config, C5Network, for_images, plain_shape
-from dsct_jax.model.heads import BoxHead, ClassHead, refine
-from dsct_jax.model.layers import MLP, DropoutNoise, LayerNorm, rematerialized, standard_normal
+from dsct_jax.model.attention import Memory
+from dsct_jax.model.conditional_detr import conditional_decoder
+from dsct_jax.model.denoising import Queries, denoising_queries, move_center_and_size, split_known
+from dsct_jax.model.encoder import MemoryLook
+from dsct_jax.model.family import C5Config, C5Network, for_images
+from dsct_jax.model.layers import MLP, DropoutNoise, LayerNorm, standard_normal
 from dsct_jax.model.position import YXWH, sine_of
 
 
@@ -48,92 +41,42 @@ class DabDetrConfig(C5Config):
     box_noise: float = setting(0.4, "by how much of its size a copy's box is moved", low=0)
 
 
-class _Queries(NamedTuple):
-    """The denoising queries, which `branch` answers for, then those that have to find somebody."""
-
-    tokens: Float[Array, "b q d"]
-    box_logits: Float[Array, "b q 4"]
-    hidden: Bool[Array, "1 q q"] | None = None
-    denoising: Known | None = None
-
-
 class DabDETR(C5Network):
     """A query looks at its box: the waves of its centre, scaled by its width and height."""
 
     def __init__(self, config: DabDetrConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, rngs=rngs)
-        shape, d = plain_shape(config), config.hidden_dim
-        self.encoder = PlainEncoder(
-            shape, num_layers=config.num_encoder_layers, leaky=True, rngs=rngs
-        )
+        super().__init__(config, leaky=True, rngs=rngs)
+        self.decoder_norm = LayerNorm(config.hidden_dim, rngs=rngs)
+        d, k = config.hidden_dim, config.num_classes
         self.position_scale = MLP(d, d, d, rngs=rngs)
         self.anchors = nnx.Param(standard_normal(rngs.params(), (config.num_queries, 4)))
         if config.denoising_groups:  # the last row is "no label yet", the last number "denoising"
-            self.label_embed = nnx.Param(
-                standard_normal(rngs.params(), (config.num_classes + 1, d - 1))
-            )
+            self.label_embed = nnx.Param(standard_normal(rngs.params(), (k + 1, d - 1)))
         self.box_positions = MLP(2 * d, d, d, rngs=rngs)
         self.query_scale = MLP(d, d, d, rngs=rngs)
         self.size_scale = MLP(d, d, 2, rngs=rngs)
-        self.decoder = nnx.List(
-            [
-                ConditionalDecoderLayer(shape, first=i == 0, leaky=True, rngs=rngs)
-                for i in range(config.num_decoder_layers)
-            ]
-        )
-        self.decoder_norm = LayerNorm(d, rngs=rngs)
-        self.class_head = ClassHead(d, config.num_classes, subject=config.subject_logit, rngs=rngs)
-        self.box_head = BoxHead(d, initial_size=0.0, rngs=rngs)
+        self.decoder = conditional_decoder(config, leaky=True, rngs=rngs)
 
-    def detect(
-        self,
-        features: Float[Array, "b h w c"],
-        padding_mask: Bool[Array, "b h2 w2"],
-        *,
-        people: Targets | None = None,
-        noise: DropoutNoise | None = None,
-        return_details: bool = False,
-    ) -> Predictions:
-        """C5 -> predictions."""
-        with jax.named_scope("encoder"):
-            memory = self.encode(
-                features,
-                padding_mask,
-                noise=noise,
-                temperature=self.config.temperature,
-                position_scale=self.position_scale,
-            )
-        queries = self.queries(features.shape[0], people, noise)
-        move = partial(refine, epsilon=self.config.sigmoid_epsilon)
-        tokens = queries.tokens.astype(features.dtype)
-        references = [jax.nn.sigmoid(queries.box_logits)]
-        states: list[jax.Array] = []
-        boxes: list[jax.Array] = []
-        for layer in self.decoder:
-            run = rematerialized(partial(layer, noise=noise), self.config.remat)
-            # A layer's box learns from the next prediction too, but not through the next layer.
-            start = jax.lax.stop_gradient(references[-1]) if states else references[-1]
-            with jax.named_scope("decoder"):
-                positions, waves = self.look_at(start, tokens, first=not states)
-                tokens = run(tokens, positions, waves, memory, queries.hidden)
-            with jax.named_scope("heads"):
-                exact = tokens.astype(jnp.float32)
-                boxes.append(move(self.box_head.deltas(self.decoder_norm(exact)), references[-1]))
-                references.append(move(self.box_head.deltas(exact), start))
-            states.append(tokens)
-        with jax.named_scope("heads"):
-            logits = self.class_head(self.decoder_norm(jnp.stack(states)).astype(jnp.float32))
-        details = {
-            "memory": memory.tokens,
-            "states": jnp.stack(states),
-            "reference_points": jnp.stack(references[:-1]),
-        }
-        n, answers = tokens.shape[1] - self.config.num_queries, (logits, jnp.stack(boxes))
-        known, found = ([x[:, :, part] for x in answers] for part in (slice(n), slice(n, None)))
-        branches: tuple[Branch, ...] = ()
-        if queries.denoising is not None:
-            branches = (Branch(known[0], known[1], queries.denoising, name="denoising"),)
-        return Predictions(found[0], found[1], details if return_details else None, branches)
+    def look(self, memory: Memory) -> MemoryLook:
+        """All tokens but padding; where they are is scaled by what they hold."""
+        return lambda memory: (
+            memory.positions * self.position_scale(memory.tokens),
+            memory.padding[:, None],
+        )
+
+    def decode(self, memory: Memory, people: Any, noise: Any) -> Predictions:
+        """Memory -> predictions; with `noise` the `people` are denoised."""
+        queries = self.queries(memory.tokens.shape[0], people, noise)
+
+        def look(layer: int, tokens: jax.Array, boxes: jax.Array) -> tuple[tuple, tuple]:
+            positions, waves = self.look_at(boxes, tokens, first=layer == 0)
+            cross = (positions, memory.padding[:, None], waves, memory)
+            return (positions, queries.hidden), cross
+
+        how = {"refines": True, "look_forward_twice": True}
+        boxes = jax.nn.sigmoid(queries.box_logits)
+        found = self.run(queries.tokens, boxes, memory, look, noise, **how)
+        return split_known(found, queries.known)
 
     def look_at(
         self, boxes: Float[Array, "b q 4"], tokens: Float[Array, "b q d"], *, first: bool
@@ -151,34 +94,27 @@ class DabDETR(C5Network):
         )
         return self.box_positions(waves), waves[..., :d] * scale * sides
 
-    def queries(self, b: Any, people: Targets | None, noise: DropoutNoise | None) -> _Queries:
+    def queries(self, b: Any, people: Targets | None, noise: DropoutNoise | None) -> Queries:
         """Those of `b` images: an int, or a symbolic size (jax.export)."""
         config, anchors = self.config, for_images(self.anchors[...], b)
-        if not config.denoising_groups:
-            return _Queries(jnp.zeros((*anchors.shape[:-1], config.hidden_dim)), anchors)
-        embeddings = self.label_embed[...]
-        content = for_images(jnp.pad(embeddings[-1:], ((0, 0), (0, 1))), b)
+        content = jnp.zeros(config.hidden_dim)
+        if config.denoising_groups:
+            content = jnp.pad(self.label_embed[-1], (0, 1))
         tokens = jnp.broadcast_to(content, (*anchors.shape[:-1], config.hidden_dim))
-        if people is None or noise is None or not people.valid.shape[1]:
-            return _Queries(tokens, anchors)
         groups = config.denoising_groups
-        noisy = noisy_people(
+        if not (groups and people is not None and noise is not None and people.valid.shape[1]):
+            return Queries(tokens, anchors)
+        made = denoising_queries(
             people,
             noise,
+            jnp.pad(self.label_embed[...], ((0, 0), (0, 1)), constant_values=1),
             num_groups=groups,
+            num_queries=config.num_queries,
+            epsilon=config.sigmoid_epsilon,
             label_noise=config.label_noise,
             box_noise=config.box_noise,
             move=move_center_and_size,
         )
-        labels = jnp.pad(
-            embed_labels(embeddings, noisy.labels), ((0, 0),) * 2 + ((0, 1),), constant_values=1
-        )
-        labels = jnp.where(noisy.exists[..., None], labels, 0)
-        box_logits = query_logits(noisy, epsilon=config.sigmoid_epsilon)
-        hidden = hidden_queries(groups, people.valid.shape[1], config.num_queries)
-        return _Queries(
-            jnp.concatenate([labels, tokens], 1),
-            jnp.concatenate([box_logits, anchors], 1),
-            jnp.asarray(hidden)[None],
-            Known(noisy.people, repeats=groups),
-        )
+        tokens = jnp.concatenate([made.tokens, tokens], 1)
+        anchors = jnp.concatenate([made.box_logits, anchors], 1)
+        return Queries(tokens, anchors, made.hidden, made.known)

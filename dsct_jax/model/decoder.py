@@ -1,7 +1,9 @@
-"""The DSCT decoder: decoupled subject and context queries, fused in every layer (paper Fig. 4)."""
+"""The decoder of all networks: every layer predicts, and where boxes are refined the next one looks
+into those of the one before. DSCT's layers fuse subject and context queries (paper Fig. 4).
+"""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,15 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.model.attention import (
-    DeformableAttention,
-    LayerShape,
-    MultiHeadAttention,
-    SpatialShapes,
-)
-from dsct_jax.model.encoder import FeedForward, Memory
-from dsct_jax.model.heads import BoxHead
-from dsct_jax.model.layers import DropoutNoise, LayerNorm, Linear, dropout, rematerialized
+from dsct_jax.batch import Predictions
+from dsct_jax.model.attention import DeformableAttention, LayerShape, Memory, MultiHeadAttention
+from dsct_jax.model.encoder import Layer
+from dsct_jax.model.heads import Heads, SharedHeads, refine
+from dsct_jax.model.layers import DropoutNoise, LayerNorm, Linear, rematerialized
+from dsct_jax.model.position import YXWH, sine_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,62 +97,36 @@ def subject_context_fusion(
     }
 
 
-class DecoderLayer(nnx.Module):
-    """Self-attention of all queries, deformable cross-attention, fusion, feed-forward block; tokens
-    are ordered as released: `num_context` context queries, then the subject queries.
+class DeformableLayer(Layer):
+    """Self-attention of all queries, deformable cross-attention, and where there is a `fusion` that
+    of the queries after the first `num_context`, the context, with these.
     """
 
     def __init__(
-        self, shape: LayerShape, *, num_context: int, fusion: FusionConfig | None, rngs: nnx.Rngs
-    ):
-        d, self.dropout_rate = shape.d, shape.dropout
-        self.num_context, self.fusion = num_context, fusion
-        self.self_attention = MultiHeadAttention(d, num_heads=shape.num_heads, rngs=rngs)
-        self.norm2 = LayerNorm(d, rngs=rngs)  # numbered as in the released weights
-        self.cross_attention = DeformableAttention(shape, rngs=rngs)
-        self.norm1 = LayerNorm(d, rngs=rngs)
-        attentive = fusion is not None and fusion.reweighting == "attentive"
-        self.context_logits = Linear(d, num_context, rngs=rngs) if attentive else None
-        self.feedforward = FeedForward(shape, rngs=rngs)
-        self.norm3 = LayerNorm(d, rngs=rngs)
-
-    def __call__(
         self,
-        tokens: Float[Array, "b q d"],
-        positions: Float[Array, "b q d"],
-        reference_points: Float[Array, "b q l 2"],
-        memory: Float[Array, "b s d"],
-        memory_padding: Bool[Array, "b s"],
-        spatial_shapes: SpatialShapes,
+        shape: LayerShape,
         *,
-        boxes: Float[Array, "b q l 2"] | None = None,
-        hidden: Bool[Array, "#b #q q"] | None = None,
-        noise: DropoutNoise | None,
-        implementation: str | None,
-    ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
-        """Returns the tokens and what the layer looked at; points and `boxes` are of each map;
-        `hidden` queries are not seen by a query.
-        """
-        placed = tokens + positions
-        attended, self_weights = self.self_attention(placed, placed, tokens, hidden=hidden)
-        tokens = self.norm2(tokens + dropout(attended, self.dropout_rate, noise))
-        where = (reference_points, memory, memory_padding, spatial_shapes)
-        attended, details = self.cross_attention(
-            tokens + positions, *where, boxes=boxes, implementation=implementation
-        )
-        tokens = self.norm1(tokens + dropout(attended, self.dropout_rate, noise))
-        if self.fusion is not None:
-            tokens, selected = self._fuse(tokens, reference_points[:, :, 0])
-            details |= selected
-        inner = dropout(self.feedforward(tokens, noise), self.dropout_rate, noise)
-        tokens = self.norm3(tokens + inner)
-        return tokens, details | {"self_attention_weights": self_weights}
+        num_context: int = 0,
+        fusion: FusionConfig | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.num_context, self.fusion = num_context, fusion
+        # norms are numbered as in the released weights
+        kinds = MultiHeadAttention, DeformableAttention
+        super().__init__(shape, *kinds, norms=(2, 1, 3), rngs=rngs)
 
-    def _fuse(
-        self, tokens: Float[Array, "b q d"], points: Float[Array, "b q 2"]
+    def make_fusion(self, shape: LayerShape, rngs: nnx.Rngs) -> None:
+        """The layer that weighs context queries, where it is not their relevance that does."""
+        attentive = self.fusion is not None and self.fusion.reweighting == "attentive"
+        self.context_logits = Linear(shape.d, self.num_context, rngs=rngs) if attentive else None
+
+    def fuse(
+        self, tokens: Float[Array, "b q d"], looks: tuple[Any, ...]
     ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
         """In float32: few tokens, and a selection that rounding would change."""
-        assert self.fusion is not None
+        if self.fusion is None:
+            return tokens, {}
+        points = looks[1][1][:, :, 0]
         context, subject = jnp.split(tokens, [self.num_context], axis=1)
         context_points, subject_points = jnp.split(points, [self.num_context], axis=1)
         exact = subject.astype(jnp.float32), context.astype(jnp.float32)
@@ -164,55 +137,26 @@ class DecoderLayer(nnx.Module):
         return jnp.concatenate([context, fused.astype(tokens.dtype)], 1), selected
 
 
-class Queries(NamedTuple):
-    """Context queries, then subject queries, before the first layer."""
-
-    tokens: Float[Array, "b q d"]
-    positions: Float[Array, "b q d"]
-    reference_points: Float[Array, "b q 2"]  # (x, y) in [0, 1] of the image
+# (number of the layer, its tokens, their references) -> what each attention takes beside the tokens
+Look = Callable[[int, jax.Array, jax.Array], tuple[tuple[Any, ...], ...]]
 
 
-class Decoder(nnx.List):
-    """The decoder's layers, in order, each with a box from the shared head."""
+def deformable_look(
+    memory: Memory,
+    positions: jax.Array | Callable[[int, jax.Array, jax.Array], jax.Array],
+    hidden: Bool[Array, "#b #q q"] | None = None,
+) -> Look:
+    """That of a DeformableLayer, from where the queries are: [b q d], or anew for every layer."""
 
-    def __init__(
-        self,
-        shape: LayerShape,
-        *,
-        num_context: int,
-        fusions: Sequence[FusionConfig | None],
-        rngs: nnx.Rngs,
-    ):
-        layer = partial(DecoderLayer, shape, num_context=num_context, rngs=rngs)
-        super().__init__([layer(fusion=fusion) for fusion in fusions])
+    def look(
+        layer: int, tokens: jax.Array, references: jax.Array
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        place = positions(layer, tokens, references) if callable(positions) else positions
+        place = place.astype(tokens.dtype)
+        points, *boxes = in_each_map(references, memory.valid_ratios)
+        return (place, hidden), (place, points, memory, *boxes)
 
-    def __call__(
-        self, queries: Queries, memory: Memory, box_head: BoxHead, *, remat: str, **how: Any
-    ) -> tuple[Float[Array, "layers b q d"], Float[Array, "layers b n 4"], list[dict[str, Any]]]:
-        """Tokens after each layer, boxes of the subject queries (n), and what the layer looked at.
-
-        `how`: `noise` and `implementation` of each layer. With box refinement a layer samples
-        inside the box of the one before and moves it; no gradient flows through it.
-        """
-        tokens, num_context = queries.tokens, self[0].num_context
-        references = box_head.references(queries.reference_points, num_context)
-        states, boxes, details = [], [], []
-        for layer in self:
-            run = partial(layer, spatial_shapes=memory.spatial_shapes, **how)
-            points, *sizes = in_each_map(references, memory.valid_ratios)
-            with jax.named_scope("decoder"):
-                where = (queries.positions, points, memory.tokens, memory.padding)
-                tokens, seen = rematerialized(run, remat)(
-                    tokens, *where, boxes=sizes[0] if sizes else None
-                )
-            context, subject = jnp.split(references, [num_context], 1)
-            with jax.named_scope("heads"):
-                boxes.append(box_head(tokens[:, num_context:].astype(jnp.float32), subject))
-            if box_head.refines:
-                references = jnp.concatenate([context, jax.lax.stop_gradient(boxes[-1])], 1)
-            states.append(tokens)
-            details.append(seen)
-        return jnp.stack(states), jnp.stack(boxes), details
+    return look
 
 
 def in_each_map(
@@ -222,3 +166,96 @@ def in_each_map(
     parts = references.shape[-1] // 2
     scaled = references[:, :, None] * jnp.tile(valid_ratios, parts)[:, None]
     return jnp.split(scaled, parts, -1)
+
+
+def box_waves(boxes: Float[Array, "b q 4"], memory: Memory) -> Float[Array, "b q e"]:
+    """Waves of boxes on the padded canvas; e is twice the width of the memory."""
+    padded = boxes * jnp.tile(memory.valid_ratios[:, :1], 2)
+    return sine_of(padded, memory.tokens.shape[-1] // 2, order=YXWH)
+
+
+class References(NamedTuple):
+    """Where the queries of a decoder layer stand."""
+
+    seen: Float[Array, "b q r"]  # where they look
+    start: Float[Array, "b q r"]  # the same values: what the predicted boxes are relative to
+
+    def move(
+        self, deltas: Float[Array, "b n 4"], *, epsilon: float, look_forward_twice: bool
+    ) -> "References":
+        """Those of the next layer, of which the last n moved. No gradient comes back through what
+        it sees; through the start of its boxes it does if `look_forward_twice`, as far as `deltas`
+        (Zhang et al. 2022).
+        """
+        still = self.seen.shape[1] - deltas.shape[1]
+        moved = refine(deltas, self.seen[:, still:], epsilon=epsilon)
+        seen = jax.lax.stop_gradient(moved)
+        if still:
+            seen, moved = (jnp.concatenate([self.seen[:, :still], x], 1) for x in (seen, moved))
+        return References(seen, moved if look_forward_twice else seen)
+
+
+class Decoder(nnx.List):
+    """The decoder's layers, in order; `make` is given the number of each."""
+
+    def __init__(self, make: Callable[[int], Layer], num_layers: int):
+        super().__init__([make(i) for i in range(num_layers)])
+
+    def __call__(
+        self,
+        tokens: Float[Array, "b q d"],
+        references: Float[Array, "b q r"],
+        memory: Memory,
+        look: Look,
+        noise: DropoutNoise | None,
+        *,
+        heads: SharedHeads | Heads,
+        num_context: int = 0,
+        refines: bool = False,
+        look_forward_twice: bool = False,
+        norm: LayerNorm | None = None,
+        epsilon: float = 1e-5,
+        remat: str,
+    ) -> Predictions:
+        """What every layer predicts for the queries after the first `num_context`, by the `heads`
+        for classes and boxes: one for all layers, or one each.
+
+        `references` are points or boxes in [0, 1] of the image, and `epsilon` that of their inverse
+        sigmoid. Predictions are made of tokens behind the `norm`, where there is one; boxes move by
+        what is before it.
+        """
+        tokens, at = tokens.astype(memory.tokens.dtype), References(references, references)
+        states, boxes, seen, layers = [], [], [references], []
+        for i, layer in enumerate(self):
+            with jax.named_scope("decoder"):
+                run = rematerialized(partial(layer, noise=noise), remat)
+                tokens, looked_at = run(tokens, *look(i, tokens, at.seen))
+            with jax.named_scope("heads"):
+                box_head = heads.boxes[min(i, len(heads.boxes) - 1)]
+                exact = tokens[:, num_context:].astype(jnp.float32)
+                delta = box_head.deltas(exact if norm is None else norm(exact))
+                boxes.append(refine(delta, at.start[:, num_context:], epsilon=epsilon))
+                if refines:
+                    step = delta if norm is None else box_head.deltas(exact)
+                    at = at.move(step, epsilon=epsilon, look_forward_twice=look_forward_twice)
+            states.append(tokens)
+            seen.append(at.seen)
+            layers.append(looked_at)
+        with jax.named_scope("heads"):
+            raw = jnp.stack(states)
+            x = raw[:, :, num_context:].astype(jnp.float32)
+            x = x if norm is None else norm(x)
+            first, *others = heads.classes
+            logits = first(x if not others else x[0])
+            if others:
+                more = (head(y) for head, y in zip(others, x[1:], strict=False))
+                logits = jnp.stack([logits, *more])
+        details = {
+            "reference_points": references[..., :2],
+            "references": seen,
+            "valid_ratios": memory.valid_ratios,
+            "memory": memory.tokens,
+            "states": raw,
+            "layers": layers,
+        }
+        return Predictions(logits, jnp.stack(boxes), details)

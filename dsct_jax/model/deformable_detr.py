@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
 
-from dsct_jax.batch import Branch, Hungarian, Predictions, Targets
+from dsct_jax.batch import Branch, Hungarian, Predictions
 from dsct_jax.config import cannot_be_used, setting
-from dsct_jax.model.encoder import Memory
-from dsct_jax.model.layers import DropoutNoise, Linear, standard_normal
+from dsct_jax.model.attention import Memory
+from dsct_jax.model.decoder import Decoder, DeformableLayer, deformable_look
+from dsct_jax.model.family import Pyramid, QueryConfig, for_images
+from dsct_jax.model.heads import Heads
+from dsct_jax.model.layers import Linear, standard_normal
 from dsct_jax.model.position import XYWH, sine_of
-from dsct_jax.model.proposals import NormedLinear, Proposals, class_zero_topk, propose
-from dsct_jax.model.pyramid import Pyramid, QueryConfig
-from dsct_jax.model.refining_decoder import Heads, RefiningDecoder
+from dsct_jax.model.proposals import NormedLinear, best_tokens, propose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,101 +65,55 @@ class DeformableDetr(Pyramid):
     def __init__(self, config: DeformableDetrConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d, layers = config.hidden_dim, config.num_decoder_layers
-        self.decoder = RefiningDecoder(config.layer_shape, num_layers=layers, rngs=rngs)
+        self.decoder = Decoder(lambda _: DeformableLayer(config.layer_shape, rngs=rngs), layers)
         copies = (layers if config.box_refinement else 1) + config.two_stage
-        large = not config.two_stage
-        self.heads = Heads(config, copies=copies, large=large, rngs=rngs)
-        num_queries, width = config.num_queries + config.num_one_to_many, 2 * d
+        self.heads = Heads(config, copies=copies, large=not config.two_stage, rngs=rngs)
         if config.two_stage:
-            width = d
             self.proposal_features = NormedLinear(d, d, rngs=rngs)
             self.proposal_positions = NormedLinear(2 * d, 2 * d, rngs=rngs)
         else:
             self.reference_points = Linear(d, 2, rngs=rngs)
         if config.mixed_selection or not config.two_stage:
-            self.query_embed = nnx.Param(standard_normal(rngs.params(), (num_queries, width)))
+            size = config.num_queries + config.num_one_to_many, d if config.two_stage else 2 * d
+            self.query_embed = nnx.Param(standard_normal(rngs.params(), size))
 
-    def detect(
-        self,
-        levels: list[Float[Array, "b _ _ d"]],
-        padding_mask: Bool[Array, "b h w"],
-        *,
-        people: Targets | None = None,
-        noise: DropoutNoise | None = None,
-        implementation: str | None = None,
-    ) -> Predictions:
-        """One map per level -> predictions."""
-        del people
-        config = self.config
-        how: dict[str, Any] = {"noise": noise, "implementation": implementation}
-        memory = self.encode(levels, padding_mask, **how)
-        how["remat"] = config.remat
-        training, q = noise is not None, config.num_queries
-        proposals = index = hidden = None
-        if config.two_stage:
-            extra = config.num_one_to_many if training else 0
-            proposals = self.propose(memory)
-            index = class_zero_topk(proposals, q + extra)
-            queries = self.proposed_queries(proposals.take(index))
-            one_to_one = np.arange(q + extra) < q
-            hidden = jnp.asarray(one_to_one != one_to_one[:, None])[None] if extra else None
-        else:
-            queries = self.learned_queries(memory.tokens.shape[0])
-        tokens, positions, references = queries
-        decoded = self.decoder(
-            tokens.astype(memory.tokens.dtype),
-            positions.astype(memory.tokens.dtype),
-            references,
-            memory,
-            self.heads,
-            refines=config.box_refinement,
-            look_forward_twice=config.look_forward_twice,
-            hidden=hidden,
-            epsilon=config.sigmoid_epsilon,
-            **how,
-        )
-        branches = self.branches(proposals, decoded.logits, decoded.boxes) if training else ()
-        return Predictions(
-            decoded.logits[:, :, :q],
-            decoded.boxes[:, :, :q],
-            decoded.details | {"proposals": proposals, "selected": index},
-            branches,
-        )
-
-    def learned_queries(self, b: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What each query holds, where it is, and its reference point, for `b` images."""
-        embedding = self.query_embed[...]
-        positions, tokens = jnp.split(jnp.broadcast_to(embedding, (b, *embedding.shape)), 2, -1)
-        return tokens, positions, jax.nn.sigmoid(self.reference_points(positions))
-
-    def propose(self, memory: Memory) -> Proposals:
-        """What each token proposes."""
-        heads = self.heads
-        return propose(memory, self.proposal_features, heads.classes[-1], heads.boxes[-1])
-
-    def proposed_queries(self, chosen: Proposals) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What each query holds, where it is, and its box: that of a proposal."""
-        references = jax.lax.stop_gradient(chosen.boxes)
-        embedding = self.proposal_positions(
-            sine_of(references, self.config.hidden_dim // 2, order=XYWH)
-        )
-        positions, tokens = jnp.split(embedding, 2, -1)
-        if self.config.mixed_selection:
-            tokens = jnp.broadcast_to(self.query_embed[: tokens.shape[1]][None], tokens.shape)
-        return tokens, positions, references
-
-    def branches(
-        self, proposals: Proposals | None, logits: jax.Array, boxes: jax.Array
-    ) -> tuple[Branch, ...]:
-        """What training asks of the proposals and of the queries beyond the answer's."""
-        if proposals is None:
-            return ()
+    def decode(self, memory: Memory, people: Any, noise: Any) -> Predictions:
+        """Memory -> predictions."""
         config, q = self.config, self.config.num_queries
-        first_stage = Branch(
-            proposals.logits[None], proposals.boxes[None], Hungarian(), "encoder", one_class=True
+        extra = config.num_one_to_many if noise is not None else 0
+        first_stage: dict[str, Any] = {}
+        branches: tuple[Branch, ...] = ()
+        hidden = None
+        if config.two_stage:
+            proposals = propose(memory, self.proposal_features, self.heads)
+            index = best_tokens(proposals.logits[..., 0], q + extra)
+            first_stage = {"proposals": proposals, "selected": index}
+            references = jax.lax.stop_gradient(proposals.take(index).boxes)
+            embedding = self.proposal_positions(
+                sine_of(references, config.hidden_dim // 2, order=XYWH)
+            )
+            of_all = (proposals.logits[None], proposals.boxes[None])
+            branches = (Branch(*of_all, Hungarian(), "encoder", one_class=True),)
+            if extra:
+                one_to_one = np.arange(q + extra) < q
+                hidden = jnp.asarray(one_to_one != one_to_one[:, None])[None]
+        else:
+            embedding = for_images(self.query_embed[...], memory.tokens.shape[0])
+        positions, tokens = jnp.split(embedding, 2, -1)
+        if config.mixed_selection:
+            tokens = jnp.broadcast_to(self.query_embed[: q + extra][None], tokens.shape)
+        if not config.two_stage:
+            references = jax.nn.sigmoid(self.reference_points(positions))
+        look = deformable_look(memory, positions, hidden)
+        how = {"refines": config.box_refinement, "look_forward_twice": config.look_forward_twice}
+        found = self.run(tokens, references, memory, look, noise, **how)
+        if extra:
+            rule, weight = Hungarian(config.one_to_many_repeats), config.one_to_many_weight
+            further = found.logits[:, :, q:], found.boxes[:, :, q:]
+            branches += (Branch(*further, rule, "one_to_many", weight=weight),)
+        return Predictions(
+            found.logits[:, :, :q],
+            found.boxes[:, :, :q],
+            found.details | first_stage,
+            branches if noise is not None else (),
         )
-        if not config.num_one_to_many:
-            return (first_stage,)
-        rule = Hungarian(config.one_to_many_repeats)
-        further = (logits[:, :, q:], boxes[:, :, q:], rule, "one_to_many")
-        return first_stage, Branch(*further, weight=config.one_to_many_weight)

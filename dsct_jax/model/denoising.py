@@ -6,15 +6,16 @@ to `Targets`' t. As with the authors, empty slots are seen by the others of thei
 people to another t changes what denoising learns, a little.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dsct_jax.batch import Targets
+from dsct_jax.batch import Branch, Known, Predictions, Targets
 from dsct_jax.boxes import cxcywh_to_xyxy, inverse_sigmoid, xyxy_to_cxcywh
 from dsct_jax.model.layers import DropoutNoise
 
@@ -105,11 +106,6 @@ def embed_labels(
     return jnp.where(number > 0, mean, embeddings[k])
 
 
-def query_logits(people: NoisyPeople, *, epsilon: float) -> Float[Array, "b q 4"]:
-    """The boxes as logits; those of empty slots are 0."""
-    return jnp.where(people.exists[..., None], inverse_sigmoid(people.boxes, eps=epsilon), 0)
-
-
 def hidden_queries(num_groups: int, group_size: int, num_queries: int) -> Bool[np.ndarray, "q q"]:
     """Which query (row) does not see which (column) in self-attention; denoising queries come
     first, then `num_queries` that have to find somebody. These are seen by all, a group only by
@@ -119,3 +115,49 @@ def hidden_queries(num_groups: int, group_size: int, num_queries: int) -> Bool[n
         [np.arange(num_groups).repeat(group_size), np.full(num_queries, -1, int)]
     )
     return (group >= 0) & (group != group[:, None])
+
+
+class Queries(NamedTuple):
+    """The queries of a decoder, those of denoising first."""
+
+    tokens: Float[Array, "b q d"]
+    box_logits: Float[Array, "b q 4"]
+    hidden: Bool[Array, "1 q2 q2"] | None = None  # of all queries
+    known: Known | None = None  # those that were made of people
+
+
+def denoising_queries(
+    people: Targets,
+    noise: DropoutNoise,
+    embeddings: Float[Array, "k1 d"],
+    *,
+    num_groups: int,
+    num_queries: int,
+    epsilon: float,
+    negatives: bool = False,
+    **how: Any,
+) -> Queries:
+    """Noisy people as queries, before `num_queries` that have to find somebody; `how` as in
+    `noisy_people`. Of empty slots contents and logits are 0.
+    """
+    noisy = noisy_people(people, noise, num_groups=num_groups, negatives=negatives, **how)
+    exists, known = noisy.exists[..., None], noisy.people
+    if negatives:  # which, like empty slots, have to say that nobody is there
+        known = jnp.where(noisy.exists & ~noisy.negative, known, -1)
+    hidden = hidden_queries(num_groups, known.shape[1] // num_groups, num_queries)
+    return Queries(
+        jnp.where(exists, embed_labels(embeddings, noisy.labels), 0),
+        jnp.where(exists, inverse_sigmoid(noisy.boxes, eps=epsilon), 0),
+        jnp.asarray(hidden)[None],
+        Known(known, num_groups),
+    )
+
+
+def split_known(found: Predictions, known: Known | None) -> Predictions:
+    """The predictions of the first queries, whose people are `known`, as a branch."""
+    if known is None:
+        return found
+    n = known.targets.shape[1]
+    logits, boxes = (jnp.split(x, [n], 2) for x in (found.logits, found.boxes))
+    branches = (*found.branches, Branch(logits[0], boxes[0], known, "denoising"))
+    return dataclasses.replace(found, logits=logits[1], boxes=boxes[1], branches=branches)

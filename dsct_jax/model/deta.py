@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
 
-from dsct_jax.batch import Branch, Overlap, Predictions, Targets
+from dsct_jax.batch import Branch, Overlap, Predictions
 from dsct_jax.config import setting
-from dsct_jax.model.layers import DropoutNoise
+from dsct_jax.model.attention import Memory
+from dsct_jax.model.decoder import Decoder, DeformableLayer, deformable_look
+from dsct_jax.model.family import Pyramid, QueryConfig
+from dsct_jax.model.heads import Heads
 from dsct_jax.model.position import XYWH, sine_of
 from dsct_jax.model.proposals import NormedLinear, per_level_nms, propose
-from dsct_jax.model.pyramid import Pyramid, QueryConfig
-from dsct_jax.model.refining_decoder import Heads, RefiningDecoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,69 +51,36 @@ class Deta(Pyramid):
     def __init__(self, config: DetaConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d, layers = config.hidden_dim, config.num_decoder_layers
-        self.decoder = RefiningDecoder(config.layer_shape, num_layers=layers, rngs=rngs)
+        self.decoder = Decoder(lambda _: DeformableLayer(config.layer_shape, rngs=rngs), layers)
         self.heads = Heads(config, copies=layers + 1, large=False, rngs=rngs)
         self.proposal_features = NormedLinear(d, d, rngs=rngs)
         self.proposal_positions = NormedLinear(2 * d, 2 * d, rngs=rngs)
         self.proposal_contents = NormedLinear(d, d, rngs=rngs)
 
-    def detect(
-        self,
-        levels: list[Float[Array, "b _ _ d"]],
-        padding_mask: Bool[Array, "b h w"],
-        *,
-        people: Targets | None = None,
-        noise: DropoutNoise | None = None,
-        implementation: str | None = None,
-    ) -> Predictions:
-        """One map per level -> predictions."""
-        del people
-        config, heads = self.config, self.heads
-        how: dict[str, Any] = {"noise": noise, "implementation": implementation}
-        memory = self.encode(levels, padding_mask, **how)
-        how["remat"] = config.remat
-        proposals = propose(memory, self.proposal_features, heads.classes[-1], heads.boxes[-1])
+    def decode(self, memory: Memory, people: Any, noise: Any) -> Predictions:
+        """Memory -> predictions."""
+        config, k, q = self.config, self.config.repeats, self.config.num_queries
+        proposals = propose(memory, self.proposal_features, self.heads)
         index = per_level_nms(
             proposals,
-            config.num_queries,
+            q,
             spatial_shapes=memory.spatial_shapes,
             num_candidates=config.num_candidates,
             threshold=config.proposal_iou,
         )
         chosen = jax.lax.stop_gradient(proposals.take(index))
-        position = sine_of(chosen.boxes, config.hidden_dim // 2, order=XYWH)
-        positions, tokens = jnp.split(self.proposal_positions(position), 2, -1)
+        waves = sine_of(chosen.boxes, config.hidden_dim // 2, order=XYWH)
+        positions, tokens = jnp.split(self.proposal_positions(waves), 2, -1)
         tokens = tokens + self.proposal_contents(chosen.features)
-        dtype = memory.tokens.dtype
-        decoded = self.decoder(
-            tokens.astype(dtype),
-            positions.astype(dtype),
-            chosen.boxes,
-            memory,
-            heads,
-            epsilon=config.sigmoid_epsilon,
-            **how,
-        )
-        first_stage = Overlap(
-            jax.lax.stop_gradient(proposals.anchors),
-            config.first_stage_iou,
-            config.repeats,
-            config.num_positives,
-        )
-        second_stage = Overlap(
-            chosen.boxes, config.second_stage_iou, config.repeats, config.num_queries // 4
-        )
-        branch = Branch(
-            proposals.logits[None], proposals.boxes[None], first_stage, "encoder", one_class=True
-        )
-        details = {
-            "proposals": proposals,
-            "selected": index,
-        } | decoded.details
-        return Predictions(
-            decoded.logits,
-            decoded.boxes,
-            details,
-            (branch,) if noise is not None else (),
-            second_stage,
+        look = deformable_look(memory, positions)
+        found = self.run(tokens, chosen.boxes, memory, look, noise, refines=True)
+        anchors = jax.lax.stop_gradient(proposals.anchors)
+        first_stage = Overlap(anchors, config.first_stage_iou, k, config.num_positives)
+        of_all = (proposals.logits[None], proposals.boxes[None])
+        branch = Branch(*of_all, first_stage, "encoder", one_class=True)
+        return dataclasses.replace(
+            found,
+            details=found.details | {"proposals": proposals, "selected": index},
+            branches=(branch,) if noise is not None else (),
+            assignment=Overlap(chosen.boxes, config.second_stage_iou, k, q // 4),
         )

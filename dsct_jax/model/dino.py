@@ -4,27 +4,23 @@ there is nobody.
 """
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dsct_jax.batch import Branch, Hungarian, Known, Predictions, Targets
+from dsct_jax.batch import Branch, Hungarian, Predictions, Targets
 from dsct_jax.config import setting
-from dsct_jax.model.denoising import (
-    embed_labels,
-    hidden_queries,
-    move_corners,
-    noisy_people,
-    query_logits,
-)
+from dsct_jax.model.attention import Memory
+from dsct_jax.model.decoder import Decoder, DeformableLayer, box_waves, deformable_look
+from dsct_jax.model.denoising import Queries, denoising_queries, move_corners, split_known
+from dsct_jax.model.family import BACKBONE_SLOWER, Pyramid, QueryConfig, for_images
+from dsct_jax.model.heads import Heads
 from dsct_jax.model.layers import MLP, DropoutNoise, LayerNorm, standard_normal, xavier_uniform
 from dsct_jax.model.position import sine_position
-from dsct_jax.model.proposals import NormedLinear, max_topk, propose
-from dsct_jax.model.pyramid import BACKBONE_SLOWER, Pyramid, QueryConfig
-from dsct_jax.model.refining_decoder import Heads, RefiningDecoder, box_waves
+from dsct_jax.model.proposals import NormedLinear, best_tokens, propose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +45,6 @@ class DinoConfig(QueryConfig):
     box_noise: float = setting(0.4, "of half a box, how far its corners move at most", low=0)
 
 
-class Denoising(NamedTuple):
-    """Queries made of people."""
-
-    tokens: Float[Array, "b q d"]
-    box_logits: Float[Array, "b q 4"]
-    hidden: Bool[Array, "1 q2 q2"]  # of these queries and the others
-    known: Known
-
-
 class Dino(Pyramid):
     """DETR with improved denoising anchor boxes."""
 
@@ -66,7 +53,7 @@ class Dino(Pyramid):
     def __init__(self, config: DinoConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d, k, layers = config.hidden_dim, config.num_classes, config.num_decoder_layers
-        self.decoder = RefiningDecoder(config.layer_shape, num_layers=layers, rngs=rngs)
+        self.decoder = Decoder(lambda _: DeformableLayer(config.layer_shape, rngs=rngs), layers)
         self.decoder_norm = LayerNorm(d, rngs=rngs)
         self.heads = Heads(config, copies=1, large=False, rngs=rngs)
         self.proposal_heads = Heads(config, copies=1, large=False, rngs=rngs)
@@ -75,94 +62,54 @@ class Dino(Pyramid):
         self.content_embed = nnx.Param(xavier_uniform(rngs.params(), (config.num_queries, d)))
         self.label_embed = nnx.Param(standard_normal(rngs.params(), (k + 1, d)))
 
-    def grid_position(self, mask: Bool[Array, "b h w"]) -> Float[Array, "b h w d"]:
+    def grid_position(self, mask: Bool[Array, "b h w"]) -> Float[Array, "b h w e"]:
         """Where the tokens of one level lie."""
         config = self.config
-        return sine_position(
-            mask,
-            config.hidden_dim,
-            temperature=config.position_temperature,
-            offset=config.position_offset,
-        )
+        temperature, offset = config.position_temperature, config.position_offset
+        return sine_position(mask, config.hidden_dim, temperature=temperature, offset=offset)
 
-    def detect(
-        self,
-        levels: list[Float[Array, "b _ _ d"]],
-        padding_mask: Bool[Array, "b h w"],
-        *,
-        people: Targets | None = None,
-        noise: DropoutNoise | None = None,
-        implementation: str | None = None,
-    ) -> Predictions:
-        """One map per level -> predictions; with `noise` the `people` are denoised."""
-        config = self.config
-        how: dict[str, Any] = {"noise": noise, "implementation": implementation}
-        memory = self.encode(levels, padding_mask, **how)
-        how["remat"] = config.remat
-        heads = self.proposal_heads
-        proposals = propose(memory, self.proposal_features, heads.classes[0], heads.boxes[0])
-        index = max_topk(proposals, config.num_queries)
+    def decode(self, memory: Memory, people: Any, noise: Any) -> Predictions:
+        """Memory -> predictions; with `noise` the `people` are denoised."""
+        proposals = propose(memory, self.proposal_features, self.proposal_heads)
+        index = best_tokens(proposals.logits[..., -1], self.config.num_queries)
         chosen = proposals.take(index)
         references = jax.lax.stop_gradient(chosen.boxes)
-        tokens = jnp.broadcast_to(
-            self.content_embed[...], (memory.tokens.shape[0], *self.content_embed.shape)
-        )
+        tokens = for_images(self.content_embed[...], references.shape[0])
         denoising = None
-        extra = 0  # denoising queries, which come first
-        if people is not None and noise is not None and config.num_denoising:
+        if people is not None and noise is not None and self.config.num_denoising:
             denoising = self.denoising_queries(people, noise)
-            extra = denoising.tokens.shape[1]
             tokens = jnp.concatenate([denoising.tokens, tokens], 1)
             references = jnp.concatenate([jax.nn.sigmoid(denoising.box_logits), references], 1)
 
-        def positions(layer: int, tokens: jax.Array, references: jax.Array) -> jax.Array:
-            return self.position_head(box_waves(references, memory)).astype(tokens.dtype)
+        def positions(layer: int, tokens: jax.Array, boxes: jax.Array) -> jax.Array:
+            return self.position_head(box_waves(boxes, memory))
 
-        decoded = self.decoder(
-            tokens.astype(memory.tokens.dtype),
-            positions,
-            references,
-            memory,
-            self.heads,
-            look_forward_twice=True,
-            epsilon=config.sigmoid_epsilon,
-            norm=self.decoder_norm,
-            hidden=denoising.hidden if denoising else None,
-            **how,
-        )
-        branches = [Branch(chosen.logits[None], chosen.boxes[None], Hungarian(), "encoder")]
-        if denoising:
-            noised = (decoded.logits[:, :, :extra], decoded.boxes[:, :, :extra])
-            branches.append(Branch(*noised, denoising.known, "denoising"))
+        look = deformable_look(memory, positions, denoising and denoising.hidden)
+        how = {"refines": True, "look_forward_twice": True}
+        found = self.run(tokens, references, memory, look, noise, **how)
+        first_stage = Branch(chosen.logits[None], chosen.boxes[None], Hungarian(), "encoder")
         details = {"proposals": proposals, "selected": index, "denoising": denoising}
-        return Predictions(
-            decoded.logits[:, :, extra:],
-            decoded.boxes[:, :, extra:],
-            details | decoded.details,
-            tuple(branches) if noise is not None else (),
+        found = dataclasses.replace(
+            found,
+            details=found.details | details,
+            branches=(first_stage,) if noise is not None else (),
         )
+        return split_known(found, denoising and denoising.known)
 
-    def denoising_queries(self, people: Targets, noise: DropoutNoise) -> Denoising:
+    def denoising_queries(self, people: Targets, noise: DropoutNoise) -> Queries:
         """Positives and negatives of everybody, about `num_denoising` of each."""
         config = self.config
-        groups = num_groups(config.num_denoising, people.valid.shape[-1])
-        noisy = noisy_people(
+        return denoising_queries(
             people,
             noise,
-            num_groups=groups,
+            self.label_embed[...],
+            num_groups=num_groups(config.num_denoising, people.valid.shape[-1]),
+            num_queries=config.num_queries,
+            epsilon=config.sigmoid_epsilon,
+            negatives=True,
             label_noise=config.label_noise / 2,
             box_noise=config.box_noise,
             move=move_corners,
-            negatives=True,
-        )
-        size = noisy.exists.shape[1] // groups
-        tokens = embed_labels(self.label_embed[...], noisy.labels)
-        real = noisy.exists & ~noisy.negative  # the others say that nobody is there
-        return Denoising(
-            jnp.where(noisy.exists[..., None], tokens, 0),
-            query_logits(noisy, epsilon=config.sigmoid_epsilon),
-            jnp.asarray(hidden_queries(groups, size, config.num_queries))[None],
-            Known(jnp.where(real, noisy.people, -1), groups),
         )
 
 

@@ -1,19 +1,20 @@
 """DSCT: one network from an image to the boxes and emotions of its people (paper Fig. 3)."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
 
-from dsct_jax.batch import Predictions, Targets
+from dsct_jax.batch import Predictions
 from dsct_jax.config import cannot_be_used, setting
-from dsct_jax.model.decoder import Decoder, FusionConfig, Queries
+from dsct_jax.model.attention import Memory
+from dsct_jax.model.decoder import Decoder, DeformableLayer, FusionConfig, deformable_look
+from dsct_jax.model.family import Pyramid, PyramidConfig, for_images
 from dsct_jax.model.heads import BoxHead, ClassHead
-from dsct_jax.model.layers import DropoutNoise, Linear, standard_normal
-from dsct_jax.model.pyramid import Pyramid, PyramidConfig
+from dsct_jax.model.layers import Linear, standard_normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,45 +82,21 @@ class DSCT(Pyramid):
             self.context_queries = nnx.Param(standard_normal(rngs.params(), (m, 2 * d)))
         self.subject_queries = nnx.Param(standard_normal(rngs.params(), (q, 2 * d)))
         self.reference_points = Linear(d, 2, rngs=rngs)
-        fusions = [config.fusion_of_layer(i) for i in range(config.num_decoder_layers)]
-        self.decoder = Decoder(config.layer_shape, num_context=m, fusions=fusions, rngs=rngs)
+        layer = partial(DeformableLayer, config.layer_shape, num_context=m, rngs=rngs)
+        self.decoder = Decoder(
+            lambda i: layer(fusion=config.fusion_of_layer(i)), config.num_decoder_layers
+        )
         self.class_head = ClassHead(d, config.num_classes, subject=True, rngs=rngs)
         self.box_head = BoxHead(d, refines=config.box_refinement, rngs=rngs)
 
-    def detect(
-        self,
-        levels: list[Float[Array, "b _ _ d"]],
-        padding_mask: Bool[Array, "b h w"],
-        *,
-        people: Targets | None = None,
-        noise: DropoutNoise | None = None,
-        implementation: str | None = None,
-    ) -> Predictions:
-        """One map per level -> predictions; `people` is not read."""
-        del people
-        how: dict[str, Any] = {"noise": noise, "implementation": implementation}
-        memory = self.encode(levels, padding_mask, **how)
-        queries = self.queries(memory.tokens.shape[0])
-        states, boxes, layers = self.decoder(
-            queries, memory, self.box_head, remat=self.config.remat, **how
-        )
-        with jax.named_scope("heads"):
-            subjects = states[:, :, self.config.num_context_queries :]
-            logits = self.class_head(subjects.astype(jnp.float32))
-        details = {
-            "reference_points": queries.reference_points,
-            "valid_ratios": memory.valid_ratios,
-            "memory": memory.tokens,
-            "states": states,
-            "layers": layers,
-        }
-        return Predictions(logits, boxes, details)
-
-    def queries(self, b: Any) -> Queries:
-        """Context and subject queries for `b` images: an int, or a symbolic size (jax.export)."""
-        context = [self.context_queries[...]] if self.config.num_context_queries else []
+    def decode(self, memory: Memory, people: Any, noise: Any) -> Predictions:
+        """Memory -> predictions; `people` is not read."""
+        m, context = self.config.num_context_queries, []
+        if m:
+            context = [self.context_queries[...]]
         embedding = jnp.concatenate([*context, self.subject_queries[...]])
-        positions, tokens = jnp.split(jnp.broadcast_to(embedding, (b, *embedding.shape)), 2, -1)
+        positions, tokens = jnp.split(for_images(embedding, memory.tokens.shape[0]), 2, -1)
         points = jax.nn.sigmoid(self.reference_points(positions))
-        dtype = self.config.compute_dtype
-        return Queries(tokens.astype(dtype), positions.astype(dtype), points)
+        references = self.box_head.references(points, m)
+        look, how = deformable_look(memory, positions), {"refines": self.box_head.refines}
+        return self.run(tokens, references, memory, look, noise, num_context=m, **how)

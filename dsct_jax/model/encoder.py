@@ -1,33 +1,19 @@
-"""Encoders. Deformable: every token of every level is a query that samples all levels around its
-own place. Plain: every token of one level attends all of them.
+"""The layer of all encoders and decoders, and the encoder: tokens of the memory attend the memory,
+in one of the ways of `attention`.
 """
 
+import dataclasses
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from dsct_jax.model.attention import (
-    DeformableAttention,
-    LayerShape,
-    MultiHeadAttention,
-    SpatialShapes,
-)
+from dsct_jax.model.attention import LayerShape, Memory, SpatialShapes
 from dsct_jax.model.layers import MLP, DropoutNoise, LayerNorm, dropout, rematerialized
-
-
-class Memory(NamedTuple):
-    """What an image is to the decoder: the tokens of all levels, one after another."""
-
-    tokens: Float[Array, "b s d"]
-    padding: Bool[Array, "b s"]
-    spatial_shapes: SpatialShapes  # static
-    valid_ratios: Float[Array, "b l 2"]  # (width, height) of the image as a share of each map
 
 
 class FeedForward(nnx.Module):
@@ -68,100 +54,83 @@ def token_centers(
     return jnp.concatenate(centers, 1)
 
 
-class EncoderLayer(nnx.Module):
-    """Deformable self-attention and a feed-forward block, each with a residual and then a norm."""
+class Layer(nnx.Module):
+    """One or two attentions, to the tokens themselves and to the memory, and a feed-forward block,
+    each with a residual and then a norm.
+    """
 
-    def __init__(self, shape: LayerShape, *, rngs: nnx.Rngs):
-        self.dropout_rate = shape.dropout
-        self.self_attention = DeformableAttention(shape, rngs=rngs)
-        self.norm1 = LayerNorm(shape.d, rngs=rngs)
-        self.feedforward = FeedForward(shape, rngs=rngs)
-        self.norm2 = LayerNorm(shape.d, rngs=rngs)
+    def __init__(
+        self,
+        shape: LayerShape,
+        *attentions: Callable[..., nnx.Module],
+        norms: tuple[int, ...],
+        rngs: nnx.Rngs,
+        **feedforward: bool,
+    ):
+        """`norms`: the number of each part's in the published weights."""
+        self.dropout_rate, self.norms = shape.dropout, norms
+        names = ("self_attention", "cross_attention")[: len(attentions)]
+        for name, make, number in zip(names, attentions, norms, strict=False):
+            setattr(self, name, make(shape, rngs=rngs))
+            setattr(self, f"norm{number}", LayerNorm(shape.d, rngs=rngs))
+        self.make_fusion(shape, rngs)
+        self.feedforward = FeedForward(shape, rngs=rngs, **feedforward)
+        setattr(self, f"norm{norms[-1]}", LayerNorm(shape.d, rngs=rngs))
+
+    def make_fusion(self, shape: LayerShape, rngs: nnx.Rngs) -> None:
+        """What `fuse` has of its own."""
+
+    def fuse(
+        self, tokens: Float[Array, "b q d"], looks: tuple[Any, ...]
+    ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
+        """What happens between attention and the feed-forward block: here nothing."""
+        return tokens, {}
 
     def __call__(
-        self,
-        memory: Float[Array, "b s d"],
-        positions: Float[Array, "b s d"],
-        reference_points: Float[Array, "b s l 2"],
-        memory_padding: Bool[Array, "b s"],
-        spatial_shapes: SpatialShapes,
-        *,
-        noise: DropoutNoise | None,
-        implementation: str | None,
-    ) -> Float[Array, "b s d"]:
-        where = (reference_points, memory, memory_padding, spatial_shapes)
-        attended, _ = self.self_attention(memory + positions, *where, implementation=implementation)
-        memory = self.norm1(memory + dropout(attended, self.dropout_rate, noise))
-        inner = dropout(self.feedforward(memory, noise), self.dropout_rate, noise)
-        return self.norm2(memory + inner)
+        self, tokens: Float[Array, "b q d"], *looks: tuple[Any, ...], noise: DropoutNoise | None
+    ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
+        """Returns the tokens and what the layer looked at; `looks` is what each attention takes
+        beside the tokens.
+        """
+        details: dict[str, jax.Array] = {}
+        for attention, prefix, number, look in zip(
+            ("self_attention", "cross_attention"), ("self_", ""), self.norms, looks, strict=False
+        ):
+            attended, seen = getattr(self, attention)(tokens, *look)
+            tokens = self._add(number, tokens, attended, noise)
+            details |= {f"{prefix}{name}": value for name, value in seen.items()}
+        tokens, fused = self.fuse(tokens, looks)
+        tokens = self._add(self.norms[-1], tokens, self.feedforward(tokens, noise), noise)
+        return tokens, details | fused
+
+    def _add(self, norm: int, tokens: jax.Array, x: jax.Array, noise: Any) -> jax.Array:
+        return getattr(self, f"norm{norm}")(tokens + dropout(x, self.dropout_rate, noise))
+
+
+# memory -> what the attention of an encoder layer takes beside the tokens
+MemoryLook = Callable[[Memory], tuple[Any, ...]]
 
 
 class Encoder(nnx.List):
     """The encoder's layers, in order."""
 
-    def __init__(self, shape: LayerShape, *, num_layers: int, rngs: nnx.Rngs):
-        super().__init__([EncoderLayer(shape, rngs=rngs) for _ in range(num_layers)])
-
-    def __call__(
-        self, memory: Memory, positions: Float[Array, "b s d"], *, remat: str, **how: Any
-    ) -> Memory:
-        """`how`: `noise` and `implementation` of each layer."""
-        tokens, padding, shapes, ratios = memory
-        points = token_centers(shapes, ratios)[:, :, None] * ratios[:, None]  # of each level's map
-        for layer in self:
-            run = rematerialized(partial(layer, spatial_shapes=shapes, **how), remat)
-            tokens = run(tokens, positions, points, padding)
-        return memory._replace(tokens=tokens)
-
-
-class PlainEncoderLayer(nnx.Module):
-    """Self-attention and a feed-forward block, each with a residual and then a norm."""
-
-    def __init__(self, shape: LayerShape, *, leaky: bool, rngs: nnx.Rngs):
-        self.dropout_rate = shape.dropout
-        self.self_attention = MultiHeadAttention(shape.d, num_heads=shape.num_heads, rngs=rngs)
-        self.norm1 = LayerNorm(shape.d, rngs=rngs)
-        self.feedforward = FeedForward(shape, leaky=leaky, rngs=rngs)
-        self.norm2 = LayerNorm(shape.d, rngs=rngs)
+    def __init__(self, *layer: Any, num_layers: int, **options: Any):
+        super().__init__([Layer(*layer, norms=(1, 2), **options) for _ in range(num_layers)])
 
     def __call__(
         self,
-        tokens: Float[Array, "b s d"],
-        positions: Float[Array, "b s d"],
-        padding: Bool[Array, "b s"],
+        memory: Memory,
+        look: MemoryLook,
         *,
-        noise: DropoutNoise | None,
-    ) -> Float[Array, "b s d"]:
-        placed = tokens + positions
-        attended, _ = self.self_attention(placed, placed, tokens, hidden=padding[:, None])
-        tokens = self.norm1(tokens + dropout(attended, self.dropout_rate, noise))
-        return self.norm2(
-            tokens + dropout(self.feedforward(tokens, noise), self.dropout_rate, noise)
-        )
-
-
-class PlainEncoder(nnx.List):
-    """The plain encoder's layers, in order."""
-
-    def __init__(self, shape: LayerShape, *, num_layers: int, leaky: bool = False, rngs: nnx.Rngs):
-        super().__init__(
-            [PlainEncoderLayer(shape, leaky=leaky, rngs=rngs) for _ in range(num_layers)]
-        )
-
-    def __call__(
-        self,
-        tokens: Float[Array, "b s d"],
-        positions: Float[Array, "b s d"],
-        padding: Bool[Array, "b s"],
-        *,
-        position_scale: Callable[[jax.Array], jax.Array] | None = None,
-        noise: DropoutNoise | None,
         remat: str,
-    ) -> Float[Array, "b s d"]:
-        """With `position_scale` each layer multiplies the positions by what it makes of the
-        tokens.
-        """
+        noise: DropoutNoise | None,
+    ) -> Memory:
+        """The memory, encoded."""
         for layer in self:
-            placed = positions if position_scale is None else positions * position_scale(tokens)
-            tokens = rematerialized(partial(layer, noise=noise), remat)(tokens, placed, padding)
-        return tokens
+
+            def run(memory: Memory, layer: Layer = layer) -> jax.Array:
+                return layer(memory.tokens, look(memory), noise=noise)[0]
+
+            tokens = rematerialized(run, remat)(memory)
+            memory = dataclasses.replace(memory, tokens=tokens)
+        return memory

@@ -1,8 +1,11 @@
-"""What the networks have in common: settings, and the way from an image to the encoded C5."""
+"""What all networks have in common: settings, and the way from an image to the tokens that the
+decoder reads. Networks of deformable attention read several levels, the others C5 alone.
+"""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +14,26 @@ from jaxtyping import Array, Bool, Float
 
 from dsct_jax.batch import Predictions, Targets
 from dsct_jax.config import cannot_be_used, check_settings, setting
-from dsct_jax.model.attention import LayerShape
+from dsct_jax.model.attention import (
+    DeformableAttention,
+    LayerShape,
+    Memory,
+    MultiHeadAttention,
+)
 from dsct_jax.model.backbone import BACKBONES, ResNet
-from dsct_jax.model.layers import REMAT, Conv, DropoutNoise, torch_uniform
-from dsct_jax.model.position import resize_mask, sine_position
+from dsct_jax.model.decoder import Decoder
+from dsct_jax.model.encoder import Encoder, MemoryLook, token_centers
+from dsct_jax.model.heads import BoxHead, ClassHead, SharedHeads
+from dsct_jax.model.layers import (
+    REMAT,
+    Conv,
+    DropoutNoise,
+    InputProjection,
+    LayerNorm,
+    standard_normal,
+    torch_uniform,
+)
+from dsct_jax.model.position import resize_mask, sine_position, valid_ratio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +79,13 @@ class TransformerConfig:
             wanted = f"divisible by config.model.num_heads ({self.num_heads}) and by 32"
             raise cannot_be_used("model.hidden_dim", self.hidden_dim, wanted)
 
+    @property
+    def layer_shape(self) -> LayerShape:
+        """The sizes of the layers of encoder and decoder."""
+        samples = getattr(self, "num_levels", 1), getattr(self, "num_points", 1)
+        shape = LayerShape(self.hidden_dim, self.num_heads, *samples, self.feedforward_dim, 0.0)
+        return shape._replace(dropout=self.dropout)
+
 
 @dataclasses.dataclass(frozen=True)
 class DetrFamilyConfig(TransformerConfig):
@@ -83,34 +109,47 @@ class C5Config(DetrFamilyConfig):
     dilation: bool = setting(False, "True: C5 has stride 16 instead of 32 (DC5)")
 
 
-class PlainMemory(NamedTuple):
-    """What an image is to the decoder: the tokens of one level, and where they are."""
+@dataclasses.dataclass(frozen=True)
+class PyramidConfig(TransformerConfig):
+    """Settings of the networks that read several levels."""
 
-    tokens: Float[Array, "b s d"]
-    positions: Float[Array, "b s d"]
-    padding: Bool[Array, "b s"]
+    feedforward_dim: int = setting(1024, "width inside a feed-forward block", low=1)
+    num_points: int = setting(4, "p, sampling points per head and level", low=1)
+    num_levels: int = setting(4, "l: C3, C4, C5 and stride-2 convolutions, from C5 on", low=3)
 
 
-class C5Network(nnx.Module):
-    """A network that reads C5 alone; `detect` is what each has of its own."""
+@dataclasses.dataclass(frozen=True)
+class QueryConfig(PyramidConfig, DetrFamilyConfig):
+    """Settings of the DETR family's networks that read several levels."""
 
-    detect: Any  # (C5, padding_mask, *, people, noise, return_details) -> Predictions
+
+# the authors' learning rates where only the backbone has one of its own
+BACKBONE_SLOWER = (
+    (r"backbone/(stem|layer1)/.*", 0.0),
+    (r"backbone/layer[234]/.*", 0.1),
+    (r"(?!backbone/).*", 1.0),
+)
+
+
+class SetNetwork(nnx.Module):
+    """A network whose queries find people; `decode` is what each has of its own."""
+
     config: Any
-    input_proj: Any
-    encoder: Any
+    encoder: Encoder
+    level_embed: Any = None
+    project: Any  # (C3, C4, C5) -> maps, one per level
+    look: Any  # (memory) -> MemoryLook
+    # (memory, people, noise) -> Predictions, in training with `noise`; it may denoise the people
+    decode: Any
+    decoder: Decoder
+    decoder_norm: LayerNorm | None = None
+    class_head: Any
+    box_head: Any
 
-    def __init__(self, config: C5Config, *, rngs: nnx.Rngs):
-        self.config = config
-        resnet = BACKBONES[config.backbone]
-        self.backbone = ResNet(resnet, norm=config.norm, dilated=config.dilation, rngs=rngs)
-        start = torch_uniform(resnet.channels[-1])
-        self.input_proj = Conv(
-            *(resnet.channels[-1], config.hidden_dim, 1),
-            use_bias=True,
-            kernel_init=start,
-            bias_init=start,
-            rngs=rngs,
-        )
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        self.config, resnet = config, BACKBONES[config.backbone]
+        dilated = getattr(config, "dilation", False)
+        self.backbone = ResNet(resnet, norm=config.norm, dilated=dilated, rngs=rngs)
 
     def __call__(
         self,
@@ -125,53 +164,161 @@ class C5Network(nnx.Module):
         """Normalized images and their padding (True) -> predictions of every decoder layer.
 
         `noise` turns dropout on, which means training, and denoising of `people` where a network
-        has it. `implementation` is not read. With `return_details` the predictions carry memory,
-        states and reference points.
+        has it; `implementation` names one of deformable attention's. With `return_details` the
+        predictions carry maps, memory, states, reference points, and of each decoder layer
+        everything it looked at.
         """
-        del implementation
+        # The scopes are what a profile calls the parts.
         with jax.named_scope("backbone"):
-            images = images.astype(self.config.compute_dtype)
-            features = self.backbone(images, remat=self.config.remat)[-1]
-        return self.detect(
-            features, padding_mask, people=people, noise=noise, return_details=return_details
+            maps = self.features(images)
+        found = self.detect(
+            maps, padding_mask, people=people, noise=noise, implementation=implementation
         )
+        details = found.details | {"features": maps} if return_details else None
+        return dataclasses.replace(found, details=details)
+
+    def features(self, images: Float[Array, "b h w 3"]) -> list[Float[Array, "b _ _ d"]]:
+        """Normalized images -> one map per level, in the type that the model computes in."""
+        images = images.astype(self.config.compute_dtype)
+        return self.project(self.backbone(images, remat=self.config.remat))
+
+    def detect(
+        self,
+        maps: list[Float[Array, "b _ _ d"]],
+        padding_mask: Bool[Array, "b h w"],
+        *,
+        people: Targets | None = None,
+        noise: DropoutNoise | None = None,
+        implementation: str | None = None,
+    ) -> Predictions:
+        """One map per level -> predictions with all details."""
+        memory = self.encode(maps, padding_mask, noise=noise, implementation=implementation)
+        return self.decode(memory, people, noise)
 
     def encode(
         self,
-        features: Float[Array, "b h w c"],
-        padding_mask: Bool[Array, "b h2 w2"],
+        maps: list[Float[Array, "b _ _ d"]],
+        padding_mask: Bool[Array, "b h w"],
         *,
-        noise: DropoutNoise | None,
-        temperature: float = 10000.0,
-        position_scale: Any = None,
-    ) -> PlainMemory:
-        """C5 -> what the decoder reads."""
-        x = self.input_proj(features)
-        b, h, w, d = x.shape
-        mask = resize_mask(padding_mask, h, w)
-        positions = sine_position(mask, d, temperature=temperature, offset=0.0)
-        positions, padding = positions.astype(x.dtype).reshape(b, -1, d), mask.reshape(b, -1)
-        tokens = self.encoder(
-            x.reshape(b, -1, d),
-            positions,
-            padding,
-            position_scale=position_scale,
-            noise=noise,
-            remat=self.config.remat,
+        noise: DropoutNoise | None = None,
+        implementation: str | None = None,
+    ) -> Memory:
+        """One map per level -> what the decoder reads."""
+        with jax.named_scope("encoder"):
+            memory = self.flatten(maps, padding_mask, implementation)
+            return self.encoder(memory, self.look(memory), remat=self.config.remat, noise=noise)
+
+    def flatten(
+        self,
+        maps: list[Float[Array, "b _ _ d"]],
+        padding_mask: Bool[Array, "b h w"],
+        implementation: str | None = None,
+    ) -> Memory:
+        """The tokens of the maps, and where they are."""
+        tokens, positions, paddings, ratios = [], [], [], []
+        for level, x in enumerate(maps):
+            b, h, w, d = x.shape
+            mask = resize_mask(padding_mask, h, w)
+            position = self.grid_position(mask)
+            if self.level_embed is not None:
+                position = position + self.level_embed[level].reshape(1, 1, 1, d)
+            tokens.append(x.reshape(b, h * w, d))
+            positions.append(position.astype(x.dtype).reshape(b, h * w, -1))
+            paddings.append(mask.reshape(b, h * w))
+            ratios.append(valid_ratio(mask))
+        shapes = tuple((x.shape[1], x.shape[2]) for x in maps)
+        return Memory(
+            jnp.concatenate(tokens, 1),
+            jnp.concatenate(positions, 1),
+            jnp.concatenate(paddings, 1),
+            jnp.stack(ratios, 1),
+            shapes,
+            implementation,
         )
-        return PlainMemory(tokens, positions, padding)
+
+    def grid_position(self, mask: Bool[Array, "b h w"]) -> Float[Array, "b h w e"]:
+        """Where the tokens of one level lie."""
+        return sine_position(mask, self.config.hidden_dim)
+
+    def run(self, *queries: Any, **how: Any) -> Predictions:
+        """The decoder's predictions: `queries` and `how` as it takes them."""
+        config = self.config
+        heads = getattr(self, "heads", None)
+        return self.decoder(
+            *queries,
+            heads=heads or SharedHeads([self.class_head], [self.box_head]),
+            norm=self.decoder_norm,
+            epsilon=getattr(config, "sigmoid_epsilon", 1e-5),
+            remat=config.remat,
+            **how,
+        )
 
 
-def plain_shape(config: C5Config) -> LayerShape:
-    """The sizes of layers without deformable attention."""
-    return LayerShape(
-        d=config.hidden_dim,
-        num_heads=config.num_heads,
-        num_levels=1,
-        num_points=1,
-        feedforward_dim=config.feedforward_dim,
-        dropout=config.dropout,
-    )
+class C5Network(SetNetwork):
+    """A network that reads C5 alone; one head answers for the queries of all decoder layers."""
+
+    def __init__(
+        self, config: C5Config, *, attention: Any = MultiHeadAttention, rngs: nnx.Rngs, **how: bool
+    ):
+        """`how`: of the feed-forward blocks."""
+        super().__init__(config, rngs=rngs)
+        d, self.channels = config.hidden_dim, BACKBONES[config.backbone].channels[-1]
+        start = torch_uniform(self.channels)
+        self.input_proj: Any = Conv(
+            *(self.channels, d, 1), use_bias=True, kernel_init=start, bias_init=start, rngs=rngs
+        )
+        self.encoder = Encoder(
+            *(config.layer_shape, attention), num_layers=config.num_encoder_layers, rngs=rngs, **how
+        )
+        self.class_head: Any = ClassHead(
+            d, config.num_classes, subject=config.subject_logit, rngs=rngs
+        )
+        self.box_head = BoxHead(d, initial_size=0.0, rngs=rngs)
+
+    def project(self, features: Sequence[jax.Array]) -> list[Float[Array, "b _ _ d"]]:
+        """C5 -> the one map."""
+        return [self.input_proj(features[-1])]
+
+    def grid_position(self, mask: Bool[Array, "b h w"]) -> Float[Array, "b h w e"]:
+        """Where the tokens lie, as DETR says it."""
+        temperature = getattr(self.config, "temperature", 10000.0)
+        return sine_position(mask, self.config.hidden_dim, temperature=temperature, offset=0.0)
+
+    def look(self, memory: Memory) -> MemoryLook:
+        """All tokens but padding."""
+        return lambda memory: (memory.positions, memory.padding[:, None])
+
+
+class Pyramid(SetNetwork):
+    """A network of deformable attention over several levels."""
+
+    def __init__(self, config: PyramidConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        d, levels = config.hidden_dim, config.num_levels
+        channels = BACKBONES[config.backbone].channels
+        widths = [*channels, channels[-1], *[d] * (levels - 4)]
+        make = partial(InputProjection, rngs=rngs)
+        self.input_proj = nnx.List([make(widths[i], d, strided=i >= 3) for i in range(levels)])
+        self.level_embed = nnx.Param(standard_normal(rngs.params(), (levels, d)))
+        kind = (config.layer_shape, DeformableAttention)
+        self.encoder = Encoder(*kind, num_layers=config.num_encoder_layers, rngs=rngs)
+
+    def project(self, features: Sequence[jax.Array]) -> list[Float[Array, "b _ _ d"]]:
+        """C3, C4, C5 -> one map of hidden size per level; the levels beyond C5 are strided
+        convolutions of C5, then of each other.
+        """
+        levels = [project(x) for project, x in zip(self.input_proj, features, strict=False)]
+        source = features[-1]
+        for project in self.input_proj[len(features) :]:
+            source = project(source)
+            levels.append(source)
+        return levels
+
+    def look(self, memory: Memory) -> MemoryLook:
+        """All levels, around each token's own place."""
+        ratios = memory.valid_ratios
+        points = token_centers(memory.spatial_shapes, ratios)[:, :, None] * ratios[:, None]
+        return lambda memory: (memory.positions, points, memory)
 
 
 def for_images(rows: Float[Array, "q r"], b: Any) -> Float[Array, "b q r"]:

@@ -1,6 +1,7 @@
-"""Class and box heads, shared by all decoder layers."""
+"""Class and box heads, shared by all decoder layers or one for each."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,14 +51,6 @@ class BoxHead(nnx.Module):
             last = {"kernel_init": start, "bias_init": start}
         self.layer2 = Linear(d, 4, **last, rngs=rngs)
 
-    def __call__(
-        self, tokens: Float[Array, "*b d"], references: Float[Array, "*b r"]
-    ) -> Float[Array, "*b 4"]:
-        """Boxes (cx, cy, w, h) in [0, 1] of the image without padding; references likewise, points
-        (r = 2) or boxes (r = 4).
-        """
-        return refine(self.deltas(tokens), references)
-
     def deltas(self, tokens: Float[Array, "*b d"]) -> Float[Array, "*b 4"]:
         """How far each token moves its reference, as logits."""
         return self.layer2(jax.nn.relu(self.layer1(jax.nn.relu(self.layer0(tokens)))))
@@ -95,3 +88,23 @@ class ClassHead(Linear):
         if self.subject:
             return logits
         return jnp.concatenate([logits, logits.max(-1, keepdims=True)], -1)
+
+
+class SharedHeads(NamedTuple):
+    """One class head and one box head, for all layers."""
+
+    classes: Sequence[Any]
+    boxes: Sequence[BoxHead]
+
+
+class Heads(nnx.Module):
+    """A class and a box for each query: copies for all layers or one each, and for proposals."""
+
+    def __init__(self, config: Any, *, copies: int, large: bool, rngs: nnx.Rngs):
+        """`large`: the first copy starts with boxes of a ninth of the image around its points."""
+        d, k, subject = config.hidden_dim, config.num_classes, config.subject_logit
+        self.classes = nnx.List(
+            [ClassHead(d, k, subject=subject, rngs=rngs) for _ in range(copies)]
+        )
+        sizes = [INITIAL_SIZE if large else 0.0] + [0.0] * (copies - 1)
+        self.boxes = nnx.List([BoxHead(d, initial_size=size, rngs=rngs) for size in sizes])

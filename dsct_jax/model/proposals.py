@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsct_jax.boxes import cxcywh_to_xyxy, iou_and_giou
 from dsct_jax.config import cannot_be_used
-from dsct_jax.model.attention import SpatialShapes
-from dsct_jax.model.encoder import Memory, token_centers
-from dsct_jax.model.heads import BoxHead, ClassHead
+from dsct_jax.model.attention import Memory, SpatialShapes
+from dsct_jax.model.encoder import token_centers
+from dsct_jax.model.heads import Heads
 from dsct_jax.model.layers import LayerNorm, Linear, torch_uniform
 
 SIZE = 0.05  # of the boxes of the first level; doubles from level to level
@@ -44,17 +44,15 @@ class Proposals(NamedTuple):
         return Proposals(*(jnp.take_along_axis(x, index[..., None], 1) for x in self))
 
 
-def propose(
-    memory: Memory, project: NormedLinear, class_head: ClassHead, box_head: BoxHead
-) -> Proposals:
-    """Proposals of all tokens. One whose anchor is not well inside the image has the whole image as
-    its anchor and its box, and the features of nothing.
+def propose(memory: Memory, project: NormedLinear, heads: Heads) -> Proposals:
+    """Proposals of all tokens, by the last of the `heads`. One whose anchor is not well inside the
+    image has the whole image as its anchor and its box, and the features of nothing.
     """
     anchors, valid = _anchors(memory)
     features = project(jnp.where(valid, memory.tokens, 0)).astype(jnp.float32)
     start = jnp.where(valid, jnp.log(anchors / (1 - anchors)), jnp.inf)
-    boxes = jax.nn.sigmoid(box_head.deltas(features) + start)
-    return Proposals(features, jax.nn.sigmoid(start), class_head(features), boxes)
+    boxes = jax.nn.sigmoid(heads.boxes[-1].deltas(features) + start)
+    return Proposals(features, jax.nn.sigmoid(start), heads.classes[-1](features), boxes)
 
 
 def _anchors(memory: Memory) -> tuple[Float[Array, "b s 4"], Bool[Array, "b s 1"]]:
@@ -69,19 +67,10 @@ def _anchors(memory: Memory) -> tuple[Float[Array, "b s 4"], Bool[Array, "b s 1"
     return jnp.where(valid, anchors, 0.5), valid
 
 
-def class_zero_topk(proposals: Proposals, k: int) -> Int[Array, "b k"]:
-    """The tokens with the highest logit of class 0 (which the first stage is trained to give to
-    everybody), best first.
+def best_tokens(scores: Float[Array, "b s"], k: int) -> Int[Array, "b k"]:
+    """The `k` tokens with the highest scores, best first: logits of class 0, which a first stage is
+    trained to give to everybody, or of the subject (DINO).
     """
-    return _best(proposals.logits[..., 0], k)
-
-
-def max_topk(proposals: Proposals, k: int) -> Int[Array, "b k"]:
-    """The tokens with the highest logit of any class, best first (DINO)."""
-    return _best(proposals.logits[..., :-1].max(-1), k)
-
-
-def _best(scores: Float[Array, "b s"], k: int) -> Int[Array, "b k"]:
     if k > scores.shape[1]:
         wanted = f"at most {scores.shape[1]}, the tokens of an image of this size"
         raise cannot_be_used("model.num_queries", k, wanted)
@@ -96,7 +85,7 @@ def per_level_nms(
     num_candidates: int = 1000,
     threshold: float = 0.9,
 ) -> Int[Array, "b k"]:
-    """`class_zero_topk` without near duplicates, and with a quota for every level (DETA).
+    """`best_tokens` by class 0 without near duplicates, and with a quota for every level (DETA).
 
     Of each level the best `num_candidates` pass greedy suppression. Of what is left, the best k /
     levels of each level are chosen, then the best of the others. An image with fewer than k left is
@@ -104,7 +93,7 @@ def per_level_nms(
     """
     scores = jax.lax.stop_gradient(proposals.logits[..., 0])
     boxes = jnp.clip(cxcywh_to_xyxy(jax.lax.stop_gradient(proposals.boxes)), 0, 1)
-    plain = class_zero_topk(proposals, k)
+    plain = best_tokens(proposals.logits[..., 0], k)
     index, kept, start = [], [], 0
     for h, w in spatial_shapes:
         best = jax.lax.top_k(scores[:, start : start + h * w], min(num_candidates, h * w))[1]

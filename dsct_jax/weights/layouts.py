@@ -4,25 +4,25 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from dsct_jax.weights import rules_deformable as deformable
+from dsct_jax.weights import rules_detr as family
 from dsct_jax.weights.rules import DEFORMABLE_DETR, DSCT, HUGGING_FACE, TORCHVISION, TensorLayout
-from dsct_jax.weights.rules_detr import ANCHOR_DETR, CONDITIONAL_DETR, DAB_DETR, DETR
 from dsct_jax.weights.rules_two_stage import two_stage_layout
 
-_DEFORMABLE = deformable.DEFORMABLE, deformable.REFINED, deformable.TWO_STAGE
+_DEFORMABLE = family.DEFORMABLE, family.REFINED, family.TWO_STAGE
+_C5 = family.DETR, family.DAB_DETR, family.CONDITIONAL_DETR, family.ANCHOR_DETR
 EXPORTS = {  # name of a network -> the layout of its authors' code
     "dsct": DSCT,
-    "detr": DETR,
-    "conditional_detr": CONDITIONAL_DETR,
-    "dab_detr": DAB_DETR,
-    "anchor_detr": ANCHOR_DETR,
-    "dab_deformable_detr": deformable.DAB_DEFORMABLE,
-    "dino": deformable.DINO,
-    "deta": deformable.DETA,
+    "detr": family.DETR,
+    "conditional_detr": family.CONDITIONAL_DETR,
+    "dab_detr": family.DAB_DETR,
+    "anchor_detr": family.ANCHOR_DETR,
+    "dab_deformable_detr": family.DAB_DEFORMABLE,
+    "dino": family.DINO,
+    "deta": family.DETA,
 }
 LAYOUTS = (
     *(DSCT, HUGGING_FACE, DEFORMABLE_DETR),
-    *(DETR, DAB_DETR, CONDITIONAL_DETR, ANCHOR_DETR),  # DAB-DETR has Conditional DETR's names too
+    *_C5,  # DAB-DETR before Conditional DETR, whose names it has too
     TORCHVISION,
 )
 

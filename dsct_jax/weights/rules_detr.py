@@ -1,7 +1,15 @@
-"""The tables of the DETR family: the names that the authors' published weights have."""
+"""The tables of the DETR family: the names that the authors' published weights have.
+
+A line is a kind of layer, their name and ours. `T.` is `transformer.`, `E` a layer of the encoder,
+`D` one of the decoder, in both.
+"""
+
+import re
+from typing import Any
 
 from dsct_jax.weights.rules import (
     DECODER,
+    DEFORMABLE_TRANSFORMER,
     ENCODER,
     Rule,
     TensorLayout,
@@ -10,131 +18,146 @@ from dsct_jax.weights.rules import (
     resnet_rules,
 )
 
-_BACKBONE = tuple(resnet_rules("backbone.0.body.", "backbone"))
-_BATCHES = r".*\.num_batches_tracked"
-_C5: tuple[Rule, ...] = (
-    *_BACKBONE,
-    *module("conv", "input_proj", "input_proj"),
-    *packed_attention(f"{ENCODER}.self_attn", "encoder/{i}/self_attention"),
-    *module("norm", f"{ENCODER}.norm{{n}}", "encoder/{i}/norm{n}"),
-    *module("linear", f"{ENCODER}.linear{{n}}", "encoder/{i}/feedforward/linear{n}"),
-    *module("norm", f"{DECODER}.norm{{n}}", "decoder/{i}/norm{n}"),
-    *module("linear", f"{DECODER}.linear{{n}}", "decoder/{i}/feedforward/linear{n}"),
-    *module("norm", "transformer.decoder.norm", "decoder_norm"),
-    *module("linear", "class_embed", "class_head"),
-    *module("linear", "bbox_embed.layers.{n}", "box_head/layer{n}"),
-)
-
-DETR = TensorLayout(
-    title="DETR (original code)",
-    marker=r"transformer\.decoder\.layers\.0\.multihead_attn\.in_proj_weight",
-    rules=(
-        *_C5,
-        *packed_attention(f"{DECODER}.self_attn", "decoder/{i}/self_attention"),
-        *packed_attention(f"{DECODER}.multihead_attn", "decoder/{i}/cross_attention"),
-        ("query_embed.weight", "queries", "same"),
-    ),
-    left_out=_BATCHES,
-    requires=(("norm", "frozen_batch"),),
-)
-
-
-def _mlp(torch: str, ours: str) -> list[Rule]:
-    return module("linear", f"transformer.{torch}.layers.{{n}}", f"{ours}/{{n}}")
-
-
-_CONDITIONAL_PROJECTIONS = {
-    "sa": {
-        "qcontent": "query_content",
-        "qpos": "query_position",
-        "kcontent": "key_content",
-        "kpos": "key_position",
-        "v": "value",
-    }
-}
-_CONDITIONAL_PROJECTIONS["ca"] = {**_CONDITIONAL_PROJECTIONS["sa"], "qpos_sine": "query_waves"}
-_CONDITIONAL: tuple[Rule, ...] = (
-    *_C5,
-    *(
-        rule
-        for kind, place in (("sa", "self"), ("ca", "cross"))
-        for theirs, mine in _CONDITIONAL_PROJECTIONS[kind].items()
-        for rule in module(
-            "linear", f"{DECODER}.{kind}_{theirs}_proj", f"decoder/{{i}}/{place}_attention/{mine}"
-        )
-    ),
-    *module("linear", f"{DECODER}.self_attn.out_proj", "decoder/{i}/self_attention/out_proj"),
-    *module("linear", f"{DECODER}.cross_attn.out_proj", "decoder/{i}/cross_attention/out_proj"),
-    *_mlp("decoder.query_scale", "query_scale"),
-)
-CONDITIONAL_DETR = TensorLayout(
-    title="Conditional DETR (original code)",
-    marker=r"transformer\.decoder\.layers\.0\.ca_qcontent_proj\.weight",
-    rules=(
-        *_CONDITIONAL,
-        *_mlp("decoder.ref_point_head", "query_points"),
-        ("query_embed.weight", "queries", "same"),
-    ),
-    left_out=_BATCHES,
-    requires=(("norm", "frozen_batch"),),
-)
-DAB_DETR = TensorLayout(
-    title="DAB-DETR or DN-DETR (original code)",
-    marker=r"transformer\.decoder\.ref_anchor_head\.layers\.0\.weight",
-    rules=(
-        *_CONDITIONAL,
-        *_mlp("decoder.ref_point_head", "box_positions"),
-        *_mlp("decoder.ref_anchor_head", "size_scale"),
-        *_mlp("encoder.query_scale", "position_scale"),
-        (f"{ENCODER}.activation.weight", "encoder/{i}/feedforward/slope", "same"),
-        (f"{DECODER}.activation.weight", "decoder/{i}/feedforward/slope", "same"),
-        ("refpoint_embed.weight", "anchors", "same"),
-        ("label_enc.weight", "label_embed", "same"),
-    ),
-    left_out=_BATCHES,
-    copied=(("bbox_embed.", "transformer.decoder.bbox_embed."),),
-    requires=(("norm", "frozen_batch"),),
-)
-
-
-def _anchor_layer(torch: str, ours: str) -> list[Rule]:
-    return [
-        *packed_attention(f"{torch}.self_attn", f"{ours}/self_attention"),
-        *module("norm", f"{torch}.norm1", f"{ours}/norm1"),
-        *module("linear", f"{torch}.ffn.linear{{n}}", f"{ours}/feedforward/linear{{n}}"),
-    ]
+_C5 = """
+conv    input_proj             input_proj
+packed  E.self_attn            E/self_attention
+norm    E.norm{n}              E/norm{n}
+linear  E.linear{n}            E/feedforward/linear{n}
+norm    D.norm{n}              D/norm{n}
+linear  D.linear{n}            D/feedforward/linear{n}
+norm    T.decoder.norm         decoder_norm
+linear  class_embed            class_head
+linear  bbox_embed.layers.{n}  box_head/layer{n}
+"""
+_DETR = """
+packed  D.self_attn          D/self_attention
+packed  D.multihead_attn     D/cross_attention
+tensor  query_embed.weight   queries
+"""
+_CONDITIONAL = """
+linear  D.sa_qcontent_proj              D/self_attention/query_content
+linear  D.sa_qpos_proj                  D/self_attention/query_position
+linear  D.sa_kcontent_proj              D/self_attention/key_content
+linear  D.sa_kpos_proj                  D/self_attention/key_position
+linear  D.sa_v_proj                     D/self_attention/value
+linear  D.self_attn.out_proj            D/self_attention/out_proj
+linear  D.ca_qcontent_proj              D/cross_attention/query_content
+linear  D.ca_qpos_proj                  D/cross_attention/query_position
+linear  D.ca_qpos_sine_proj             D/cross_attention/query_waves
+linear  D.ca_kcontent_proj              D/cross_attention/key_content
+linear  D.ca_kpos_proj                  D/cross_attention/key_position
+linear  D.ca_v_proj                     D/cross_attention/value
+linear  D.cross_attn.out_proj           D/cross_attention/out_proj
+linear  T.decoder.query_scale.layers.{n}  query_scale/{n}
+"""
+_POINTS = """
+linear  T.decoder.ref_point_head.layers.{n}   query_points/{n}
+tensor  query_embed.weight                    queries
+"""
+_DAB = """
+linear  T.decoder.ref_point_head.layers.{n}   box_positions/{n}
+linear  T.decoder.ref_anchor_head.layers.{n}  size_scale/{n}
+linear  T.encoder.query_scale.layers.{n}      position_scale/{n}
+tensor  E.activation.weight                   E/feedforward/slope
+tensor  D.activation.weight                   D/feedforward/slope
+tensor  refpoint_embed.weight                 anchors
+tensor  label_enc.weight                      label_embed
+"""
+_ANCHOR = """
+conv    input_proj.0.0                        input_proj/conv
+norm    input_proj.0.1                        input_proj/norm
+packed  T.encoder_layers.{i}.self_attn        E/self_attention
+norm    T.encoder_layers.{i}.norm1            E/norm1
+linear  T.encoder_layers.{i}.ffn.linear{n}    E/feedforward/linear{n}
+norm    T.encoder_layers.{i}.ffn.norm2        E/norm2
+packed  T.decoder_layers.{i}.self_attn        D/self_attention
+packed  T.decoder_layers.{i}.cross_attn       D/cross_attention
+norm    T.decoder_layers.{i}.norm1            D/norm1
+norm    T.decoder_layers.{i}.norm2            D/norm2
+linear  T.decoder_layers.{i}.ffn.linear{n}    D/feedforward/linear{n}
+norm    T.decoder_layers.{i}.ffn.norm2        D/norm3
+tensor  T.pattern.weight                      patterns
+tensor  T.position.weight                     points
+linear  T.adapt_pos1d.0                       embed_one/0
+linear  T.adapt_pos1d.2                       embed_one/1
+linear  T.adapt_pos2d.0                       embed_both/0
+linear  T.adapt_pos2d.2                       embed_both/1
+linear  T.class_embed.0                       class_head
+linear  T.bbox_embed.0.layers.{n}             box_head/layer{n}
+"""
+# all of those with deformable attention; each has some of these
+_PYRAMID = """
+linear  class_embed.{i}                   heads/classes/{i}
+linear  bbox_embed.{i}.layers.{n}         heads/boxes/{i}/layer{n}
+tensor  query_embed.weight                query_embed
+linear  T.enc_output                      proposal_features/linear
+norm    T.enc_output_norm                 proposal_features/norm
+linear  T.enc_out_class_embed             proposal_heads/classes/0
+linear  T.enc_out_bbox_embed.layers.{n}   proposal_heads/boxes/0/layer{n}
+linear  T.pos_trans                       proposal_positions/linear
+norm    T.pos_trans_norm                  proposal_positions/norm
+linear  T.pix_trans                       proposal_contents/linear
+norm    T.pix_trans_norm                  proposal_contents/norm
+linear  T.decoder.ref_point_head.layers.{n}  position_head/{n}
+linear  T.decoder.query_scale.layers.{n}  position_scale/{n}
+norm    T.decoder.norm                    decoder_norm
+tensor  refpoint_embed.weight             box_embed
+tensor  label_enc.weight                  label_embed
+"""
+_CONTENT = "tensor  tgt_embed.weight  content_embed"
+_DINO_CONTENT = "tensor  T.tgt_embed.weight  content_embed"
+_SHARED = r"((?:transformer\.)?(?:class_embed|bbox_embed))\.([1-9]\d*)\.(.+)"  # one, in each layer
+_BOX_COPIES = (("bbox_embed.", "transformer.decoder.bbox_embed."),)
+_COPIES = (*_BOX_COPIES, ("class_embed.", "transformer.decoder.class_embed."))
 
 
-_ANCHOR_ENCODER = "transformer.encoder_layers.{i}"
-_ANCHOR_DECODER = "transformer.decoder_layers.{i}"
-ANCHOR_DETR = TensorLayout(
-    title="Anchor DETR (original code)",
-    marker=r"transformer\.pattern\.weight",
-    rules=(
-        *_BACKBONE,
-        *module("conv", "input_proj.0.0", "input_proj/conv"),
-        *module("norm", "input_proj.0.1", "input_proj/norm"),
-        *_anchor_layer(_ANCHOR_ENCODER, "encoder/{i}"),
-        *module("norm", f"{_ANCHOR_ENCODER}.ffn.norm2", "encoder/{i}/norm2"),
-        *_anchor_layer(_ANCHOR_DECODER, "decoder/{i}"),
-        *module("norm", f"{_ANCHOR_DECODER}.norm2", "decoder/{i}/norm2"),
-        *packed_attention(f"{_ANCHOR_DECODER}.cross_attn", "decoder/{i}/cross_attention"),
-        *module("norm", f"{_ANCHOR_DECODER}.ffn.norm2", "decoder/{i}/norm3"),
-        ("transformer.pattern.weight", "patterns", "same"),
-        ("transformer.position.weight", "points", "same"),
-        *(
-            rule
-            for theirs, mine in (("1d", "embed_one"), ("2d", "embed_both"))
-            for number in (0, 2)
-            for rule in module(
-                "linear", f"transformer.adapt_pos{theirs}.{number}", f"{mine}/{number // 2}"
+def _rules(table: str) -> list[Rule]:
+    rules: list[Rule] = []
+    for kind, theirs, ours in map(str.split, table.strip().splitlines()):
+        for short, long in (("T.", "transformer."), ("E.", f"{ENCODER}."), ("D.", f"{DECODER}.")):
+            theirs = re.sub(rf"^{re.escape(short)}", long, theirs)
+        ours = re.sub("^E/", "encoder/{i}/", re.sub("^D/", "decoder/{i}/", ours))
+        if kind == "tensor":
+            rules.append((theirs, ours, "same"))
+        else:
+            rules += (
+                packed_attention(theirs, ours) if kind == "packed" else module(kind, theirs, ours)
             )
-        ),
-        *module("linear", "transformer.class_embed.0", "class_head"),
-        *module("linear", "transformer.bbox_embed.0.layers.{n}", "box_head/layer{n}"),
-    ),
-    left_out=_BATCHES,
-    repeated=r"(transformer\.(?:class|bbox)_embed)\.([1-9]\d*)\.(.+)",
-    repeats="num_decoder_layers",
-    requires=(("norm", "frozen_batch"),),
+    return rules
+
+
+def _layout(title: str, marker: str, *tables: str, **how: Any) -> TensorLayout:
+    """A layout that has a tensor `marker`."""
+    start = DEFORMABLE_TRANSFORMER if _PYRAMID in tables else resnet_rules(*_BACKBONE)
+    return TensorLayout(
+        title=f"{title} (the authors' code)",
+        marker=rf"(transformer\.)?{re.escape(marker)}",
+        rules=(*start, *(rule for table in tables for rule in _rules(table))),
+        left_out=r".*\.num_batches_tracked",
+        repeats="num_decoder_layers",
+        requires=(("norm", "frozen_batch"), ("subject_logit", False)),
+        **how,
+    )
+
+
+_BACKBONE = "backbone.0.body.", "backbone"
+_LAYER = "decoder.layers.0"
+_ONE: dict[str, Any] = {"repeated": _SHARED}
+_BOXES: dict[str, Any] = {"copied": _BOX_COPIES}
+_BOTH: dict[str, Any] = {"copied": _COPIES}
+_ANCHORS = "decoder.ref_anchor_head.layers.0.weight"
+_BOX_HEAD = "decoder.bbox_embed.0.layers.0.weight"
+DETR = _layout("DETR", f"{_LAYER}.multihead_attn.in_proj_weight", _C5, _DETR)
+CONDITIONAL_DETR = _layout(
+    "Conditional DETR", f"{_LAYER}.ca_qcontent_proj.weight", _C5, _CONDITIONAL, _POINTS
 )
+DAB_DETR = _layout("DAB-DETR or DN-DETR", _ANCHORS, _C5, _CONDITIONAL, _DAB, **_BOXES)
+ANCHOR_DETR = _layout("Anchor DETR", "pattern.weight", _ANCHOR, **_ONE)
+DEFORMABLE = _layout("Deformable DETR", "reference_points.weight", _PYRAMID, **_ONE)
+REFINED = _layout("Deformable DETR with box refinement", _BOX_HEAD, _PYRAMID, **_BOXES)
+TWO_STAGE = _layout("two-stage Deformable DETR", "pos_trans.weight", _PYRAMID, **_BOTH)
+DAB_DEFORMABLE = _layout(
+    "DAB-Deformable-DETR", "refpoint_embed.weight", _PYRAMID, _CONTENT, **_BOXES
+)
+DETA = _layout("DETA", "pix_trans.weight", _PYRAMID, **_BOTH)
+DINO = _layout("DINO", "enc_out_class_embed.weight", _PYRAMID, _DINO_CONTENT, **_BOTH, **_ONE)

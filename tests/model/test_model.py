@@ -14,10 +14,10 @@ import pytest
 from flax import nnx
 
 from dsct_jax.errors import UserError
-from dsct_jax.model.attention import DeformableAttention, LayerShape, initial_offsets
+from dsct_jax.model.attention import DeformableAttention, LayerShape, Memory, initial_offsets
 from dsct_jax.model.build import Network, flatten, unflatten
 from dsct_jax.model.decoder import (
-    DecoderLayer,
+    DeformableLayer,
     FusionConfig,
     smallest_k_mask,
     subject_context_fusion,
@@ -111,7 +111,7 @@ def test_decoder_layer_and_its_gradients(case, golden):
         if case == "fused"
         else None
     )
-    layer = DecoderLayer(
+    layer = DeformableLayer(
         LayerShape(d, heads, levels, points, ffn, dropout=0.0),
         num_context=context,
         fusion=fusion,
@@ -128,15 +128,9 @@ def test_decoder_layer_and_its_gradients(case, golden):
     def run(params, tgt, query_pos, reference_points, src):
         bound = jax.tree.map(lambda x: x, state)
         nnx.replace_by_pure_dict(bound, unflatten(params))
+        memory = Memory(src, None, jnp.asarray(arrays["padding_mask"]), None, shapes_static)
         out, _ = nnx.merge(graph, bound, copy=True)(
-            tgt,
-            query_pos,
-            reference_points,
-            src,
-            jnp.asarray(arrays["padding_mask"]),
-            shapes_static,
-            noise=None,
-            implementation=None,
+            tgt, (query_pos,), (query_pos, reference_points, memory), noise=None
         )
         return jnp.sum(out * arrays["cotangent"]), out
 
@@ -452,8 +446,8 @@ def test_offsets_count_in_half_boxes():
     points = jnp.array([[[[0.5, 0.25]], [[0.5, 0.25]]]])
 
     def run(boxes):
-        padding = jnp.zeros((1, 48), bool)
-        return attention(queries, points, memory, padding, ((6, 8),), boxes=boxes)[1][
+        seen = Memory(memory, None, jnp.zeros((1, 48), bool), None, ((6, 8),))
+        return attention(queries, jnp.zeros_like(queries), points, seen, boxes)[1][
             "sampling_locations"
         ]
 
