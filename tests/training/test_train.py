@@ -464,7 +464,8 @@ def test_a_plan_needs_neither_a_workdir_nor_data(counting, monkeypatch, capsys):
     )
     monkeypatch.setattr(train, "format_plan", lambda plan: "the plan")
     assert counting([DEBUG, "--mode=plan", "--config.data.data_dir=/nowhere"]) == 0
-    assert asked == {"batch_size": 2, "max_targets": 4, "num_classes": 4, "buckets": ((80, 80),)}
+    sizes = {"batch_size": 2, "max_targets": 4, "num_classes": 4, "buckets": ((80, 80),)}
+    assert asked == sizes | {"crops": None}
     assert "the plan" in capsys.readouterr().out
 
 
