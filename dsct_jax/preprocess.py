@@ -67,7 +67,7 @@ _SIXTEEN_BITS = ("PNG", "PPM")  # formats whose mode I means 16 bits
 def image_suffixes() -> tuple[str, ...]:
     """Those of the files that PIL reads here, in small letters, with the dot."""
     formats = Image.registered_extensions()
-    readable = Image.OPEN.keys() - {*_NO_PICTURES}
+    readable = Image.OPEN.keys() - {*_NO_PICTURES} | {"MPO"}  # which JPEG's plugin opens
     return tuple(sorted(suffix for suffix, name in formats.items() if name in readable))
 
 

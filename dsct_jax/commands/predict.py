@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -292,7 +293,8 @@ def _write(document: Mapping[str, Any], output: Path, seconds: float, *, fitted:
     rows = _rows(document)
     write_csv(table, document["class_names"], rows)
     if shown := images[:SHEET_IMAGES]:
-        pictures = [Image.open(output / entry["drawn"]) for entry in shown]
+        drawn = [output / entry["drawn"] for entry in shown]
+        pictures = [read_rgb(path, max_megapixels=math.inf) for path in drawn]
         captions = [Path(entry["file"]).name for entry in shown]
         contact_sheet(pictures, 4, captions=captions).save(output / "contact_sheet.png")
         print(f"overview: {output / 'contact_sheet.png'}")
