@@ -225,7 +225,7 @@ def pretrained(run: RunConfig, network: Network, values: Values, workdir: Path) 
     if jax.process_index() == 0:
         print("\n".join(lines), flush=True)
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "init_from.txt").write_text("\n".join(lines) + "\n")
+        (workdir / "init_from.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return params, norm_stats
 
 

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import importlib
 import inspect
+import io
 import keyword
 import logging
 import os
@@ -83,7 +84,9 @@ def whole_file(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open(mode, **options) as file:
+        with temporary.open(
+            mode, **{"encoding": None if "b" in mode else "utf-8"} | options
+        ) as file:
             yield file
         temporary.replace(path)
     finally:
@@ -93,10 +96,14 @@ def whole_file(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]
 def start_process() -> None:
     """Sets this process up as a command's; call it once, before anything is compiled.
 
+    What a terminal's encoding cannot show of a name is escaped, rather than an error.
     The terminal shows this project's own lines (stdout) and warnings of others (stderr). Compiled
     programs are kept in a directory of the user, $XDG_CACHE_HOME/dsct_jax or ~/.cache/dsct_jax,
     unless JAX_COMPILATION_CACHE_DIR says where, so that nothing is compiled twice.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     # orbax reports every leaf, and twice what it raises
     logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -141,7 +141,7 @@ def read_config(source: Path | str | Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"--config={path}: neither a .py nor a .json file")
     try:
         if path.suffix == ".json":
-            config = json.loads(path.read_text())
+            config = json.loads(path.read_text(encoding="utf-8"))
         else:
             config = runpy.run_path(str(path))["get_config"]()
         config = to_builtins(config)

@@ -68,7 +68,7 @@ def _locked(workdir: Path) -> Iterator[None]:
     while True:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
+            file = path.open("a+", encoding="utf-8")
         except FileNotFoundError:  # the owner has just removed it, and the folder that it made
             continue
         except (FileExistsError, NotADirectoryError, PermissionError) as error:

@@ -17,7 +17,7 @@ import numpy as np
 
 def main(directory: str, *files: str) -> None:
     folder = pathlib.Path(directory)
-    about = json.loads((folder / "model.json").read_text())
+    about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     weights, prepared = dict(np.load(folder / about["weights"])), about["preprocessing"]
     images = [np.load(file) for file in files]
     rows, columns = (max(image.shape[axis] for image in images) for axis in (0, 1))

@@ -141,3 +141,21 @@ def test_constraints_name_no_host(file):
     lines = (ROOT / "constraints" / file).read_text().splitlines()
     assert all(re.fullmatch(r"#.*|[a-z0-9-]+==[A-Za-z0-9.]+", line) for line in lines)
     assert not any("://" in line for line in lines)
+
+
+def _text_file_calls(tree):
+    """Calls that read or write a text file without saying in which encoding."""
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        modes = [one.value for one in call.args if isinstance(one, ast.Constant)]
+        is_text = name in ("read_text", "write_text") or (
+            name == "open" and any(re.fullmatch("[rwxa][+]?", str(mode)) for mode in modes)
+        )
+        if is_text and not {"encoding", None} & {one.arg for one in call.keywords}:
+            yield call.lineno
+
+
+def test_text_files_are_utf_8_on_every_machine():
+    files = [ROOT / "train.py", *ROOT.glob("dsct_jax/**/*.py"), *ROOT.glob("data/**/*.py")]
+    found = {file: list(_text_file_calls(ast.parse(file.read_text()))) for file in files}
+    assert {file: lines for file, lines in found.items() if lines} == {}

@@ -17,6 +17,7 @@ from data.readers.records import ReadReport, Record, RecordBuilder
 from dsct_jax.errors import UserError
 
 EMOTIC_BITS = 26
+_Shown = tuple[str, list[tuple[float, ...]], list[list[int]]]  # name, boxes and labels of an image
 _LARGEST = 1e9  # pixels: more, as infinity, is no number of pixels
 
 
@@ -60,18 +61,23 @@ def read_documents(
                 f"{again} annotations of {file.path.name} have the id of another (first: {first})"
             )
             builder.report.notes.append(note)
+        shown: dict[Any, _Shown] = {}
         for entry in document["images"]:
-            boxes, labels = [], []
+            path, size = finder.find(file.root, entry["file_name"]), _annotated_size(entry)
+            frame = entry["exif"] if entry.get("exif") in FRAMES else ""
+            boxes, labels = shown.setdefault((path, size, frame), (entry["file_name"], [], []))[1:]
             for annotation in people.get(_whole(entry["id"]), ()):
                 if annotation.get("iscrowd"):
                     builder.report.crowds += 1
                     continue
                 boxes.append(_corners(file.path, annotation))
                 labels.append(to_classes(annotation))
-            path, size = finder.find(file.root, entry["file_name"]), _annotated_size(entry)
-            name = file.prefix + entry["file_name"]
-            frame = entry["exif"] if entry.get("exif") in FRAMES else ""
-            builder.add(path, name, boxes, labels, annotated_size=size, frame=frame)
+        if again := len(document["images"]) - len(shown):
+            builder.report.notes.append(
+                f"{again} images of {file.path.name} named twice or more, taken as one"
+            )
+        for (path, size, frame), (name, boxes, labels) in shown.items():
+            builder.add(path, file.prefix + name, boxes, labels, annotated_size=size, frame=frame)
     builder.report.notes += finder.notes()
     return builder.finish()
 

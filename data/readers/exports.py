@@ -160,9 +160,11 @@ def _of_label_studio(tasks: list[dict]) -> Document:
 def _image_of(data: Mapping[str, Any]) -> str:
     """The image among the values of a task."""
     texts = {key: value for key, value in data.items() if isinstance(value, str)}
-    return next((value for key, value in texts.items() if key in ("image", "img")), "") or next(
-        value for value in texts.values() if re.search(r"\.\w{3,4}(\?.*)?$", value)
-    )
+    named = [value for key, value in texts.items() if key in ("image", "img")]
+    named += [value for value in texts.values() if re.search(r"\.\w{3,4}(\?.*)?$", value)]
+    if not named:
+        raise ValueError("a list whose entries name no image")
+    return named[0]
 
 
 def _percent(value: Mapping[str, Any], width: float, height: float) -> list[Point]:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from dsct_jax.preprocess import image_suffixes
+
 _UPLOADED = re.compile("^[0-9a-f]{8}-")  # what Label Studio puts before a file's name
 _QUERY = re.compile(r"(?<=\.\w{3})\?.*|(?<=\.\w{4})\?.*")
 
@@ -51,6 +53,9 @@ class ImageFinder:
             for folder, _, files in os.walk(self._top):
                 for file in files:
                     self._by_last_part[_key(file)].append(Path(folder, file))
+                    stem, _, suffix = file.rpartition(".")
+                    if f".{suffix}".lower() in image_suffixes():  # some tools leave it out
+                        self._by_last_part[_key(stem)].append(Path(folder, file))
         last = _key(_plain(name).rpartition("/")[2])
         for part in (last, _UPLOADED.sub("", last)):
             found = self._by_last_part.get(part, [])
@@ -63,6 +68,7 @@ def _plain(name: str) -> str:
     """A relative path with slashes, of an URL, a path of Windows or one of Label Studio."""
     if "://" in name:
         name = urlsplit(name).path
+    name = name.strip()
     name = name.partition("?d=")[2] or _QUERY.sub("", name)
     return unquote(name).replace("\\", "/").lstrip("/") or name
 

@@ -117,12 +117,12 @@ class ReadReport:
     def suspicions(self) -> list[str]:
         """A line for each sign that the boxes or labels do not mean what they are taken for."""
         lines, boxes = list(self.suspicious), self.people + self.dropped
-        if self.people and self.tiny > 0.9 * boxes:
+        if self.people and self.tiny > 0.01 * boxes:
             lines.append(
                 f"{self.tiny} boxes lie inside one pixel: boxes are read in pixels, these may be "
                 "divided by the image size"
             )
-        if self.people and self.leaving > 0.25 * boxes:
+        if self.people and self.leaving > 0.05 * boxes:
             lines.append(
                 f"{self.leaving} boxes end far outside their image (first: {self.first_leaving}): "
                 "boxes are read as x, y, width, height in json and x1, y1, x2, y2 in lists"

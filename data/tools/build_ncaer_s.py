@@ -143,7 +143,7 @@ def build_video(video: Video, output: Path, settings: Settings, detect: FaceDete
             file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(image, quality=_JPEG_QUALITY)
         box = largest_face(detect(pixels), *pixels.shape[:2]) or (0, 0, 0, 0)
-        crop.write_text(",".join(map(str, box)) + "\n")
+        crop.write_text(",".join(map(str, box)) + "\n", encoding="utf-8")
         source = (video.split, video.label, video.name, video.digest)
         values = (*source, part, frame, f"{name}.jpg", _digest(image), *box)
         rows.append(dict(zip(COLUMNS, values, strict=True)))
@@ -183,13 +183,13 @@ def open_build(output: Path, settings: Settings) -> list[Row]:
     """What an interrupted build of these settings has finished. Raises UserError for others."""
     output.mkdir(parents=True, exist_ok=True)
     path, values = output / "settings.json", dataclasses.asdict(settings)
-    if path.exists() and json.loads(path.read_text()) != values:
-        other = f"holds a build of other settings ({path.read_text().strip()})"
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != values:
+        other = f"holds a build of other settings ({path.read_text(encoding='utf-8').strip()})"
         raise UserError(f"--output={output}: {other}; name another folder")
-    path.write_text(json.dumps(values) + "\n")
+    path.write_text(json.dumps(values) + "\n", encoding="utf-8")
     for source in (output / "manifest.part.csv", output / "manifest.csv"):
         if source.exists():
-            lines = source.read_text().splitlines(keepends=True)
+            lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
             rows = list(csv.DictReader(line for line in lines if line.endswith("\n")))
             # of the last video some lines may be lost
             return [row for row in rows if row["video"] != rows[-1]["video"]]
@@ -223,7 +223,7 @@ def run(arguments: argparse.Namespace) -> int:
     unfinished, unusable = output / "manifest.part.csv", []
     write_manifest(rows, unfinished)
     results = build_all(rest, output, settings, arguments.workers)
-    with unfinished.open("a", newline="") as file:
+    with unfinished.open("a", newline="", encoding="utf-8") as file:
         for result in progress(results, total=len(rest), what="frames", unit="video"):
             if isinstance(result, str):
                 unusable.append(result)

@@ -253,7 +253,9 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{count_table(checks)}\n\n{label_table(checks, config)}\n")
     print("\n".join(map(str, findings)) or "no problems found")
     if arguments.report:
-        arguments.report.write_text(json.dumps(as_json(checks, findings, config), indent=1) + "\n")
+        arguments.report.write_text(
+            json.dumps(as_json(checks, findings, config), indent=1) + "\n", encoding="utf-8"
+        )
         print(f"everything: {arguments.report}")
     errors = sum(finding.is_error for finding in findings)
     print(f"{errors} errors, {len(findings) - errors} warnings")

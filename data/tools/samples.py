@@ -23,5 +23,5 @@ def run(arguments: argparse.Namespace) -> None:
     for record, name in zip(chosen, names, strict=True):
         record.load().save(output / name)
     document = to_coco(chosen, names, arguments.data)
-    (output / "truth.json").write_text(json.dumps(document, indent=1) + "\n")
+    (output / "truth.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"{count} images and their people: {output}")

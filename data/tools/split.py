@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace) -> None:
         names = [below(record.image, config.data_dir) for record in part]
         path = arguments.output / f"{split}.json"
         document = to_coco(part, names, config, info=info | {"split": split})
-        path.write_text(json.dumps(document) + "\n")
+        path.write_text(json.dumps(document) + "\n", encoding="utf-8")
         print(f"{path}: {len(part)} images, {len(part) / len(records):.1%}")
         if not part:
             print(f"- {path} is empty: too few images or groups for --shares")

@@ -39,7 +39,7 @@ def convert(
     )
     output.mkdir(parents=True, exist_ok=True)
     Model(network, params, norm_stats, config).save(output / MODEL_FILE)
-    (output / REPORT_FILE).write_text("\n".join(report) + "\n")
+    (output / REPORT_FILE).write_text("\n".join(report) + "\n", encoding="utf-8")
     return report
 
 

@@ -145,7 +145,9 @@ def write_stablehlo(
             path.write_bytes(exported(weight_specs, *inputs).serialize())
     artifacts = {"x".join(map(str, size)): path.name for size, path in paths.items()}
     document = {"artifacts": artifacts, "weights": WEIGHTS, "platforms": list(PLATFORMS), **notes}
-    (directory / "model.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    (directory / "model.json").write_text(
+        json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+    )
     return paths
 
 

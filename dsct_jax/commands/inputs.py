@@ -13,7 +13,8 @@ from dsct_jax.preprocess import image_suffixes, suffix_remedy
 
 def find_inputs(paths: Sequence[str], *, exclude: Path) -> tuple[list[Path], list[Path]]:
     """(images, videos) meant by files, folders (to the bottom) and glob patterns, each once, in a
-    fixed order, none below `exclude`. Raises UserError for a path, pattern or folder without any.
+    fixed order, none below `exclude`, the folder for results. Raises UserError for a path, pattern
+    or folder without any, and for a folder in `exclude`.
     """
     found: dict[Path, None] = {}
     for text in map(os.path.expanduser, paths):
@@ -36,6 +37,8 @@ def find_inputs(paths: Sequence[str], *, exclude: Path) -> tuple[list[Path], lis
 
 def _files_below(folder: Path, exclude: Path) -> list[Path]:
     """The images and videos; prints how many files of other kinds there are."""
+    if exclude in (folder.resolve(), *folder.resolve().parents):
+        raise UserError(f"--output={exclude}: holds the images to look at; name another folder")
     known = {*image_suffixes(), *video.SUFFIXES}
     files = [
         file

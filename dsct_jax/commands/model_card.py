@@ -99,7 +99,7 @@ def _read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: missing; {remedy}")
     try:
-        return dict(to_builtins(json.loads(path.read_text())))
+        return dict(to_builtins(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
@@ -214,6 +214,6 @@ def run(arguments: argparse.Namespace) -> None:
     output = arguments.output or arguments.workdir / "MODEL_CARD.md"
     card = model_card(arguments.workdir, split=arguments.split)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(card)
+    output.write_text(card, encoding="utf-8")
     questions = card.count("(?)")
     print(f"written: {output}; {questions} questions in it, marked (?), are for you to answer")

@@ -34,7 +34,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the --workdir of a run of train.py")
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     series: dict[str, Series] = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -122,9 +122,9 @@ def write_report(workdir: Path) -> list[Path]:
     text = [f"# {workdir.resolve().name}", "", metrics_table(series)]
     for evaluated in sorted(workdir.glob("metrics_*.json")):
         split = evaluated.stem.removeprefix("metrics_")
-        measured = format_table(json.loads(evaluated.read_text()))
+        measured = format_table(json.loads(evaluated.read_text(encoding="utf-8")))
         text += [f"## Evaluated on the {split} split", "", measured, ""]
-    table.write_text("\n".join(text))
+    table.write_text("\n".join(text), encoding="utf-8")
     return [curves, table]
 
 

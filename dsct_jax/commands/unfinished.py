@@ -22,7 +22,9 @@ class Unfinished:
 
     def __init__(self, output: Path, about: Mapping[str, Any]) -> None:
         self._output, self._path = output, output / FILE
-        lines = self._path.read_text().split("\n")[:-1] if self._path.exists() else []
+        lines = (
+            self._path.read_text(encoding="utf-8").split("\n")[:-1] if self._path.exists() else []
+        )
         first = json.dumps(about)
         self._lines = lines if lines[:1] == [first] else [first]
         self._entries = [pair for line in self._lines[1:] for pair in json.loads(line)]
@@ -48,7 +50,7 @@ class Unfinished:
         if self._file is None:
             with whole_file(self._path) as file:  # without a line that was cut
                 file.write("\n".join([*self._lines, ""]))
-            self._file = self._path.open("a")
+            self._file = self._path.open("a", encoding="utf-8")
         pairs = [[_state(Path(entry["file"])), entry] for entry in entries]
         self._file.write(json.dumps(pairs) + "\n")
         self._file.flush()

@@ -61,7 +61,7 @@ def save_fit(decoder: Decoder, path: Path, *, checkpoint: str) -> None:
     """Writes readable JSON, whole or not at all; `checkpoint` names the weights, as "step 3"."""
     temporary = path.with_name(path.name + ".tmp")
     stored = decoder.to_dict() | {"checkpoint": checkpoint}
-    temporary.write_text(json.dumps(stored, indent=1) + "\n")
+    temporary.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -70,7 +70,7 @@ def read_fit(path: Path, decoder: Decoder) -> tuple[Decoder, str]:
     unknown). Raises UserError: the file is missing, damaged or of other classes.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); train.py --mode=eval --split=val writes it"

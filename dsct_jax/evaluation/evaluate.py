@@ -276,9 +276,9 @@ def write_evaluation(metrics: dict[str, Any], folder: Path, *, suffix: str) -> l
     """Writes metrics<suffix>.json, .md (the table) and .png (the plots); returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"metrics{suffix}.{kind}" for kind in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    paths[0].write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     title = f"# Evaluation on the {metrics['split'] or 'given'} split"
-    paths[1].write_text(f"{title}\n\n{format_table(metrics)}\n")
+    paths[1].write_text(f"{title}\n\n{format_table(metrics)}\n", encoding="utf-8")
     try:
         draw_evaluation(metrics, paths[2])
     except ModuleNotFoundError as error:  # the numbers do not need the picture

@@ -39,7 +39,7 @@ def make_finder(source: str) -> Finder:
 
 def _listed(path: Path) -> Finder:
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
         if "images" in document:
             boxes = {
                 str(entry["file"]): [person["box"] for person in entry["subjects"]]

@@ -60,7 +60,7 @@ def write_settings(config: Mapping[str, Any], workdir: Path) -> list[str]:
 
 def _read_mapping(path: Path) -> Mapping[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -108,7 +108,7 @@ class Logbook(contextlib.ExitStack):
             self._writers.append(lambda step, scalars: run.log(dict(scalars), step=step))
             self.callback(run.finish)
         _drop_lines(workdir / "metrics.jsonl", after=start_step, validation=validation_owed)
-        self._file = self.enter_context((workdir / "metrics.jsonl").open("a"))
+        self._file = self.enter_context((workdir / "metrics.jsonl").open("a", encoding="utf-8"))
         from tensorboardX import SummaryWriter  # of the `train` extra
 
         events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
@@ -117,7 +117,9 @@ class Logbook(contextlib.ExitStack):
         if sys.stderr.isatty():
             bar = tqdm(total=total_steps, initial=start_step, unit="step")
             self._bar = self.enter_context(contextlib.closing(bar))
-        self._programs = self.enter_context((workdir / "compilations.jsonl").open("a"))
+        self._programs = self.enter_context(
+            (workdir / "compilations.jsonl").open("a", encoding="utf-8")
+        )
         self._compiling = start_step, ""
         jax.monitoring.register_event_duration_secs_listener(self._write_program)
         self.callback(jax.monitoring.unregister_event_duration_listener, self._write_program)
@@ -224,7 +226,7 @@ def _drop_lines(path: Path, *, after: int, validation: bool) -> None:
     """Removes the lines of later steps, and (`validation`) that of the validation of `after`."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     with whole_file(path) as file:
         for line in lines:
             try:

@@ -94,7 +94,7 @@ def memory() -> dict[str, float]:
     """
     found, statm = {}, Path("/proc/self/statm")
     if statm.exists():
-        pages = int(statm.read_text().split()[1])
+        pages = int(statm.read_text(encoding="utf-8").split()[1])
         found["process_mib"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
     device: Mapping[str, Any] = jax.local_devices()[0].memory_stats() or {}
     for label, name in (("now", "bytes_in_use"), ("peak", "peak_bytes_in_use")):

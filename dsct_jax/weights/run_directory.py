@@ -177,7 +177,7 @@ def require_match(
 
 def read_metadata(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of itself."""
-    return json.loads((checkpoint / "metadata" / "metadata").read_text())
+    return json.loads((checkpoint / "metadata" / "metadata").read_text(encoding="utf-8"))
 
 
 def read_layout(checkpoint: Path) -> dict[str, Layout]:
@@ -185,7 +185,7 @@ def read_layout(checkpoint: Path) -> dict[str, Layout]:
     folder = checkpoint / "layout"
     if not folder.is_dir():
         return {part: {} for part in PARTS}
-    return json.loads((folder / "metadata").read_text())
+    return json.loads((folder / "metadata").read_text(encoding="utf-8"))
 
 
 def read_arrays(

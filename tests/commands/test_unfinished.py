@@ -217,3 +217,25 @@ def test_a_panorama_up_to_a_limit(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "wide.png: is 90x60, more than 0.005 megapixels; make it smaller, or raise" in out
     assert Image.MAX_IMAGE_PIXELS == 2500
+
+
+def test_results_do_not_go_among_the_images(folder):
+    for output in (folder, folder.parent):
+        with pytest.raises(UserError, match="holds the images to look at; name another folder"):
+            find_inputs([str(folder)], exclude=output)
+    assert len(find_inputs([str(folder)], exclude=folder / "out")[0]) == 10
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path):
+    """LC_ALL=C, as in many containers and batch systems."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "größe.png")
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "dsct_jax", "predict", "größe.png", "--checkpoint=ö", "--output=o"],
+        env=os.environ | ascii_only | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stderr.startswith(b"error: "), done.stderr
+    assert b"Traceback" not in done.stderr

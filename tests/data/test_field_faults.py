@@ -131,6 +131,8 @@ def test_a_category_that_nobody_has_is_skipped_and_said(folder):
         "data/upload/1/{}.jpg",
         "{}.jpg",
         "{}.JPG",
+        "images/{}",
+        " images/{}.jpg\n",
     ],
 )
 def test_names_as_tools_spell_them(folder, name):
@@ -173,6 +175,32 @@ def test_numbers_that_cannot_be_meant_so_are_errors(folder, changes, says, capsy
     read(folder, document(**changes))
     status, out = check(folder, capsys)
     assert status == 1 and f"! train: {says}" in out
+
+
+def test_one_box_of_another_unit_is_enough(folder, capsys):
+    """Two tools' annotations in one file: the larger part being right hides nothing."""
+    content = document()
+    content["annotations"][1]["bbox"] = [0.2, 0.1, 0.3, 0.3]
+    read(folder, content)
+    status, out = check(folder, capsys)
+    assert status == 1 and "! train: 1 boxes lie inside one pixel" in out
+
+
+def test_an_image_listed_for_each_of_its_people_is_one(folder):
+    """As separate images, each person would be background to the others."""
+    names = ["images/0.jpg", "images/1.jpg", "images/0.jpg"]
+    content = document(images=images(names))
+    content["annotations"][2]["bbox"] = [80, 10, 50, 60]
+    records, report = read(folder, content)
+    assert [record.name for record in records] == names[:2]
+    assert labels(records) == [0, 2, 1] and report.repeated == 0
+    assert "1 images of train.json named twice or more, taken as one" in str(report)
+
+
+def test_a_list_of_results_is_no_data_set(folder):
+    results = [{"image_id": 0, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]
+    message = one_line(lambda: read(folder, json.dumps(results).encode()))
+    assert message.endswith("(ValueError: a list whose entries name no image)")
 
 
 def test_repeated_annotations_are_counted(folder, capsys):
