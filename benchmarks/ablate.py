@@ -121,8 +121,11 @@ def make_runs(
     ]
 
 
-def train_and_evaluate(run: Run, *, split: str, launch: Sequence[str]) -> None:
-    """Two processes of train.py; their output goes to OUTPUT/<setting>/seed<n>.log.
+def train_and_evaluate(
+    run: Run, *, split: str, launch: Sequence[str], boxes: Sequence[str] = ()
+) -> None:
+    """Two processes of train.py, and an evaluation for each flag of `boxes`; their output goes to
+    OUTPUT/<setting>/seed<n>.log.
 
     Raises:
         UserError: one of them failed; the line ends with its last one.
@@ -144,7 +147,8 @@ def train_and_evaluate(run: Run, *, split: str, launch: Sequence[str]) -> None:
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     }
     with log.open("a") as file:
-        for extra in ([], ["--mode=eval", f"--split={split}"]):
+        evaluate = ["--mode=eval", f"--split={split}"]
+        for extra in ([], evaluate, *([*evaluate, flag] for flag in boxes)):
             try:
                 done = subprocess.run(
                     [*command, *extra],
