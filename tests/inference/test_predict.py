@@ -90,6 +90,7 @@ def test_a_network_that_reports_less_is_named(image):
                 answer.logits, answer.boxes, {"memory": 1} if return_details else None
             )
 
-    with pytest.raises(UserError, match="name='other'.*features, reference_points") as error:
+    named = r"config\.model\.name='other'.*features, reference_points"
+    with pytest.raises(UserError, match=named) as error:
         introspect(Other(), image)
     assert "\n" not in str(error.value)
