@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.special import log_softmax
 
 from dsct_jax.boxes import non_max_suppression
 from dsct_jax.config import NMS_IOU
@@ -19,7 +18,7 @@ from dsct_jax.errors import UserError
 from dsct_jax.evaluation.measures import match_detections
 from dsct_jax.evaluation.results import SplitResults
 from dsct_jax.evaluation.selection import select_people
-from dsct_jax.postprocess import DEFAULT_THRESHOLD, Decoder
+from dsct_jax.postprocess import DEFAULT_THRESHOLD, Decoder, log_softmax
 
 FILE = "thresholds.json"
 NUM_BINS = 15  # of equal width, as usual for the expected calibration error (Guo et al. 2017)
@@ -113,7 +112,7 @@ def negative_log_likelihood(
     """Mean of -log p of what is true, in nats; multi-label: over the classes too."""
     if multi_label:
         return float(np.logaddexp(0, np.where(labels, -logits, logits)).mean())
-    return float(-log_softmax(logits, -1)[np.arange(len(labels)), labels.argmax(-1)].mean())
+    return float(-log_softmax(logits)[np.arange(len(labels)), labels.argmax(-1)].mean())
 
 
 def fit_temperature(

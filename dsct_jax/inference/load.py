@@ -47,7 +47,7 @@ class Model:
         """`functions`: None = built of `config` when something needs it that was not compiled."""
         self.config = to_builtins(config)
         self.decoder = decoder_of(self.config) if decoder is None else decoder
-        self.params, self.norm_stats = jax.tree.map(jnp.asarray, (params, norm_stats))
+        self.params, self.norm_stats = jax.device_put((dict(params), dict(norm_stats)))
         self.preprocessing = preprocessing_of(self.config)
         if functions is not None:
             self.functions = functions

@@ -128,7 +128,8 @@ def _predict_batch(
     filled = batch + batch[-1:] * (batch_size - len(batch))
     sizes = np.array([item.size for item in filled], np.int32)
     predictions = model(*to_model_input(np.stack([item.pixels for item in filled]), sizes))
-    logits, boxes = np.asarray(predictions.logits[-1]), np.asarray(predictions.boxes[-1])
+    # sliced here: on the device each slice is a program to compile
+    logits, boxes = np.asarray(predictions.logits)[-1], np.asarray(predictions.boxes)[-1]
     for i, item in enumerate(batch):
         size = item.image.height, item.image.width
         subjects = model.decoder(logits[i], boxes[i], size, selection=selection)
