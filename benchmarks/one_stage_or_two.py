@@ -62,7 +62,7 @@ def two_stage_row(name: str, config: Mapping[str, Any], *, largest_batch: int) -
 
 
 def steps_of(row: Row, config: Mapping[str, Any], arguments: Any) -> int:
-    """How many steps of a row fit into --minutes, by the time of one when the machine is quietest."""
+    """How many steps of a row fit into --minutes, by the shortest time that one took."""
     timing = {"train.steps": MEASURED_STEPS, "train.log_every": MEASURED_STEPS // 8}
     trial = Row(row.name, row.changes | timing, key=row.key)
     run = Run(trial, 0, row_config(config, trial, 0), arguments.output / "timing" / row.key)
