@@ -62,6 +62,7 @@ from dsct_jax.training.objective import OBJECTIVES
 from dsct_jax.training.optimizer import learning_rates
 from dsct_jax.training.step import TrainState, initial_state, make_eval_step, make_train_step
 from dsct_jax.visualization.drawing import contact_sheet, draw_shown
+from dsct_jax.weights.modalities import load_modalities
 from dsct_jax.weights.pretrained import load_pretrained
 from dsct_jax.weights.run_directory import load_weights, newest_step, parse_step, require_match
 
@@ -146,12 +147,16 @@ def train(run: RunConfig, workdir: Path, *, profile: tuple[int, int] | None = No
     # 1. continue: the newest checkpoint in the workdir that can be read, with everything in it;
     # 2. init_from: the weights of config.init_from; what that file does not have, as in 3;
     # 3. random, by config.seed.
-    values = network.init(run.seed)
+    # The networks of config.model.modalities always come from their own files.
+    params, norm_stats = network.init(run.seed)
+    frozen, modalities = load_modalities(run.model, seed=run.seed)
+    values = params, norm_stats | frozen
     if run.init_from and newest_step(workdir) is None:
         values = pretrained(run, network, values, workdir)
     train_step, state = build_step(run, network, values, mesh, total_steps=schedule.total)
     with contextlib.ExitStack() as stack:
-        checkpoints = open_checkpoints(run, workdir, steps_per_epoch=schedule.epoch)
+        about = {"steps_per_epoch": schedule.epoch, "modalities": modalities}
+        checkpoints = open_checkpoints(run, workdir, about)
         stack.enter_context(contextlib.closing(checkpoints))
         state, stored = checkpoints.restore_newest(state) or (state, {})
         step, progress = int(state.step), stored.get("progress", {})
@@ -249,14 +254,14 @@ def build_step(
     return step, state
 
 
-def open_checkpoints(run: RunConfig, workdir: Path, *, steps_per_epoch: int) -> Checkpoints:
+def open_checkpoints(run: RunConfig, workdir: Path, about: dict[str, Any]) -> Checkpoints:
     """The checkpoints of a run, each of which says how it came about."""
     metadata = {
         "config": run.to_dict(),
         "class_names": run.class_names,
         "seed": run.seed,
-        "steps_per_epoch": steps_per_epoch,
         "versions": versions(),
+        **about,
     }
     return Checkpoints(workdir, keep=run.train.keep_checkpoints, metadata=metadata)
 

@@ -50,7 +50,7 @@ def setting(
     """A field of a section: its default, its meaning and what `check_settings` asks of it.
 
     Args:
-        choices: the texts it may be.
+        choices: the texts it may be; of a list, each of them once.
         low, high, above, below: bounds of the number, or of each number of a list.
         finite: False lets a number be infinite.
         free: two networks that differ in nothing else compute the same from the same weights.
@@ -66,7 +66,9 @@ def check_settings(section: Any, name: str) -> None:
     for field in dataclasses.fields(section):
         value, rules = getattr(section, field.name), field.metadata
         if rules["choices"]:
-            wanted, fits = f"one of {', '.join(rules['choices'])}", value in rules["choices"]
+            wanted = f"one of {', '.join(rules['choices'])}"
+            given = value if isinstance(value, tuple) else (value,)
+            fits = set(given) <= set(rules["choices"]) and len(set(given)) == len(given)
         else:
             numbers = _numbers(value)
             bounds = {text: limit for text, limit in rules["bounds"].items() if limit is not None}

@@ -4,7 +4,6 @@ decoder reads. Networks of deformable attention read several levels, the others 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -28,11 +27,11 @@ from dsct_jax.model.layers import (
     REMAT,
     Conv,
     DropoutNoise,
-    InputProjection,
     LayerNorm,
     standard_normal,
     torch_uniform,
 )
+from dsct_jax.model.modalities import MODALITIES, Modality, level_projections, project_levels
 from dsct_jax.model.position import resize_mask, sine_position, valid_ratio
 
 
@@ -116,6 +115,26 @@ class PyramidConfig(TransformerConfig):
     feedforward_dim: int = setting(1024, "width inside a feed-forward block", low=1)
     num_points: int = setting(4, "p, sampling points per head and level", low=1)
     num_levels: int = setting(4, "l: C3, C4, C5 and stride-2 convolutions, from C5 on", low=3)
+    modalities: tuple[str, ...] = setting(
+        (), "frozen networks beside the backbone (Table 13)", choices=MODALITIES
+    )
+    modality_weights: tuple[str, ...] = setting(
+        (), "the published file of each modality; random = none, for tests", free=True
+    )
+    modality_fusion: str = setting(
+        "sum",
+        "sum: each level has a projection of its own, added to the backbone's; concat: one "
+        "projection of the channels of all",
+        choices=("sum", "concat"),
+    )
+    modality_scale: float = setting(
+        1.0, "of the added projections' norms at the start; 0 = as without modalities", low=0
+    )
+    modality_backbone: str = setting("resnet50", "of each modality", choices=BACKBONES)
+    modality_pyramid: bool = setting(True, "instance: its feature pyramid; False: C3, C4, C5")
+    modality_dtype: str = setting(
+        "float32", "what they compute in", choices=("float32", "bfloat16"), free=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,22 +315,50 @@ class Pyramid(SetNetwork):
         super().__init__(config, rngs=rngs)
         d, levels = config.hidden_dim, config.num_levels
         channels = BACKBONES[config.backbone].channels
-        widths = [*channels, channels[-1], *[d] * (levels - 4)]
-        make = partial(InputProjection, rngs=rngs)
-        self.input_proj = nnx.List([make(widths[i], d, strided=i >= 3) for i in range(levels)])
+        kind, pyramid = config.modality_backbone, config.modality_pyramid
+        self.modalities = nnx.Dict(
+            {name: Modality(name, kind, pyramid=pyramid, rngs=rngs) for name in config.modalities}
+        )
+        if self.modalities and config.modality_fusion == "concat":
+            beside = zip(
+                channels, *(one.channels for one in self.modalities.values()), strict=False
+            )
+            channels = tuple(sum(level) for level in beside)
+        self.input_proj = level_projections(channels, d, levels, rngs=rngs)
         self.level_embed = nnx.Param(standard_normal(rngs.params(), (levels, d)))
-        kind = (config.layer_shape, DeformableAttention)
-        self.encoder = Encoder(*kind, num_layers=config.num_encoder_layers, rngs=rngs)
+        layer = (config.layer_shape, DeformableAttention)
+        self.encoder = Encoder(*layer, num_layers=config.num_encoder_layers, rngs=rngs)
+        if self.modalities and config.modality_fusion == "sum":
+            scale = config.modality_scale
+            self.modality_proj = nnx.Dict(
+                {
+                    name: level_projections(one.channels, d, levels, scale=scale, rngs=rngs)
+                    for name, one in self.modalities.items()
+                }
+            )
 
     def project(self, features: Sequence[jax.Array]) -> list[Float[Array, "b _ _ d"]]:
         """C3, C4, C5 -> one map of hidden size per level; the levels beyond C5 are strided
         convolutions of C5, then of each other.
         """
-        levels = [project(x) for project, x in zip(self.input_proj, features, strict=False)]
-        source = features[-1]
-        for project in self.input_proj[len(features) :]:
-            source = project(source)
-            levels.append(source)
+        return project_levels(self.input_proj, features)
+
+    def features(self, images: Float[Array, "b h w 3"]) -> list[Float[Array, "b _ _ d"]]:
+        """Normalized images -> one map per level, with what the modalities add to it."""
+        config = self.config
+        images = images.astype(config.compute_dtype)
+        maps = self.backbone(images, remat=config.remat)
+        more = {
+            name: [x.astype(images.dtype) for x in one(images.astype(config.modality_dtype))]
+            for name, one in self.modalities.items()
+        }
+        if config.modality_fusion == "concat":
+            maps = [jnp.concatenate(x, -1) for x in zip(maps, *more.values(), strict=False)]
+        levels = self.project(maps)
+        if config.modality_fusion == "sum":
+            for name, seen in more.items():
+                added = project_levels(self.modality_proj[name], seen)
+                levels = [x + y for x, y in zip(levels, added, strict=True)]
         return levels
 
     def look(self, memory: Memory) -> MemoryLook:

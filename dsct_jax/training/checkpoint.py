@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from dsct_jax.errors import UserError
 from dsct_jax.training.step import TrainState
+from dsct_jax.weights.modalities import require_same_modalities, without_modalities
 from dsct_jax.weights.packing import pack
 from dsct_jax.weights.run_directory import (
     DIRECTORY,
@@ -51,7 +52,8 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 def _parts(state: TrainState) -> dict[str, dict[str, Any]]:
     """The arrays of both parts of a checkpoint, by name."""
-    model = {"params": state.params | state.frozen_params, "frozen": state.norm_stats}
+    norm_stats = without_modalities(state.norm_stats)
+    model = {"params": state.params | state.frozen_params, "frozen": norm_stats}
     training = {name: getattr(state, name) for name in TRAINING_FIELDS}
     return {"model": _by_name(model), "training": _by_name(training)}
 
@@ -177,7 +179,9 @@ class Checkpoints:
         step = self.latest_step() if step is None else step
         path, values = self._path(step or 0), dict[str, jax.Array]()
         with damage_reported(path):
-            require_same_model(read_metadata(path)["config"], self._metadata["config"], str(path))
+            metadata, mine = read_metadata(path), self._metadata
+            require_same_model(metadata["config"], mine["config"], str(path))
+            require_same_modalities(metadata.get("modalities", {}), mine.get("modalities", {}))
             layout = read_layout(path)
             for part, wanted in _parts(state).items():
                 found = read_arrays(path / part, layout[part], like=wanted)
@@ -192,7 +196,7 @@ class Checkpoints:
             state,
             params=fill(state.params, "params"),
             frozen_params=fill(state.frozen_params, "params"),
-            norm_stats=fill(state.norm_stats, "frozen"),
+            norm_stats=state.norm_stats | fill(without_modalities(state.norm_stats), "frozen"),
             **{name: fill(getattr(state, name), name) for name in TRAINING_FIELDS},
         )
 

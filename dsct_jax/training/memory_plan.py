@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dsct_jax.batch import Batch, Targets
 from dsct_jax.crops import CropConfig
+from dsct_jax.model.modalities import PREFIX
 from dsct_jax.parallel import BATCH
 from dsct_jax.training.halves import shapes_from_host
 from dsct_jax.training.step import TrainState, TrainStep
@@ -26,7 +27,7 @@ class ModulePlan(NamedTuple):
 
     name: str
     trained: int
-    frozen: int  # by the optimizer's rules; statistics of frozen norms are not counted
+    frozen: int  # by the optimizer's rules, and modalities; not the statistics of frozen norms
 
 
 class ProgramPlan(NamedTuple):
@@ -129,10 +130,11 @@ def format_plan(plan: Plan) -> str:
 
 def _modules(state: TrainState) -> tuple[ModulePlan, ...]:
     counts: dict[str, list[int]] = {}
-    for column, values in enumerate((state.params, state.frozen_params)):
+    modalities = {k: v for k, v in state.norm_stats.items() if k.startswith(PREFIX)}
+    for column, values in enumerate((state.params, state.frozen_params | modalities)):
         for path, value in values.items():
             parts = path.split("/")
-            name = "/".join(parts[:2]) if parts[0] == "backbone" else parts[0]
+            name = "/".join(parts[:2]) if parts[0] in ("backbone", "modalities") else parts[0]
             counts.setdefault(name, [0, 0])[column] += value.size
     return tuple(ModulePlan(name, *numbers) for name, numbers in sorted(counts.items()))
 

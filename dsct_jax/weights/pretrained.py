@@ -19,6 +19,7 @@ from dsct_jax.config import differences
 from dsct_jax.errors import UserError
 from dsct_jax.model.build import Network
 from dsct_jax.weights.layouts import LAYOUTS, detect_layout, layout_of
+from dsct_jax.weights.modalities import without_modalities
 from dsct_jax.weights.native import is_native, read_native
 from dsct_jax.weights.rules import (
     TensorLayout,
@@ -58,7 +59,9 @@ def load_pretrained(
     Raises:
         UserError: the file cannot be read, is of no known kind, or (strict) does not fit.
     """
-    path, shapes = Path(path), network.param_shapes | network.norm_stats_shapes
+    # the frozen networks have files of their own
+    shapes = network.param_shapes | without_modalities(network.norm_stats_shapes)
+    path = Path(path)
     if is_native(path):
         found, lines = _from_native(path, network, shapes, tuple(class_names), multi_label)
     else:
@@ -136,7 +139,8 @@ def _from_native(
     path: Path, network: Network, shapes: Shapes, class_names: tuple[str, ...], multi_label: bool
 ) -> tuple[Translation, list[str]]:
     params, norm_stats, stored, *_ = read_native(path)
-    arrays = {name: np.asarray(value) for name, value in {**params, **norm_stats}.items()}
+    values = {**params, **without_modalities(norm_stats)}
+    arrays = {name: np.asarray(value) for name, value in values.items()}
     lines = [f"{path}: a model of ours, {len(arrays)} arrays"]
     wanted, left_out = shapes, []
     if (stored.get("class_names"), stored.get("multi_label")) != (class_names, multi_label):

@@ -82,7 +82,20 @@ def _weights_of(workdir: Path, step: int, *, ema: bool) -> Weights:
     for name, leaf in (values | averages).items():
         part, rest = name.split(".", 1)
         parts[part][rest.replace(".", "/")] = leaf
-    return Weights(parts["params"] | parts["ema"], parts["frozen"], metadata, step)
+    frozen = parts["frozen"] | _modalities(metadata)
+    return Weights(parts["params"] | parts["ema"], frozen, metadata, step)
+
+
+def _modalities(metadata: Mapping[str, Any]) -> FlatParams:
+    """The frozen networks that a checkpoint names by file."""
+    stored = metadata.get("modalities")
+    if not stored:
+        return {}
+    from dsct_jax.model.build import network_config  # flax, which not every reader needs
+    from dsct_jax.weights.modalities import load_modalities
+
+    config = network_config(metadata["config"]["model"], len(metadata["class_names"]))
+    return load_modalities(config, seed=metadata["seed"], stored=stored)[0]
 
 
 def complete_steps(workdir: Path) -> list[int]:

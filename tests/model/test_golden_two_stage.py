@@ -53,6 +53,7 @@ def recipe(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 def weights_of(arrays: dict[str, np.ndarray], names: str, shapes: str) -> dict[str, np.ndarray]:
     seed = int(arrays["weight_seed"])
     pairs = zip(arrays[names].tolist(), arrays[shapes].tolist(), strict=True)
+    pairs = [(name, text) for name, text in pairs if text != "scalar"]  # counted batches
     sizes = {name: tuple(map(int, text.split("x"))) for name, text in pairs}
     return {name: recipe(name, shape, seed) for name, shape in sizes.items()}
 
