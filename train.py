@@ -148,27 +148,20 @@ def train(run: RunConfig, workdir: Path, *, profile: tuple[int, int] | None = No
     # 2. init_from: the weights of config.init_from; what that file does not have, as in 3;
     # 3. random, by config.seed.
     # The networks of config.model.modalities always come from their own files.
-    params, norm_stats = network.init(run.seed)
-    frozen, modalities = load_modalities(run.model, seed=run.seed)
-    values = params, norm_stats | frozen
+    values, modalities = network.init(run.seed), load_modalities(run.model, seed=run.seed)
     if run.init_from and newest_step(workdir) is None:
         values = pretrained(run, network, values, workdir)
+    values = values[0], values[1] | modalities.values
     train_step, state = build_step(run, network, values, mesh, total_steps=schedule.total)
     with contextlib.ExitStack() as stack:
-        about = {"steps_per_epoch": schedule.epoch, "modalities": modalities}
-        checkpoints = open_checkpoints(run, workdir, about)
+        checkpoints = open_checkpoints(run, workdir, schedule.epoch, modalities.files)
         stack.enter_context(contextlib.closing(checkpoints))
         state, stored = checkpoints.restore_newest(state) or (state, {})
         step, progress = int(state.step), stored.get("progress", {})
 
         owed = progress.get("validation_owed", False)
-        logbook = Logbook(
-            workdir,
-            run.to_dict(),
-            start_step=step,
-            total_steps=schedule.total,
-            validation_owed=owed,
-        )
+        steps = {"start_step": step, "total_steps": schedule.total}
+        logbook = Logbook(workdir, run.to_dict(), **steps, validation_owed=owed)
         stack.enter_context(logbook)
         size = sum(value.size for value in state.params.values())
         what = f"{run.name}: {train_data.num_examples} {'people' if run.crops else 'images'}, "
@@ -254,14 +247,17 @@ def build_step(
     return step, state
 
 
-def open_checkpoints(run: RunConfig, workdir: Path, about: dict[str, Any]) -> Checkpoints:
+def open_checkpoints(
+    run: RunConfig, workdir: Path, steps_per_epoch: int, modalities: Mapping[str, Any]
+) -> Checkpoints:
     """The checkpoints of a run, each of which says how it came about."""
     metadata = {
         "config": run.to_dict(),
         "class_names": run.class_names,
         "seed": run.seed,
+        "steps_per_epoch": steps_per_epoch,
         "versions": versions(),
-        **about,
+        "modalities": modalities,
     }
     return Checkpoints(workdir, keep=run.train.keep_checkpoints, metadata=metadata)
 

@@ -5,7 +5,7 @@ checkpoint names these by path and SHA-256 instead of holding a copy.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,11 +62,18 @@ def without_modalities(norm_stats: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in norm_stats.items() if not name.startswith(PREFIX)}
 
 
+class Modalities(NamedTuple):
+    """The frozen values of a network."""
+
+    values: FlatParams
+    files: dict[str, dict[str, str]]  # what a checkpoint says of them: file and SHA-256 of each
+
+
 def load_modalities(
     config: Any, *, seed: int, stored: Mapping[str, Any] | None = None
-) -> tuple[FlatParams, dict[str, Any]]:
-    """The frozen values of a network's configuration, and what a checkpoint says of them: the file
-    and SHA-256 of each. `stored`: what it said; the files are those, and unchanged.
+) -> Modalities:
+    """Those of a network's configuration. `stored`: what a checkpoint said; the files are those,
+    and unchanged.
 
     Raises:
         UserError: a modality without a file, or a file that is missing, changed, or does not fit.
@@ -79,7 +86,7 @@ def load_modalities(
         each = f"a file for each of {', '.join(names)}"
         raise UserError(f"{field} names {len(files)} files: name {each} ('{RANDOM}' for tests)")
     values: FlatParams = {}
-    about: dict[str, Any] = {}
+    about: dict[str, dict[str, str]] = {}
     network = Network(config) if names else None
     for name, file in zip(names, files, strict=True):
         assert network is not None
@@ -96,7 +103,7 @@ def load_modalities(
         about[name] = {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         values |= _read(path, name, shapes)
     require_same_modalities(about if stored is None else stored, about)
-    return values, about
+    return Modalities(values, about)
 
 
 def require_same_modalities(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -95,7 +95,7 @@ def _modalities(metadata: Mapping[str, Any]) -> FlatParams:
     from dsct_jax.weights.modalities import load_modalities
 
     config = network_config(metadata["config"]["model"], len(metadata["class_names"]))
-    return load_modalities(config, seed=metadata["seed"], stored=stored)[0]
+    return load_modalities(config, seed=metadata["seed"], stored=stored).values
 
 
 def complete_steps(workdir: Path) -> list[int]:

@@ -118,4 +118,7 @@ def test_unknown_names_and_fields_of_another_network(registered):
 def test_a_section_without_a_name_is_from_before_the_registry():
     old = network_config({"hidden_dim": 64}, 7)
     assert to_builtins(old) == defaults(NETWORKS["dsct"].config) | {"hidden_dim": 64}
-    assert set(free_fields(type(old))) == {"compute_dtype", "remat", "dropout"}
+    assert set(free_fields(type(old))) == {
+        *("compute_dtype", "remat", "dropout"),
+        *("modality_weights", "modality_dtype"),
+    }
