@@ -2,6 +2,7 @@
 measured.
 """
 
+import copy
 import json
 import shlex
 import sys
@@ -19,6 +20,7 @@ from dsct_jax.cli import run_command
 from dsct_jax.config import to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.results import ImageResult, ResultsInfo, stack_results
+from dsct_jax.model.modalities import MODALITIES
 from dsct_jax.postprocess import Decoder
 from train import RunConfig
 
@@ -78,11 +80,17 @@ def command(tmp_path, monkeypatch):
 @pytest.mark.parametrize("configuration", [demo, emotic_r50, caer_s_r50])
 def test_every_row_is_a_configuration_that_the_model_accepts(name, configuration):
     config = to_builtins(configuration.get_config())
+    if name == "13":  # it compares what is named
+        with pytest.raises(UserError, match="--table=13: needs"):
+            paper_table(name, config)
+        files = ("a/scene.pth", "b/semantic.pth", "c/instance.pth")
+        config["model"] |= {"modalities": MODALITIES, "modality_weights": files}
+    before = copy.deepcopy(config)
     table = paper_table(name, config)
     assert len({row.key for row in table.rows}) == len(table.rows)
     for run in ablate.make_runs(table, config, seeds=(0,), output=Path("out")):
         RunConfig.from_mapping(run.config)
-        assert to_builtins(configuration.get_config()) == config  # the rows change copies
+        assert "/" not in run.row.key and before == config  # the rows change copies
 
 
 def test_the_rows_of_the_papers_size_are_the_papers():
