@@ -26,10 +26,15 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels import pallas_gpu, reference, xla
+from pallas_kernels import grid_sample, pallas_gpu, reference, xla
 from pallas_kernels.reference import SpatialShapes
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla, "pallas_gpu": pallas_gpu}
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "xla": xla,
+    "grid_sample": grid_sample,
+    "pallas_gpu": pallas_gpu,
+}
 
 _log = logging.getLogger(__name__)
 _logged: set[str] = set()
@@ -45,7 +50,7 @@ def chosen_implementation(value: Any, offsets: Any, implementation: str | None =
     if implementation not in (None, *IMPLEMENTATIONS):
         names = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation must be one of {names} or None, got {implementation!r}")
-    if implementation in ("reference", "xla"):
+    if implementation in ("reference", "xla", "grid_sample"):
         return implementation
     reason = pallas_gpu.unsupported_reason(value, offsets, platform=_platform())
     if implementation == "pallas_gpu" and reason:

@@ -61,10 +61,21 @@ def deformable_attention_from_offsets(
 ) -> Float[Array, "b q n*d"]:
     """The same at reference_points + offsets / (width, height), with weights softmax(logits)."""
     dtype = jnp.promote_types(value.dtype, jnp.float32)
+    where = samples(spatial_shapes, reference_points, offsets, logits, dtype)
+    return deformable_attention(value, spatial_shapes, *where)
+
+
+def samples(
+    spatial_shapes: SpatialShapes,
+    reference_points: Float[Array, "b q l 2"],
+    offsets: Float[Array, "b q n l p 2"],
+    logits: Float[Array, "b q n l p"],
+    dtype: Any,
+) -> tuple[Float[Array, "b q n l p 2"], Float[Array, "b q n l p"]]:
+    """Their locations and weights."""
     shifts = no_fma(offsets.astype(dtype) / level_sizes(spatial_shapes, dtype)[:, None])
     locations = reference_points.astype(dtype)[:, :, None, :, None] + shifts
-    weights = jax.nn.softmax(logits.astype(dtype), axis=(-2, -1))
-    return deformable_attention(value, spatial_shapes, locations, weights)
+    return locations, jax.nn.softmax(logits.astype(dtype), axis=(-2, -1))
 
 
 def level_sizes(spatial_shapes: SpatialShapes, dtype) -> Float[Array, "l 2"]:
