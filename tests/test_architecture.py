@@ -83,7 +83,7 @@ class Extras:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Extras())
 from dsct_jax import errors
-blocked = {*errors.EXTRAS, "cv2", "flatbuffers", "jax2onnx", "onnx", "torch", "data", "configs"}
+blocked = {*errors.EXTRAS, "cv2", "flatbuffers", "onnx", "torch", "data", "configs"}
 import dsct_jax
 dsct_jax.load, dsct_jax.predict
 from dsct_jax.__main__ import main

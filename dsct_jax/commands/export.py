@@ -31,18 +31,17 @@ WEIGHTS = "weights.npz"
 PLATFORMS = ("cpu", "cuda", "tpu")
 # of a logit or a box coordinate, between what was written and the checkpoint, float32
 TOLERANCE = 1e-4
+_CHECKED_IMAGES = 2
 _TIMED_CALLS = 5
 
 Answer = tuple[np.ndarray, np.ndarray]  # logits [b q k+1], boxes [b q 4] of the last decoder layer
 Run = Callable[[np.ndarray, np.ndarray], Answer]
 
 
-def export(
-    model: Model, output: Path, *, format: str, sizes: Sequence[Size] = (), batch_size: int = 1
-) -> list[str]:
+def export(model: Model, output: Path, *, format: str, sizes: Sequence[Size] = ()) -> list[str]:
     """Writes `model` into the directory `output` in one of FORMATS, reads it again, compares;
     returns the lines of the report. For stablehlo and onnx one file is written per canvas of
-    `sizes` (empty = the model's own); `batch_size` is for onnx only.
+    `sizes` (empty = the model's own).
 
     Raises:
         UserError: the format cannot express this model or is unknown, or what was written does not
@@ -59,13 +58,13 @@ def export(
         if format == "stablehlo":
             for size, path in write_stablehlo(model, directory, sizes, notes).items():
                 run = _stablehlo_run(path, directory / WEIGHTS)
-                report.append(_checked(model, run, size, batch_size=2))
+                report.append(_checked(model, run, size))
         elif format == "onnx":
             for size in sizes:
                 path, texts = directory / "model_{}x{}.onnx".format(*size), _texts(notes)
-                onnx_export.write_onnx(model, path, size, batch_size=batch_size, notes=texts)
+                onnx_export.write_onnx(model, path, size, notes=texts)
                 run = onnx_export.onnx_session(path)
-                report.append(_checked(model, run, size, batch_size=batch_size))
+                report.append(_checked(model, run, size))
         else:
             path = directory / ("model.safetensors" if format == "safetensors" else "model.pth")
             if format == "safetensors":
@@ -208,14 +207,14 @@ def _differs(by: str) -> UserError:
     return UserError(f"what was written differs from the checkpoint by {by}; nothing was kept")
 
 
-def _checked(model: Model, run: Run, size: Size, *, batch_size: int) -> str:
+def _checked(model: Model, run: Run, size: Size) -> str:
     """Compares `run` with the live model on padded noise (UserError) and times both."""
 
     def live(images: np.ndarray, mask: np.ndarray) -> Answer:
         predictions = model(images, mask)
         return np.asarray(predictions.logits[-1]), np.asarray(predictions.boxes[-1])
 
-    images, mask = _noise(model, size, batch_size)
+    images, mask = _noise(model, size, _CHECKED_IMAGES)
     pairs = zip(run(images, mask), live(images, mask), strict=True)
     logits, boxes = (float(np.abs(a - b).max()) for a, b in pairs)
     where = f"{size[0]}x{size[1]}"
@@ -230,7 +229,7 @@ def _checked(model: Model, run: Run, size: Size, *, batch_size: int) -> str:
     speed = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in best.items())
     return (
         f"{where}: largest difference to the checkpoint: logits {logits:.2g}, boxes {boxes:.2g}; "
-        f"batch of {batch_size} on {jax.default_backend()}: {speed}"
+        f"batch of {_CHECKED_IMAGES} on {jax.default_backend()}: {speed}"
     )
 
 
@@ -249,7 +248,5 @@ def _noise(model: Model, size: Size, batch_size: int) -> tuple[np.ndarray, np.nd
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size={arguments.batch_size} must be at least 1")
-    options = {name: getattr(arguments, name) for name in ("format", "sizes", "batch_size")}
+    options = {name: getattr(arguments, name) for name in ("format", "sizes")}
     print("\n".join(export(load_model(arguments), arguments.output, **options)))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax import export
 
 from dsct_jax.commands.onnx_graph import OPSET, Graph, Tensor
 from dsct_jax.commands.onnx_operations import translate
@@ -16,12 +17,10 @@ OUTPUTS = ("logits", "boxes")
 _INSTALL = "pip install 'dsct-jax[onnx]' (docs/weights.md)"
 
 
-def write_onnx(
-    model: Model, path: Path, size: Size, *, batch_size: int | None, notes: dict[str, str]
-) -> None:
-    """Writes the network for float32 images [batch_size height width 3] (None: any number) and
-    their padding, with `notes` as metadata. Raises UserError when onnx is not installed, or the
-    network uses what cannot be written.
+def write_onnx(model: Model, path: Path, size: Size, *, notes: dict[str, str]) -> None:
+    """Writes the network for any number of float32 images [batch height width 3] and their padding,
+    with `notes` as metadata. Raises UserError when onnx is not installed, or the network uses what
+    cannot be written.
     """
     try:
         import onnx
@@ -34,16 +33,14 @@ def write_onnx(
         return predictions.logits[-1], predictions.boxes[-1]
 
     graph = Graph(onnx)
-    if batch_size is None:
-        (graph.symbol,) = jax.export.symbolic_shape("batch")
-    named = model.functions.input_specs(graph.symbol or batch_size, size)
+    (graph.symbol,) = export.symbolic_shape("batch")
+    named = model.functions.input_specs(graph.symbol, size)
     program = jax.make_jaxpr(forward)(*named.values())
     inputs = [
         Tensor(spec.shape, np.dtype(spec.dtype), spec.shape, name) for name, spec in named.items()
     ]
-    if batch_size is None:
-        sizes = graph.node("Shape", inputs[0].name)
-        graph.batch = graph.node("Slice", sizes, graph.axes([0]), graph.axes([1]))
+    sizes = graph.node("Shape", inputs[0].name)
+    graph.batch = graph.node("Slice", sizes, graph.axes([0]), graph.axes([1]))
     results = translate(graph, program.jaxpr, program.consts, inputs)
     for name, result in zip(OUTPUTS, results, strict=True):
         graph.nodes.append(onnx.helper.make_node("Identity", [graph.whole(result)], [name]))
@@ -54,7 +51,8 @@ def write_onnx(
 
     given = [about(tensor.name, tensor) for tensor in inputs]
     made = [about(name, result) for name, result in zip(OUTPUTS, results, strict=True)]
-    body = onnx.helper.make_graph(graph.nodes, "dsct", given, made, graph.initializers)
+    nodes, constants = graph.used(OUTPUTS)
+    body = onnx.helper.make_graph(nodes, "dsct", given, made, constants)
     opset = [onnx.helper.make_opsetid("", OPSET)]
     written = onnx.helper.make_model(body, opset_imports=opset, ir_version=9)
     onnx.helper.set_model_props(written, dict(sorted(notes.items())))

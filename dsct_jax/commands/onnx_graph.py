@@ -1,11 +1,11 @@
 """An ONNX graph as it is written: nodes, constants (equal ones once) and tensors.
 
 Broadcasts stay pending, as stored dimensions of 1, until an operation needs them written out: ONNX
-broadcasts elementwise operations itself. The batch may be symbolic, as jax.export traces it.
+broadcasts elementwise operations itself. The batch is symbolic, as jax.export traces it.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,16 @@ Shape = tuple[Any, ...]
 
 class Unsupported(UserError):
     """A primitive that has no translation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """One of an NHWC map, with what its result is multiplied by and what is added to it."""
+
+    x: str  # NCHW
+    kernel: np.ndarray  # (out, in, height, width)
+    bias: np.ndarray  # (out)
+    attributes: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +54,12 @@ class Graph:
         self.nodes: list[Any] = []
         self.constants: dict[tuple[Any, ...], str] = {}
         self.initializers: list[Any] = []
-        self.symbol: Any = None  # the batch size where it is symbolic, and its name in the graph
+        self.symbol: Any = None  # the batch size in shapes, and its name in the graph
         self.batch = ""
+        self.convolutions: dict[str, Convolution] = {}  # by the name of their result
+        self.maps: dict[str, Tensor] = {}  # by the name of the same as a matrix, pixels by channels
 
-    def elem_type(self, dtype: np.dtype) -> int:
+    def elem_type(self, dtype: Any) -> int:
         """ONNX's number of a type."""
         return self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
@@ -65,6 +77,23 @@ class Graph:
         names = [f"{kind.lower()}_{len(self.nodes)}_{i}" for i in range(outputs)]
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, names, **attributes))
         return names[0] if outputs == 1 else names
+
+    def convolve(self, what: Convolution) -> str:
+        """Name of its result, an NHWC map."""
+        constants = map(self.store, (what.kernel, what.bias))
+        node = self.node("Conv", what.x, *constants, **what.attributes)
+        name = self.node("Transpose", node, perm=[0, 2, 3, 1])
+        self.convolutions[name] = what
+        return name
+
+    def used(self, outputs: Sequence[str]) -> tuple[list[Any], list[Any]]:
+        """The nodes and constants that the outputs need."""
+        wanted, nodes = set(outputs), []
+        for node in reversed(self.nodes):
+            if wanted & set(node.output):
+                nodes.append(node)
+                wanted |= set(node.input)
+        return nodes[::-1], [one for one in self.initializers if one.name in wanted]
 
     def ref(self, tensor: Tensor) -> str:
         """Its name, with broadcasts still pending."""
@@ -96,6 +125,26 @@ class Graph:
             raise Unsupported(f"--format=onnx: cannot reshape to {shape}: two unknown dimensions")
         return self.node("Reshape", name, self.store(np.array(wanted, np.int64)))
 
-    def axes(self, values: Sequence[int]) -> str:
+    def axes(self, values: Sequence[Any]) -> str:
         """A constant vector."""
         return self.store(np.array(values, np.int64))
+
+
+# (graph, arguments, the equation's parameters, abstract results) -> results
+Emit = Callable[[Graph, list[Tensor], Any, list[Any]], list[Tensor]]
+EMIT: dict[str, Emit] = {}  # by the name of JAX's primitive
+
+
+def emits(*names: str) -> Callable[[Emit], Emit]:
+    """Registers what writes the operations for these primitives."""
+
+    def register(function: Emit) -> Emit:
+        EMIT.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def result(name: str, aval: Any, stored: Shape | None = None) -> Tensor:
+    """The tensor of that name and abstract value."""
+    return Tensor(aval.shape, np.dtype(aval.dtype), aval.shape if stored is None else stored, name)

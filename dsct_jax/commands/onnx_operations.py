@@ -2,16 +2,24 @@
 depends on no input is computed here, and becomes a constant.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-from jax.lax import GatherScatterMode
 
-from dsct_jax.commands.onnx_graph import Graph, Shape, Tensor, Unsupported, is_static
+from dsct_jax.commands.onnx_graph import (
+    EMIT,
+    Graph,
+    Shape,
+    Tensor,
+    Unsupported,
+    emits,
+    is_static,
+    result,
+)
+from dsct_jax.commands.onnx_maps import in_convolution
 
 _CALLS = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
 _SAME = ("stop_gradient", "name", "copy", "optimization_barrier")
@@ -28,10 +36,6 @@ _REDUCTIONS = {
 }  # fmt: skip
 _LAST = np.iinfo(np.int64).max
 
-# (graph, arguments, the equation's parameters, abstract results) -> results
-Emit = Callable[[Graph, list[Tensor], Any, list[Any]], list[Tensor]]
-_EMIT: dict[str, Emit] = {}
-
 
 def translate(
     graph: Graph, program: Jaxpr, constants: Sequence[Any], inputs: Sequence[Tensor]
@@ -42,7 +46,8 @@ def translate(
 
     def read(atom: Any) -> Tensor:
         if isinstance(atom, Literal):
-            return _constant(np.asarray(atom.val, atom.aval.dtype))
+            aval: Any = atom.aval
+            return _constant(np.asarray(atom.val, aval.dtype))
         return values[atom]
 
     for equation in program.eqns:
@@ -65,27 +70,15 @@ def _translate_one(graph: Graph, equation: Any, arguments: list[Tensor]) -> list
     if known and all(is_static(aval.shape) for aval in avals) and name != "broadcast_in_dim":
         found = equation.primitive.bind(*(jnp.asarray(x.constant) for x in arguments), **parameters)
         return [_constant(x) for x in (found if equation.primitive.multiple_results else [found])]
-    emit = _EMIT.get("grid_sample" if name in _CALLS else name)
+    emit = EMIT.get("grid_sample" if name in _CALLS else name)
     if emit is None:
         raise Unsupported(f"--format=onnx: this network uses {name}, which has no translation")
     return emit(graph, arguments, parameters, avals)
 
 
-def _emits(*names: str) -> Callable[[Emit], Emit]:
-    def register(function: Emit) -> Emit:
-        _EMIT.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
 def _constant(value: Any) -> Tensor:
     array = np.asarray(value)
     return Tensor(array.shape, array.dtype, array.shape, constant=array)
-
-
-def _result(name: str, aval: Any, stored: Shape | None = None) -> Tensor:
-    return Tensor(aval.shape, np.dtype(aval.dtype), aval.shape if stored is None else stored, name)
 
 
 def _together(tensors: Sequence[Tensor], aval: Any) -> Shape:
@@ -97,17 +90,22 @@ def _together(tensors: Sequence[Tensor], aval: Any) -> Shape:
 
 
 def _elementwise(name: str, kind: str) -> None:
-    @_emits(name)
+    @emits(name)
     def emit(graph, inputs, parameters, avals):
+        if inside := in_convolution(graph, name, inputs):
+            return [result(inside, avals[0])]
+        if name == "max" and inputs[1].constant is not None and not inputs[1].constant.any():
+            relu = graph.node("Relu", graph.ref(inputs[0]))
+            return [result(relu, avals[0], inputs[0].stored)]
         node = graph.node(kind, *map(graph.ref, inputs))
-        return [_result(node, avals[0], _together(inputs, avals[0]))]
+        return [result(node, avals[0], _together(inputs, avals[0]))]
 
 
 for _name, _kind in _ELEMENTWISE.items():
     _elementwise(_name, _kind)
 
 
-@_emits("ne", "rsqrt", "square", "integer_pow", "is_finite", "select_n", "clamp")
+@emits("ne", "rsqrt", "square", "integer_pow", "is_finite", "select_n", "clamp")
 def _composed(graph, inputs, parameters, avals):
     """Elementwise operations that ONNX has in other words."""
     names, (aval,) = list(map(graph.ref, inputs)), avals
@@ -127,18 +125,18 @@ def _composed(graph, inputs, parameters, avals):
         node = graph.node("Where", names[0], names[2], names[1])
     else:  # clamp: lowest, what, highest
         node = graph.node("Min", graph.node("Max", names[0], names[1]), names[2])
-    return [_result(node, aval, _together(inputs, aval))]
+    return [result(node, aval, _together(inputs, aval))]
 
 
-@_emits("convert_element_type")
+@emits("convert_element_type")
 def _cast(graph, inputs, parameters, avals):
     if inputs[0].dtype == avals[0].dtype:
         return inputs
     node = graph.node("Cast", graph.ref(inputs[0]), to=graph.elem_type(avals[0].dtype))
-    return [_result(node, avals[0], inputs[0].stored)]
+    return [result(node, avals[0], inputs[0].stored)]
 
 
-@_emits("broadcast_in_dim")
+@emits("broadcast_in_dim")
 def _broadcast(graph, inputs, parameters, avals):
     (x,), (aval,) = inputs, avals
     stored: list[Any] = [1] * len(aval.shape)
@@ -149,46 +147,54 @@ def _broadcast(graph, inputs, parameters, avals):
         array = x.constant.reshape(shape)
         return [Tensor(aval.shape, x.dtype, shape, constant=array)]
     name = graph.ref(x) if shape == x.stored else graph.reshape(graph.ref(x), shape)
-    return [_result(name, aval, shape)]
+    return [result(name, aval, shape)]
 
 
-@_emits("reshape", "squeeze")
+@emits("reshape", "squeeze")
 def _reshape(graph, inputs, parameters, avals):
-    return [_result(graph.reshape(graph.whole(inputs[0]), avals[0].shape), avals[0])]
+    (x,), shape = inputs, avals[0].shape
+    if x.name in graph.maps and graph.maps[x.name].shape == shape:
+        return [graph.maps[x.name]]
+    if len(x.shape) == 4 and len(shape) == 2 and shape[1] == x.shape[3] and x.stored == x.shape:
+        matrix = result(graph.reshape(graph.ref(x), shape), avals[0])
+        graph.maps[matrix.name] = x
+        return [matrix]
+    return [result(graph.reshape(graph.whole(inputs[0]), avals[0].shape), avals[0])]
 
 
-@_emits("transpose")
+@emits("transpose")
 def _transpose(graph, inputs, parameters, avals):
     order = list(map(int, parameters["permutation"]))
     node = graph.node("Transpose", graph.ref(inputs[0]), perm=order)
-    return [_result(node, avals[0], tuple(inputs[0].stored[i] for i in order))]
+    return [result(node, avals[0], tuple(inputs[0].stored[i] for i in order))]
 
 
-@_emits("concatenate", "stack")
+@emits("concatenate", "stack")
 def _join(graph, inputs, parameters, avals):
-    axis, names = parameters.get("dimension", parameters.get("axis")), map(graph.whole, inputs)
+    axis = parameters.get("dimension", parameters.get("axis"))
+    names = [graph.whole(one) for one in inputs]
     if "axis" in parameters:
-        names = (graph.node("Unsqueeze", name, graph.axes([axis])) for name in names)
-    return [_result(graph.node("Concat", *names, axis=int(axis)), avals[0])]
+        names = [graph.node("Unsqueeze", name, graph.axes([axis])) for name in names]
+    return [result(graph.node("Concat", *names, axis=int(axis)), avals[0])]
 
 
-@_emits("split")
+@emits("split")
 def _split(graph, inputs, parameters, avals):
     sizes, axis = graph.axes(parameters["sizes"]), int(parameters["axis"])
     names = graph.node("Split", graph.whole(inputs[0]), sizes, outputs=len(avals), axis=axis)
     names = [names] if len(avals) == 1 else names
-    return [_result(name, aval) for name, aval in zip(names, avals, strict=True)]
+    return [result(name, aval) for name, aval in zip(names, avals, strict=True)]
 
 
-@_emits("tile")
+@emits("tile")
 def _tile(graph, inputs, parameters, avals):
     if set(parameters["reps"]) == {1}:
         return inputs
     node = graph.node("Tile", graph.whole(inputs[0]), graph.axes(parameters["reps"]))
-    return [_result(node, avals[0])]
+    return [result(node, avals[0])]
 
 
-@_emits("slice")
+@emits("slice")
 def _slice(graph, inputs, parameters, avals):
     (x,) = inputs
     starts, ends = parameters["start_indices"], parameters["limit_indices"]
@@ -200,19 +206,19 @@ def _slice(graph, inputs, parameters, avals):
     ]
     limits = [ends[i] if is_static((ends[i],)) else _LAST for i in cut]
     bounds = ([starts[i] for i in cut], limits, cut, [steps[i] for i in cut])
-    return [_result(graph.node("Slice", graph.whole(x), *map(graph.axes, bounds)), avals[0])]
+    return [result(graph.node("Slice", graph.whole(x), *map(graph.axes, bounds)), avals[0])]
 
 
-@_emits("pad")
+@emits("pad")
 def _pad(graph, inputs, parameters, avals):
     low, high, inner = zip(*parameters["padding_config"], strict=True)
     if any(inner) or min((*low, *high)) < 0:
         raise Unsupported("--format=onnx: padding between elements, or of fewer than 0")
     x, value = map(graph.whole, inputs)
-    return [_result(graph.node("Pad", x, graph.axes([*low, *high]), value), avals[0])]
+    return [result(graph.node("Pad", x, graph.axes([*low, *high]), value), avals[0])]
 
 
-@_emits("iota")
+@emits("iota")
 def _iota(graph, inputs, parameters, avals):
     (aval,), place = avals, parameters["dimension"]
     shape = [1] * len(aval.shape)
@@ -221,15 +227,15 @@ def _iota(graph, inputs, parameters, avals):
     return [Tensor(aval.shape, array.dtype, tuple(shape), constant=array)]
 
 
-@_emits("cumsum")
+@emits("cumsum")
 def _cumsum(graph, inputs, parameters, avals):
     axis = graph.store(np.array(parameters["axis"], np.int64))
     node = graph.node("CumSum", graph.whole(inputs[0]), axis, reverse=int(parameters["reverse"]))
-    return [_result(node, avals[0])]
+    return [result(node, avals[0])]
 
 
 def _reduction(name: str, kind: str) -> None:
-    @_emits(name)
+    @emits(name)
     def emit(graph, inputs, parameters, avals):
         x, axes = graph.whole(inputs[0]), graph.axes(parameters["axes"])
         logical = avals[0].dtype == bool
@@ -238,23 +244,23 @@ def _reduction(name: str, kind: str) -> None:
         node = graph.node(kind, x, axes, keepdims=0)
         if logical:
             node = graph.node("Cast", node, to=graph.elem_type(bool))
-        return [_result(node, avals[0])]
+        return [result(node, avals[0])]
 
 
 for _name, _kind in _REDUCTIONS.items():
     _reduction(_name, _kind)
 
 
-@_emits("top_k")
+@emits("top_k")
 def _top_k(graph, inputs, parameters, avals):
     axis = int(parameters.get("axis", len(inputs[0].shape) - 1))
     k = graph.axes([parameters["k"]])
     values, indices = graph.node("TopK", graph.whole(inputs[0]), k, outputs=2, axis=axis)
     indices = graph.node("Cast", indices, to=graph.elem_type(avals[1].dtype))
-    return [_result(values, avals[0]), _result(indices, avals[1])]
+    return [result(values, avals[0]), result(indices, avals[1])]
 
 
-@_emits("sort")
+@emits("sort")
 def _sort(graph, inputs, parameters, avals):
     """By the first operand; TopK keeps the order of equal ones, as a stable sort does."""
     if parameters["num_keys"] != 1:
@@ -263,119 +269,4 @@ def _sort(graph, inputs, parameters, avals):
     count, names = graph.axes([inputs[0].shape[axis]]), [graph.whole(one) for one in inputs]
     first, order = graph.node("TopK", names[0], count, outputs=2, axis=axis, largest=0)
     others = [graph.node("GatherElements", name, order, axis=axis) for name in names[1:]]
-    return [_result(name, aval) for name, aval in zip([first, *others], avals, strict=True)]
-
-
-@_emits("dot_general")
-def _dot(graph, inputs, parameters, avals):
-    (contract, batch), (aval,) = parameters["dimension_numbers"], avals
-    sides, free = [], []
-    for x, summed, kept, is_left in zip(inputs, contract, batch, (True, False), strict=True):
-        rest = [i for i in range(len(x.shape)) if i not in (*summed, *kept)]
-        order = [*kept, *rest, *summed] if is_left else [*kept, *summed, *rest]
-        name = graph.whole(x)
-        if order != sorted(order):
-            if x.constant is not None:
-                name = graph.store(x.constant.transpose(order))
-            else:
-                name = graph.node("Transpose", name, perm=list(map(int, order)))
-        if len(rest) != 1 or len(summed) != 1:  # to matrices
-            shape = [x.shape[i] for i in kept]
-            parts = [math.prod(x.shape[i] for i in group) for group in (rest, summed)]
-            name = graph.reshape(name, (*shape, *(parts if is_left else parts[::-1])))
-        sides.append(name)
-        free.append(rest)
-    node = graph.node("MatMul", *sides)
-    if any(len(rest) != 1 for rest in free) or any(len(one) != 1 for one in contract):
-        node = graph.reshape(node, aval.shape)
-    return [_result(node, aval)]
-
-
-@_emits("conv_general_dilated")
-def _conv(graph, inputs, parameters, avals):
-    numbers = parameters["dimension_numbers"]
-    if set(parameters["lhs_dilation"]) != {1} or parameters["batch_group_count"] != 1:
-        raise Unsupported("--format=onnx: a transposed or batch-grouped convolution")
-    x = graph.node("Transpose", graph.whole(inputs[0]), perm=list(numbers.lhs_spec))
-    kernel = inputs[1].constant
-    if kernel is None:
-        raise Unsupported("--format=onnx: a convolution with a computed kernel")
-    low, high = zip(*parameters["padding"], strict=True)
-    node = graph.node(
-        "Conv",
-        x,
-        graph.store(kernel.transpose(numbers.rhs_spec)),
-        strides=list(map(int, parameters["window_strides"])),
-        pads=list(map(int, (*low, *high))),
-        dilations=list(map(int, parameters["rhs_dilation"])),
-        group=int(parameters["feature_group_count"]),
-    )
-    back = np.argsort(numbers.out_spec).tolist()
-    return [_result(graph.node("Transpose", node, perm=back), avals[0])]
-
-
-@_emits("reduce_window_max")
-def _max_pool(graph, inputs, parameters, avals):
-    """Of NHWC maps."""
-    low, high = zip(*parameters["padding"][1:3], strict=True)
-    x = graph.node("Transpose", graph.whole(inputs[0]), perm=[0, 3, 1, 2])
-    node = graph.node(
-        "MaxPool",
-        x,
-        kernel_shape=list(map(int, parameters["window_dimensions"][1:3])),
-        strides=list(map(int, parameters["window_strides"][1:3])),
-        pads=list(map(int, (*low, *high))),
-    )
-    return [_result(graph.node("Transpose", node, perm=[0, 2, 3, 1]), avals[0])]
-
-
-@_emits("grid_sample")
-def _grid_sample(graph, inputs, parameters, avals):
-    """`pallas_kernels.grid_sample`."""
-    names = map(graph.whole, inputs)
-    how = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": 0}
-    return [_result(graph.node("GridSample", *names, **how), avals[0])]
-
-
-@_emits("gather")
-def _gather(graph, inputs, parameters, avals):
-    """Whole slices by indices, of one or several dimensions, for each entry of a batch."""
-    numbers, (x, indices), (aval,) = parameters["dimension_numbers"], inputs, avals
-    indexed, batched = list(numbers.start_index_map), list(numbers.operand_batching_dims)
-    others = [i for i in range(len(x.shape)) if i not in (*indexed, *batched)]
-    sizes = parameters["slice_sizes"]
-    if indices.constant is not None and indices.constant.ndim == 1:  # as JAX slices, batch unknown
-        starts = [int(start) for start in indices.constant]
-        ends = [start + sizes[i] for start, i in zip(starts, indexed, strict=True)]
-        bounds = map(graph.axes, (starts, ends, indexed))
-        return [
-            _result(graph.reshape(graph.node("Slice", graph.whole(x), *bounds), aval.shape), aval)
-        ]
-    if not all(sizes[i] == (1 if i in indexed else x.shape[i]) for i in indexed + others):
-        raise Unsupported(f"--format=onnx: a gather of parts of slices ({sizes} of {x.shape})")
-    name = graph.whole(indices)
-    if parameters["mode"] == GatherScatterMode.CLIP:
-        last = np.array([x.shape[i] - 1 for i in indexed], indices.dtype)
-        name = graph.node("Max", name, graph.store(np.zeros_like(last)))
-        name = graph.node("Min", name, graph.store(last))
-    name = graph.node("Cast", name, to=graph.elem_type(np.int64))
-    of_batch = list(numbers.start_indices_batching_dims)
-    rest = [i for i in range(len(indices.shape) - 1) if i not in of_batch]
-    order = [*of_batch, *rest, len(indices.shape) - 1]
-    if order != sorted(order):
-        name = graph.node("Transpose", name, perm=order)
-    data, order = graph.whole(x), [*batched, *indexed, *others]
-    if order != sorted(order):
-        data = graph.node("Transpose", data, perm=order)
-    node = graph.node("GatherND", data, name, batch_dims=len(batched))
-    # now [batched, rest of the indices, others]; JAX puts the others at `offset_dims`, and indexed
-    # ones that are not collapsed, of which one is left
-    kept = [i for i in range(len(x.shape)) if i not in (*numbers.collapsed_slice_dims, *batched)]
-    place = dict(zip(kept, numbers.offset_dims, strict=True))
-    first = [i for i in range(len(aval.shape)) if i not in numbers.offset_dims]
-    now = [first[i] for i in (*of_batch, *rest)] + [place[i] for i in others]
-    if now != sorted(now):
-        node = graph.node("Transpose", node, perm=np.argsort(now).tolist())
-    if len(now) < len(aval.shape):
-        node = graph.reshape(node, aval.shape)
-    return [_result(node, aval)]
+    return [result(name, aval) for name, aval in zip([first, *others], avals, strict=True)]

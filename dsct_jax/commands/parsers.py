@@ -165,7 +165,7 @@ def export() -> Parser:
                  weights.npz and model.json; examples/run_exported.py runs it with jax and numpy
     safetensors  model.safetensors: weights, configuration and class names; `dsct_jax.load` reads it
     torch        model.pth with the released names, for the authors' code; needs no PyTorch
-    onnx         model_HxW.onnx for batches of --batch-size (needs the onnx extra)
+    onnx         model_HxW.onnx, any batch size (needs the onnx extra)
 
     What was written is read again and compared with the checkpoint. The moving average of the
     weights is exported where the run kept one. The same checkpoint gives the same bytes.
@@ -177,7 +177,6 @@ def export() -> Parser:
     add("--format", required=True, help=" | ".join(FORMATS))
     sizes = "stablehlo, onnx: canvases as HEIGHTxWIDTH,...; default: those of the evaluation"
     add("--sizes", type=parse_sizes, default=(), help=sizes)
-    add("--batch-size", type=int, default=1, help="onnx: images per call")
     return parser
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -14,19 +15,22 @@ import numpy as np
 import pytest
 
 import dsct_jax
+from configs import base, debug
 from dsct_jax import __main__
-from dsct_jax.commands.export import export
+from dsct_jax.commands.export import _noise, export
+from dsct_jax.commands.onnx_export import onnx_session, write_onnx
 from dsct_jax.commands.parsers import parse_sizes
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.calibration import save_fit
 from dsct_jax.inference.load import Model, model_config
-from dsct_jax.model.build import Network
+from dsct_jax.model.build import NETWORKS, Network, network_config
 from dsct_jax.parallel import make_mesh
 from dsct_jax.training.checkpoint import Checkpoints
 from dsct_jax.training.step import TrainState
 from dsct_jax.weights.run_directory import load_weights
 from dsct_jax.weights.tensor_files import read_pth
 from tests.inference.test_load import small_config
+from tests.model.test_deformable_runs import SMALL
 from tests.weights.test_tensor_files import write_state
 
 
@@ -379,20 +383,53 @@ def test_a_run_of_eight_devices_on_a_machine_with_one(model, tmp_path, golden):
 
 
 def test_onnx(model, golden, tmp_path):
-    pytest.importorskip("jax2onnx", reason="the onnx extra is not installed")
-    import onnx
-
-    from dsct_jax.commands.onnx_export import onnx_session
-
-    report = export(model, tmp_path, format="onnx", sizes=[SIZE], batch_size=2)
+    onnx = pytest.importorskip("onnx", reason="the onnx extra is not installed")
+    report = export(model, tmp_path, format="onnx", sizes=[SIZE])
     assert "largest difference to the checkpoint" in report[0]
+    path = tmp_path / "model_90x97.onnx"
     images, mask, *_ = golden_batch(golden)
-    assert_golden(*onnx_session(tmp_path / "model_90x97.onnx")(images, mask), golden)
-    texts = {
-        entry.key: entry.value
-        for entry in onnx.load(str(tmp_path / "model_90x97.onnx")).metadata_props
-    }
+    run = onnx_session(path)
+    assert_golden(*run(images, mask), golden)
+    alone = [run(images[i : i + 1], mask[i : i + 1])[0][0] for i in range(len(images))]
+    np.testing.assert_allclose(alone, run(images, mask)[0], atol=1e-5)
+    graph = onnx.load(str(path))
+    texts = {entry.key: entry.value for entry in graph.metadata_props}
     assert json.loads(texts["class_names"]) == list(model.class_names)
+    kinds = Counter(node.op_type for node in graph.graph.node)
+    config = model.config["model"]
+    layers = config["num_encoder_layers"] + config["num_decoder_layers"]
+    assert kinds["GridSample"] == layers * config["num_levels"]
+
+
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"dsct", "deta"}))
+def test_onnx_of_every_network(name, tmp_path):
+    """A batch of one and of three."""
+    pytest.importorskip("onnx", reason="the onnx extra is not installed")
+    config = debug.get_config()
+    base.use_network(config, name)
+    config.model.update({key: value for key, value in SMALL.items() if key in config.model})
+    network = Network(network_config(config.model.to_dict(), 4))
+    model = dsct_jax.Model(network, *network.init(0), config.to_dict())
+    size = model.crops.canvases[0] if model.crops else (64, 80)
+    write_onnx(model, tmp_path / "m.onnx", size, notes={})
+    run = onnx_session(tmp_path / "m.onnx")
+    for batch in (1, 3):
+        inputs = _noise(model, size, batch)
+        expected = model(*inputs)
+        logits, boxes = run(*inputs)
+        np.testing.assert_allclose(logits, expected.logits[-1], atol=1e-5)
+        np.testing.assert_allclose(boxes, expected.boxes[-1], atol=1e-5)
+
+
+def test_what_onnx_cannot_say_is_named(tmp_path):
+    pytest.importorskip("onnx", reason="the onnx extra is not installed")
+    config = debug.get_config()
+    base.use_network(config, "deta")
+    config.model.update(SMALL)
+    network = Network(network_config(config.model.to_dict(), 4))
+    model = dsct_jax.Model(network, *network.init(0), config.to_dict())
+    with pytest.raises(UserError, match="uses while, which has no translation"):
+        write_onnx(model, tmp_path / "m.onnx", (64, 80), notes={})
 
 
 def test_mistakes_are_one_line(model, tmp_path, capsys):
@@ -404,7 +441,6 @@ def test_mistakes_are_one_line(model, tmp_path, capsys):
     for arguments, says in (
         ([f"--checkpoint={tmp_path / 'x'}", output, "--format=torch"], "no such file"),
         ([checkpoint, output, "--format=tflite"], "must be one of stablehlo"),
-        ([checkpoint, output, "--format=onnx", "--batch-size=0"], "at least 1"),
         ([checkpoint, output, "--format=stablehlo", "--sizes=800"], "HEIGHTxWIDTH"),
     ):
         assert main(arguments) == 2
@@ -415,12 +451,3 @@ def test_mistakes_are_one_line(model, tmp_path, capsys):
     assert main([checkpoint, f"--output={tmp_path / 'm.safetensors'}", "--format=torch"]) == 2
     assert "cannot be written" in capsys.readouterr().err
     assert parse_sizes("96x136,136x96") == ((96, 136), (136, 96))
-    if _missing("jax2onnx"):
-        assert main([checkpoint, output, "--format=onnx", "--sizes=64x64"]) == 2
-        assert "dsct-jax[onnx]" in capsys.readouterr().err
-
-
-def _missing(module: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(module) is None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import pallas_gpu, reference, xla
+from pallas_kernels import grid_sample, pallas_gpu, reference, xla
 from pallas_kernels.deformable_attention import (
     chosen_implementation,
     deformable_attention,
@@ -48,7 +48,12 @@ class Interpreted:
     )
 
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla, "interpreted": Interpreted}
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "xla": xla,
+    "grid_sample": grid_sample,
+    "interpreted": Interpreted,
+}
 
 
 def inputs(workload, pattern="trained", *, seed=0):
@@ -129,7 +134,7 @@ def test_released_operation(implementation, case):
 
 
 @pytest.mark.parametrize("workload", SMALL, ids=lambda w: w.name)
-@pytest.mark.parametrize("implementation", ["xla", "interpreted"])
+@pytest.mark.parametrize("implementation", ["xla", "grid_sample", "interpreted"])
 def test_values_and_gradients(implementation, workload):
     arguments, cotangent, answers = expected(workload.name)
     function = functools.partial(
