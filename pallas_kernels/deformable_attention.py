@@ -7,7 +7,8 @@ model uses, takes what the projections produce and does the softmax and the loca
 inside.
 
 Implementations: `reference` (plain jax.numpy, the definition), `xla` (fastest portable form; lowers
-for every platform and for jax.export) and `pallas_gpu` (GPU kernels). Asked for by name, one runs
+for every platform and for jax.export), `grid_sample` (what ONNX has an operation for) and
+`pallas_gpu` (GPU kernels). Asked for by name, one runs
 or raises with the reason. `implementation=None` picks when the call is traced: `pallas_gpu` where
 jax runs on a GPU and the kernels support the arguments, else `xla`. `chosen_implementation` returns
 which, and each is logged once.

@@ -297,7 +297,7 @@ def test_choice():
     platform = jax.default_backend()
     assert chosen_implementation(value, offsets) == ("pallas_gpu" if platform == "gpu" else "xla")
     assert chosen_implementation(value, offsets, "reference") == "reference"
-    with pytest.raises(ValueError, match="one of reference, xla, pallas_gpu"):
+    with pytest.raises(ValueError, match="one of reference, xla, grid_sample, pallas_gpu"):
         chosen_implementation(value, offsets, "cuda")
     assert "head" in pallas_gpu.unsupported_reason(
         jax.ShapeDtypeStruct((1, 4, 2, 256), jnp.float32), offsets, platform="gpu"
