@@ -11,6 +11,9 @@ EXTRAS = {
     "tensorflow_datasets": "prepared",
     "array_record": "prepared",
     "matplotlib": "plots",
+    "anyio": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 
 

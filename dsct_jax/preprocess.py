@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dsct_jax.errors import UserError
 
@@ -97,6 +97,9 @@ def open_image(
         raise UserError(f"{path}: no such image file") from None
     except UserError:
         raise
+    except UnidentifiedImageError:
+        reason = f"no kind of image that PIL knows{suffix_remedy(path.suffix.lower())}"
+        raise UserError(f"{path}: cannot be read as an image ({reason})") from None
     except DECODE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         reason += suffix_remedy(path.suffix.lower())

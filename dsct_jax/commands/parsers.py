@@ -13,6 +13,7 @@ FIGURES = ("predictions", "activation", "sampling", "context", "compare", "embed
 FORMATS = ("stablehlo", "safetensors", "torch", "onnx")
 COMMANDS = {
     "predict": "people and their emotions in images, folders, videos or a camera",
+    "serve": "a page and an HTTP door for a model, on this machine",
     "evaluate": "every metric of a predictions_<split>.npz, without a model",
     "report": "curves and tables of a run",
     "visualize": "the paper's figures, drawn from a checkpoint",
@@ -78,6 +79,29 @@ def predict() -> Parser:
     add("--seconds", type=float, help="videos and camera: stop after so many seconds")
     skip = "skip and list files that are no images or videos, instead of stopping"
     add("--skip-unreadable", action="store_true", help=skip)
+    return parser
+
+
+def serve() -> Parser:
+    """A page for a browser, and POST /predict for programs: photographs in, people and their
+    emotions out. Nothing is written to disk; there is no login and no encryption.
+
+        python -m dsct_jax serve --checkpoint=runs/demo [--port=8000]
+        curl --data-binary @photo.jpg "http://127.0.0.1:8000/predict?inside=1"
+
+    """
+    parser = Parser(description=serve.__doc__)
+    add = parser.add_argument
+    add_checkpoint(parser)
+    add_selection(parser)
+    add("--boxes", metavar="RUN|FILE|faces", help=f"two-stage networks: {BOXES}")
+    add("--host", default="127.0.0.1", help="0.0.0.0 = the whole network (default: %(default)s)")
+    add("--port", type=int, default=8000, help="(default: %(default)s)")
+    allowed = "another name under which the page may be asked for; may be repeated"
+    add("--allow-host", action="append", default=[], metavar="NAME", help=allowed)
+    add("--max-megabytes", type=float, default=20.0, help="of a picture (default: %(default)g)")
+    add("--max-megapixels", type=float, default=50.0, help="of a picture (default: %(default)g)")
+    add("--waiting", type=int, default=8, help="more requests get 503 (default: %(default)s)")
     return parser
 
 
