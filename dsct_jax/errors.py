@@ -14,6 +14,7 @@ EXTRAS = {
     "anyio": "serve",
     "starlette": "serve",
     "uvicorn": "serve",
+    "pyarrow": "parquet",
 }
 
 

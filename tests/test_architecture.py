@@ -88,7 +88,7 @@ import dsct_jax
 dsct_jax.load, dsct_jax.predict
 from dsct_jax.__main__ import main
 from dsct_jax.commands.parsers import COMMANDS
-for name in sorted({*COMMANDS} - {"report", "visualize", "serve"}):
+for name in sorted({*COMMANDS} - {"report", "visualize", "serve", "predict_many"}):
     importlib.import_module(f"dsct_jax.commands.{name}")
 sys.exit(main(["report", "."]))
 """

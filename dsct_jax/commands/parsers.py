@@ -13,6 +13,7 @@ FIGURES = ("predictions", "activation", "sampling", "context", "compare", "embed
 FORMATS = ("stablehlo", "safetensors", "torch", "onnx")
 COMMANDS = {
     "predict": "people and their emotions in images, folders, videos or a camera",
+    "predict_many": "an archive of images as Parquet, by many processes, resumable",
     "serve": "a page and an HTTP door for a model, on this machine",
     "evaluate": "every metric of a predictions_<split>.npz, without a model",
     "report": "curves and tables of a run",
@@ -79,6 +80,31 @@ def predict() -> Parser:
     add("--seconds", type=float, help="videos and camera: stop after so many seconds")
     skip = "skip and list files that are no images or videos, instead of stopping"
     add("--skip-unreadable", action="store_true", help=skip)
+    return parser
+
+
+def predict_many() -> Parser:
+    """People and emotions of an archive of images as Parquet files; killed or not, alone or as one
+    of many, each image gets one row. A damaged file is a row with an error.
+
+        dsct predict-many photos/ --checkpoint=runs/demo --output=found
+        dsct predict-many list.txt --checkpoint=runs/demo --output=found --shard=0/8
+
+    """
+    parser = Parser(description=predict_many.__doc__)
+    add = parser.add_argument
+    add("paths", nargs="+", metavar="PATH", help="image, folder, pattern, or .txt: one per line")
+    add_checkpoint(parser)
+    parser.add_output("--output", folder=True, required=True, help="folder for part-*.parquet")
+    add_selection(parser)
+    add("--boxes", metavar="RUN|FILE|faces", help=f"two-stage networks: {BOXES}")
+    shard = "this process is number k, from 0, of n; default: as Slurm's array says, or 0/1"
+    add("--shard", metavar="K/N", help=shard)
+    add("--chunk", type=int, default=1000, help="images per file (default: %(default)s)")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="images per call (default: %(default)s)")
+    add("--decoders", type=int, default=4, help="threads that read images (default: %(default)s)")
+    limit, text = MAX_MEGAPIXELS, "an image of more is an error (default: %(default)g)"
+    add("--max-megapixels", type=float, default=limit, help=text)
     return parser
 
 

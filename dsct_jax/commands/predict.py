@@ -254,7 +254,7 @@ def run(arguments: argparse.Namespace) -> None:
         "thresholds": decoder.resolve_thresholds(chosen),
     }
     limits = {"every": arguments.every, "seconds": arguments.seconds}
-    weights = {"batch_size": arguments.batch_size, "weights": _weights_state(arguments.checkpoint)}
+    weights = {"batch_size": arguments.batch_size, "weights": weights_state(arguments.checkpoint)}
     try:
         with Unfinished(output, about | limits | weights) as unfinished:
             unreadable: dict[Path, str] | None = {} if arguments.skip_unreadable else None
@@ -278,7 +278,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(model.report())
 
 
-def _weights_state(path: Path) -> list[Any]:
+def weights_state(path: Path) -> list[Any]:
     """Other than before when other weights lie there."""
     files = [path] if path.is_file() else sorted((path / DIRECTORY).glob("*"))
     return [[file.name, file.stat().st_mtime_ns] for file in files]
