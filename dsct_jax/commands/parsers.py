@@ -78,6 +78,8 @@ def predict() -> Parser:
     add("--max-megapixels", type=float, default=limit, help=text)
     add("--every", type=int, default=1, help="videos: look at every N-th frame only")
     add("--seconds", type=float, help="videos and camera: stop after so many seconds")
+    follow = "videos and camera: number people through the frames; timeline.csv and pictures"
+    add("--follow", action="store_true", help=follow)
     skip = "skip and list files that are no images or videos, instead of stopping"
     add("--skip-unreadable", action="store_true", help=skip)
     return parser

@@ -76,6 +76,7 @@ class Answers:
     unreadable: dict[Path, str] | None
     unfinished: Unfinished
     finder: Finder | None = None  # of the people, for a two-stage network
+    follow: bool = False  # whether people of videos get numbers
 
     def people(
         self,
@@ -83,6 +84,7 @@ class Answers:
         *,
         names: Sequence[Path] = (),
         batch_size: int | None = None,
+        selection: Selection | None = None,
     ) -> Iterator[tuple[int, Image.Image, list[Subject]]]:
         """`names` are the files of the images as far as they are read; none of a video."""
         size, finder = batch_size or self.batch_size, self.finder
@@ -91,7 +93,7 @@ class Answers:
             assert finder is not None
             return finder(image, str(names[index]) if names else "a video")
 
-        how: dict[str, Any] = {"selection": self.selection, "batch_size": size}
+        how: dict[str, Any] = {"selection": selection or self.selection, "batch_size": size}
         return predict_each(self.model, images, find=find if finder else None, **how)
 
     def skip(self, file: Path | int, error: UserError) -> None:
@@ -181,11 +183,15 @@ def _predict_video(
     size = (0, 0)
     total = None if video.frames is None else -(-video.frames // every)
     pictures = progress(_limit_duration(video, every, seconds), total=total, unit="frame")
+    tracker, chosen = _tracker(answers) if answers.follow else (None, None)
     try:
         with video_writer(target, video.rate / every) as add:
-            batch_size = 1 if video.live else None
-            for index, image, subjects in answers.people(pictures, batch_size=batch_size):
+            how: dict[str, Any] = {"batch_size": 1 if video.live else None, "selection": chosen}
+            for index, image, subjects in answers.people(pictures, **how):
                 size, frame = image.size, index * every
+                if tracker is not None:
+                    tracker.cut_at(image)
+                    subjects = tracker.update(subjects, frame / video.rate)
                 add(draw_subjects(image, sort_left_to_right(subjects)))
                 entry = {"frame": frame, "seconds": round(frame / video.rate, 3)}
                 people = [dataclasses.asdict(subject) for subject in subjects]
@@ -195,6 +201,15 @@ def _predict_video(
             raise
     about = {"file": video.name, "width": size[0], "height": size[1]}
     return {**about, "frames_per_second": video.rate, "every": every, "frames": frames}
+
+
+def _tracker(answers: Answers) -> tuple[Any, Selection]:
+    """A tracker, and the selection that also lets through those who may only go on."""
+    from dsct_jax.inference.tracking import DOUBTFUL, Tracker  # scipy.optimize, with --follow only
+
+    certain = answers.model.decoder.resolve_min_confidence(answers.selection)
+    lowest = min(DOUBTFUL, certain)
+    return Tracker(certain), dataclasses.replace(answers.selection, min_confidence=lowest)
 
 
 def _limit_duration(video: Video, every: int, seconds: float | None) -> Iterator[Image.Image]:
@@ -254,12 +269,14 @@ def run(arguments: argparse.Namespace) -> None:
         "thresholds": decoder.resolve_thresholds(chosen),
     }
     limits = {"every": arguments.every, "seconds": arguments.seconds}
+    about |= {"follow": True} if arguments.follow else {}
     weights = {"batch_size": arguments.batch_size, "weights": weights_state(arguments.checkpoint)}
     try:
         with Unfinished(output, about | limits | weights) as unfinished:
             unreadable: dict[Path, str] | None = {} if arguments.skip_unreadable else None
             answers = Answers(
-                *(model, chosen, arguments.batch_size, unreadable, unfinished), finder
+                *(model, chosen, arguments.batch_size, unreadable, unfinished, finder),
+                follow=arguments.follow,
             )
             images = predict_images(answers, files, output, max_megapixels=arguments.max_megapixels)
             videos = predict_videos(answers, sources, output, **limits)
@@ -274,6 +291,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"none of the {number} files could be read as an image or video")
     seconds = time.monotonic() - start
     _write(document, output, seconds, fitted=decoder.min_confidence is not None)
+    if arguments.follow:
+        from dsct_jax.commands.timeline import write_timelines
+
+        paths = write_timelines(videos, decoder.class_names, output)
+        print(f"timelines: {'   '.join(map(str, paths))}")
     unfinished.finish()
     print(model.report())
 

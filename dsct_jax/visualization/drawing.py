@@ -36,14 +36,17 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def label_lines(subject: Subject) -> list[str]:
-    """The emotions with their probabilities; in brackets the likeliest where none is a label."""
-    scores = subject.probabilities
+    """The emotions with their probabilities; in brackets the likeliest where none is a label; the
+    number of a person in a video before them.
+    """
+    number, scores = getattr(subject, "person", None), subject.probabilities
+    first = [] if number is None else [f"person {number}"]
     if not subject.labels:
         likeliest = max(scores, key=lambda name: scores[name], default=None)
-        return [] if likeliest is None else [f"({likeliest} {scores[likeliest]:.2f})"]
+        return first if likeliest is None else [*first, f"({likeliest} {scores[likeliest]:.2f})"]
     shown, more = subject.labels[:_MAX_LABELS], len(subject.labels) - _MAX_LABELS
     lines = [f"{name} {scores[name]:.2f}" if name in scores else name for name in shown]
-    return [*lines, f"+ {more} more"] if more > 0 else lines
+    return [*first, *lines, *([f"+ {more} more"] if more > 0 else [])]
 
 
 def draw_subjects(
@@ -62,7 +65,8 @@ def draw_subjects(
     unit = min(canvas.size) / _MIN_SHORT_SIDE
     width, font = max(2, round(4 * unit)), _font(max(8, round(22 * unit)))
     placed: list[_Rectangle] = []
-    colors = [PALETTE[i % len(PALETTE)] for i in range(len(subjects))]
+    places = [getattr(one, "person", None) or i for i, one in enumerate(subjects)]
+    colors = [PALETTE[place % len(PALETTE)] for place in places]
     truth = [(_scaled(person.box, factor), person) for person in ground_truth]
     people = [(_scaled(subject.box, factor), subject) for subject in subjects]
     for box, _ in truth:

@@ -1,0 +1,129 @@
+"""People through a video: who stays who when they cross, are missed, or the shot changes; and what
+the command leaves behind.
+"""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dsct_jax.__main__ import main
+from dsct_jax.commands import predict
+from dsct_jax.commands.timeline import draw_timeline, person_series
+from dsct_jax.inference.tracking import SIGHTINGS, Tracker, smoothed
+from dsct_jax.inference.video import video_writer
+from dsct_jax.postprocess import Subject
+from tests.commands.test_unfinished import Brightness
+
+RATE = 25.0
+
+
+def subject(box, confidence=0.9, **scores):
+    scores = scores or {"calm": 1.0}
+    return Subject(tuple(map(float, box)), scores, (max(scores, key=scores.get),), 0.0, confidence)
+
+
+def walkers(frames, *, missed, jitter, seed):
+    """Four people who cross at two heights: (truth, what is seen of them) in each frame."""
+    rng = np.random.default_rng(seed)
+    for frame in range(frames):
+        truth, seen = [], []
+        for person in range(4):
+            speed = (1.3, -1.1, 0.8, -1.6)[person]
+            x = 160 + 130 * np.sin(0.02 * speed * frame + person)
+            y = 60 + 22 * person
+            truth.append((person, (x, y, x + 30, y + 38)))
+            if rng.random() >= missed:
+                box = np.array(truth[-1][1]) + rng.normal(0, jitter * 34, 4)
+                seen.append((person, subject(box, rng.uniform(0.3, 1.0))))
+        yield truth, seen
+
+
+def identity_measures(frames):
+    """(switches of number per 500 frames, IDF1) of (true person, number) pairs per frame."""
+    last, switches, pairs, truths, given = {}, 0, {}, 0, 0
+    for truth, found in frames:
+        truths += len(truth)
+        given += len(found)
+        for person, number in found:
+            switches += person in last and last[person] != number
+            last[person] = number
+            pairs[person, number] = pairs.get((person, number), 0) + 1
+    from scipy.optimize import linear_sum_assignment
+
+    people, numbers = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
+    table = np.array([[pairs.get((a, b), 0) for b in numbers] for a in people])
+    right = table[linear_sum_assignment(-table)].sum()
+    return switches, 2 * right / (truths + given)
+
+
+@pytest.mark.parametrize(
+    ("missed", "jitter", "most", "least"), [(0.1, 0.04, 6, 0.8), (0.3, 0.08, 12, 0.6)]
+)
+def test_crossing_people_keep_their_numbers(missed, jitter, most, least):
+    results = []
+    for seed in range(6):
+        tracker, frames = Tracker(certain=0.5), []
+        for index, (truth, seen) in enumerate(
+            walkers(500, missed=missed, jitter=jitter, seed=seed)
+        ):
+            people = tracker.update([one for _, one in seen], index / RATE)
+            boxes = {one.box: person for person, one in seen}
+            numbered = [(boxes[one.box], one.person) for one in people if one.person is not None]
+            frames.append((truth, numbered))
+        results.append(identity_measures(frames))
+    switches, idf1 = np.mean(results, 0)
+    print(f"{switches:.1f} switches, IDF1 {idf1:.2f}")
+    assert switches <= most and idf1 >= least, (switches, idf1)
+
+
+def test_a_number_at_the_third_sighting_and_only_from_the_certain():
+    tracker, box = Tracker(certain=0.5), (10, 10, 40, 50)
+    numbers = [tracker.update([subject(box)], i / RATE)[0].person for i in range(4)]
+    assert numbers == [None] * (SIGHTINGS - 1) + [1, 1]
+    (doubtful,) = tracker.update([subject(box, 0.2)], 4 / RATE)  # goes on
+    assert doubtful.person == 1
+    assert tracker.update([subject((200, 10, 240, 50), 0.2)], 5 / RATE) == []  # does not begin
+    assert tracker.update([subject(box)], 3.0)[0].person is None  # unseen for too long
+
+
+def test_a_cut_ends_everybody():
+    tracker, box = Tracker(certain=0.5), (10, 10, 40, 50)
+    dark, light = (Image.new("RGB", (64, 64), (shade,) * 3) for shade in (40, 160))
+    for i in range(3):
+        assert not tracker.cut_at(dark)
+        tracker.update([subject(box)], i / RATE)
+    assert tracker.cut_at(light)
+    assert tracker.update([subject(box)], 3 / RATE)[0].person is None
+
+
+def test_smoothing_is_a_weighted_mean_of_a_second():
+    seconds = np.array([0.0, 0.2, 0.4, 5.0])
+    raw = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    found = smoothed(seconds, raw, np.array([1.0, 0.5, 1.0, 0.1]))
+    np.testing.assert_allclose(found[:3], [[0.8, 0.2]] * 3)
+    np.testing.assert_allclose(found[3], [0.0, 1.0])
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("cv2", reason="the video extra is not installed")
+    with video_writer(tmp_path / "film.mp4", RATE) as add:
+        for i in range(12):
+            add(Image.new("RGB", (64, 64), (100 + i, 90, 80)))
+    monkeypatch.setattr(predict, "load_model", lambda _: Brightness())
+    flags = ["--checkpoint=run", f"--output={tmp_path / 'out'}", "--follow"]
+    assert main(["predict", str(tmp_path / "film.mp4"), *flags]) == 0
+    assert "timelines:" in capsys.readouterr().out
+    document = json.loads((tmp_path / "out/predictions.json").read_text())
+    (film,) = document["videos"]
+    numbers = [frame["subjects"][0]["person"] for frame in film["frames"]]
+    assert numbers == [None, None, *[1] * 10]
+    with (tmp_path / "out/timeline.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10 and {row["person"] for row in rows} == {"1"}
+    assert float(rows[0]["seconds"]) == 0.08 and "light_smooth" in rows[0]
+    series = person_series(film, document["class_names"])
+    assert list(series) == [1] and draw_timeline(film, document["class_names"]) is not None
+    assert (tmp_path / "out/timeline_film.png").stat().st_size > 1000
