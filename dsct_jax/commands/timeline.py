@@ -75,9 +75,9 @@ def draw_timeline(entry: Mapping[str, Any], class_names: Sequence[str]) -> Any:
     colors = [PALETTE[i % len(PALETTE)] for i in range(len(class_names))]
     for row, (seconds, *_, smooth) in enumerate(series.values()):
         likeliest = smooth.argmax(1)
-        heights = 0.9 * smooth[np.arange(len(smooth)), likeliest]
+        heights = -0.9 * smooth[np.arange(len(smooth)), likeliest]  # the axis points down
         shades = [colors[index] for index in likeliest]
-        axes.bar(seconds, heights, width=step, bottom=row - 0.45, color=shades, align="edge")
+        axes.bar(seconds, heights, width=step, bottom=row + 0.45, color=shades, align="edge")
     axes.set_yticks(range(len(series)), [f"person {number}" for number in series])
     axes.set(xlabel="seconds", ylim=(len(series) - 0.4, -0.6), title=Path(entry["file"]).name)
     shown = sorted({int(i) for *_, smooth in series.values() for i in smooth.argmax(1)})

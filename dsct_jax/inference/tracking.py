@@ -84,16 +84,15 @@ class Tracker:
             free = [one for i, one in enumerate(free) if i not in {i for i, _ in matched}]
         for place, track in owners.items():
             track.see(boxes[place], seconds)
-        for place in np.flatnonzero(certain):
-            if int(place) not in owners:
-                owners[int(place)] = _Track(boxes[place], seconds)
-                self._tracks.append(owners[int(place)])
-        for _, track in sorted(owners.items()):
+        for new in [int(place) for place in np.flatnonzero(certain) if int(place) not in owners]:
+            owners[new] = _Track(boxes[new], seconds)
+            self._tracks.append(owners[new])
+        for _, track in sorted(owners.items(), key=lambda pair: pair[0]):
             if track.number is None and track.sightings >= SIGHTINGS:
                 track.number, self._next = self._next, self._next + 1
         return [
             FollowedSubject(**vars(subjects[place]), person=track.number)
-            for place, track in sorted(owners.items())
+            for place, track in sorted(owners.items(), key=lambda pair: pair[0])
         ]
 
 
