@@ -13,6 +13,7 @@ from typing import Any
 from dsct_jax.config import defaults
 from dsct_jax.errors import UserError
 from dsct_jax.model.build import NETWORKS
+from dsct_jax.model.dsct import ContextConfig
 from dsct_jax.model.family import PyramidConfig
 from dsct_jax.model.modalities import MODALITIES
 
@@ -228,9 +229,14 @@ def _detectors(config: Mapping[str, Any]) -> Table:
         "H-Deformable-DETR": (91.65, "deformable_detr", two_stage | newer),
         "DETA": (91.77, "deta", {"num_candidates": 100}),
         "DSCT (on Deformable DETR)": (91.81, "dsct", {}),
+        "ours: DSCT by DINO's recipe": (None, "dsct_dino", {"num_denoising": 50}),
     }
     made = []
     for name, (value, network, changes) in rows.items():
+        if network == "dsct_dino":
+            n = model["num_subject_queries"]
+            fields = defaults(ContextConfig)
+            changes = {field: model[field] for field in fields} | changes
         if network != "dsct":
             changes = {"name": network, "num_queries": n, "subject_logit": True} | changes
         paper = {} if value is None else {"CAER-S": value}

@@ -19,6 +19,7 @@ from dsct_jax.model.deta import Deta, DetaConfig
 from dsct_jax.model.detr import DETR, DetrConfig
 from dsct_jax.model.dino import Dino, DinoConfig
 from dsct_jax.model.dsct import DSCT, DSCTConfig
+from dsct_jax.model.dsct_dino import DsctDino, DsctDinoConfig
 from dsct_jax.model.layers import MovingStatistic, NormStatistic
 from dsct_jax.model.two_stage import TwoStage, TwoStageConfig
 from dsct_jax.preprocess import Size, normalize
@@ -34,6 +35,7 @@ class Entry(NamedTuple):
 
 NETWORKS: dict[str, Entry] = {
     "dsct": Entry(DSCTConfig, DSCT, "set_prediction"),
+    "dsct_dino": Entry(DsctDinoConfig, DsctDino, "set_prediction"),
     "detr": Entry(DetrConfig, DETR, "set_prediction"),
     "conditional_detr": Entry(ConditionalDetrConfig, ConditionalDETR, "set_prediction"),
     "dab_detr": Entry(DabDetrConfig, DabDETR, "set_prediction"),

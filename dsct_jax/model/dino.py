@@ -53,7 +53,7 @@ class Dino(Pyramid):
     def __init__(self, config: DinoConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d, k, layers = config.hidden_dim, config.num_classes, config.num_decoder_layers
-        self.decoder = Decoder(lambda _: DeformableLayer(config.layer_shape, rngs=rngs), layers)
+        self.decoder = Decoder(lambda i: self.make_layer(i, rngs), layers)
         self.decoder_norm = LayerNorm(d, rngs=rngs)
         self.heads = Heads(config, copies=1, large=False, rngs=rngs)
         self.proposal_heads = Heads(config, copies=1, large=False, rngs=rngs)
@@ -67,6 +67,18 @@ class Dino(Pyramid):
         config = self.config
         temperature, offset = config.position_temperature, config.position_offset
         return sine_position(mask, config.hidden_dim, temperature=temperature, offset=offset)
+
+    def make_layer(self, number: int, rngs: nnx.Rngs) -> DeformableLayer:
+        """One of the decoder."""
+        return DeformableLayer(self.config.layer_shape, rngs=rngs)
+
+    def with_context(
+        self, tokens: jax.Array, references: jax.Array, hidden: Any
+    ) -> tuple[jax.Array, jax.Array, Any, int]:
+        """Contents and boxes of all queries, who does not see whom, and how many of the first are
+        context: here none.
+        """
+        return tokens, references, hidden, 0
 
     def decode(self, memory: Memory, people: Any, noise: Any) -> Predictions:
         """Memory -> predictions; with `noise` the `people` are denoised."""
@@ -84,8 +96,11 @@ class Dino(Pyramid):
         def positions(layer: int, tokens: jax.Array, boxes: jax.Array) -> jax.Array:
             return self.position_head(box_waves(boxes, memory))
 
-        look = deformable_look(memory, positions, denoising and denoising.hidden)
-        how = {"refines": True, "look_forward_twice": True}
+        tokens, references, hidden, m = self.with_context(
+            tokens, references, denoising and denoising.hidden
+        )
+        look = deformable_look(memory, positions, hidden)
+        how = {"refines": True, "look_forward_twice": True, "num_context": m}
         found = self.run(tokens, references, memory, look, noise, **how)
         first_stage = Branch(chosen.logits[None], chosen.boxes[None], Hungarian(), "encoder")
         details = {"proposals": proposals, "selected": index, "denoising": denoising}

@@ -18,11 +18,9 @@ from dsct_jax.model.layers import Linear, standard_normal
 
 
 @dataclasses.dataclass(frozen=True)
-class DSCTConfig(PyramidConfig):
-    """The model section of a configuration, and the number of classes."""
+class ContextConfig:
+    """Settings of context queries and of how subject queries take them in."""
 
-    name: str = setting("dsct", "a name of dsct_jax.model.build.NETWORKS", choices=("dsct",))
-    num_subject_queries: int = setting(4, "N (Table 5: 4 for EMOTIC, 9 for CAER-S)", low=1)
     num_context_queries: int = setting(300, "M, as Deformable DETR; 0 = Table 6's baseline", low=0)
     num_spatial_neighbors: int = setting(100, "K_sp, 0 = off (Figure 11)", low=0)
     num_semantic_neighbors: int = setting(50, "K_sm, 0 = off (Figure 11)", low=0)
@@ -40,14 +38,10 @@ class DSCTConfig(PyramidConfig):
     fusion_layers: tuple[int, ...] = setting(
         (), "decoder layers that fuse, from 0 (Table 8); () = all, late fusion = the last", low=0
     )
-    box_refinement: bool = setting(
-        False,
-        "each layer samples inside the box of the one before and refines it (Zhu et al. 2020)",
-    )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        last, enough = self.num_decoder_layers - 1, "at most config.model.num_context_queries"
+    def check_context(self, num_decoder_layers: int) -> None:
+        """Raises UserError for numbers that do not go together."""
+        last, enough = num_decoder_layers - 1, "at most config.model.num_context_queries"
         spatial, semantic = self.num_spatial_neighbors, self.num_semantic_neighbors
         most = self.num_context_queries or max(spatial, semantic)
         enough += f" ({most})"
@@ -67,6 +61,22 @@ class DSCTConfig(PyramidConfig):
             return None
         numbers = self.num_spatial_neighbors, self.num_semantic_neighbors
         return FusionConfig(self.fusion, self.semantic_selection, *numbers, self.reweighting)
+
+
+@dataclasses.dataclass(frozen=True)
+class DSCTConfig(ContextConfig, PyramidConfig):
+    """The model section of a configuration, and the number of classes."""
+
+    name: str = setting("dsct", "a name of dsct_jax.model.build.NETWORKS", choices=("dsct",))
+    num_subject_queries: int = setting(4, "N (Table 5: 4 for EMOTIC, 9 for CAER-S)", low=1)
+    box_refinement: bool = setting(
+        False,
+        "each layer samples inside the box of the one before and refines it (Zhu et al. 2020)",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_context(self.num_decoder_layers)
 
 
 class DSCT(Pyramid):

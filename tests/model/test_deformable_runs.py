@@ -5,6 +5,7 @@ left behind, exports, and one device against eight.
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from configs import base, debug
 from dsct_jax.__main__ import main
 from dsct_jax.batch import Batch, Targets
 from dsct_jax.model.build import Network, network_config
+from dsct_jax.model.layers import DropoutNoise
 from dsct_jax.parallel import make_mesh, shard_batch
 from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig
 from dsct_jax.training.objective import SetPrediction
@@ -31,11 +33,18 @@ MORE = {
         "one_to_many_repeats": 2,
     },
     "dino": {"num_denoising": 50},
+    "dsct_dino": {
+        "num_denoising": 50,
+        "num_context_queries": 6,
+        "num_spatial_neighbors": 3,
+        "num_semantic_neighbors": 2,
+    },
 }
 NETWORKS = {
     "h_deformable": "deformable_detr",
     "dab_deformable_detr": "dab_deformable_detr",
     "dino": "dino",
+    "dsct_dino": "dsct_dino",
     "deta": "deta",
 }
 SMALL = {
@@ -106,6 +115,32 @@ def batch_of(size: int, classes: int) -> Batch:
         original_sizes=np.full((size, 2), 64),
         real=np.ones(size, bool),
     )
+
+
+def test_subjects_of_dsct_dino_are_told_nothing_by_denoising():
+    """The same answer with and without noisy people, whose own does depend on the context."""
+    network = Network(network_config(dict(configuration("dsct_dino").model) | {"dropout": 0.0}, 4))
+    params, norm_stats = network.init(0)
+    batch = batch_of(2, 4)
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    @jax.jit
+    def run(params, people):
+        return network.bind(params, norm_stats)(
+            *network.inputs(shard_batch(batch, make_mesh(jax.devices()[:1]))),
+            people=people,
+            noise=DropoutNoise(keys),
+        )
+
+    people = jax.tree.map(jnp.asarray, batch.targets)
+    with_noise, without = run(params, people), run(params, None)
+    assert [one.name for one in with_noise.branches] == ["encoder", "denoising"]
+    np.testing.assert_allclose(with_noise.logits, without.logits, atol=1e-5)
+    np.testing.assert_allclose(with_noise.boxes, without.boxes, atol=1e-5)
+    moved = params | {"context_queries": params["context_queries"] + 1}
+    other = run(moved, people)
+    for one, two in ((with_noise, other), (with_noise.branches[1], other.branches[1])):
+        assert np.abs(one.logits - two.logits).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["h_deformable", "dino"])
