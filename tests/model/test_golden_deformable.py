@@ -232,7 +232,10 @@ def test_golden_forward(case):
     file, found = case.file, case.predictions
     kept = ~file["mid/token_mask"]
     case.close(np.asarray(case.details["memory"])[kept], file["mid/memory"][kept], "memory")
-    case.close(case.details["states"], file["mid/decoder_layers"], "states")
+    # of vectors, for which the README names no tolerance: that of their largest entry, as gradients
+    states = file["mid/decoder_layers"]
+    largest = np.abs(states).max()
+    case.close(case.details["states"] / largest, states / largest, "states")
     case.close(found.logits[..., :-1], file["out/logits"], "logits")
     case.close(found.boxes, file["out/boxes"], "boxes")
     references = case.details["references"]
