@@ -2,7 +2,7 @@
 depends on no input is computed here, and becomes a constant.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -105,27 +105,35 @@ for _name, _kind in _ELEMENTWISE.items():
     _elementwise(_name, _kind)
 
 
-@emits("ne", "rsqrt", "square", "integer_pow", "is_finite", "select_n", "clamp")
-def _composed(graph, inputs, parameters, avals):
-    """Elementwise operations that ONNX has in other words."""
-    names, (aval,) = list(map(graph.ref, inputs)), avals
-    if "y" in parameters:
-        exponent = graph.store(np.asarray(parameters["y"], inputs[0].dtype))
-        node = graph.node("Pow", names[0], exponent)
-    elif len(names) == 1 and aval.dtype == bool:
-        unusual = (graph.node(kind, names[0]) for kind in ("IsInf", "IsNaN"))
-        node = graph.node("Not", graph.node("Or", *unusual))
-    elif len(names) == 1:
-        square = "accuracy" not in parameters
-        node = graph.node("Mul", *names * 2) if square else graph.node("Sqrt", names[0])
-        node = node if square else graph.node("Reciprocal", node)
-    elif len(names) == 2:
-        node = graph.node("Not", graph.node("Equal", *names))
-    elif inputs[0].dtype == bool:  # select_n: which, if false, if true
-        node = graph.node("Where", names[0], names[2], names[1])
-    else:  # clamp: lowest, what, highest
-        node = graph.node("Min", graph.node("Max", names[0], names[1]), names[2])
-    return [result(node, aval, _together(inputs, aval))]
+# elementwise operations that ONNX has in other words: (graph, names, parameters) -> name
+_COMPOSED: dict[str, Callable[[Graph, list[str], Any], str]] = {
+    "ne": lambda graph, names, _: graph.node("Not", graph.node("Equal", *names)),
+    "rsqrt": lambda graph, names, _: graph.node("Reciprocal", graph.node("Sqrt", *names)),
+    "square": lambda graph, names, _: graph.node("Mul", names[0], names[0]),
+    "is_finite": lambda graph, names, _: graph.node(
+        "Not", graph.node("Or", graph.node("IsInf", *names), graph.node("IsNaN", *names))
+    ),
+    # which, if false, if true
+    "select_n": lambda graph, names, _: graph.node("Where", names[0], names[2], names[1]),
+    # lowest, what, highest
+    "clamp": lambda graph, names, _: graph.node("Min", graph.node("Max", *names[:2]), names[2]),
+    "integer_pow": lambda graph, names, parameters: graph.node(
+        "Pow", names[0], graph.store(np.float32(parameters["y"]))
+    ),
+}
+
+
+def _composed(name: str) -> None:
+    @emits(name)
+    def emit(graph, inputs, parameters, avals):
+        if name == "select_n" and inputs[0].dtype != bool:
+            raise Unsupported("--format=onnx: a choice between more than two")
+        node = _COMPOSED[name](graph, [graph.ref(one) for one in inputs], parameters)
+        return [result(node, avals[0], _together(inputs, avals[0]))]
+
+
+for _name in _COMPOSED:
+    _composed(_name)
 
 
 @emits("convert_element_type")
