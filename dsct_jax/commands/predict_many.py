@@ -96,16 +96,17 @@ def claim(output: Path, about: dict[str, Any]) -> None:
     """Says in the folder what its files are of. Raises UserError where it holds another job's."""
     output.mkdir(parents=True, exist_ok=True)
     path, text = output / RUN_FILE, json.dumps(about, indent=1) + "\n"
+    own = output / f".{RUN_FILE}.{os.getpid()}"
+    own.write_text(text, encoding="utf-8")
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+        os.link(own, path)  # whole or not at all, and once
     except FileExistsError:
-        before = path.read_text(encoding="utf-8")
-        if before and before != text:
+        if path.read_text(encoding="utf-8") != text:
+            other = "holds results of other images, weights or options"
             remedy = "name another folder, or remove it"
-            raise UserError(
-                f"--output={output}: holds results of other images, weights or options; {remedy}"
-            ) from None
+            raise UserError(f"--output={output}: {other}; {remedy}") from None
+    finally:
+        own.unlink()
 
 
 def _decoded(

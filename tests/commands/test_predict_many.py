@@ -105,6 +105,7 @@ def test_results_of_another_job_are_left_alone(folder, capsys):
     for more in ("--min-confidence=0.7", "--chunk=5"):
         assert run(folder, more) == 2
         assert "holds results of other images, weights or options" in capsys.readouterr().err
+    assert not list((folder / "out").glob(".*"))
     (folder / "in/99.png").write_bytes((folder / "in/01.png").read_bytes())
     assert run(folder) == 2
 

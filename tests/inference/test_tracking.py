@@ -26,7 +26,7 @@ def subject(box, confidence=0.9, **scores):
 
 
 def walkers(frames, *, missed, jitter, seed):
-    """Four people who cross at two heights: (truth, what is seen of them) in each frame."""
+    """Four people who pass near each other: (truth, what is seen of them) in each frame."""
     rng = np.random.default_rng(seed)
     for frame in range(frames):
         truth, seen = [], []
@@ -62,7 +62,7 @@ def identity_measures(frames):
 @pytest.mark.parametrize(
     ("missed", "jitter", "most", "least"), [(0.1, 0.04, 6, 0.8), (0.3, 0.08, 12, 0.6)]
 )
-def test_crossing_people_keep_their_numbers(missed, jitter, most, least):
+def test_passing_people_keep_their_numbers(missed, jitter, most, least):
     results = []
     for seed in range(6):
         tracker, frames = Tracker(certain=0.5), []
