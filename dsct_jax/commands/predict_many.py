@@ -198,13 +198,13 @@ def run(arguments: argparse.Namespace) -> None:
         for number, start in enumerate(starts)
         if number % shards == shard
     ]
-    todo = [(path, part) for path, part in mine if not path.exists()]
-    done = f"{len(mine) - len(todo)} of {len(mine)} chunks were done before"
+    missing = [(path, part) for path, part in mine if not path.exists()]
+    done = f"{len(mine) - len(missing)} of {len(mine)} chunks were done before"
     print(f"{len(files)} images; shard {shard} of {shards}; {done}", flush=True)
     names = {b"class_names": json.dumps(model.decoder.class_names).encode()}
-    began, errors, count = time.monotonic(), 0, sum(len(part) for _, part in todo)
+    began, errors, count = time.monotonic(), 0, sum(len(part) for _, part in missing)
     bar = progress(range(count), total=count)
-    for path, part in todo:
+    for path, part in missing:
         rows = predict_chunk(job, part, bar)
         table = pyarrow.Table.from_pylist(rows, schema=SCHEMA.with_metadata(names))
         with whole_file(path, "wb") as file:
