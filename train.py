@@ -148,7 +148,7 @@ def train(run: RunConfig, workdir: Path, *, profile: tuple[int, int] | None = No
     # 2. init_from: the weights of config.init_from; what that file does not have, as in 3;
     # 3. random, by config.seed.
     # The networks of config.model.modalities always come from their own files.
-    values, modalities = network.init(run.seed), load_modalities(run.model, seed=run.seed)
+    values, modalities = network.init(run.seed), load_modalities(network, seed=run.seed)
     if run.init_from and newest_step(workdir) is None:
         values = pretrained(run, network, values, workdir)
     values = values[0], values[1] | modalities.values

@@ -187,18 +187,32 @@ def measure(run: Run, *, split: str, by_people: bool) -> dict[str, float]:
     return found | {"box IoU": 100 * metrics["mean_iou"]}
 
 
+def log_entries(run: Run) -> list[dict[str, Any]]:
+    """The lines of its metrics.jsonl."""
+    lines = (run.workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def step_seconds(run: Run) -> list[float]:
+    """The median time of a step, in each interval that was logged."""
+    p50 = "time/step_seconds_p50"
+    return [entry[p50] for entry in log_entries(run) if p50 in entry]
+
+
+def parameters(run: Run) -> float:
+    """Thousands of them, without what is frozen in every case."""
+    network = Network(network_config(run.config["model"], len(run.config["class_names"])))
+    return sum(map(math.prod, network.param_shapes.values())) / 1000
+
+
 def costs(run: Run, reach: float) -> dict[str, float]:
     """What a finished run took: thousands of parameters, milliseconds of a step (median), and
     epochs to the first validation that is right for the share `reach`, where one was.
     """
-    network = Network(network_config(run.config["model"], len(run.config["class_names"])))
-    lines = (run.workdir / "metrics.jsonl").read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
-    p50 = "time/step_seconds_p50"
-    times = [entry[p50] for entry in entries if p50 in entry]
+    entries = log_entries(run)
     found = {
-        "k parameters": sum(map(math.prod, network.param_shapes.values())) / 1000,
-        "ms per step": 1000 * statistics.median(times),
+        "k parameters": parameters(run),
+        "ms per step": 1000 * statistics.median(step_seconds(run)),
     }
     metric = "val/mAP" if run.config["multi_label"] else "val/accuracy"
     steps = [entry["step"] for entry in entries if entry.get(metric, 0) >= reach]

@@ -13,7 +13,6 @@ OUTPUT/one_stage_or_two.md, .json and .png.
 """
 
 import json
-import math
 import shlex
 import statistics
 import sys
@@ -22,7 +21,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablate import Run, chance_levels, parse_seeds, row_config, summary
+from benchmarks.ablate import (
+    Run,
+    chance_levels,
+    parameters,
+    parse_seeds,
+    row_config,
+    step_seconds,
+    summary,
+)
 from benchmarks.ablate import train_and_evaluate as train
 from benchmarks.paper_tables import Row
 from benchmarks.tables import hardware, in_words, report, table
@@ -32,7 +39,7 @@ from dsct_jax.config import read_config, to_builtins
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import load
 from dsct_jax.inference.predict import predict
-from dsct_jax.model.build import NETWORKS, Network, network_config
+from dsct_jax.model.build import NETWORKS
 from train import RunConfig, build_dataset
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -66,13 +73,9 @@ def steps_of(row: Row, config: Mapping[str, Any], arguments: Any) -> int:
     timing = {"train.steps": MEASURED_STEPS, "train.log_every": MEASURED_STEPS // 8}
     trial = Row(row.name, row.changes | timing, key=row.key)
     run = Run(trial, 0, row_config(config, trial, 0), arguments.output / "timing" / row.key)
-    log = run.workdir / "metrics.jsonl"
     if not run.is_finished(arguments.split):
         train(run, split=arguments.split, launch=shlex.split(arguments.launch))
-    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    p50 = "time/step_seconds_p50"
-    seconds = min(entry[p50] for entry in entries if p50 in entry)
-    return max(1, round(60 * arguments.minutes / seconds))
+    return max(1, round(60 * arguments.minutes / min(step_seconds(run))))
 
 
 def train_all(rows: Sequence[Row], config: Mapping[str, Any], arguments: Any) -> list[Run]:
@@ -99,8 +102,10 @@ def measure(run: Run, boxes: str, split: str) -> dict[str, float]:
     """Column -> percent of one finished run with boxes of that kind."""
     suffix = f"_{split}_found" if boxes == FOUND else f"_{split}"
     metrics = json.loads((run.workdir / f"metrics{suffix}.json").read_text(encoding="utf-8"))
-    metric, more = ("mAP", {}) if run.config["multi_label"] else ("accuracy", {"macro F1": 0.0})
-    values = {metric: metrics[metric]} | dict.fromkeys(more, metrics["macro_f1"])
+    metric = "mAP" if run.config["multi_label"] else "accuracy"
+    values = {metric: metrics[metric]}
+    if not run.config["multi_label"]:
+        values["macro F1"] = metrics["macro_f1"]
     if not boxes:
         values["box IoU"] = metrics["mean_iou"]
     buckets = {
@@ -129,12 +134,6 @@ def milliseconds(run: Run, finder: Path, split: str) -> float:
             predict(model, image, boxes=[person.box for person in people])
         times.append(time.perf_counter() - started)
     return 1000 * statistics.median(times[1:])
-
-
-def parameters(run: Run) -> float:
-    """Thousands of them."""
-    network = Network(network_config(run.config["model"], len(run.config["class_names"])))
-    return sum(map(math.prod, network.param_shapes.values())) / 1000
 
 
 def draw(lines: Mapping[tuple[str, str], Mapping[str, list[float]]], metric: str, path: Path):

@@ -83,10 +83,9 @@ def whole_file(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]
     """`path` opened for writing; the file appears there when the block has ended, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    options.setdefault("encoding", None if "b" in mode else "utf-8")
     try:
-        with temporary.open(
-            mode, **{"encoding": None if "b" in mode else "utf-8"} | options
-        ) as file:
+        with temporary.open(mode, **options) as file:
             yield file
         temporary.replace(path)
     finally:

@@ -22,6 +22,10 @@ class UserError(ValueError):
     """A message for the user: names the file, field or flag, and what to do about it."""
 
 
+class TooLarge(UserError):
+    """A picture of more bytes or pixels than allowed."""
+
+
 def missing_extra(error: ImportError) -> UserError | None:
     """The line that names the extra to install, where one brings the module; else None."""
     package = (error.name or "").partition(".")[0]

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 from PIL import Image, UnidentifiedImageError
 
-from dsct_jax.errors import UserError
+from dsct_jax.errors import TooLarge, UserError
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, of values in [0, 1] (released datasets/transforms.py)
 STD = (0.229, 0.224, 0.225)
@@ -83,7 +83,7 @@ def open_image(
 ) -> Iterator[Image.Image]:
     """The image in a file, or in the bytes read from it, for as long as the block lasts. Raises
     UserError, also for what decoding it inside the block raises: the file is missing, damaged, cut
-    short, no image, or larger than `max_megapixels`.
+    short, or no image; TooLarge for more than `max_megapixels`.
     """
     source = path if encoded is None else io.BytesIO(encoded)
     try:
@@ -91,17 +91,16 @@ def open_image(
             if image.width * image.height > max_megapixels * 1e6:
                 size = f"{image.width}x{image.height}, more than {max_megapixels:g} megapixels"
                 remedy = "make it smaller, or raise config.data.max_megapixels or --max-megapixels"
-                raise UserError(f"{path}: is {size}; {remedy}")
+                raise TooLarge(f"{path}: is {size}; {remedy}")
             yield image
     except FileNotFoundError:
         raise UserError(f"{path}: no such image file") from None
     except UserError:
         raise
-    except UnidentifiedImageError:
-        reason = f"no kind of image that PIL knows{suffix_remedy(path.suffix.lower())}"
-        raise UserError(f"{path}: cannot be read as an image ({reason})") from None
     except DECODE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no kind of image that PIL knows"
         reason += suffix_remedy(path.suffix.lower())
         raise UserError(f"{path}: cannot be read as an image ({reason})") from None
 

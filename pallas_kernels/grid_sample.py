@@ -16,21 +16,12 @@ def grid_sample(
 ) -> Float[Array, "n c q p"]:
     """`maps` at the places (x, y) of `grid`, where -1 and 1 are the map's borders."""
     n, c, height, width = maps.shape
-    flat = maps.reshape(n, c, height * width)
-    x = (grid[..., 0] + 1) * (width / 2) - 0.5
-    y = (grid[..., 1] + 1) * (height / 2) - 0.5
-    inside = (x > -1) & (x < width) & (y > -1) & (y < height)  # False if not finite, too
-    x, y = jnp.where(inside, x, 0), jnp.where(inside, y, 0)
-    left, top = jnp.floor(x), jnp.floor(y)
-    out = jnp.zeros((n, c, *grid.shape[1:3]), maps.dtype)
-    for row, column in ((top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)):
-        on_map = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
-        weight = (1 - jnp.abs(x - column)) * (1 - jnp.abs(y - row))
-        row, column = jnp.clip(row, 0, height - 1), jnp.clip(column, 0, width - 1)
-        index = (row * width + column).astype(jnp.int32).reshape(n, 1, -1)
-        corner = jnp.take_along_axis(flat, index, axis=2).reshape(out.shape)
-        out += corner * jnp.where(on_map, weight, 0).astype(maps.dtype)[:, None]
-    return out
+    q, p = grid.shape[1:3]
+    value = maps.reshape(n, c, 1, height * width).transpose(0, 3, 2, 1)
+    places = ((grid + 1) / 2).reshape(n, q * p, 1, 1, 1, 2)
+    weights = jnp.ones(places.shape[:-1], grid.dtype)
+    sampled = reference.deformable_attention(value, ((height, width),), places, weights)
+    return sampled.transpose(0, 2, 1).reshape(n, c, q, p)
 
 
 def deformable_attention(

@@ -41,6 +41,19 @@ def add_selection(parser: Parser) -> None:
     add("--nms", type=float, default=NMS_IOU, help=overlap)
 
 
+def add_boxes(parser: Parser) -> None:
+    """--boxes, which `flags.finder_of` reads."""
+    parser.add_argument("--boxes", metavar="RUN|FILE|faces", help=f"two-stage networks: {BOXES}")
+
+
+def add_batches(parser: Parser) -> None:
+    """--batch-size and --max-megapixels: how images are read and given to the model."""
+    add, many = parser.add_argument, "images per call (default: %(default)s)"
+    add("--batch-size", type=int, default=BATCH_SIZE, help=many)
+    limit, text = MAX_MEGAPIXELS, "an image of more is an error (default: %(default)g)"
+    add("--max-megapixels", type=float, default=limit, help=text)
+
+
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
     """'96x136,136x96' -> ((96, 136), (136, 96))."""
     sizes = []
@@ -72,10 +85,8 @@ def predict() -> Parser:
     files = "predictions.json, predictions.csv, contact_sheet.png and drawn/"
     parser.add_output("--output", folder=True, required=True, help=f"folder for {files}")
     add_selection(parser)
-    add("--boxes", metavar="RUN|FILE|faces", help=f"two-stage networks: {BOXES}")
-    add("--batch-size", type=int, default=BATCH_SIZE, help="images per call (default: %(default)s)")
-    limit, text = MAX_MEGAPIXELS, "an image of more is an error (default: %(default)g)"
-    add("--max-megapixels", type=float, default=limit, help=text)
+    add_boxes(parser)
+    add_batches(parser)
     add("--every", type=int, default=1, help="videos: look at every N-th frame only")
     add("--seconds", type=float, help="videos and camera: stop after so many seconds")
     follow = "videos and camera: number people through the frames; timeline.csv and pictures"
@@ -99,14 +110,12 @@ def predict_many() -> Parser:
     add_checkpoint(parser)
     parser.add_output("--output", folder=True, required=True, help="folder for part-*.parquet")
     add_selection(parser)
-    add("--boxes", metavar="RUN|FILE|faces", help=f"two-stage networks: {BOXES}")
+    add_boxes(parser)
+    add_batches(parser)
     shard = "this process is number k, from 0, of n; default: as Slurm's array says, or 0/1"
     add("--shard", metavar="K/N", help=shard)
     add("--chunk", type=int, default=1000, help="images per file (default: %(default)s)")
-    add("--batch-size", type=int, default=BATCH_SIZE, help="images per call (default: %(default)s)")
     add("--decoders", type=int, default=4, help="threads that read images (default: %(default)s)")
-    limit, text = MAX_MEGAPIXELS, "an image of more is an error (default: %(default)g)"
-    add("--max-megapixels", type=float, default=limit, help=text)
     return parser
 
 
@@ -122,7 +131,7 @@ def serve() -> Parser:
     add = parser.add_argument
     add_checkpoint(parser)
     add_selection(parser)
-    add("--boxes", metavar="RUN|FILE|faces", help=f"two-stage networks: {BOXES}")
+    add_boxes(parser)
     add("--host", default="127.0.0.1", help="0.0.0.0 = the whole network (default: %(default)s)")
     add("--port", type=int, default=8000, help="(default: %(default)s)")
     allowed = "another name under which the page may be asked for; may be repeated"

@@ -18,11 +18,11 @@ from PIL import Image
 
 from dsct_jax.batch import Predictions
 from dsct_jax.cli import progress, whole_file
-from dsct_jax.commands.flags import load_model, selection
+from dsct_jax.commands.flags import finder_of, load_model, selection
 from dsct_jax.commands.inputs import drawing_names, find_inputs
 from dsct_jax.commands.unfinished import Unfinished
 from dsct_jax.errors import UserError
-from dsct_jax.inference.finders import Finder, make_finder
+from dsct_jax.inference.finders import Finder
 from dsct_jax.inference.predict import Detector, predict_each, read_rgb
 from dsct_jax.inference.video import Video, opencv, video_writer
 from dsct_jax.postprocess import Selection, Subject
@@ -258,7 +258,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{loaded}; {work} videos to look at", flush=True)
     start = time.monotonic()
     decoder = model.decoder
-    finder = None if arguments.boxes is None else make_finder(arguments.boxes)
+    finder = finder_of(arguments)
     cut = {"min_confidence": decoder.resolve_min_confidence(chosen)}
     about: dict[str, Any] = {
         "checkpoint": str(arguments.checkpoint),

@@ -23,11 +23,11 @@ import pyarrow.parquet
 from PIL import Image
 
 from dsct_jax.cli import progress, whole_file
-from dsct_jax.commands.flags import load_model, selection
+from dsct_jax.commands.flags import finder_of, load_model, selection
 from dsct_jax.commands.inputs import find_inputs
 from dsct_jax.commands.predict import TimedDetector, weights_state
 from dsct_jax.errors import UserError
-from dsct_jax.inference.finders import Finder, make_finder
+from dsct_jax.inference.finders import Finder
 from dsct_jax.inference.predict import predict_each, read_rgb
 from dsct_jax.postprocess import Selection, Subject
 
@@ -174,7 +174,7 @@ def run(arguments: argparse.Namespace) -> None:
     output, (shard, shards) = arguments.output, parse_shard(arguments.shard, os.environ)
     files = listed_images(arguments.paths, exclude=output)
     model, chosen = TimedDetector(load_model(arguments)), selection(arguments)
-    finder = None if arguments.boxes is None else make_finder(arguments.boxes)
+    finder = finder_of(arguments)
     text = "\n".join(map(str, files))
     claim(
         output,

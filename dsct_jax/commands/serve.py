@@ -20,9 +20,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from dsct_jax.commands.flags import load_model, selection
-from dsct_jax.errors import UserError
-from dsct_jax.inference.finders import Finder, make_finder
+from dsct_jax.commands.flags import finder_of, load_model, selection
+from dsct_jax.errors import TooLarge, UserError
+from dsct_jax.inference.finders import Finder
 from dsct_jax.inference.introspection import Layer, introspect
 from dsct_jax.inference.load import Model
 from dsct_jax.inference.predict import predict_each
@@ -39,10 +39,6 @@ _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src blob: data:; media-src blob:; connect-src 'self'; frame-ancestors 'none'"
 )
-
-
-class TooLarge(UserError):
-    """A picture of too many bytes or pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,17 +71,15 @@ class Door:
     def warm_up(self) -> None:
         """Compiles for every canvas, so that no visitor waits for it."""
         for height, width in self.model.preprocessing.buckets:
-            self.answer(Image.new("RGB", (width, height)), inside=False)
-            self.answer(Image.new("RGB", (width, height)), inside=True)
+            for inside in {False, self.looks_inside}:
+                self.answer(Image.new("RGB", (width, height)), inside=inside)
 
     def read(self, body: bytes) -> Image.Image:
         """The upright picture. Raises UserError: it is none; TooLarge."""
         try:
             return decode_image(UPLOAD, body, upright=True, max_megapixels=self.max_megapixels)
-        except UserError as error:
-            if "megapixels" in str(error):
-                raise TooLarge(str(error).partition("; ")[0]) from None
-            raise
+        except TooLarge as error:  # without the remedy, which is the server's owner's
+            raise TooLarge(str(error).partition("; ")[0]) from None
 
     def answer(
         self, image: Image.Image, *, inside: bool, lowest: float | None = None
@@ -129,7 +123,7 @@ def _inside(layer: Layer, query: int) -> dict[str, Any]:
 
 
 async def _body(request: Request, most: int) -> bytes:
-    """Raises UserError where it is larger, as announced or as counted."""
+    """Raises TooLarge where it is larger, as announced or as counted."""
     body = io.BytesIO()
     announced = int(request.headers.get("content-length") or 0)
     parts = request.stream()
@@ -202,7 +196,7 @@ def run(arguments: argparse.Namespace) -> None:
     if (model.crops is None) != (arguments.boxes is None):
         wanted = "a two-stage network needs --boxes" if model.crops else "this network finds people"
         raise UserError(f"--boxes={arguments.boxes}: {wanted}")
-    finder = None if arguments.boxes is None else make_finder(arguments.boxes)
+    finder = finder_of(arguments)
     size, pixels = int(arguments.max_megabytes * 1e6), arguments.max_megapixels
     door = Door(model, selection(arguments), finder, size, pixels, arguments.waiting)
     print(f"{arguments.checkpoint}: loaded; compiling ...", flush=True)

@@ -81,18 +81,19 @@ class Tracker:
             pairs = zip(*linear_sum_assignment(-overlap), strict=True)
             matched = [(i, j) for i, j in pairs if overlap[i, j] >= least]
             owners |= {int(places[j]): free[i] for i, j in matched}
-            free = [one for i, one in enumerate(free) if i not in {i for i, _ in matched}]
+            taken = {i for i, _ in matched}
+            free = [one for i, one in enumerate(free) if i not in taken]
         for place, track in owners.items():
             track.see(boxes[place], seconds)
         for new in [int(place) for place in np.flatnonzero(certain) if int(place) not in owners]:
             owners[new] = _Track(boxes[new], seconds)
             self._tracks.append(owners[new])
-        for _, track in sorted(owners.items(), key=lambda pair: pair[0]):
+        owned = sorted(owners.items(), key=lambda pair: pair[0])
+        for _, track in owned:
             if track.number is None and track.sightings >= SIGHTINGS:
                 track.number, self._next = self._next, self._next + 1
         return [
-            FollowedSubject(**vars(subjects[place]), person=track.number)
-            for place, track in sorted(owners.items(), key=lambda pair: pair[0])
+            FollowedSubject(**vars(subjects[place]), person=track.number) for place, track in owned
         ]
 
 

@@ -14,7 +14,7 @@ from dsct_jax.errors import UserError
 from dsct_jax.model.build import Network
 from dsct_jax.model.layers import NORM_EPSILON
 from dsct_jax.model.modalities import PREFIX
-from dsct_jax.weights.rules import TensorLayout, module, require_fit, resnet_rules, translate
+from dsct_jax.weights.rules import TensorLayout, from_torch, module, resnet_rules
 from dsct_jax.weights.tensor_files import read_tensors
 
 RANDOM = "random"  # instead of a file: values of the run's seed
@@ -70,16 +70,15 @@ class Modalities(NamedTuple):
 
 
 def load_modalities(
-    config: Any, *, seed: int, stored: Mapping[str, Any] | None = None
+    network: Network, *, seed: int, stored: Mapping[str, Any] | None = None
 ) -> Modalities:
-    """Those of a network's configuration. `stored`: what a checkpoint said; the files are those,
-    and unchanged.
+    """Those of a network. `stored`: what a checkpoint said; the files are those, and unchanged.
 
     Raises:
         UserError: a modality without a file, or a file that is missing, changed, or does not fit.
     """
-    names = getattr(config, "modalities", ())
-    files, field = getattr(config, "modality_weights", ()), "config.model.modality_weights"
+    names, field = getattr(network.config, "modalities", ()), "config.model.modality_weights"
+    files = getattr(network.config, "modality_weights", ())
     if stored:
         files = [stored[name]["file"] for name in names]
     if len(files) != len(names):
@@ -87,9 +86,7 @@ def load_modalities(
         raise UserError(f"{field} names {len(files)} files: name {each} ('{RANDOM}' for tests)")
     values: FlatParams = {}
     about: dict[str, dict[str, str]] = {}
-    network = Network(config) if names else None
     for name, file in zip(names, files, strict=True):
-        assert network is not None
         start = f"{PREFIX}{name}/"
         shapes = {k: v for k, v in network.norm_stats_shapes.items() if k.startswith(start)}
         if file == RANDOM:
@@ -100,9 +97,11 @@ def load_modalities(
         path = Path(file).expanduser().absolute()
         if not path.is_file():
             raise UserError(f"{path}: no such file, which the {name} modality needs ({field})")
-        about[name] = {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        with path.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        about[name] = {"file": str(path), "sha256": digest}
         values |= _read(path, name, shapes)
-    require_same_modalities(about if stored is None else stored, about)
+    require_same_modalities(stored or {}, about)
     return Modalities(values, about)
 
 
@@ -121,10 +120,7 @@ def _read(path: Path, name: str, shapes: Mapping[str, tuple[int, ...]]) -> FlatP
     tensors, layout = read_tensors(path), LAYOUTS[name]
     if name == "instance" and not any("/pyramid/" in key for key in shapes):
         tensors = {key: value for key, value in tensors.items() if not key.startswith(_FPN)}
-    found = translate(tensors, shapes, layout=layout)
-    missing = [f"{key} is missing" for key in found.unmatched]
-    require_fit(found.problems + missing, where=f"{path} as {layout.title}")
-    arrays = dict(found.arrays)
+    arrays = from_torch(tensors, shapes, layout=layout, where=f"{path} as {layout.title}")
     if name in _NO_EPSILON:  # ours has one: the scale makes up for it
         for key in [key for key in arrays if key.endswith("/var")]:
             scale = key.removesuffix("var") + "scale"

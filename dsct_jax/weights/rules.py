@@ -255,12 +255,14 @@ def from_torch(
     shapes: Mapping[str, tuple[int, ...]],
     *,
     layout: TensorLayout = DSCT,
+    where: str = "weights",
 ) -> dict[str, np.ndarray]:
     """PyTorch tensors by name -> our arrays by path, float32: the whole model, whose `shapes` these
-    are. Raises UserError naming every tensor that does not fit.
+    are. Raises UserError naming, after `where`, every tensor that does not fit.
     """
     found = translate(state, shapes, layout=layout)
-    require_fit(found.problems + [f"{path} is missing" for path in found.unmatched])
+    missing = [f"{path} is missing" for path in found.unmatched]
+    require_fit(found.problems + missing, where=where)
     return found.arrays
 
 

@@ -91,11 +91,11 @@ def _modalities(metadata: Mapping[str, Any]) -> FlatParams:
     stored = metadata.get("modalities")
     if not stored:
         return {}
-    from dsct_jax.model.build import network_config  # flax, which not every reader needs
+    from dsct_jax.model.build import Network, network_config  # flax, which not every reader needs
     from dsct_jax.weights.modalities import load_modalities
 
     config = network_config(metadata["config"]["model"], len(metadata["class_names"]))
-    return load_modalities(config, seed=metadata["seed"], stored=stored).values
+    return load_modalities(Network(config), seed=metadata["seed"], stored=stored).values
 
 
 def complete_steps(workdir: Path) -> list[int]:
