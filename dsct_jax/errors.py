@@ -15,6 +15,7 @@ EXTRAS = {
     "starlette": "serve",
     "uvicorn": "serve",
     "pyarrow": "parquet",
+    "huggingface_hub": "hub",
 }
 
 

@@ -17,8 +17,10 @@ from dsct_jax.model.build import Network
 from dsct_jax.postprocess import Decoder
 from dsct_jax.weights.run_directory import DIRECTORY, read_metadata
 
+MODEL_CARD = "MODEL_CARD.md"  # below the workdir
+
 # metric -> its name in the card, and the metric of guessing; fractions, shown in percent
-_METRICS = {
+METRICS = {
     "mAP": ("mAP (step-wise average precision)", "chance_mAP"),
     "mAP_envelope": ("mAP (the authors' envelope)", ""),
     "mAP_eleven_point": ("mAP (11 points)", ""),
@@ -159,7 +161,7 @@ def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
         note = f"Intervals: percentile bootstrap over images, {resamples} resamples."
     rows = [
         (title, *map(_percent, (metrics[name], intervals.get(name), metrics.get(guessing))))
-        for name, (title, guessing) in _METRICS.items()
+        for name, (title, guessing) in METRICS.items()
         if isinstance(metrics.get(name), int | float)
     ]
     lines = [*_table(("metric", "value", "95 % interval", "guessing"), rows), "", note]
@@ -211,7 +213,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    output = arguments.output or arguments.workdir / "MODEL_CARD.md"
+    output = arguments.output or arguments.workdir / MODEL_CARD
     card = model_card(arguments.workdir, split=arguments.split)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(card, encoding="utf-8")

@@ -7,7 +7,7 @@ import argparse
 from dsct_jax.cli import Parser, expanded_path
 from dsct_jax.config import BATCH_SIZE, BOXES, MAX_MEGAPIXELS, NMS_IOU, RESAMPLES
 
-CHECKPOINT = "run directory, .safetensors file, or released .pth (with --config)"
+CHECKPOINT = "run directory, .safetensors, hf:ORG/NAME[@REV], or released .pth (with --config)"
 CONFIG = "configuration (.py or .json) that describes the weights; needed for .pth only"
 FIGURES = ("predictions", "activation", "sampling", "context", "compare", "embeddings", "losses")
 FORMATS = ("stablehlo", "safetensors", "torch", "onnx")
@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "a trained model as StableHLO, safetensors, .pth or ONNX",
     "convert": "third-party weights as a .safetensors file of this project",
     "model_card": "what others should know about a trained model, as Markdown",
+    "publish": "a trained model and its card on the Hugging Face hub",
 }
 
 
@@ -279,4 +280,30 @@ def model_card() -> Parser:
     add("--workdir", type=expanded_path, required=True, help="directory of the run")
     add("--split", default="test", help="whose metrics_<split>.json to show")
     parser.add_output("--output", folder=False, help="default: WORKDIR/MODEL_CARD.md")
+    return parser
+
+
+def publish() -> Parser:
+    """Uploads a trained model and its model card to the Hugging Face hub, where
+    --checkpoint=hf:ORG/NAME and dsct_jax.load("hf:ORG/NAME") find it. The repository is private
+    unless told otherwise.
+
+        dsct model_card --workdir=runs/mine        # then answer the questions in it
+        hf auth login
+        dsct publish --checkpoint=runs/mine --to=ORG/NAME --license=mit [--tag=v1] [--public]
+
+    A model trained on data for non-commercial research (EMOTIC, CAER-S) is for that too: --license
+    is then a name of your own and --license-link a page with its text.
+    """
+    parser = Parser(description=publish.__doc__)
+    add = parser.add_argument
+    add_checkpoint(parser)
+    add("--to", required=True, metavar="ORG/NAME", help="repository, made if it is missing")
+    license = "an identifier that the hub knows; with --license-link, any name"
+    add("--license", required=True, help=license)
+    add("--license-link", default="", help="address of a license that the hub does not know")
+    add("--card", type=expanded_path, help="default: MODEL_CARD.md of the run")
+    add("--split", default="test", help="whose metrics_<split>.json go on the page")
+    add("--tag", default="", help="name of this version: hf:ORG/NAME@TAG")
+    add("--public", action="store_true", help="everybody can see it")
     return parser

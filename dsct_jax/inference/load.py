@@ -1,4 +1,6 @@
-"""A trained model, ready to use: from a run directory, a .safetensors file, or a released .pth."""
+"""A trained model, ready to use: from a run directory, a .safetensors file, the hub, or a released
+.pth.
+"""
 
 import dataclasses
 import functools
@@ -21,6 +23,7 @@ from dsct_jax.evaluation.calibration import stored_decoder
 from dsct_jax.inference.programs import Programs
 from dsct_jax.postprocess import Decoder
 from dsct_jax.preprocess import Preprocessing
+from dsct_jax.weights.hub import local_path
 from dsct_jax.weights.native import parse_config, read_native
 from dsct_jax.weights.rules import from_torch
 from dsct_jax.weights.run_directory import parse_run_path, require_same_model, require_same_shapes
@@ -156,7 +159,8 @@ def model_config(config: Mapping[str, Any]) -> Any:
 
 
 def load(path: Path | str, config: Mapping[str, Any] | Path | str | None = None) -> Model:
-    """Reads a model: a run directory, a .safetensors file of `Model.save`, or a released .pth.
+    """Reads a model: a run directory, a .safetensors file of `Model.save`, hf:ORG/NAME[@REVISION]
+    on the Hugging Face hub, or a released .pth.
 
     Args:
         path: RUN means its newest checkpoint, RUN/checkpoints/STEP that one.
@@ -167,7 +171,7 @@ def load(path: Path | str, config: Mapping[str, Any] | Path | str | None = None)
     Raises:
         UserError: the file or directory is missing, unreadable, or of another model.
     """
-    path = Path(path)
+    path = local_path(path)
     given = None if config is None else read_config(config)
     if path.suffix in PTH_SUFFIXES and path.is_file():
         return _load_pth(path, given)

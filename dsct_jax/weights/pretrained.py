@@ -18,6 +18,7 @@ from dsct_jax.batch import FlatParams
 from dsct_jax.config import differences
 from dsct_jax.errors import UserError
 from dsct_jax.model.build import Network
+from dsct_jax.weights.hub import local_path
 from dsct_jax.weights.layouts import LAYOUTS, detect_layout, layout_of
 from dsct_jax.weights.modalities import without_modalities
 from dsct_jax.weights.native import is_native, read_native
@@ -61,7 +62,7 @@ def load_pretrained(
     """
     # the frozen networks have files of their own
     shapes = network.param_shapes | without_modalities(network.norm_stats_shapes)
-    path = Path(path)
+    path = local_path(path)
     if is_native(path):
         found, lines = _from_native(path, network, shapes, tuple(class_names), multi_label)
     else:
