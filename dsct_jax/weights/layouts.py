@@ -6,6 +6,7 @@ from typing import Any
 
 from dsct_jax.weights import rules_detr as family
 from dsct_jax.weights.rules import DEFORMABLE_DETR, DSCT, HUGGING_FACE, TORCHVISION, TensorLayout
+from dsct_jax.weights.rules_hugging_face import HF_DEFORMABLE, HF_LAYOUTS
 from dsct_jax.weights.rules_two_stage import two_stage_layout
 
 _DEFORMABLE = family.DEFORMABLE, family.REFINED, family.TWO_STAGE
@@ -36,9 +37,16 @@ def layout_of(config: Any) -> TensorLayout | None:
     return EXPORTS.get(config.name)
 
 
-def detect_layout(names: Iterable[str], own: TensorLayout | None = None) -> TensorLayout | None:
-    """Which of these kinds of file has these names; None when it is none of them. The network's
-    `own` is tried first.
+def hugging_face_layout_of(config: Any) -> TensorLayout | None:
+    """The same for the checkpoints of the Hugging Face hub."""
+    if config.name == "deformable_detr":
+        return HF_DEFORMABLE[config.box_refinement + config.two_stage]
+    return HF_LAYOUTS.get(config.name)
+
+
+def detect_layout(names: Iterable[str], *own: TensorLayout | None) -> TensorLayout | None:
+    """Which kind of file has these names; None when it is none of them. The network's `own` are
+    tried first.
     """
-    text, kinds = "\n".join(names), (*([own] if own else []), *LAYOUTS)
+    text, kinds = "\n".join(names), (*filter(None, own), *LAYOUTS)
     return next((one for one in kinds if re.search(rf"^(?:{one.marker})$", text, re.M)), None)

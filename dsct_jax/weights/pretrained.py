@@ -19,7 +19,7 @@ from dsct_jax.config import differences
 from dsct_jax.errors import UserError
 from dsct_jax.model.build import Network
 from dsct_jax.weights.hub import local_path
-from dsct_jax.weights.layouts import LAYOUTS, detect_layout, layout_of
+from dsct_jax.weights.layouts import LAYOUTS, detect_layout, hugging_face_layout_of, layout_of
 from dsct_jax.weights.modalities import without_modalities
 from dsct_jax.weights.native import is_native, read_native
 from dsct_jax.weights.rules import (
@@ -69,7 +69,8 @@ def load_pretrained(
         tensors = read_tensors(path)
         if all(name.startswith("module.") for name in tensors):  # DistributedDataParallel's
             tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-        layout = detect_layout(tensors, layout_of(network.config))
+        own = layout_of(network.config), hugging_face_layout_of(network.config)
+        layout = detect_layout(tensors, *own)
         if layout is None:
             names, known = list(tensors)[:3], [one.title for one in reversed(LAYOUTS)]
             raise UserError(

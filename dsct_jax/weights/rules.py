@@ -87,7 +87,7 @@ def packed_attention(torch: str, ours: str) -> list[Rule]:
     ]
 
 
-def _packed_projections(torch: str, ours: str) -> list[Rule]:
+def packed_projections(torch: str, ours: str) -> list[Rule]:
     return [
         (theirs, mine, f"{how}:{i}")
         for i, part in enumerate("qkv")
@@ -146,13 +146,13 @@ DEFORMABLE_TRANSFORMER = tuple(
     rule for rule in _ORIGINAL_TRANSFORMER if rule[1] != "context_queries"
 )
 
-_HF_BACKBONE = "model.backbone.conv_encoder.model."
+HF_BACKBONE = "model.backbone.conv_encoder.model."
 _HF_ENCODER, _HF_DECODER = "model.encoder.layers.{i}", "model.decoder.layers.{i}"
 _HUGGING_FACE: tuple[Rule, ...] = (
-    *_transformer(_HF_BACKBONE, "model.input_proj", "model.", "encoder_attn", "fc"),
+    *_transformer(HF_BACKBONE, "model.input_proj", "model.", "encoder_attn", "fc"),
     *module("norm", f"{_HF_ENCODER}.self_attn_layer_norm", "encoder/{i}/norm1"),
     *module("norm", f"{_HF_ENCODER}.final_layer_norm", "encoder/{i}/norm2"),
-    *_packed_projections(f"{_HF_DECODER}.self_attn", _IN_PROJ),
+    *packed_projections(f"{_HF_DECODER}.self_attn", _IN_PROJ),
     *module("norm", f"{_HF_DECODER}.encoder_attn_layer_norm", "decoder/{i}/norm1"),
     *module("norm", f"{_HF_DECODER}.self_attn_layer_norm", "decoder/{i}/norm2"),
     *module("norm", f"{_HF_DECODER}.final_layer_norm", "decoder/{i}/norm3"),
@@ -161,12 +161,12 @@ _HUGGING_FACE: tuple[Rule, ...] = (
 
 # A backbone of transformers' own ResNet instead of timm's, which has torchvision's names.
 _HF_RESNET_SPELLINGS = (
-    (rf"{_HF_BACKBONE}embedder\.embedder\.convolution\.", rf"{_HF_BACKBONE}conv1."),
-    (rf"{_HF_BACKBONE}embedder\.embedder\.normalization\.", rf"{_HF_BACKBONE}bn1."),
+    (rf"{HF_BACKBONE}embedder\.embedder\.convolution\.", rf"{HF_BACKBONE}conv1."),
+    (rf"{HF_BACKBONE}embedder\.embedder\.normalization\.", rf"{HF_BACKBONE}bn1."),
     *(
         (
-            rf"{_HF_BACKBONE}encoder\.stages\.{s}\.layers\.(\d+)\.{theirs}{kind}\.",
-            rf"{_HF_BACKBONE}layer{s + 1}.\1.{name}.",
+            rf"{HF_BACKBONE}encoder\.stages\.{s}\.layers\.(\d+)\.{theirs}{kind}\.",
+            rf"{HF_BACKBONE}layer{s + 1}.\1.{name}.",
         )
         for s in range(4)
         for theirs, conv, norm in [
@@ -204,18 +204,19 @@ DEFORMABLE_DETR = TensorLayout(
 _HF_PARTS = (
     "backbone|encoder|decoder|input_proj|query_position_embeddings|level_embed|reference_points"
 )
+HF_SPELLINGS = (
+    (rf"(?=({_HF_PARTS})\b)", "model."),  # the bare model
+    (r"model\.backbone\.model\.", HF_BACKBONE),  # as transformers 5 holds it in memory
+    (r"(model\.(?:en|de)coder\.layers\.\d+)\.mlp\.", r"\1."),
+    (r"(model\.decoder\.layers\.\d+\.self_attn)\.o_proj\.", r"\1.out_proj."),
+    *_HF_RESNET_SPELLINGS,
+)
 HUGGING_FACE = TensorLayout(
     title="Deformable DETR (Hugging Face)",
     marker=r"(model\.)?(encoder\.layers\.0\.self_attn\.sampling_offsets\.weight"
     r"|query_position_embeddings\.weight)",
     rules=_HUGGING_FACE,
-    spellings=(
-        (rf"(?=({_HF_PARTS})\b)", "model."),  # the bare model
-        (r"model\.backbone\.model\.", _HF_BACKBONE),  # as transformers 5 holds it in memory
-        (r"(model\.(?:en|de)coder\.layers\.\d+)\.mlp\.", r"\1."),
-        (r"(model\.decoder\.layers\.\d+\.self_attn)\.o_proj\.", r"\1.out_proj."),
-        *_HF_RESNET_SPELLINGS,
-    ),
+    spellings=HF_SPELLINGS,
     left_out=_left_out(r"model\."),
 )
 
