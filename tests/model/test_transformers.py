@@ -109,9 +109,7 @@ def test_the_answers_of_transformers(name, tmp_path):
         model, pixels = model.double(), pixels.double()
     with torch.no_grad():
         out = model(pixel_values=pixels, pixel_mask=torch.tensor(~mask).long())
-    section = {
-        "name": name if name in ("detr", "conditional_detr", "dab_detr") else "deformable_detr"
-    }
+    section = {"name": name if name.endswith("detr") else "deformable_detr"}
     default = network_config(section, len(CLASSES))
     config = dataclasses.replace(default, **OURS, **ours)
     network = Network(config)
