@@ -58,7 +58,7 @@ from dsct_jax.training.config import LossConfig, MatcherConfig, OptimizerConfig,
 from dsct_jax.training.logbook import Logbook, versions
 from dsct_jax.training.loop import CONTINUES, Best, Preempted, Schedule, parse_window, train_loop
 from dsct_jax.training.memory_plan import format_plan, make_plan
-from dsct_jax.training.objective import OBJECTIVES
+from dsct_jax.training.objective import OBJECTIVES, Objective
 from dsct_jax.training.optimizer import learning_rates
 from dsct_jax.training.step import TrainState, initial_state, make_eval_step, make_train_step
 from dsct_jax.visualization.drawing import contact_sheet, draw_shown
@@ -152,7 +152,8 @@ def train(run: RunConfig, workdir: Path, *, profile: tuple[int, int] | None = No
     if run.init_from and newest_step(workdir) is None:
         values = pretrained(run, network, values, workdir)
     values = values[0], values[1] | modalities.values
-    train_step, state = build_step(run, network, values, mesh, total_steps=schedule.total)
+    objective = make_objective(run, network, train_data.class_shares())
+    train_step, state = build_step(run, network, values, mesh, objective, schedule.total)
     with contextlib.ExitStack() as stack:
         checkpoints = open_checkpoints(run, workdir, schedule.epoch, modalities.files)
         stack.enter_context(contextlib.closing(checkpoints))
@@ -227,22 +228,29 @@ def pretrained(run: RunConfig, network: Network, values: Values, workdir: Path) 
     return params, norm_stats
 
 
+def make_objective(run: RunConfig, network: Network, class_shares: tuple[float, ...]) -> Objective:
+    """What a step minimizes; `class_shares` where the configuration leaves them to be counted."""
+    loss = run.loss
+    if loss.logit_adjustment and not loss.class_shares:
+        loss = dataclasses.replace(loss, class_shares=class_shares)
+    return OBJECTIVES[network.entry.objective](loss, run.matcher, multi_label=run.multi_label)
+
+
 def build_step(
-    run: RunConfig, network: Network, values: Values, mesh: Mesh, *, total_steps: int
+    run: RunConfig,
+    network: Network,
+    values: Values,
+    mesh: Mesh,
+    objective: Objective,
+    total_steps: int,
 ) -> tuple[Any, TrainState]:
     """The training step, and the state before the first one."""
     config = run.train.step_config
     optimizer, state = initial_state(
         *values, run.optimizer, total_steps=total_steps, mesh=mesh, step_config=config
     )
-    make_objective = OBJECTIVES[network.entry.objective]
     step = make_train_step(
-        network,
-        optimizer,
-        objective=make_objective(run.loss, run.matcher, multi_label=run.multi_label),
-        mesh=mesh,
-        seed=run.seed,
-        step_config=config,
+        network, optimizer, objective=objective, mesh=mesh, seed=run.seed, step_config=config
     )
     return step, state
 
@@ -304,7 +312,8 @@ def print_plan(run: RunConfig) -> None:
     mesh, buckets = make_mesh(), run.canvases
     run.train.require_divisible(mesh.size)
     network = Network(run.model)
-    step, state = build_step(run, network, network.init(run.seed), mesh, total_steps=1)
+    objective = make_objective(run, network, (1.0,) * len(run.class_names))
+    step, state = build_step(run, network, network.init(run.seed), mesh, objective, 1)
     devices = f"{mesh.size} {jax.devices()[0].device_kind} device(s)"
     print(f"{run.name}: {devices}; compiling {len(buckets)} size(s) of images ...", flush=True)
     sizes: dict[str, Any] = {"batch_size": run.train.batch_size, "crops": run.crops}

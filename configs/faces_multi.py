@@ -1,12 +1,11 @@
-r"""On from faces_single, on a CPU: small images with one to four faces each, COCO style json,
-CAER-S classes.
+r"""From scratch on a CPU: the images of faces_single and others with one to four faces together.
 
     python train.py --config=configs/faces_multi.py --workdir=runs/faces_multi \
-        --config.data.data_dir=DIR --config.init_from=runs/faces_single
+        --config.data.data_dir=DIR
 
-DIR holds {train,val,test}.json and the images they name. A thousand images teach where faces are,
-not what they feel: from scratch, 64 epochs end at the most frequent class; from the weights of
-faces_single, 12 epochs do not (docs/results.md).
+DIR holds single/ and multi/, each with {train,val,test}.json and the images they name, and nobody
+in the training images of one who is in the test of the other. What it learns is tested on either:
+--config.data.test=single:single/test.json.
 """
 
 from configs import faces_single
@@ -15,6 +14,8 @@ from configs import faces_single
 def get_config():
     config = faces_single.get_config()
     config.name = "faces_multi"
-    config.optimizer.learning_rate = 5e-4
-    config.train.update(epochs=12)
+    config.data.update(test="multi:multi/test.json")
+    config.data.train = "single:single/train.json,multi:multi/train.json"
+    config.data.val = "single:single/val.json,multi:multi/val.json"
+    config.train.epochs = 30
     return config

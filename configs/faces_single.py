@@ -19,17 +19,21 @@ def get_config():
         num_points=4,
         # the decoder reads the backbone's maps: half the time of a step on the CPU
         num_encoder_layers=0,
-        num_decoder_layers=4,
-        # reference points all over the image: one is always near the face
-        num_subject_queries=40,
+        num_decoder_layers=3,
+        num_subject_queries=12,
         num_context_queries=16,
         num_semantic_neighbors=4,
-        # what is sampled must be aligned with the face: without it no emotion is found
+        # a face is read cell by cell, in the box that the layers before have found
         box_refinement=True,
+        roi_size=12,
+        dropout=0.1,
     )
-    config.optimizer.warmup_steps = 200
+    # rare emotions are answered too
+    config.loss.logit_adjustment = 0.5
+    config.optimizer.update(warmup_steps=200, weight_decay=0.02)
     config.data.update(source="coco", train="train.json", val="val.json", test="test.json")
-    config.data.update(color_jitter=0.3, grayscale_probability=0.1)
-    config.data.update(short_sides=(88, 92, 96, 100, 104), buckets=((104, 144), (128, 104)))
-    config.train.update(eval_batch_size=50, epochs=30)
+    config.data.update(color_jitter=0.3, grayscale_probability=0.2, erase_probability=0.3)
+    config.data.update(short_sides=(104, 112, 120, 128), eval_short_side=120, max_long_side=176)
+    config.data.buckets = ((128, 176), (176, 128))
+    config.train.update(eval_batch_size=50, epochs=36, ema_decay=0.998)
     return config

@@ -20,6 +20,8 @@ from dsct_jax.crops import CropConfig, cut_crops, round_crop
 from dsct_jax.preprocess import Size, resize, resized_size
 
 NUM_DRAWS = 12  # uniform numbers per image and epoch
+NUM_ERASING_DRAWS = 6  # and further ones with `erase_probability`
+ERASED = (0.15, 0.45)  # smallest and largest part of a box's side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Transform:
     contrast: float = 1.0
     saturation: float = 1.0
     rotation: float = 0.0  # degrees; of a subject only
+    # left, top, width, height in 0..1 of each box, and the gray of what is put there
+    erased: tuple[float, float, float, float, float] | None = None
     # of the person cut out, where this one is of the context
     subject: "Transform | None" = None
 
@@ -86,6 +90,18 @@ def draw_crops(config: DataConfig, crops: CropConfig, uniform: Sequence[float]) 
     )
 
 
+def draw_erased(
+    config: DataConfig, uniform: Sequence[float]
+) -> tuple[float, float, float, float, float] | None:
+    """`Transform.erased` that NUM_ERASING_DRAWS numbers in [0, 1) mean."""
+    happens, left, top, width, height, gray = uniform
+    if happens >= config.erase_probability:
+        return None
+    smallest, largest = ERASED
+    width, height = (smallest + (largest - smallest) * x for x in (width, height))
+    return left * (1 - width), top * (1 - height), width, height, gray
+
+
 def _colors(config: DataConfig, uniform: Sequence[float]) -> dict[str, Any]:
     brightness, contrast, saturation, gray = uniform
     strength, is_gray = config.color_jitter, gray < config.grayscale_probability
@@ -111,7 +127,21 @@ def apply(
         top, left, height, width = transform.crop
         image = image.crop((left, top, left + width, top + height))
     boxes = scale_boxes(boxes, (image.height, image.width), transform.size)
-    return _recolor(transform, resize(image, transform.size)), boxes, kept
+    image = _recolor(transform, resize(image, transform.size))
+    if transform.erased is not None:
+        image = erase(image, boxes, transform.erased)
+    return image, boxes, kept
+
+
+def erase(image: Image.Image, boxes: Boxes, erased: Sequence[float]) -> Image.Image:
+    """The same part of each box painted gray: (left, top, width, height, gray) in 0..1."""
+    image = image.copy()  # the one given may be the one that is kept
+    left, top, width, height, gray = erased
+    for x1, y1, x2, y2 in boxes.tolist():
+        x, y = x1 + left * (x2 - x1), y1 + top * (y2 - y1)
+        place = (x, y, x + width * (x2 - x1), y + height * (y2 - y1))
+        image.paste((int(256 * gray),) * 3, tuple(round(value) for value in place))
+    return image
 
 
 def apply_crops(

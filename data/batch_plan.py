@@ -25,7 +25,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.augment import NUM_DRAWS, Transform, draw, draw_crops
+from data.augment import (
+    NUM_DRAWS,
+    NUM_ERASING_DRAWS,
+    Transform,
+    draw,
+    draw_crops,
+    draw_erased,
+)
 from data.config import DataConfig
 from dsct_jax.crops import CropConfig
 from dsct_jax.preprocess import Size, choose_bucket, fit_bucket, resized_size, shrink_to_fit
@@ -86,6 +93,9 @@ class BatchPlan:
         if self._crops:
             order += np.resize(order, -len(order) % self._batch_size).tolist()
         uniforms = rng.random((len(self._sizes), NUM_DRAWS))
+        # of their own, so that the other numbers are the same without them
+        erasing = np.random.default_rng((self._seed, epoch, NUM_ERASING_DRAWS))
+        more = erasing.random((len(self._sizes), NUM_ERASING_DRAWS))
         batches: list[PlannedBatch] = []
         queues: dict[Size, list[Entry]] = {bucket: [] for bucket in self._buckets}
         for index in order:
@@ -95,6 +105,8 @@ class BatchPlan:
                 transform = draw_crops(self._config, self._crops, numbers)
             else:
                 transform = draw(self._config, height, width, numbers)
+                erased = draw_erased(self._config, more[index].tolist())
+                transform = dataclasses.replace(transform, erased=erased)
             size, bucket = fit_bucket(transform.size, self._buckets)
             queue = queues[bucket]
             queue.append((index, dataclasses.replace(transform, size=size)))

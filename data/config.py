@@ -86,11 +86,14 @@ class DataConfig:
     )
     crop_probability: float = setting(0.5, "of the random crop (DETR)", low=0, high=1)
     flip_probability: float = setting(0.5, "of the mirror image", low=0, high=1)
-    # the next two are not in the paper: for training from scratch
+    # the next three are not in the paper: for training from scratch
     color_jitter: float = setting(
         0.0, "strength of random brightness, contrast and saturation", low=0, high=1
     )
     grayscale_probability: float = setting(0.0, "of an image without color", low=0, high=1)
+    erase_probability: float = setting(
+        0.0, "of a gray rectangle over a part of each person (Zhong et al. 2020)", low=0, high=1
+    )
     eval_short_side: int = setting(800, "pixels", low=1)
     buckets: tuple[tuple[int, int], ...] = setting(
         ((800, 1344), (1344, 800), (1088, 1088)),

@@ -106,6 +106,11 @@ class Dataset:
     # with `skip_corrupt`: name of each file that could not be read -> how often it was skipped
     skipped: Counter[str] = dataclasses.field(default_factory=Counter)
 
+    def class_shares(self) -> tuple[float, ...]:
+        """Which share of the labels each class has."""
+        counts = np.sum([record.labels.sum(0) for record in self.records], 0, np.float64)
+        return tuple((counts / max(counts.sum(), 1)).tolist())
+
     @property
     def num_examples(self) -> int:
         """Images of the split, or people of a two-stage network."""

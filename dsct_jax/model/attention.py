@@ -35,6 +35,7 @@ class Memory:
     spatial_shapes: SpatialShapes = dataclasses.field(metadata={"static": True})
     # of deformable attention, by which this memory is sampled; None = chosen when traced
     implementation: str | None = dataclasses.field(default=None, metadata={"static": True})
+    fine: Float[Any, "b h w c"] | None = None  # C2, where boxes are read cell by cell
 
 
 class LayerShape(NamedTuple):

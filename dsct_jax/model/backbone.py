@@ -108,11 +108,20 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """images [b h w 3] -> (C3, C4, C5). `dilated`: C5 at stride 16, with the reach of stride 32
-    (DC5).
+    """images [b h w 3] -> (C3, C4, C5), from C2 on if that is the `finest`. `dilated`: C5 at stride
+    16, with the reach of stride 32 (DC5).
     """
 
-    def __init__(self, config: ResNetConfig, *, norm: Norm, dilated: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ResNetConfig,
+        *,
+        norm: Norm,
+        dilated: bool = False,
+        finest: int = 3,
+        rngs: nnx.Rngs,
+    ):
+        self.finest = finest
         self.stem = Stem(config.width, norm=norm, rngs=rngs)
         layers, d_in = [], config.width
         for i, count in enumerate(config.blocks):
@@ -134,4 +143,4 @@ class ResNet(nnx.Module):
             for block in layer:
                 x = (jax.checkpoint(block) if remat == "all" else block)(x)
             features.append(x)
-        return features[1:]
+        return features[self.finest - 2 :]

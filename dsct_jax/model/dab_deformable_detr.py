@@ -12,7 +12,7 @@ from flax import nnx
 from dsct_jax.batch import Predictions
 from dsct_jax.config import setting
 from dsct_jax.model.attention import Memory
-from dsct_jax.model.decoder import Decoder, DeformableLayer, box_waves, deformable_look
+from dsct_jax.model.decoder import Decoder, box_waves, deformable_look
 from dsct_jax.model.family import BACKBONE_SLOWER, Pyramid, QueryConfig, for_images
 from dsct_jax.model.heads import Heads
 from dsct_jax.model.layers import MLP, standard_normal
@@ -41,7 +41,7 @@ class DabDeformableDetr(Pyramid):
     def __init__(self, config: DabDeformableDetrConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d, q, layers = config.hidden_dim, config.num_queries, config.num_decoder_layers
-        self.decoder = Decoder(lambda _: DeformableLayer(config.layer_shape, rngs=rngs), layers)
+        self.decoder = Decoder(lambda i: self.decoder_layer(i, rngs=rngs), layers)
         self.heads = Heads(config, copies=layers, large=True, rngs=rngs)
         self.content_embed = nnx.Param(standard_normal(rngs.params(), (q, d)))
         self.box_embed = nnx.Param(standard_normal(rngs.params(), (q, 4)))

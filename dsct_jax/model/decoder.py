@@ -18,6 +18,7 @@ from dsct_jax.model.encoder import Layer
 from dsct_jax.model.heads import Heads, SharedHeads, refine
 from dsct_jax.model.layers import DropoutNoise, LayerNorm, Linear, rematerialized
 from dsct_jax.model.position import YXWH, sine_of
+from dsct_jax.model.roi import RoIReading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,8 @@ def subject_context_fusion(
 
 class DeformableLayer(Layer):
     """Self-attention of all queries, deformable cross-attention, and where there is a `fusion` that
-    of the queries after the first `num_context`, the context, with these.
+    of the queries after the first `num_context`, the context, with these; and where there is a
+    `reading` what the boxes of the others hold.
     """
 
     def __init__(
@@ -108,9 +110,11 @@ class DeformableLayer(Layer):
         *,
         num_context: int = 0,
         fusion: FusionConfig | None = None,
+        reading: RoIReading | None = None,
         rngs: nnx.Rngs,
     ):
         self.num_context, self.fusion = num_context, fusion
+        self.reading = reading
         # norms are numbered as in the released weights
         kinds = MultiHeadAttention, DeformableAttention
         super().__init__(shape, *kinds, norms=(2, 1, 3), rngs=rngs)
@@ -121,18 +125,30 @@ class DeformableLayer(Layer):
         self.context_logits = Linear(shape.d, self.num_context, rngs=rngs) if attentive else None
 
     def fuse(
-        self, tokens: Float[Array, "b q d"], looks: tuple[Any, ...]
+        self, tokens: Float[Array, "b q d"], looks: tuple[Any, ...], noise: DropoutNoise | None
+    ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
+        """Context first, then what the boxes hold."""
+        selected: dict[str, jax.Array] = {}
+        if self.fusion is not None:
+            tokens, selected = self.fuse_context(tokens, looks[1][1][:, :, 0], self.fusion)
+        if self.reading is not None:
+            _, points, memory, sizes = looks[1]
+            context, subject = jnp.split(tokens, [self.num_context], axis=1)
+            centers, sizes = (x[:, self.num_context :, 0] for x in (points, sizes))
+            subject = self.reading(subject, memory.fine, centers, sizes, noise)
+            tokens = jnp.concatenate([context, subject], 1)
+        return tokens, selected
+
+    def fuse_context(
+        self, tokens: Float[Array, "b q d"], points: Float[Array, "b q 2"], fusion: FusionConfig
     ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
         """In float32: few tokens, and a selection that rounding would change."""
-        if self.fusion is None:
-            return tokens, {}
-        points = looks[1][1][:, :, 0]
         context, subject = jnp.split(tokens, [self.num_context], axis=1)
         context_points, subject_points = jnp.split(points, [self.num_context], axis=1)
         exact = subject.astype(jnp.float32), context.astype(jnp.float32)
         logits = self.context_logits(exact[0]) if self.context_logits else None
         fused, selected = subject_context_fusion(
-            *exact, subject_points, context_points, config=self.fusion, attentive_logits=logits
+            *exact, subject_points, context_points, config=fusion, attentive_logits=logits
         )
         return jnp.concatenate([context, fused.astype(tokens.dtype)], 1), selected
 

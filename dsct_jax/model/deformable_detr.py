@@ -13,7 +13,7 @@ from flax import nnx
 from dsct_jax.batch import Branch, Hungarian, Predictions
 from dsct_jax.config import cannot_be_used, setting
 from dsct_jax.model.attention import Memory
-from dsct_jax.model.decoder import Decoder, DeformableLayer, deformable_look
+from dsct_jax.model.decoder import Decoder, deformable_look
 from dsct_jax.model.family import Pyramid, QueryConfig, for_images
 from dsct_jax.model.heads import Heads
 from dsct_jax.model.layers import Linear, standard_normal
@@ -65,7 +65,7 @@ class DeformableDetr(Pyramid):
     def __init__(self, config: DeformableDetrConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d, layers = config.hidden_dim, config.num_decoder_layers
-        self.decoder = Decoder(lambda _: DeformableLayer(config.layer_shape, rngs=rngs), layers)
+        self.decoder = Decoder(lambda i: self.decoder_layer(i, rngs=rngs), layers)
         copies = (layers if config.box_refinement else 1) + config.two_stage
         self.heads = Heads(config, copies=copies, large=not config.two_stage, rngs=rngs)
         if config.two_stage:

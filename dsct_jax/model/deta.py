@@ -13,7 +13,7 @@ from flax import nnx
 from dsct_jax.batch import Branch, Overlap, Predictions
 from dsct_jax.config import setting
 from dsct_jax.model.attention import Memory
-from dsct_jax.model.decoder import Decoder, DeformableLayer, deformable_look
+from dsct_jax.model.decoder import Decoder, deformable_look
 from dsct_jax.model.family import Pyramid, QueryConfig
 from dsct_jax.model.heads import Heads
 from dsct_jax.model.position import XYWH, sine_of
@@ -51,7 +51,7 @@ class Deta(Pyramid):
     def __init__(self, config: DetaConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
         d, layers = config.hidden_dim, config.num_decoder_layers
-        self.decoder = Decoder(lambda _: DeformableLayer(config.layer_shape, rngs=rngs), layers)
+        self.decoder = Decoder(lambda i: self.decoder_layer(i, rngs=rngs), layers)
         self.heads = Heads(config, copies=layers + 1, large=False, rngs=rngs)
         self.proposal_features = NormedLinear(d, d, rngs=rngs)
         self.proposal_positions = NormedLinear(2 * d, 2 * d, rngs=rngs)

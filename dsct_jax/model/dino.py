@@ -70,7 +70,7 @@ class Dino(Pyramid):
 
     def make_layer(self, number: int, rngs: nnx.Rngs) -> DeformableLayer:
         """One of the decoder."""
-        return DeformableLayer(self.config.layer_shape, rngs=rngs)
+        return self.decoder_layer(number, rngs=rngs)
 
     def with_context(
         self, tokens: jax.Array, references: jax.Array, hidden: Any

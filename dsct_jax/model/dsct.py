@@ -11,7 +11,7 @@ from flax import nnx
 from dsct_jax.batch import Predictions
 from dsct_jax.config import cannot_be_used, setting
 from dsct_jax.model.attention import Memory
-from dsct_jax.model.decoder import Decoder, DeformableLayer, FusionConfig, deformable_look
+from dsct_jax.model.decoder import Decoder, FusionConfig, deformable_look
 from dsct_jax.model.family import Pyramid, PyramidConfig, for_images
 from dsct_jax.model.heads import BoxHead, ClassHead
 from dsct_jax.model.layers import Linear, standard_normal
@@ -92,9 +92,9 @@ class DSCT(Pyramid):
             self.context_queries = nnx.Param(standard_normal(rngs.params(), (m, 2 * d)))
         self.subject_queries = nnx.Param(standard_normal(rngs.params(), (q, 2 * d)))
         self.reference_points = Linear(d, 2, rngs=rngs)
-        layer = partial(DeformableLayer, config.layer_shape, num_context=m, rngs=rngs)
+        layer = partial(self.decoder_layer, num_context=m, rngs=rngs)
         self.decoder = Decoder(
-            lambda i: layer(fusion=config.fusion_of_layer(i)), config.num_decoder_layers
+            lambda i: layer(i, fusion=config.fusion_of_layer(i)), config.num_decoder_layers
         )
         self.class_head = ClassHead(d, config.num_classes, subject=True, rngs=rngs)
         self.box_head = BoxHead(d, refines=config.box_refinement, rngs=rngs)

@@ -54,7 +54,7 @@ class DsctDino(Dino):
         """One that fuses, where the configuration says so."""
         config = self.config
         fusion, m = config.fusion_of_layer(number), config.num_context_queries
-        return DeformableLayer(config.layer_shape, num_context=m, fusion=fusion, rngs=rngs)
+        return self.decoder_layer(number, num_context=m, fusion=fusion, rngs=rngs)
 
     def with_context(
         self, tokens: jax.Array, references: jax.Array, hidden: Any

@@ -81,7 +81,7 @@ class Layer(nnx.Module):
         """What `fuse` has of its own."""
 
     def fuse(
-        self, tokens: Float[Array, "b q d"], looks: tuple[Any, ...]
+        self, tokens: Float[Array, "b q d"], looks: tuple[Any, ...], noise: DropoutNoise | None
     ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
         """What happens between attention and the feed-forward block: here nothing."""
         return tokens, {}
@@ -99,7 +99,7 @@ class Layer(nnx.Module):
             attended, seen = getattr(self, attention)(tokens, *look)
             tokens = self._add(number, tokens, attended, noise)
             details |= {f"{prefix}{name}": value for name, value in seen.items()}
-        tokens, fused = self.fuse(tokens, looks)
+        tokens, fused = self.fuse(tokens, looks, noise)
         tokens = self._add(self.norms[-1], tokens, self.feedforward(tokens, noise), noise)
         return tokens, details | fused
 

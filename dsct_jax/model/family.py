@@ -13,14 +13,9 @@ from jaxtyping import Array, Bool, Float
 
 from dsct_jax.batch import Predictions, Targets
 from dsct_jax.config import cannot_be_used, check_settings, setting
-from dsct_jax.model.attention import (
-    DeformableAttention,
-    LayerShape,
-    Memory,
-    MultiHeadAttention,
-)
+from dsct_jax.model.attention import DeformableAttention, LayerShape, Memory, MultiHeadAttention
 from dsct_jax.model.backbone import BACKBONES, ResNet
-from dsct_jax.model.decoder import Decoder
+from dsct_jax.model.decoder import Decoder, DeformableLayer
 from dsct_jax.model.encoder import Encoder, MemoryLook, token_centers
 from dsct_jax.model.heads import BoxHead, ClassHead, SharedHeads
 from dsct_jax.model.layers import (
@@ -33,6 +28,7 @@ from dsct_jax.model.layers import (
 )
 from dsct_jax.model.modalities import MODALITIES, Modality, level_projections, project_levels
 from dsct_jax.model.position import resize_mask, sine_position, valid_ratio
+from dsct_jax.model.roi import RoIReading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +111,12 @@ class PyramidConfig(TransformerConfig):
     feedforward_dim: int = setting(1024, "width inside a feed-forward block", low=1)
     num_points: int = setting(4, "p, sampling points per head and level", low=1)
     num_levels: int = setting(4, "l: C3, C4, C5 and stride-2 convolutions, from C5 on", low=3)
+    roi_size: int = setting(
+        0,
+        "cells per side of a box that the last decoder layer reads one by one from C2 (RoIAlign); "
+        "0 = off. Ours: from few photographs a face is read as well as from a crop",
+        low=0,
+    )
     modalities: tuple[str, ...] = setting(
         (), "frozen networks beside the backbone (Table 13)", choices=MODALITIES
     )
@@ -135,6 +137,12 @@ class PyramidConfig(TransformerConfig):
     modality_dtype: str = setting(
         "float32", "what they compute in", choices=("float32", "bfloat16"), free=True
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.roi_size and not getattr(self, "box_refinement", True):
+            wanted = "0 unless config.model.box_refinement=True: points have no cells"
+            raise cannot_be_used("model.roi_size", self.roi_size, wanted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +176,9 @@ class SetNetwork(nnx.Module):
     def __init__(self, config: Any, *, rngs: nnx.Rngs):
         self.config, resnet = config, BACKBONES[config.backbone]
         dilated = getattr(config, "dilation", False)
-        self.backbone = ResNet(resnet, norm=config.norm, dilated=dilated, rngs=rngs)
+        finest = 2 if getattr(config, "roi_size", 0) else 3
+        how = {"norm": config.norm, "dilated": dilated, "finest": finest}
+        self.backbone = ResNet(resnet, **how, rngs=rngs)
 
     def __call__(
         self,
@@ -348,6 +358,7 @@ class Pyramid(SetNetwork):
         config = self.config
         images = images.astype(config.compute_dtype)
         maps = self.backbone(images, remat=config.remat)
+        fine = [maps.pop(0)] if config.roi_size else []
         more = {
             name: [x.astype(images.dtype) for x in one(images.astype(config.modality_dtype))]
             for name, one in self.modalities.items()
@@ -359,7 +370,21 @@ class Pyramid(SetNetwork):
             for name, seen in more.items():
                 added = project_levels(self.modality_proj[name], seen)
                 levels = [x + y for x, y in zip(levels, added, strict=True)]
-        return levels
+        return [*fine, *levels]
+
+    def encode(self, maps: list[Float[Array, "b _ _ _"]], *mask: Any, **how: Any) -> Memory:
+        """One map per level, and C2 before them where it is read -> what the decoder reads."""
+        fine, levels = (maps[0], maps[1:]) if self.config.roi_size else (None, maps)
+        return dataclasses.replace(super().encode(levels, *mask, **how), fine=fine)
+
+    def decoder_layer(self, number: int, *, rngs: nnx.Rngs, **fusion: Any) -> DeformableLayer:
+        """Number `number` of the decoder; `fusion` as DeformableLayer takes it."""
+        config, reading = self.config, None
+        if config.roi_size and number == config.num_decoder_layers - 1:
+            channels = BACKBONES[config.backbone].channels[0] // 2  # of C2
+            sizes = channels, config.roi_size, config.hidden_dim
+            reading = RoIReading(*sizes, dropout_rate=config.dropout, rngs=rngs)
+        return DeformableLayer(config.layer_shape, **fusion, reading=reading, rngs=rngs)
 
     def look(self, memory: Memory) -> MemoryLook:
         """All levels, around each token's own place."""

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from dsct_jax.config import check_settings, setting
+from dsct_jax.config import cannot_be_used, check_settings, setting
 from dsct_jax.errors import UserError
 from dsct_jax.parallel import FSDP
 
@@ -49,6 +49,15 @@ class LossConfig:
     class_weights: tuple[float, ...] = setting(
         (), "one weight per class against imbalance; () = none", low=0
     )
+    logit_adjustment: float = setting(
+        0.0,
+        "class_loss=softmax: times the log of a class's share of the training people, added to its "
+        "logit in training only, so that rare emotions are answered too (Menon et al. 2021)",
+        low=0,
+    )
+    class_shares: tuple[float, ...] = setting(
+        (), "these shares; () = counted from the training split", low=0, high=1
+    )
     class_loss: str = setting(
         "focal",
         'focal: paper; softmax: cross-entropy of the class + focal "a subject", from scratch and '
@@ -82,7 +91,11 @@ class LossConfig:
     def __post_init__(self) -> None:
         # hashable, so that the configuration can be a static argument
         object.__setattr__(self, "class_weights", tuple(self.class_weights))
+        object.__setattr__(self, "class_shares", tuple(self.class_shares))
         check_settings(self, "loss")
+        if self.logit_adjustment and self.class_loss != "softmax":
+            wanted = "0 unless config.loss.class_loss='softmax'"
+            raise cannot_be_used("loss.logit_adjustment", self.logit_adjustment, wanted)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dsct_jax.config import cannot_be_used
 from dsct_jax.errors import UserError
 from dsct_jax.training.config import GIVEN_LOSSES, LossConfig
 
+_SMALLEST_SHARE = 1e-4  # of a class that nobody has
 _EXACT = jax.lax.Precision.HIGHEST  # a one-hot product must return the very number it selects
 
 
@@ -132,12 +133,13 @@ def loss_sums(
 
 
 def require_classes(config: LossConfig, num_classes: int) -> None:
-    """Raises UserError unless there is one weight per class, or none."""
-    if config.class_weights and len(config.class_weights) != num_classes:
-        raise UserError(
-            f"loss.class_weights has {len(config.class_weights)} values for {num_classes} "
-            "classes: give one per class, or () for none"
-        )
+    """Raises UserError unless there is one weight and one share per class, or none."""
+    for field in ("class_weights", "class_shares"):
+        if (values := getattr(config, field)) and len(values) != num_classes:
+            raise UserError(
+                f"loss.{field} has {len(values)} values for {num_classes} classes: give one per "
+                "class, or () for none"
+            )
 
 
 def _require_class_loss(config: LossConfig, *, multi_label: bool) -> None:
@@ -269,7 +271,11 @@ def _softmax_class_sums(
     """
     del multi_label
     labels, smoothing = matched.labels, config.label_smoothing
-    log_p = jax.nn.log_softmax(logits[..., :-1], axis=-1)
+    classes = logits[..., :-1]
+    if config.logit_adjustment:
+        shares = jnp.maximum(jnp.asarray(config.class_shares, jnp.float32), _SMALLEST_SHARE)
+        classes += config.logit_adjustment * jnp.log(shares)
+    log_p = jax.nn.log_softmax(classes, axis=-1)
     if config.class_loss == "no_object":
         log_p = log_p + jax.nn.log_sigmoid(logits[..., -1:])
         nobody = -config.no_object_weight * jax.nn.log_sigmoid(-logits[..., -1])

@@ -201,11 +201,9 @@ DEFORMABLE_DETR = TensorLayout(
     left_out=_left_out(r"transformer\."),
 )
 
-_HF_PARTS = (
-    "backbone|encoder|decoder|input_proj|query_position_embeddings|level_embed|reference_points"
-)
+_HF_PARTS = "backbone|encoder|decoder|input_proj|query_position_embeddings|level_embed"
 HF_SPELLINGS = (
-    (rf"(?=({_HF_PARTS})\b)", "model."),  # the bare model
+    (rf"(?=({_HF_PARTS}|reference_points)\b)", "model."),  # the bare model
     (r"model\.backbone\.model\.", HF_BACKBONE),  # as transformers 5 holds it in memory
     (r"(model\.(?:en|de)coder\.layers\.\d+)\.mlp\.", r"\1."),
     (r"(model\.decoder\.layers\.\d+\.self_attn)\.o_proj\.", r"\1.out_proj."),

@@ -13,7 +13,18 @@ from PIL import Image
 from scipy.stats import ks_2samp
 
 from configs import base
-from data.augment import NUM_DRAWS, Transform, apply, crop_boxes, draw, flip_boxes, scale_boxes
+from data.augment import (
+    ERASED,
+    NUM_DRAWS,
+    NUM_ERASING_DRAWS,
+    Transform,
+    apply,
+    crop_boxes,
+    draw,
+    draw_erased,
+    flip_boxes,
+    scale_boxes,
+)
 from data.config import DataConfig
 from dsct_jax.boxes import xyxy_to_cxcywh
 
@@ -142,3 +153,28 @@ def test_color_changes_reach_the_pixels():
     )
     red, green, blue = apply(Transform((4, 4), saturation=0.0), image, boxes)[0].getpixel((0, 0))
     assert red == green == blue
+
+
+def test_erasing_paints_the_same_part_of_every_box_and_nothing_else():
+    image = Image.fromarray(np.full((60, 80, 3), 200, np.uint8))
+    boxes = np.array([[10, 10, 50, 40], [60, 0, 80, 20]], np.float32)
+    plain = Transform(size=(60, 80))
+    erased = dataclasses.replace(plain, erased=(0.5, 0.5, 0.25, 0.25, 0.1))
+    before, after = (np.asarray(apply(how, image, boxes)[0]) for how in (plain, erased))
+    changed = (before != after).any(-1)
+    assert (before == 200).all() and set(np.unique(after)) == {25, 200}  # the cached one is whole
+    assert changed[25:32, 30:40].all() and changed[10:15, 70:75].all()
+    assert changed.sum() == 7 * 10 + 5 * 5
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_how_often_and_how_much_is_erased(probability):
+    config = dataclasses.replace(CONFIG, erase_probability=probability)
+    uniform = np.random.default_rng(0).random((4000, NUM_ERASING_DRAWS))
+    found = [draw_erased(config, numbers.tolist()) for numbers in uniform]
+    some = np.array([one for one in found if one])
+    assert abs(len(some) / 4000 - probability) < 0.03
+    if probability:
+        left, top, width, height, gray = some.T
+        assert width.min() >= ERASED[0] and height.max() <= ERASED[1]
+        assert (left + width).max() <= 1 and (top + height).max() <= 1 and gray.max() < 1

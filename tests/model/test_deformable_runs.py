@@ -38,6 +38,7 @@ MORE = {
         "num_context_queries": 6,
         "num_spatial_neighbors": 3,
         "num_semantic_neighbors": 2,
+        "roi_size": 4,
     },
 }
 NETWORKS = {

@@ -196,6 +196,28 @@ def test_softmax_loss_is_cross_entropy_of_the_matched_and_subject_focal_of_all()
     assert np.all(np.asarray(grad_logits)[..., 7] != 0)
 
 
+def test_logit_adjustment_is_the_loss_of_logits_with_the_shares_added():
+    shares = (0.5, 0.25, 0.1, 0.1, 0.05, 0.0, 0.0)
+    plain, adjusted = (
+        LossConfig(class_loss="softmax", **more)
+        for more in ({}, {"logit_adjustment": 0.5, "class_shares": shares})
+    )
+    added = 0.5 * np.log(np.maximum(shares, 1e-4)).astype(np.float32)
+    losses, _, arrays = run("caer_main", adjusted)
+    (_, expected), _ = value_and_grad(
+        jnp.asarray(arrays["all_logits"] + np.append(added, np.float32(0))),
+        jnp.asarray(arrays["all_boxes"]),
+        golden("caer_main")[1],
+        jnp.asarray(arrays["assignment"], jnp.int32),
+        *(plain, False),
+    )
+    np.testing.assert_allclose(losses["loss_class"], expected["loss_class"], rtol=2e-6)
+    with pytest.raises(UserError, match=r"logit_adjustment=0.5 .*class_loss='softmax'"):
+        LossConfig(logit_adjustment=0.5)
+    with pytest.raises(UserError, match="class_shares has 2 values for 7 classes"):
+        run("caer_main", LossConfig(class_shares=(0.5, 0.5)))
+
+
 def test_label_smoothing_moves_only_the_matched_queries():
     configs = (LossConfig(label_smoothing=0.2), LossConfig())
     gradient, reference = (np.asarray(run("emotic_main", config)[1][0]) for config in configs)
