@@ -5,15 +5,17 @@ reference.
 import dataclasses
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+import dsct_jax
 from data.command import override, train_parser
 from dsct_jax.config import read_config
-from dsct_jax.model.build import NETWORKS
+from dsct_jax.model.build import NETWORKS, Network, network_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -96,3 +98,19 @@ def test_the_reference_has_every_field_and_every_public_name():
     assert "predict(model: Detector, images:" in names and "- `min_conf" not in names
     commands = reference.commands()
     assert "## dsct predict_many" in commands and "## python -m data import" in commands
+
+
+def test_the_notebook_runs(tmp_path):
+    """Every cell, on the debug network."""
+    config = read_config(ROOT / "configs" / "debug.py")
+    network = Network(network_config(config["model"], len(config["class_names"])))
+    dsct_jax.Model(network, *network.init(0), config).save(tmp_path / "small.safetensors")
+    notebook = json.loads((ROOT / "examples" / "what_a_network_looks_at.ipynb").read_text())
+    cells = ["".join(one["source"]) for one in notebook["cells"] if one["cell_type"] == "code"]
+    assert cells[0].count('"runs/demo"') == 1
+    cells[0] = cells[0].replace("runs/demo", str(tmp_path / "small.safetensors"))
+    names: dict = {}
+    for cell in cells:
+        exec(compile(cell, "cell", "exec"), names)
+    assert len(names["tiles"]) == 2 and names["tiles"][0].size[0] >= names["image"].width
+    assert len(names["seen"].layers) == network.config.num_decoder_layers

@@ -208,6 +208,9 @@ def configuration(
         for section, field in limits
         if base[section].get(field, most) < most
     ]
+    if config.multi_label and base["loss"]["class_loss"] != "focal":
+        focal = 'class_loss="focal", logit_adjustment=0.0'
+        raised.append(f"    config.loss.update({focal})  # several labels per person\n")
     about = {"class_names": config.class_names, "multi_label": config.multi_label}
     return _CONFIG.format(like=like, more="".join(raised), **about, **texts)
 
@@ -240,6 +243,9 @@ def run(arguments: argparse.Namespace) -> int:
     with whole_file(output / "config.py") as file:
         file.write(text)
     print("\n".join([*lines, *more]))
+    if read_config(CONFIGS / f"{like}.py")["model"]["norm"] == "frozen_batch":
+        text = "starts from published weights, --config.init_from=FILE (docs/weights.md), on a GPU"
+        print(f"- {like} {text}; from scratch, small, on a CPU: --like=faces_single")
     print(f"look:  python -m data show --config={output}/config.py")
     print(f"train: python train.py --config={output}/config.py --workdir=runs/{name}")
     return int(any(line.startswith("!") for line in [*lines, *more]))

@@ -58,7 +58,7 @@ def import_() -> Parser:
     parser.add_argument("--images", type=expanded_path, help=text)
     text = "what holds a person's class, where it is an attribute (CVAT, VIA, Label Studio)"
     parser.add_argument("--label-attribute", default="", metavar="NAME", help=text)
-    text = "file of configs/ that is changed (default %(default)s; demo: small, for a CPU)"
+    text = "file of configs/ that is changed (default %(default)s; faces_single: for a CPU)"
     names = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
     parser.add_argument("--like", default="caer_s_r50", choices=names, help=text)
     parser.add_argument("--seed", type=int, default=0, help="of the division into splits")

@@ -1,11 +1,12 @@
 """Pages that are made when the site is built: every field of a configuration, every public name,
-every command, as the code says them.
+every command, as the code says them; and the notebook.
 """
 
 import dataclasses
 import functools
 import importlib
 import inspect
+import json
 import re
 import sys
 import types
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+NOTEBOOK = ROOT / "examples" / "what_a_network_looks_at.ipynb"
 PUBLIC = {
     "dsct_jax": ("load", "predict", "Model", "Subject", "UserError"),
     "pallas_kernels.deformable_attention": ("deformable_attention",),
@@ -27,10 +29,25 @@ def on_files(files: Any, config: Any) -> Any:
 
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))  # data and configs are no part of what is installed
-    pages = {"configuration": configuration(), "python": public_names(), "commands": commands()}
+    pages = {
+        "reference/configuration.md": configuration(),
+        "reference/python.md": public_names(),
+        "reference/commands.md": commands(),
+        f"tutorials/{NOTEBOOK.stem}.md": notebook_page(),
+    }
     for name, text in pages.items():
-        files.append(File.generated(config, f"reference/{name}.md", content=text))
+        files.append(File.generated(config, name, content=text))
     return files
+
+
+def notebook_page() -> str:
+    """The notebook's texts and cells."""
+    parts = []
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+    parts.append(f"As a notebook: `examples/{NOTEBOOK.name}`.")
+    return "\n\n".join(parts) + "\n"
 
 
 def configuration() -> str:
