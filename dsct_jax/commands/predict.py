@@ -28,6 +28,7 @@ from dsct_jax.inference.video import Video, opencv, video_writer
 from dsct_jax.postprocess import Selection, Subject
 from dsct_jax.visualization.attention import draw_attention
 from dsct_jax.visualization.drawing import contact_sheet, draw_subjects, sort_left_to_right
+from dsct_jax.weights.hub import local_path
 from dsct_jax.weights.run_directory import DIRECTORY
 
 INTERRUPTED = "interrupted; the same command goes on where it stopped"
@@ -302,6 +303,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def weights_state(path: Path) -> list[Any]:
     """Other than before when other weights lie there."""
+    path = local_path(path)
     files = [path] if path.is_file() else sorted((path / DIRECTORY).glob("*"))
     return [[file.name, file.stat().st_mtime_ns] for file in files]
 

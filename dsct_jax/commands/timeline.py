@@ -10,6 +10,8 @@ import numpy as np
 from dsct_jax.cli import whole_file
 from dsct_jax.inference.tracking import smoothed
 
+DRAWN = "drawn"  # the folder of drawn images and videos
+
 
 def person_series(entry: Mapping[str, Any], class_names: Sequence[str]) -> dict[int, Any]:
     """Number -> (seconds [n], boxes [n 4], confidence [n], probabilities [n k], smoothed [n k]) of
@@ -46,7 +48,8 @@ def write_timelines(
                     row = [entry["file"], number, f"{at:.3f}", *(f"{x:.6g}" for x in values)]
                     writer.writerow(row)
     for entry in videos:
-        path = output / f"timeline_{Path(entry['file']).stem}.png"
+        place = Path(entry["drawn"]).relative_to(DRAWN).with_suffix("")  # no two have the same
+        path = output / f"timeline_{'_'.join(place.parts)}.png"
         try:
             figure = draw_timeline(entry, class_names)
         except ModuleNotFoundError:

@@ -4,6 +4,8 @@ the command leaves behind.
 
 import csv
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -11,8 +13,14 @@ from PIL import Image
 
 from dsct_jax.__main__ import main
 from dsct_jax.commands import predict
-from dsct_jax.commands.timeline import draw_timeline, person_series
-from dsct_jax.inference.tracking import SIGHTINGS, Tracker, smoothed
+from dsct_jax.commands.timeline import draw_timeline, person_series, write_timelines
+from dsct_jax.inference.tracking import (
+    SIGHTINGS,
+    FollowedSubject,
+    Tracker,
+    smoothed,
+    subjects_to_supervision,
+)
 from dsct_jax.inference.video import video_writer
 from dsct_jax.postprocess import Subject
 from tests.commands.test_unfinished import Brightness
@@ -127,3 +135,32 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     series = person_series(film, document["class_names"])
     assert list(series) == [1] and draw_timeline(film, document["class_names"]) is not None
     assert (tmp_path / "out/timeline_film.png").stat().st_size > 1000
+
+
+def test_films_of_one_name_have_a_timeline_each(tmp_path):
+    entry = {"frames": [], "every": 1, "frames_per_second": RATE, "drawn": "drawn/a/film.mp4"}
+    person = {"person": 1, "box": [0, 0, 9, 9], "confidence": 0.9, "probabilities": {"calm": 1.0}}
+    entry["frames"] = [{"frame": 0, "seconds": 0.0, "subjects": [person]}]
+    films = [
+        entry | {"file": f"{name}/film.mp4", "drawn": f"drawn/{name}/film.mp4"} for name in "ab"
+    ]
+    paths = write_timelines(films, ["calm"], tmp_path)
+    names = ["timeline.csv", "timeline_a_film.png", "timeline_b_film.png"]
+    assert [path.name for path in paths] == names and all(path.is_file() for path in paths)
+
+
+def test_people_as_detections_of_supervision(monkeypatch):
+    """What its class is given; the package itself is not installed for the tests."""
+    stand_in = types.SimpleNamespace(Detections=lambda **fields: fields)
+    monkeypatch.setitem(sys.modules, "supervision", stand_in)
+    scores = {"calm": 0.2, "angry": 0.7}
+    one = Subject((1.0, 2.0, 3.0, 4.0), scores, ("angry",), 0.5, 0.9)
+    other = FollowedSubject(**vars(one) | {"confidence": 0.4, "labels": ()}, person=7)
+    found = subjects_to_supervision([one, other])
+    assert found["xyxy"].tolist() == [[1, 2, 3, 4]] * 2 and found["tracker_id"].tolist() == [-1, 7]
+    assert found["class_id"].tolist() == [1, 1] and found["data"]["labels"].tolist() == [
+        "angry",
+        "",
+    ]
+    np.testing.assert_allclose(found["confidence"], [0.9, 0.4])
+    assert subjects_to_supervision([])["xyxy"].shape == (0, 4)
