@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +15,13 @@ import dsct_jax
 from dsct_jax.__main__ import main
 from dsct_jax.commands import predict_many
 from dsct_jax.commands.predict_many import parse_shard
+from dsct_jax.config import read_config
 from dsct_jax.errors import UserError
+from dsct_jax.model.build import Network, network_config
 from tests.commands.test_unfinished import Brightness
 
 pyarrow_dataset = pytest.importorskip("pyarrow.dataset", reason="the parquet extra is missing")
+ROOT = Path(__file__).parents[2]
 SIZES = [(90, 60), (60, 90), (64, 64)]
 
 
@@ -117,3 +123,34 @@ def test_shards_by_flag_and_by_slurm():
     for text in ("8/8", "1", "a/b", "-1/3"):
         with pytest.raises(UserError, match=r"--shard=.*must be k/n"):
             parse_shard(text, {})
+
+
+@pytest.mark.slow
+def test_real_processes_killed_by_sigkill(tmp_path):
+    """A real model, real SIGKILLs at random moments, another number of shards each time."""
+    config = read_config(ROOT / "configs" / "debug.py")
+    network = Network(network_config(config["model"], len(config["class_names"])))
+    dsct_jax.Model(network, *network.init(0), config).save(tmp_path / "model.safetensors")
+    (tmp_path / "in").mkdir()
+    for number in range(120):
+        Image.new("RGB", (80, 60), (2 * number, 90, 60)).save(tmp_path / f"in/{number:03d}.png")
+    command = [sys.executable, "-m", "dsct_jax", "predict-many", str(tmp_path / "in")]
+    command += [f"--checkpoint={tmp_path / 'model.safetensors'}", f"--output={tmp_path / 'out'}"]
+    command += ["--chunk=4", "--batch-size=4"]
+    rng, killed = np.random.default_rng(0), 0
+    for attempt in range(12):
+        shards = int(rng.integers(1, 4))
+        shard = f"--shard={rng.integers(shards)}/{shards}"
+        process = subprocess.Popen([*command, shard], cwd=ROOT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(4, 12) if attempt else 25)  # the first one compiles
+        killed += process.poll() is None
+        process.kill()
+        process.wait()
+    assert killed >= 3
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    rows = rows_of(tmp_path)
+    assert Counter(row["path"] for row in rows) == {
+        str(tmp_path / f"in/{number:03d}.png"): 1 for number in range(120)
+    }
+    assert not any(row["error"] for row in rows)
