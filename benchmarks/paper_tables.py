@@ -17,7 +17,7 @@ from dsct_jax.model.dsct import ContextConfig
 from dsct_jax.model.family import PyramidConfig
 from dsct_jax.model.modalities import MODALITIES
 
-TABLES = ("3", "5", "6", "7", "8", "9", "10", "11", "12", "13", "figure11")
+TABLES = ("3", "5", "6", "7", "8", "9", "10", "11", "12", "13", "figure11", "context")
 UNCHANGED = "as_configured"  # the key of the row that changes nothing; tables share it
 
 _ORDINALS = ("1st", "2nd", "3rd")
@@ -61,12 +61,12 @@ def paper_table(name: str, config: Mapping[str, Any]) -> Table:
     makers = {
         "3": _coefficients, "5": _subject_queries, "6": _components, "7": _reweighting,
         "8": _fusion_location, "9": _backbones, "10": _detectors, "11": _localization,
-        "12": _people, "13": _modalities, "figure11": _neighbors,
+        "12": _people, "13": _modalities, "figure11": _neighbors, "context": _context_variants,
     }  # fmt: skip
     if name not in makers:
         raise UserError(f"--table={name}: must be one of {', '.join(TABLES)}")
     model = config["model"]
-    if name in ("6", "7", "8", "12", "figure11") and not (
+    if name in ("6", "7", "8", "12", "figure11", "context") and not (
         model["num_context_queries"] and model["num_decoder_layers"] > 1
     ):
         raise UserError(
@@ -157,6 +157,23 @@ def _reweighting(config: Mapping[str, Any]) -> Table:
         tuple(
             Row(name, {"model.reweighting": name}, {"EMOTIC": value})
             for name, value in printed.items()
+        ),
+    )
+
+
+def _context_variants(config: Mapping[str, Any]) -> Table:
+    last = (config["model"]["num_decoder_layers"] - 1,)
+    scaled, gate = {"model.reweighting": "scaled"}, {"model.context_gate": True}
+    late: _Changes = {"model.fusion_layers": last}
+    return Table(
+        "Ours: context that pays",
+        (
+            Row("no context queries", {"model.num_context_queries": 0}, {}),
+            Row("the paper's fusion", {}, {}),
+            Row("scaled relevance", scaled, {}),
+            Row("gate from 0", gate, {}),
+            Row("scaled, gate from 0", scaled | gate, {}),
+            Row("scaled, gate from 0, last layer", scaled | gate | late, {}),
         ),
     )
 

@@ -29,7 +29,8 @@ class FusionConfig:
     semantic_selection: str  # smallest | largest
     num_spatial_neighbors: int
     num_semantic_neighbors: int
-    reweighting: str  # semantic | equal | spatial | attentive
+    reweighting: str  # semantic | equal | spatial | attentive | scaled
+    gate: bool = False
 
 
 def smallest_k_mask(scores: Float[Array, "*n m"], k: int) -> Bool[Array, "*n m"]:
@@ -61,13 +62,15 @@ def subject_context_fusion(
     *,
     config: FusionConfig,
     attentive_logits: Float[Array, "b q m"] | None = None,
+    gate: Float[Array, " d"] | None = None,
 ) -> tuple[Float[Array, "b q d"], dict[str, jax.Array]]:
     """Spatial-semantic relational aggregation: the subject queries plus what they gather from
     context queries selected by distance (Eq. 6) and by dot product (Eq. 7, not scaled).
 
     "paper" adds one weighted sum over both selections (Eq. 8; a query selected twice counts twice),
     "released" one per selection and one over the subject queries (transformer.py:327-330). Points
-    are in [0, 1] of the padded canvas. Returns also the selections and weights [b q m].
+    are in [0, 1] of the padded canvas; a `gate` scales the sum. Returns also the selections and
+    weights [b q m].
     """
     relevance = jnp.einsum("bqd,bmd->bqm", subject, context)
     distance = jnp.sqrt(jnp.square(subject_points[:, :, None] - context_points[:, None]).sum(-1))
@@ -81,6 +84,7 @@ def subject_context_fusion(
         "equal": jnp.zeros_like(relevance),
         "spatial": -distance,
         "attentive": attentive_logits,
+        "scaled": relevance / subject.shape[-1] ** 0.5,
     }
     logits = choices[config.reweighting]
     if config.rule == "paper":
@@ -91,6 +95,8 @@ def subject_context_fusion(
     if config.rule == "released":
         among_subjects = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", subject, subject))
         gathered += jnp.einsum("bqk,bkd->bqd", among_subjects, subject)
+    if gate is not None:
+        gathered *= gate.reshape(1, 1, -1)
     return subject + gathered, {
         "spatial_selection": spatial > 0,
         "semantic_selection": semantic > 0,
@@ -123,6 +129,8 @@ class DeformableLayer(Layer):
         """The layer that weighs context queries, where it is not their relevance that does."""
         attentive = self.fusion is not None and self.fusion.reweighting == "attentive"
         self.context_logits = Linear(shape.d, self.num_context, rngs=rngs) if attentive else None
+        gated = self.fusion is not None and self.fusion.gate
+        self.context_gate = nnx.Param(jnp.zeros(shape.d)) if gated else None
 
     def fuse(
         self, tokens: Float[Array, "b q d"], looks: tuple[Any, ...], noise: DropoutNoise | None
@@ -147,8 +155,10 @@ class DeformableLayer(Layer):
         context_points, subject_points = jnp.split(points, [self.num_context], axis=1)
         exact = subject.astype(jnp.float32), context.astype(jnp.float32)
         logits = self.context_logits(exact[0]) if self.context_logits else None
+        gate = self.context_gate[...] if self.context_gate is not None else None
+        weights: dict[str, Any] = {"attentive_logits": logits, "gate": gate}
         fused, selected = subject_context_fusion(
-            *exact, subject_points, context_points, config=fusion, attentive_logits=logits
+            *exact, subject_points, context_points, config=fusion, **weights
         )
         return jnp.concatenate([context, fused.astype(tokens.dtype)], 1), selected
 

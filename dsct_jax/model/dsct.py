@@ -33,7 +33,15 @@ class ContextConfig:
         "smallest", "the paper's text; largest: the released code", choices=("smallest", "largest")
     )
     reweighting: str = setting(
-        "semantic", "Table 7", choices=("semantic", "equal", "spatial", "attentive")
+        "semantic",
+        "Table 7; scaled (ours): semantic, by the dot product over the root of the width, so that "
+        "no query takes all of the weight",
+        choices=("semantic", "equal", "spatial", "attentive", "scaled"),
+    )
+    context_gate: bool = setting(
+        False,
+        "what is gathered counts by a factor per channel that is learned from 0 on, so that a "
+        "subject begins as it would without context (ours)",
     )
     fusion_layers: tuple[int, ...] = setting(
         (), "decoder layers that fuse, from 0 (Table 8); () = all, late fusion = the last", low=0
@@ -60,7 +68,8 @@ class ContextConfig:
         if not (chosen and neighbors and self.num_context_queries):
             return None
         numbers = self.num_spatial_neighbors, self.num_semantic_neighbors
-        return FusionConfig(self.fusion, self.semantic_selection, *numbers, self.reweighting)
+        rules = self.fusion, self.semantic_selection
+        return FusionConfig(*rules, *numbers, self.reweighting, self.context_gate)
 
 
 @dataclasses.dataclass(frozen=True)

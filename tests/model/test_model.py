@@ -298,6 +298,7 @@ def _by_hand(subject, context, spatial, semantic, rule, weigh):
         ("paper", "largest", "equal", 3, 2),
         ("paper", "smallest", "spatial", 5, 0),
         ("paper", "largest", "attentive", 0, 4),
+        ("paper", "smallest", "scaled", 3, 2),
         ("released", "largest", "semantic", 3, 2),
         ("released", "smallest", "equal", 0, 4),
         ("released", "largest", "spatial", 5, 0),
@@ -314,9 +315,9 @@ def test_fusion_variants_against_the_equations(rule, selection, reweighting, k_s
     )
     config = FusionConfig(rule, selection, k_sp, k_sm, reweighting)
     arrays = [jnp.asarray(x[None], jnp.float32) for x in (subject, context, p_s, p_c)]
-    fused, details = subject_context_fusion(
-        *arrays, config=config, attentive_logits=jnp.asarray(attentive[None], jnp.float32)
-    )
+    how = {"config": config, "attentive_logits": jnp.asarray(attentive[None], jnp.float32)}
+    fused, details = subject_context_fusion(*arrays, **how)
+    gated, _ = subject_context_fusion(*arrays, **how, gate=jnp.full(8, 0.5))
     dots, distances = subject @ context.T, np.linalg.norm(p_s[:, None] - p_c[None], axis=-1)
     among = np.exp(subject @ subject.T - (subject @ subject.T).max(-1, keepdims=True))
     among /= among.sum(-1, keepdims=True)
@@ -328,6 +329,7 @@ def test_fusion_variants_against_the_equations(rule, selection, reweighting, k_s
             "equal": np.zeros(7),
             "spatial": -distances[q],
             "attentive": attentive[q],
+            "scaled": dots[q] / np.sqrt(8),
         }[reweighting]
         expected = _by_hand(
             subject[q], context, spatial, semantic, rule, lambda m, scores=scores: scores[m]
@@ -335,6 +337,8 @@ def test_fusion_variants_against_the_equations(rule, selection, reweighting, k_s
         if rule == "released":
             expected = expected + among[q] @ subject
         np.testing.assert_allclose(fused[0, q], expected, rtol=2e-5, atol=2e-5)
+        half = subject[q] + 0.5 * (expected - subject[q])
+        np.testing.assert_allclose(gated[0, q], half, rtol=2e-5, atol=2e-5)
         assert set(np.flatnonzero(details["spatial_selection"][0, q])) == set(spatial)
         assert set(np.flatnonzero(details["semantic_selection"][0, q])) == set(semantic)
 
