@@ -45,7 +45,7 @@ bench: .venv/.with-train
 	@$(BIN)/python -m benchmarks.model_cpu
 
 docs: .venv/.with-docs
-	@$(BIN)/mkdocs build --quiet --strict --site-dir build/docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/docs
 
 clean:
 	rm -rf .venv .jax_cache

@@ -95,7 +95,7 @@ def test_the_reference_has_every_field_and_every_public_name():
             assert f"| `{field.name}` |" in text or field.metadata["shared"] or field.name == "name"
     assert "| `learning_rate` | `0.0002` | more than 0 |" in text
     names = reference.public_names()
-    assert "predict(model: Detector, images:" in names and "- `min_conf" not in names
+    assert "predict(\n    model: Detector,\n    images:" in names
     commands = reference.commands()
     assert "## dsct predict_many" in commands and "## python -m data import" in commands
 

@@ -20,6 +20,7 @@ PUBLIC = {
     "pallas_kernels.deformable_attention": ("deformable_attention",),
 }
 COMMANDS = {"dsct": "dsct_jax.commands.parsers", "python -m data": "data.tools.parsers"}
+_WIDTH = 70
 _BLOCKS = ("Args:", "Returns:", "Raises:")
 
 
@@ -113,8 +114,8 @@ def _described(path: str, thing: Any, level: int = 3) -> list[str]:
     is_error = is_class and issubclass(thing, Exception)
     members = vars(thing).items() if is_class and not is_error else ()
     if not is_error:
-        called = _without_modules(str(inspect.signature(thing)))
-        lines += ["```python", name + called.removeprefix("(self)" * is_property), "```", ""]
+        called = "" if is_property else _called(thing)
+        lines += ["```python", f"{name}{called}", "```", ""]
     lines += _markdown(inspect.getdoc(thing) or "")
     kinds = property | functools.cached_property | types.FunctionType
     for inner, member in members:
@@ -123,8 +124,23 @@ def _described(path: str, thing: Any, level: int = 3) -> list[str]:
     return lines
 
 
+def _called(thing: Any) -> str:
+    """The signature, one parameter per line where it is long."""
+    signature = inspect.signature(thing)
+    text = _without_modules(str(signature))
+    if len(text) < _WIDTH:
+        return text
+    parts, named = [], False
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not named:
+            parts, named = [*parts, "*"], True
+        parts.append(_without_modules(str(parameter)))
+    result = "" if signature.return_annotation is signature.empty else text[text.rindex(" -> ") :]
+    return "(\n" + "".join(f"    {part},\n" for part in parts) + f"){result}"
+
+
 def _without_modules(signature: str) -> str:
-    return re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z]|ndarray)", "", signature)
+    return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=[A-Z]\w|ndarray)", "", signature)
 
 
 def commands() -> str:
