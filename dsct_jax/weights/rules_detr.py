@@ -34,7 +34,7 @@ packed  D.self_attn          D/self_attention
 packed  D.multihead_attn     D/cross_attention
 tensor  query_embed.weight   queries
 """
-_CONDITIONAL = """
+CONDITIONAL = """
 linear  D.sa_qcontent_proj              D/self_attention/query_content
 linear  D.sa_qpos_proj                  D/self_attention/query_position
 linear  D.sa_kcontent_proj              D/self_attention/key_content
@@ -149,9 +149,9 @@ _ANCHORS = "decoder.ref_anchor_head.layers.0.weight"
 _BOX_HEAD = "decoder.bbox_embed.0.layers.0.weight"
 DETR = _layout("DETR", f"{_LAYER}.multihead_attn.in_proj_weight", _C5, _DETR)
 CONDITIONAL_DETR = _layout(
-    "Conditional DETR", f"{_LAYER}.ca_qcontent_proj.weight", _C5, _CONDITIONAL, _POINTS
+    "Conditional DETR", f"{_LAYER}.ca_qcontent_proj.weight", _C5, CONDITIONAL, _POINTS
 )
-DAB_DETR = _layout("DAB-DETR or DN-DETR", _ANCHORS, _C5, _CONDITIONAL, _DAB, **_BOXES)
+DAB_DETR = _layout("DAB-DETR or DN-DETR", _ANCHORS, _C5, CONDITIONAL, _DAB, **_BOXES)
 ANCHOR_DETR = _layout("Anchor DETR", "pattern.weight", _ANCHOR, **_ONE)
 DEFORMABLE = _layout("Deformable DETR", "reference_points.weight", _PYRAMID, **_ONE)
 REFINED = _layout("Deformable DETR with box refinement", _BOX_HEAD, _PYRAMID, **_BOXES)

@@ -17,6 +17,7 @@ from dsct_jax.weights.rules import (
     packed_projections,
     resnet_rules,
 )
+from dsct_jax.weights.rules_detr import CONDITIONAL
 
 _C5 = """
 conv    model.input_projection        input_proj
@@ -39,23 +40,9 @@ _DETR = """
 packed  D.self_attn                   D/self_attention
 packed  D.encoder_attn                D/cross_attention
 """
-_CONDITIONAL = """
-linear  D.sa_qcontent_proj            D/self_attention/query_content
-linear  D.sa_qpos_proj                D/self_attention/query_position
-linear  D.sa_kcontent_proj            D/self_attention/key_content
-linear  D.sa_kpos_proj                D/self_attention/key_position
-linear  D.sa_v_proj                   D/self_attention/value
-linear  D.self_attn.out_proj          D/self_attention/out_proj
-linear  D.ca_qcontent_proj            D/cross_attention/query_content
-linear  D.ca_qpos_proj                D/cross_attention/query_position
-linear  D.ca_qpos_sine_proj           D/cross_attention/query_waves
-linear  D.ca_kcontent_proj            D/cross_attention/key_content
-linear  D.ca_kpos_proj                D/cross_attention/key_position
-linear  D.ca_v_proj                   D/cross_attention/value
-linear  D.encoder_attn.out_proj       D/cross_attention/out_proj
-linear  model.decoder.query_scale.layers.{n}     query_scale/{n}
-linear  model.decoder.ref_point_head.layers.{n}  query_points/{n}
-"""
+# the authors' names, but for three
+_CONDITIONAL = CONDITIONAL.replace("D.cross_attn", "D.encoder_attn").replace("T.", "model.")
+_CONDITIONAL += "linear  model.decoder.ref_point_head.layers.{n}  query_points/{n}"
 _DAB = """
 linear  D.self_attn.self_attn_query_content_proj     D/self_attention/query_content
 linear  D.self_attn.self_attn_query_pos_proj         D/self_attention/query_position

@@ -10,17 +10,11 @@ import pytest
 from dsct_jax.errors import UserError
 from dsct_jax.model.build import Network, network_config
 from dsct_jax.model.roi import roi_align
+from tests.model.test_deformable_runs import SMALL as DETECTOR
 
-SMALL = {
+SMALL = {name: value for name, value in DETECTOR.items() if name != "num_queries"} | {
     "name": "dsct",
-    "backbone": "tiny",
-    "norm": "group",
-    "hidden_dim": 32,
-    "num_heads": 2,
-    "num_points": 2,
-    "feedforward_dim": 32,
     "num_encoder_layers": 0,
-    "num_decoder_layers": 2,
     "num_subject_queries": 3,
     "num_context_queries": 2,
     "num_spatial_neighbors": 1,
