@@ -203,7 +203,8 @@ class SetNetwork(nnx.Module):
         found = self.detect(
             maps, padding_mask, people=people, noise=noise, implementation=implementation
         )
-        details = found.details | {"features": maps} if return_details else None
+        levels = maps[-getattr(self.config, "num_levels", 1) :]  # without what is read beside them
+        details = found.details | {"features": levels} if return_details else None
         return dataclasses.replace(found, details=details)
 
     def features(self, images: Float[Array, "b h w 3"]) -> list[Float[Array, "b _ _ d"]]:

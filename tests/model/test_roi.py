@@ -89,6 +89,8 @@ def test_only_the_last_layer_reads(network):
     for name in ("logits", "boxes"):
         np.testing.assert_array_equal(getattr(one, name)[0], getattr(two, name)[0])
     assert not np.allclose(one.logits[1], two.logits[1])
+    shapes = [x.shape[1:3] for x in one.details["features"]]
+    assert shapes == [(8, 12), (4, 6), (2, 3), (1, 2)]  # not C2
     states = np.asarray(one.details["states"]), np.asarray(two.details["states"])
     np.testing.assert_array_equal(states[0][:, :, :2], states[1][:, :, :2])  # the context
 
