@@ -41,9 +41,7 @@ BACKBONES = {
     "wide_resnet50": ResNetConfig(True, (3, 4, 6, 3), wide=2),
     "wide_resnet101": ResNetConfig(True, (3, 4, 23, 3), wide=2),
     "tiny": ResNetConfig(True, (1, 2, 2, 1), width=8),  # the size of the golden numbers: tests
-    # for runs from scratch on a CPU
-    "small": ResNetConfig(False, (1, 1, 1, 1), width=16),
-    "medium": ResNetConfig(False, (1, 1, 1, 1), width=24),
+    "small": ResNetConfig(False, (1, 1, 1, 1), width=16),  # for runs from scratch on a CPU
 }
 
 

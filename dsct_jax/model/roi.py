@@ -15,8 +15,6 @@ from dsct_jax.model.backbone import Block, ResNetConfig
 from dsct_jax.model.layers import DropoutNoise, LayerNorm, Linear, dropout
 
 MARGIN = 1.1  # of the box: what is read is a little larger
-JITTER = 0.08  # in training, how far a box is moved and scaled at most, as a share of its size:
-# boxes of new photographs are not as exact as those of the ones it learns from
 _BASIC = ResNetConfig(False, (1, 1, 1, 1))
 
 
@@ -70,9 +68,6 @@ class RoIReading(nnx.Module):
     ) -> Float[Array, "b q d"]:
         """The tokens with what their boxes hold."""
         b, q, _ = tokens.shape
-        if noise is not None:
-            move, scale = jnp.split(JITTER * (2 * noise.uniform((b, q, 4)) - 1), 2, -1)
-            centers, sizes = centers + move * sizes, sizes * (1 + scale)
         x = roi_align(features, centers, sizes * MARGIN, self.cells)
         x = x.reshape(b * q, *x.shape[2:])
         for block in self.blocks:
