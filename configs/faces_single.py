@@ -3,8 +3,8 @@ r"""From scratch on a CPU: some thousand small images of one face each, CAER-S l
     python train.py --config=configs/faces_single.py --workdir=runs/faces_single \
         --config.data.data_dir=DIR
 
-DIR holds {train,val,test}/<Class>/*.jpg and {train,val,test}.json. docs/results.md says what it
-reaches.
+DIR holds {train,val,test}/<Class>/*.jpg and {train,val,test}.json. faces_multi learns from more
+images; docs/results.md says what that reaches.
 """
 
 from configs import base, demo
