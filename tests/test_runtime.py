@@ -62,7 +62,7 @@ DEVICE = HOST | {"etils", "flatbuffers", "jax", "jaxlib", "ml_dtypes", "opt_eins
 # of packages of ours, or that those above bring along
 OTHERS = {
     *("cloudpickle", "charset_normalizer", "pygments", "threadpoolctl", "typing_extensions"),
-    *("data", "dsct_jax", "pallas_kernels"),
+    *("data", "dsct_jax", "pallas_kernels", "filelock"),  # jax's cache, where it is installed
 }
 
 
