@@ -101,15 +101,15 @@ class BatchPlan:
         for index in order:
             height, width = self._sizes[index]
             numbers = uniforms[index].tolist()
+            erased = None
             if self._crops:
                 transform = draw_crops(self._config, self._crops, numbers)
             else:
                 transform = draw(self._config, height, width, numbers)
                 erased = draw_erased(self._config, more[index].tolist())
-                transform = dataclasses.replace(transform, erased=erased)
             size, bucket = fit_bucket(transform.size, self._buckets)
             queue = queues[bucket]
-            queue.append((index, dataclasses.replace(transform, size=size)))
+            queue.append((index, dataclasses.replace(transform, size=size, erased=erased)))
             if len(queue) == self._batch_size:
                 batches.append(self._batch(bucket, queue))
                 queue.clear()

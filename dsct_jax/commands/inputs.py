@@ -10,6 +10,8 @@ from dsct_jax.errors import UserError
 from dsct_jax.inference import video
 from dsct_jax.preprocess import image_suffixes, suffix_remedy
 
+DRAWN = "drawn"  # the folder of drawn images and videos, below the output
+
 
 def find_inputs(paths: Sequence[str], *, exclude: Path) -> tuple[list[Path], list[Path]]:
     """(images, videos) meant by files, folders (to the bottom) and glob patterns, each once, in a

@@ -74,10 +74,10 @@ def model_card(workdir: Path, *, split: str = "test") -> str:
     """The card of the run in `workdir` as Markdown. Raises UserError where the directory holds no
     config.json, or no metrics of the split.
     """
-    config = _read_json(workdir / "config.json", "it is no run directory")
+    config = read_json(workdir / "config.json", "it is no run directory")
     remedy = f"train.py --mode=eval --split={split} writes it"
-    metrics = _read_json(workdir / f"metrics_{split}.json", remedy)
-    environment = _read_json(workdir / "env.json") if (workdir / "env.json").is_file() else {}
+    metrics = read_json(workdir / f"metrics_{split}.json", remedy)
+    environment = read_json(workdir / "env.json") if (workdir / "env.json").is_file() else {}
     decoder = _decoder(config, workdir, str(metrics.get("checkpoint", "")))
     start = config.get("init_from")
     weights = "It started from random values: no other weights are in it."
@@ -97,7 +97,8 @@ def model_card(workdir: Path, *, split: str = "test") -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """A run's file. Raises UserError: missing, after which `remedy` stands, or damaged."""
     if not path.is_file():
         raise UserError(f"{path}: missing; {remedy}")
     try:

@@ -19,7 +19,7 @@ from PIL import Image
 from dsct_jax.batch import Predictions
 from dsct_jax.cli import progress, whole_file
 from dsct_jax.commands.flags import finder_of, load_model, selection
-from dsct_jax.commands.inputs import drawing_names, find_inputs
+from dsct_jax.commands.inputs import DRAWN, drawing_names, find_inputs
 from dsct_jax.commands.unfinished import Unfinished
 from dsct_jax.errors import UserError
 from dsct_jax.inference.finders import Finder
@@ -132,7 +132,7 @@ def predict_images(
         if answers.model.calls > calls:
             answers.unfinished.add(batch)
             batch, calls = [], answers.model.calls
-        target = output / "drawn" / names[read[index]]
+        target = output / DRAWN / names[read[index]]
         target.parent.mkdir(parents=True, exist_ok=True)
         draw_subjects(image, subjects).save(target)
         if answers.model.crops and (maps := draw_attention(image, subjects, answers.model.crops)):
@@ -163,7 +163,7 @@ def predict_videos(
             entries.append(done[source])
             continue
         name = f"camera{source}.mp4" if isinstance(source, int) else names[source]
-        target = output / "drawn" / name
+        target = output / DRAWN / name
         try:
             with Video(source) as video:
                 frames = video.frames or "unknown number of"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsct_jax.commands.flags import load_model
-from dsct_jax.commands.model_card import METRICS, MODEL_CARD
+from dsct_jax.commands.model_card import METRICS, MODEL_CARD, read_json
 from dsct_jax.errors import UserError
 from dsct_jax.inference.load import Model
 from dsct_jax.weights.hub import CARD, CONFIG, PREFIX, WEIGHTS, hub_errors
@@ -99,14 +99,12 @@ def front_matter(
 def run(arguments: argparse.Namespace) -> None:
     checkpoint = arguments.checkpoint
     folder = parse_run_path(checkpoint)[0] if checkpoint.is_dir() else checkpoint.parent
-    card, measured = (
-        arguments.card or folder / MODEL_CARD,
-        folder / f"metrics_{arguments.split}.json",
-    )
+    card = arguments.card or folder / MODEL_CARD
+    measured = folder / f"metrics_{arguments.split}.json"
     if not card.is_file():
         remedy = "write it with `dsct model_card` and answer its questions"
         raise UserError(f"{card}: missing; {remedy}")
-    metrics = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
+    metrics = read_json(measured) if measured.is_file() else None
     print(f"license: {arguments.license} {arguments.license_link}".rstrip())
     where = publish(
         load_model(arguments),

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from dsct_jax.cli import whole_file
+from dsct_jax.commands.inputs import DRAWN
 from dsct_jax.inference.tracking import smoothed
-
-DRAWN = "drawn"  # the folder of drawn images and videos
 
 
 def person_series(entry: Mapping[str, Any], class_names: Sequence[str]) -> dict[int, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dsct_jax.cli import whole_file
+from dsct_jax.commands.inputs import DRAWN
 
 FILE = "predictions.jsonl"
 
@@ -38,7 +39,7 @@ class Unfinished:
         found: dict[Path, dict[str, Any]] = {}
         for file, name in drawings.items():
             state, entry = known.get(str(file), (None, {}))
-            drawn = Path("drawn", name)
+            drawn = Path(DRAWN, name)
             if entry and state == _state(file) and entry["drawn"] == drawn.as_posix():
                 found |= {file: entry} if (self._output / drawn).exists() else {}
         return found

@@ -114,7 +114,7 @@ class PyramidConfig(TransformerConfig):
     roi_size: int = setting(
         0,
         "cells per side of a box that the last decoder layer reads one by one from C2 (RoIAlign); "
-        "0 = off. Ours: from few photographs a face is read as well as from a crop",
+        "0 = off. Ours, for faces from few photographs",
         low=0,
     )
     modalities: tuple[str, ...] = setting(

@@ -147,15 +147,15 @@ DEFORMABLE_TRANSFORMER = tuple(
 )
 
 HF_BACKBONE = "model.backbone.conv_encoder.model."
-_HF_ENCODER, _HF_DECODER = "model.encoder.layers.{i}", "model.decoder.layers.{i}"
+HF_ENCODER, HF_DECODER = "model.encoder.layers.{i}", "model.decoder.layers.{i}"
 _HUGGING_FACE: tuple[Rule, ...] = (
     *_transformer(HF_BACKBONE, "model.input_proj", "model.", "encoder_attn", "fc"),
-    *module("norm", f"{_HF_ENCODER}.self_attn_layer_norm", "encoder/{i}/norm1"),
-    *module("norm", f"{_HF_ENCODER}.final_layer_norm", "encoder/{i}/norm2"),
-    *packed_projections(f"{_HF_DECODER}.self_attn", _IN_PROJ),
-    *module("norm", f"{_HF_DECODER}.encoder_attn_layer_norm", "decoder/{i}/norm1"),
-    *module("norm", f"{_HF_DECODER}.self_attn_layer_norm", "decoder/{i}/norm2"),
-    *module("norm", f"{_HF_DECODER}.final_layer_norm", "decoder/{i}/norm3"),
+    *module("norm", f"{HF_ENCODER}.self_attn_layer_norm", "encoder/{i}/norm1"),
+    *module("norm", f"{HF_ENCODER}.final_layer_norm", "encoder/{i}/norm2"),
+    *packed_projections(f"{HF_DECODER}.self_attn", _IN_PROJ),
+    *module("norm", f"{HF_DECODER}.encoder_attn_layer_norm", "decoder/{i}/norm1"),
+    *module("norm", f"{HF_DECODER}.self_attn_layer_norm", "decoder/{i}/norm2"),
+    *module("norm", f"{HF_DECODER}.final_layer_norm", "decoder/{i}/norm3"),
     ("model.query_position_embeddings.weight", "context_queries", "same"),
 )
 

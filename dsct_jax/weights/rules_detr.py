@@ -5,6 +5,7 @@ A line is a kind of layer, their name and ours. `T.` is `transformer.`, `E` a la
 """
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsct_jax.weights.rules import (
@@ -18,6 +19,7 @@ from dsct_jax.weights.rules import (
     resnet_rules,
 )
 
+_SHORT = {"T.": "transformer.", "E.": f"{ENCODER}.", "D.": f"{DECODER}."}
 _C5 = """
 conv    input_proj             input_proj
 packed  E.self_attn            E/self_attention
@@ -111,18 +113,23 @@ _BOX_COPIES = (("bbox_embed.", "transformer.decoder.bbox_embed."),)
 _COPIES = (*_BOX_COPIES, ("class_embed.", "transformer.decoder.class_embed."))
 
 
-def _rules(table: str) -> list[Rule]:
+def read_table(
+    table: str,
+    short: Mapping[str, str] = _SHORT,
+    packed: Callable[[str, str], list[Rule]] = packed_attention,
+) -> list[Rule]:
+    """The rules of a table: `short` spells out how a name of theirs begins, `packed` is how they
+    hold an attention whose query, key and value we keep together.
+    """
     rules: list[Rule] = []
     for kind, theirs, ours in map(str.split, table.strip().splitlines()):
-        for short, long in (("T.", "transformer."), ("E.", f"{ENCODER}."), ("D.", f"{DECODER}.")):
-            theirs = re.sub(rf"^{re.escape(short)}", long, theirs)
+        for letters, long in short.items():
+            theirs = re.sub(rf"^{re.escape(letters)}", long, theirs)
         ours = re.sub("^E/", "encoder/{i}/", re.sub("^D/", "decoder/{i}/", ours))
         if kind == "tensor":
             rules.append((theirs, ours, "same"))
         else:
-            rules += (
-                packed_attention(theirs, ours) if kind == "packed" else module(kind, theirs, ours)
-            )
+            rules += packed(theirs, ours) if kind == "packed" else module(kind, theirs, ours)
     return rules
 
 
@@ -132,7 +139,7 @@ def _layout(title: str, marker: str, *tables: str, **how: Any) -> TensorLayout:
     return TensorLayout(
         title=f"{title} (the authors' code)",
         marker=rf"(transformer\.)?{re.escape(marker)}",
-        rules=(*start, *(rule for table in tables for rule in _rules(table))),
+        rules=(*start, *(rule for table in tables for rule in read_table(table))),
         left_out=r".*\.num_batches_tracked",
         repeats="num_decoder_layers",
         requires=(("norm", "frozen_batch"), ("subject_logit", False)),

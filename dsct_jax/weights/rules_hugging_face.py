@@ -9,6 +9,8 @@ from typing import Any
 
 from dsct_jax.weights.rules import (
     HF_BACKBONE,
+    HF_DECODER,
+    HF_ENCODER,
     HF_SPELLINGS,
     HUGGING_FACE,
     Rule,
@@ -17,8 +19,9 @@ from dsct_jax.weights.rules import (
     packed_projections,
     resnet_rules,
 )
-from dsct_jax.weights.rules_detr import CONDITIONAL
+from dsct_jax.weights.rules_detr import CONDITIONAL, read_table
 
+_SHORT = {"E.": f"{HF_ENCODER}.", "D.": f"{HF_DECODER}."}
 _C5 = """
 conv    model.input_projection        input_proj
 packed  E.self_attn                   E/self_attention
@@ -60,7 +63,7 @@ linear  D.cross_attn.cross_attn_value_proj           D/cross_attention/value
 linear  D.cross_attn.cross_attn.output_proj          D/cross_attention/out_proj
 norm    D.cross_attn.cross_attn_layer_norm           D/norm2
 linear  D.fc{n}                                      D/feedforward/linear{n}
-norm    D.final_layer_norm                       D/norm3
+norm    D.final_layer_norm                           D/norm3
 tensor  D.activation_fn.weight                       D/feedforward/slope
 tensor  E.activation_fn.weight                       E/feedforward/slope
 linear  model.encoder.query_scale.layers.{n}         position_scale/{n}
@@ -81,20 +84,13 @@ norm    model.pos_trans_norm              proposal_positions/norm
 """
 
 
+def _split_attention(theirs: str, ours: str) -> list[Rule]:
+    rules = packed_projections(theirs, f"{ours}/in_proj")
+    return rules + module("linear", f"{theirs}.out_proj", f"{ours}/out_proj")
+
+
 def _rules(table: str) -> list[Rule]:
-    rules: list[Rule] = []
-    for kind, theirs, ours in map(str.split, table.strip().splitlines()):
-        for letter, part in (("E", "encoder"), ("D", "decoder")):
-            theirs = re.sub(rf"^{letter}\.", f"model.{part}.layers.{{i}}.", theirs)
-            ours = re.sub(f"^{letter}/", f"{part}/{{i}}/", ours)
-        if kind == "tensor":
-            rules.append((theirs, ours, "same"))
-        elif kind == "packed":
-            rules += packed_projections(theirs, f"{ours}/in_proj")
-            rules += module("linear", f"{theirs}.out_proj", f"{ours}/out_proj")
-        else:
-            rules += module(kind, theirs, ours)
-    return rules
+    return read_table(table, _SHORT, _split_attention)
 
 
 def _layout(title: str, marker: str, *rules: Rule, **how: Any) -> TensorLayout:

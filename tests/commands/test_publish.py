@@ -237,6 +237,13 @@ def test_an_open_question_in_the_card_stops_it(fake_hub, run, capsys):
     assert FakeHub.requests == []
 
 
+def test_damaged_metrics_are_one_line(fake_hub, run, capsys):
+    (run.parent / "metrics_test.json").write_text("{")
+    assert publish(run, "--license=mit") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "metrics_test.json: cannot be read" in line and FakeHub.requests == []
+
+
 def test_a_wrong_token_is_one_line(fake_hub, run, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "wrong")
     assert publish(run, "--license=mit") == 2
