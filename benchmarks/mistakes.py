@@ -16,7 +16,8 @@ from PIL import Image
 from data.command import data_config
 from data.config import SPLITS
 from data.readers.registry import read_split
-from dsct_jax.cli import Parser, expanded_path, run_command
+from dsct_jax.cli import Parser, run_command
+from dsct_jax.config import expanded_path
 from dsct_jax.errors import UserError
 from dsct_jax.evaluation.results import read_results
 from dsct_jax.evaluation.selection import select_people

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from data.config import SPLITS, DataConfig
-from dsct_jax.cli import Parser, expanded_path
+from dsct_jax.cli import Parser
 from dsct_jax.config import (
     BOXES,
     dataclass_from_dict,
+    expanded_path,
     read_config,
     require,
     to_builtins,

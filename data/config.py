@@ -1,10 +1,17 @@
 """The `data` section of a configuration and the classes, as one frozen value."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-from dsct_jax.config import MAX_MEGAPIXELS, cannot_be_used, check_settings, setting
+from dsct_jax.config import (
+    MAX_MEGAPIXELS,
+    cannot_be_used,
+    check_settings,
+    expanded_path,
+    setting,
+)
 from dsct_jax.errors import UserError
 
 SOURCES = ("coco", "caer_s", "ncaer_s", "emotic", "scenes", "prepared")
@@ -130,6 +137,11 @@ class DataConfig:
                     f"{not self.multi_label}: a person has {labels}"
                 )
 
+    @property
+    def root(self) -> Path:
+        """`data_dir`, with ~ and $VARIABLES expanded."""
+        return expanded_path(self.data_dir)
+
     def annotation_file(self, split: str) -> str:
         """The value of the split's own field, as text."""
         if split not in SPLITS:
@@ -140,17 +152,17 @@ class DataConfig:
         """The split's own field taken apart: `FILE`, or `ROOT:FILE` where the image names in FILE
         start at ROOT, or several of these with commas, all below `data_dir`. Raises UserError.
         """
-        top, value = Path(self.data_dir), self.annotation_file(split)
+        top, value = self.root, self.annotation_file(split)
         files = []
         for part in (part.strip() for part in value.split(",")):
-            root, colon, name = part.rpartition(":")
+            root, colon, name = os.path.expandvars(part).rpartition(":")
             if len(root) == 1:  # the drive of an absolute path
                 root, colon, name = "", "", part
             if not name:
                 wanted = "an annotation file, or ROOT:FILE, below config.data.data_dir"
                 raise cannot_be_used(f"data.{split}", value, wanted)
-            prefix = f"{root}/" if colon and root else ""
-            files.append(AnnotationFile(top / name, top / root, prefix))
+            prefix, folder = f"{root}/" if colon and root else "", top / expanded_path(root)
+            files.append(AnnotationFile(top / expanded_path(name), folder, prefix))
         return files
 
 

@@ -22,15 +22,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 
+from dsct_jax.config import expanded_path
 from dsct_jax.errors import UserError, missing_extra
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where there is no terminal
-
-
-def expanded_path(text: str) -> Path:
-    """The `type` of a flag that is a path: shells leave the ~ of --flag=~/x alone."""
-    return Path(text).expanduser()
 
 
 class Parser(argparse.ArgumentParser):
@@ -184,11 +180,12 @@ def run_subcommand(package: str, argv: Sequence[str] | None = None, *, prog: str
         width = max(map(len, parsers.COMMANDS)) + 2
         print("commands (each with --help):")
         print("\n".join(f"  {name:{width}}{text}" for name, text in parsers.COMMANDS.items()))
+        print(parsers.SEE_ALSO)
         return 0 if words else 2
     name = words[0].replace("-", "_")
     if name not in parsers.COMMANDS:
         close = difflib.get_close_matches(name, parsers.COMMANDS, n=1)
-        hint = f"must be one of {', '.join(parsers.COMMANDS)}"
+        hint = f"must be one of {', '.join(parsers.COMMANDS)}. {parsers.SEE_ALSO}"
         hint = f"did you mean {close[0]}?" if close else hint
         print(f"error: {words[0]}: unknown command; {hint}", file=sys.stderr)
         return 2

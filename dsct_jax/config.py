@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import runpy
 import traceback
 import types
@@ -32,6 +33,11 @@ _START = "start from configs/base.py"
 # what a configuration file may raise that fails for a reason of its own
 _FILE_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, NameError, OSError)
 _CONFIG_ERRORS = (*_FILE_ERRORS, SyntaxError, TypeError, ValueError)
+
+
+def expanded_path(text: str | os.PathLike[str]) -> Path:
+    """The path of a flag or a field, with ~ and $VARIABLES, which shells leave in --flag=~/x."""
+    return Path(os.path.expandvars(text)).expanduser()
 
 
 def setting(
@@ -134,7 +140,7 @@ def read_config(source: Path | str | Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(source, Mapping):
         return to_builtins(source)
-    path = Path(source)
+    path = expanded_path(source)
     if not path.exists() and str(source) in presets():
         path = PRESETS / f"{source}.json"
     if not path.is_file():

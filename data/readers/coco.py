@@ -48,7 +48,7 @@ def read_documents(
     builder = RecordBuilder(
         [file.path for file, _ in documents], config, protocol=_protocol(config)
     )
-    finder = ImageFinder(Path(config.data_dir), locate)
+    finder = ImageFinder(config.root, locate)
     for file, document in documents:
         to_classes = _label_decoder(file.path, document, config, builder)
         people = _people_of_images(file.path, document)

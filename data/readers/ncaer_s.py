@@ -15,7 +15,7 @@ from dsct_jax.preprocess import image_suffixes
 
 def read_ncaer_s(config: DataConfig, split: str) -> tuple[list[Record], ReadReport]:
     """The records of one split, by class and name. Raises UserError naming the file or folder."""
-    root = Path(config.data_dir)
+    root = config.root
     top = root / "images" / config.annotation_file(split)
     if not top.is_dir():
         remedy = f"config.data.{split} to the split's folder below images/ and crop/"

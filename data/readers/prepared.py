@@ -119,7 +119,7 @@ def read_prepared(config: DataConfig, split: str) -> tuple[list[Record], ReadRep
     """The records of a split as `python -m data prepare` got them from the raw files. Raises
     UserError when the form is incomplete or damaged, lacks the split, or has other classes.
     """
-    directory = folder(config.data_dir)
+    directory = folder(config.root)
     summary, where = read_summary(directory), directory / SUMMARY
     for field in ("class_names", "multi_label"):
         made, wanted = summary[field], getattr(config, field)

@@ -21,6 +21,7 @@ from data.tools.duplicates import (
     fingerprints,
     near_groups,
 )
+from dsct_jax.cli import whole_file
 from dsct_jax.errors import UserError
 
 _SHOWN = 5  # examples of each finding
@@ -253,9 +254,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{count_table(checks)}\n\n{label_table(checks, config)}\n")
     print("\n".join(map(str, findings)) or "no problems found")
     if arguments.report:
-        arguments.report.write_text(
-            json.dumps(as_json(checks, findings, config), indent=1) + "\n", encoding="utf-8"
-        )
+        with whole_file(arguments.report) as file:
+            file.write(json.dumps(as_json(checks, findings, config), indent=1) + "\n")
         print(f"everything: {arguments.report}")
     errors = sum(finding.is_error for finding in findings)
     print(f"{errors} errors, {len(findings) - errors} warnings")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from data.command import ConfigParser, splits_argument
 from data.config import SPLITS
-from dsct_jax.cli import Parser, expanded_path
+from dsct_jax.cli import Parser
+from dsct_jax.config import expanded_path
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NEAR = 24
@@ -22,6 +23,7 @@ COMMANDS = {
     "prepare": "images resized once and packed into a few large files",
     "build_ncaer_s": "NCAER-S from the CAER videos",
 }
+SEE_ALSO = "To predict, evaluate, draw, export or serve: python -m dsct_jax COMMAND."
 
 
 def parse_shares(text: str) -> list[float]:

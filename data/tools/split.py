@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     for number, split in enumerate(SPLITS):
         part = [record for record, place in zip(records, chosen, strict=True) if place == number]
-        names = [below(record.image, config.data_dir) for record in part]
+        names = [below(record.image, config.root) for record in part]
         path = arguments.output / f"{split}.json"
         document = to_coco(part, names, config, info=info | {"split": split})
         path.write_text(json.dumps(document) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsct_jax.config import expanded_path
 from dsct_jax.errors import UserError
 from dsct_jax.inference import video
 from dsct_jax.preprocess import image_suffixes, suffix_remedy
@@ -19,17 +20,16 @@ def find_inputs(paths: Sequence[str], *, exclude: Path) -> tuple[list[Path], lis
     or folder without any, and for a folder in `exclude`.
     """
     found: dict[Path, None] = {}
-    for text in map(os.path.expanduser, paths):
-        path = Path(text)
+    for path in map(expanded_path, paths):
         if path.is_dir():
             files = _files_below(path, exclude.resolve())
         elif path.exists():
             files = [path]
-        elif glob.has_magic(text):
-            matches = map(Path, sorted(glob.glob(text, recursive=True)))
+        elif glob.has_magic(str(path)):
+            matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
             files = [match for match in matches if match.is_file()]
             if not files:
-                raise UserError(f"{text}: the pattern matches no file")
+                raise UserError(f"{path}: the pattern matches no file")
         else:
             raise UserError(f"{path}: no such file or folder")
         found |= dict.fromkeys(files)

@@ -4,8 +4,15 @@ and a mistyped flag are answered before jax is imported.
 
 import argparse
 
-from dsct_jax.cli import Parser, expanded_path
-from dsct_jax.config import BATCH_SIZE, BOXES, MAX_MEGAPIXELS, NMS_IOU, RESAMPLES
+from dsct_jax.cli import Parser
+from dsct_jax.config import (
+    BATCH_SIZE,
+    BOXES,
+    MAX_MEGAPIXELS,
+    NMS_IOU,
+    RESAMPLES,
+    expanded_path,
+)
 
 CHECKPOINT = "run directory, .safetensors, hf:ORG/NAME[@REV], or released .pth (with --config)"
 CONFIG = "configuration (.py or .json) that describes the weights; needed for .pth only"
@@ -23,6 +30,10 @@ COMMANDS = {
     "model_card": "what others should know about a trained model, as Markdown",
     "publish": "a trained model and its card on the Hugging Face hub",
 }
+SEE_ALSO = (
+    "To train, and to import, check, show or split annotations: train.py and "
+    "python -m data COMMAND, in a checkout of the repository."
+)
 
 
 def add_checkpoint(parser: Parser, *, required: bool = True) -> None:

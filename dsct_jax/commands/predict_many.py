@@ -26,6 +26,7 @@ from dsct_jax.cli import progress, whole_file
 from dsct_jax.commands.flags import finder_of, load_model, selection
 from dsct_jax.commands.inputs import find_inputs
 from dsct_jax.commands.predict import TimedDetector, weights_state
+from dsct_jax.config import expanded_path
 from dsct_jax.errors import UserError
 from dsct_jax.inference.finders import Finder
 from dsct_jax.inference.predict import predict_each, read_rgb
@@ -66,7 +67,7 @@ class Job:
 
 def listed_images(paths: Sequence[str], *, exclude: Path) -> list[Path]:
     """Those of folders, patterns and files, in a fixed order; a .txt is a list, one per line."""
-    lists = [Path(path).expanduser() for path in paths if path.endswith(".txt")]
+    lists = [expanded_path(path) for path in paths if path.endswith(".txt")]
     others = [path for path in paths if not path.endswith(".txt")]
     found = find_inputs(others, exclude=exclude)[0] if others else []
     for path in lists:

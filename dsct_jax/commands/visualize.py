@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dsct_jax.boxes import elementwise_iou
-from dsct_jax.cli import expanded_path, progress, whole_file
+from dsct_jax.cli import progress, whole_file
 from dsct_jax.commands.flags import load_model, selection
 from dsct_jax.commands.ground_truth import GroundTruth, read_ground_truth
 from dsct_jax.commands.inputs import find_inputs
 from dsct_jax.commands.parsers import CHECKPOINT
 from dsct_jax.commands.report import read_metrics
+from dsct_jax.config import expanded_path
 from dsct_jax.errors import UserError
 from dsct_jax.inference.introspection import Introspection, introspect
 from dsct_jax.inference.load import load

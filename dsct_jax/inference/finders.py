@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dsct_jax.config import FACES
+from dsct_jax.config import FACES, expanded_path
 from dsct_jax.errors import UserError
 from dsct_jax.faces import haar
 from dsct_jax.inference.load import load
@@ -27,7 +27,7 @@ def make_finder(source: str) -> Finder:
     if source == FACES:
         detect = haar()
         return lambda image, _: detect(np.asarray(image))[:, :4]
-    path = Path(source).expanduser()
+    path = expanded_path(source)
     if path.suffix == ".json":
         return _listed(path)
     model = load(path)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from dsct_jax.config import expanded_path
 from dsct_jax.errors import UserError
 
 PREFIX = "hf:"
@@ -26,7 +27,7 @@ def local_path(source: Path | str) -> Path:
     """
     text = str(source)
     if not text.startswith(PREFIX):
-        return Path(source)
+        return expanded_path(source)
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
     name, _, revision = text.removeprefix(PREFIX).partition("@")

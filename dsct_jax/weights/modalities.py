@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsct_jax.batch import FlatParams
+from dsct_jax.config import expanded_path
 from dsct_jax.errors import UserError
 from dsct_jax.model.build import Network
 from dsct_jax.model.layers import NORM_EPSILON
@@ -94,7 +95,7 @@ def load_modalities(
             values |= {key: np.asarray(drawn[key]) for key in shapes}
             about[name] = {"file": RANDOM, "sha256": f"seed {seed}"}
             continue
-        path = Path(file).expanduser().absolute()
+        path = expanded_path(file).absolute()
         if not path.is_file():
             raise UserError(f"{path}: no such file, which the {name} modality needs ({field})")
         with path.open("rb") as content:

@@ -14,6 +14,7 @@ from dsct_jax.__main__ import main
 from dsct_jax.cli import progress, run_command, try_output, whole_file
 from dsct_jax.commands.parsers import COMMANDS
 from dsct_jax.errors import UserError
+from dsct_jax.weights.hub import local_path
 
 DEBUG = Path(__file__).parents[2] / "configs/debug.py"
 
@@ -53,6 +54,26 @@ def test_mistakes_are_one_line_and_status_2(argv, says, capsys):
         and captured.err.count("\n") == 1
         and not captured.out
     )
+
+
+def test_the_home_folder_and_variables_are_expanded_in_fields_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PHOTOS", "mine")
+    overrides = ["--config.data.data_dir=~/d/$PHOTOS", "--config.data.train=$PHOTOS:~/a.json"]
+    config = data_config(DEBUG, overrides)
+    (file,) = config.annotation_files("train")
+    assert config.root == tmp_path / "d/mine"
+    assert (file.path, file.root) == (tmp_path / "a.json", tmp_path / "d/mine/mine")
+    arguments = ConfigParser(None).parse_args([f"--config={DEBUG}", "--config.data.data_dir=~"])
+    assert arguments.data.root == tmp_path
+    assert local_path("~/runs/a") == tmp_path / "runs/a"
+
+
+def test_the_command_says_where_the_tools_of_data_run(capsys):
+    assert main(["--help"]) == 0
+    assert "python -m data COMMAND" in capsys.readouterr().out
+    assert main(["check"]) == 2
+    assert "python -m data COMMAND" in capsys.readouterr().err
 
 
 def test_status_of_a_command(capsys):

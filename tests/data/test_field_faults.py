@@ -223,6 +223,43 @@ def test_negative_sizes_are_told_apart_from_boxes_without_area(folder):
     assert "1 of these boxes have a negative width or height" in str(report)
 
 
+def test_more_people_than_subject_queries_is_an_error(folder, capsys):
+    """Row 10."""
+    content = document()
+    crowd = [content["annotations"][0] | {"id": i, "bbox": [i, 10, 50, 60]} for i in range(10, 30)]
+    (folder / "train.json").write_text(json.dumps(content | {"annotations": crowd}))
+    argv = [f"--config={CONFIG}", "--config.data.source=coco", f"--config.data.data_dir={folder}"]
+    argv += ["--config.data.max_targets=40", "--config.model.num_subject_queries=6"]
+    status = main(["check", *argv, "--config.data.train=train.json", "--split=train", "--near=0"])
+    lines = [row for row in capsys.readouterr().out.splitlines() if "num_subject_queries" in row]
+    assert status == 1 and len(lines) == 1 and lines[0].startswith("!"), lines
+    assert "20" in lines[0] and "6" in lines[0]
+
+
+def test_an_emotion_in_an_attribute_is_told_how_to_be_read(folder):
+    """Row 23: CVAT's usual set-up."""
+    person = [{"id": 1, "name": "person"}]
+    content = document(categories=person, category_id=1, attributes={"emotion": "Happy"})
+    with pytest.raises(UserError, match=r"name it in config\.data\.label_attribute$"):
+        read(folder, content)
+
+
+def test_paths_of_home_and_reports_into_new_folders(folder, capsys, monkeypatch):
+    """Rows 46 and 49."""
+    (folder / "train.json").write_text(json.dumps(document()))
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("FILE", "train.json")
+    argv = [f"--config={CONFIG}", "--config.data.source=coco", "--config.data.data_dir=~"]
+    argv += ["--config.data.train=$FILE", "--split=train", "--near=0"]
+    assert main(["check", *argv, "--report=~/new/folder/report.json"]) == 0
+    assert json.loads((folder / "new/folder/report.json").read_text())
+    capsys.readouterr()
+    blocked = folder / "train.json" / "report.json"
+    assert main(["check", *argv, f"--report={blocked}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and str(blocked) in err
+
+
 def test_usual_data_are_not_suspected(folder, capsys):
     content = document()
     content["annotations"][0]["bbox"] = [150, 100, 20, 30]  # one of three leaves its image a little
