@@ -3,6 +3,7 @@ what it would take.
 
     python -m benchmarks.compile_h200 kernels [--all-tiles] [--output=OUTPUT]
     python -m benchmarks.compile_h200 step --size=800x1066 --batch=4 --dtype=bfloat16 --remat=light
+    python -m benchmarks.compile_h200 step --size=480x640 --batch=8 --modalities
 
 Lowering alone misses what only the compiler finds: too much shared memory, tensors too large,
 errors of ptxas. Nothing is executed. A step takes about ten minutes on two cores. Needs Python 3.12
@@ -18,7 +19,7 @@ import argparse
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -28,15 +29,16 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.model_cpu import SUBSETS
 from benchmarks.tables import add_output, report, row, table
 from dsct_jax.config import dataclass_from_dict, read_config
 from dsct_jax.inference.load import model_config
 from dsct_jax.model.build import Network
 from dsct_jax.model.layers import REMAT
 from dsct_jax.parallel import make_mesh
-from dsct_jax.training.config import MATCHERS, MatcherConfig
-from dsct_jax.training.losses import LossConfig
-from dsct_jax.training.memory_plan import format_plan, make_plan
+from dsct_jax.training.config import MATCHERS, LossConfig, MatcherConfig
+from dsct_jax.training.memory_plan import Plan, format_plan, make_plan
+from dsct_jax.training.objective import SetPrediction
 from dsct_jax.training.optimizer import OptimizerConfig
 from dsct_jax.training.step import initial_state, make_train_step
 from pallas_kernels import pallas_gpu
@@ -60,6 +62,7 @@ dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H200"
 """
 TILES = (None, Tile(8, 2), Tile(16, 4), Tile(32, 4), Tile(64, 4), Tile(64, 8))
+KINDS = ("trained", "frozen")
 COLUMNS = (
     "workload", "values", "direction", "tile", "compile s", "temporary MiB", "spills registers",
     "shared memory bytes",
@@ -155,10 +158,31 @@ def check_kernels(args: argparse.Namespace) -> None:
     report(f"{title}\n\n{table(COLUMNS, rows)}", rows, args.output)
 
 
-def plan_step(args: argparse.Namespace) -> None:
-    """Compiles a training step and prints the plan."""
+def plan_steps(args: argparse.Namespace) -> None:
+    """Compiles a training step, or one without and one with each and all modalities; prints the
+    plans, and of several a table.
+    """
+    about = f"{args.dtype}, remat {args.remat}, matcher {args.matcher}"
+    title = f"{args.config}, {args.size}, batch {args.batch}, {about}"
+    title = f"{title}, for an H200 (jax {jax.__version__})"
+    print(title)
+    rows = []
+    for name, modalities in (SUBSETS if args.modalities else {"": ()}).items():
+        plan = plan_step(args, modalities)
+        print(f"{name}\n{format_plan(plan)}", flush=True)
+        peak = max(bucket.peak_bytes for bucket in plan.buckets) / 2**20
+        parameters = [sum(getattr(part, kind) for part in plan.modules) for kind in KINDS]
+        rows.append((name, *(f"{n / 1e6:.1f}" for n in parameters), f"{peak:,.0f}"))
+    columns = ("modalities", *(f"{kind}, M" for kind in KINDS), "peak MiB of one device")
+    if args.modalities:
+        report(f"{title}\n\n{table(columns, rows)}", rows, args.output)
+
+
+def plan_step(args: argparse.Namespace, modalities: Sequence[str]) -> Plan:
+    """The plan of a training step compiled for an H200."""
     config = read_config(args.config)
-    config["model"] |= {"compute_dtype": args.dtype, "remat": args.remat}
+    dtype = {"compute_dtype": args.dtype, "remat": args.remat}
+    config["model"] |= dtype | {"modalities": tuple(modalities)}
     here = make_mesh(jax.devices()[:1])
     mesh = h200_mesh(here)
     functions = Network(model_config(config))
@@ -172,9 +196,11 @@ def plan_step(args: argparse.Namespace) -> None:
     step = make_train_step(
         functions,
         optimizer,
-        loss=dataclass_from_dict(LossConfig, "loss", config["loss"]),
-        matcher=MatcherConfig(implementation=args.matcher),
-        multi_label=config["multi_label"],
+        objective=SetPrediction(
+            dataclass_from_dict(LossConfig, "loss", config["loss"]),
+            MatcherConfig(implementation=args.matcher),
+            multi_label=config["multi_label"],
+        ),
         mesh=mesh,
         seed=0,
     )
@@ -184,9 +210,7 @@ def plan_step(args: argparse.Namespace) -> None:
         "max_targets": config["data"]["max_targets"],
         "num_classes": len(config["class_names"]),
     }
-    about = f"{args.dtype}, remat {args.remat}, matcher {args.matcher}"
-    print(f"{args.config}, {about}, for an H200 (jax {jax.__version__})")
-    print(format_plan(make_plan(step, jax.tree.map(there, state), [(height, width)], **sizes)))
+    return make_plan(step, jax.tree.map(there, state), [(height, width)], **sizes)
 
 
 def main() -> None:
@@ -205,7 +229,10 @@ def main() -> None:
     step.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     step.add_argument("--remat", choices=REMAT, default="light")
     step.add_argument("--matcher", choices=MATCHERS, default="scipy")
-    step.set_defaults(run=plan_step)
+    text = "without, with each, and with all of model.modalities"
+    step.add_argument("--modalities", action="store_true", help=text)
+    add_output(step)
+    step.set_defaults(run=plan_steps)
     args = parser.parse_args()
     args.run(args)
 

@@ -2,6 +2,7 @@
 of the same size.
 
     python -m benchmarks.model_cpu --torch --output=benchmarks/model_cpu
+    python -m benchmarks.model_cpu --modalities --output=benchmarks/modalities_cpu
 
 Float32, random weights, one image; nothing is computed twice to save memory (model.remat="none"),
 as in PyTorch. Each measurement is a process of its own with the given number of threads, so that
@@ -18,21 +19,27 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
 from benchmarks.tables import make_parser, report, table
+from dsct_jax.model.modalities import MODALITIES
 
 HEIGHT, WIDTH = 480, 640
 MODES = ("forward", "train")
 # our model with the plain jnp definition of deformable attention: what the fast path is worth
 PLAIN = "ours-reference"
+# the frozen networks beside the backbone (model.modalities), each alone and together
+SUBSETS = {"none": (), **{name: (name,) for name in MODALITIES}, "all": MODALITIES}
 
 
-def measure_ours(mode: str, runs: int, implementation: str | None = None) -> list[float]:
+def measure_ours(
+    mode: str, runs: int, implementation: str | None = None, modalities: Sequence[str] = ()
+) -> tuple[list[float], dict[str, float]]:
     """Seconds of `runs` forward passes or training steps of configs/emotic_r50, dropout on in
-    training, compiled before.
+    training, compiled before; and how many million parameters are trained and frozen.
 
     `implementation` names one of deformable attention's; None is what the model picks by itself.
     """
@@ -49,9 +56,13 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
     from dsct_jax.training.step import initial_state, make_eval_step, make_train_step
 
     config, mesh = to_builtins(get_config()), make_mesh()
-    config["model"]["remat"] = "none"
+    config["model"] |= {"remat": "none", "modalities": tuple(modalities)}
     functions = Network(model_config(config))
     params, norm_stats = functions.init(0)
+    millions = {
+        name: sum(x.size for x in values.values()) / 1e6
+        for name, values in (("trained", params), ("frozen", norm_stats))
+    }
     rng = np.random.default_rng(0)
     sizes = np.array([[HEIGHT, WIDTH]], np.int32)
     labels = (rng.random((1, 16, 26)) < 0.2).astype(np.float32)
@@ -68,10 +79,12 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
                 *functions.inputs(batch), implementation=implementation
             )
         )
-        return timed(lambda: jax.block_until_ready(forward(params, norm_stats, batch)), runs)
+        passes = timed(lambda: jax.block_until_ready(forward(params, norm_stats, batch)), runs)
+        return passes, millions
     if mode == "forward":
         step = make_eval_step(functions, mesh=mesh)
-        return timed(lambda: jax.block_until_ready(step(params, norm_stats, batch)), runs)
+        passes = timed(lambda: jax.block_until_ready(step(params, norm_stats, batch)), runs)
+        return passes, millions
     optimizer_config = dataclass_from_dict(OptimizerConfig, "optimizer", config["optimizer"])
     optimizer, state = initial_state(
         params, norm_stats, optimizer_config, total_steps=1000, mesh=mesh
@@ -84,10 +97,10 @@ def measure_ours(mode: str, runs: int, implementation: str | None = None) -> lis
         state, terms = step(state, batch)
         jax.block_until_ready((state, terms))
 
-    return timed(run, runs)
+    return timed(run, runs), millions
 
 
-def measure_torch(mode: str, runs: int) -> list[float]:
+def measure_torch(mode: str, runs: int) -> tuple[list[float], dict[str, float]]:
     """The same of transformers' DeformableDetr: ResNet-50, 6 + 6 layers, 304 queries, its own loss
     and Hungarian matcher, AdamW.
     """
@@ -110,7 +123,7 @@ def measure_torch(mode: str, runs: int) -> list[float]:
             with torch.no_grad():
                 model(pixel_values=images, pixel_mask=mask)
 
-        return timed(run, runs)
+        return timed(run, runs), {}
     labels = [{"class_labels": torch.tensor([1, 2]), "boxes": torch.rand(2, 4) * 0.2 + 0.3}]
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -122,7 +135,7 @@ def measure_torch(mode: str, runs: int) -> list[float]:
         torch.nn.utils.clip_grad_norm_(trained, 0.1)
         optimizer.step()
 
-    return timed(train, runs)
+    return timed(train, runs), {}
 
 
 def timed(run, runs: int) -> list[float]:
@@ -169,46 +182,47 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=3, help="timed runs per process")
     parser.add_argument("--threads", type=int, default=2)
+    text = "ours without and with each of model.modalities, and with all (nothing else)"
+    parser.add_argument("--modalities", action="store_true", help=text)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        implementation, mode = args.measure.split(":")
-        measure = {
-            "ours": measure_ours,
-            "transformers": measure_torch,
-            PLAIN: partial(measure_ours, implementation="reference"),
-        }[implementation]
-        seconds = measure(mode, args.runs)
-        print(
-            json.dumps(
-                {
-                    "seconds": seconds,
-                    "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-                }
-            )
-        )
+        measure_here(*args.measure.split(":"), args.runs)
         return
-    implementations = {"forward": ["ours", PLAIN], "train": ["ours"]}
+    ours = list(SUBSETS) if args.modalities else ["ours"]
+    implementations = {"forward": [*ours, *[PLAIN] * (not args.modalities)], "train": ours}
     if args.torch:
-        implementations = {
-            mode: [*names, "transformers"] for mode, names in implementations.items()
-        }
+        for names in implementations.values():
+            names.append("transformers")
     results: dict[str, dict] = {}
     for round_number in range(args.rounds):
         for mode in MODES:
-            for implementation in implementations[mode]:
-                found = in_process(implementation, mode, args.runs, args.threads)
-                entry = results.setdefault(
-                    f"{mode} {implementation}", {"seconds": [], "peak_gib": []}
-                )
+            for name in implementations[mode]:
+                found = in_process(name, mode, args.runs, args.threads)
+                millions = found["millions"]
+                entry = {"seconds": [], "peak_gib": [], "millions": millions}
+                entry = results.setdefault(f"{mode} {name}", entry)
                 entry["seconds"] += found["seconds"]
                 entry["peak_gib"].append(found["peak_gib"])
                 print(
-                    f"round {round_number + 1}/{args.rounds}: {mode} {implementation} "
+                    f"round {round_number + 1}/{args.rounds}: {mode} {name} "
                     f"{min(found['seconds']):.2f} s",
                     flush=True,
                 )
     report(format_results(results, args.threads), results, args.output)
+
+
+def measure_here(name: str, mode: str, runs: int) -> None:
+    """The measurement of `in_process`, as json."""
+    measure = {
+        "ours": measure_ours,
+        "transformers": measure_torch,
+        PLAIN: partial(measure_ours, implementation="reference"),
+        **{key: partial(measure_ours, modalities=subset) for key, subset in SUBSETS.items()},
+    }[name]
+    seconds, millions = measure(mode, runs)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"seconds": seconds, "peak_gib": peak, "millions": millions}))
 
 
 def format_results(results: dict[str, dict], threads: int) -> str:
@@ -221,7 +235,8 @@ def format_results(results: dict[str, dict], threads: int) -> str:
         f"{platform.machine()})"
     )
     columns = (
-        "what", "seconds, median (min to max)", "peak memory GiB", "speed against transformers",
+        "what", "seconds, median (min to max)", "peak memory GiB", "trained + frozen, M",
+        "speed against transformers",
     )  # fmt: skip
     rows = []
     for name, entry in results.items():
@@ -229,7 +244,8 @@ def format_results(results: dict[str, dict], threads: int) -> str:
         other = results.get(f"{name.split()[0]} transformers")
         ratio = f"{statistics.median(other['seconds']) / median:.2f}x" if other else ""
         spread = f"{median:.2f} ({min(entry['seconds']):.2f} to {max(entry['seconds']):.2f})"
-        rows.append((name, spread, f"{max(entry['peak_gib']):.1f}", ratio))
+        sizes = " + ".join(f"{number:.1f}" for number in entry["millions"].values())
+        rows.append((name, spread, f"{max(entry['peak_gib']):.1f}", sizes, ratio))
     return f"{title}\n\n{table(columns, rows)}"
 
 

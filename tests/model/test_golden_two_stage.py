@@ -82,6 +82,9 @@ class Case:
         return len(self.state[names[0]])
 
     def forward(self, contexts: np.ndarray, subjects: np.ndarray) -> tuple[np.ndarray, dict]:
+        """Class logits and details in float64: what a CPU's instructions make of float32 differs by
+        more than the tolerances. Float32 must give the same logits.
+        """
         pair = jnp.asarray(contexts), jnp.asarray(subjects)
         inputs = normalize_crops(*pair, self.network.config.pixels)
 
@@ -90,7 +93,13 @@ class Case:
             network = self.network.bind(params, norm_stats)
             return network(*inputs, return_details=True)
 
-        answer = jax.device_get(run(self.params, self.norm_stats, inputs))
+        values = jax.device_get((self.params, self.norm_stats, inputs))
+        single = jax.device_get(run(*values).logits)
+        with jax.enable_x64(True):
+            double = jax.tree.map(lambda x: np.asarray(x, np.float64), values)
+            answer = jax.device_get(run(*double))
+        assert answer.logits.dtype == np.float64
+        close(single, answer.logits, 1e-5)
         details = answer.details | {"ratings": answer.ratings}
         return answer.logits[-1, :, 0, :-1], details
 

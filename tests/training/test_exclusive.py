@@ -106,7 +106,7 @@ def test_two_trainings_in_one_directory(tmp_path):
         statuses = sorted(status for *_, status in ends)
         assert statuses == [0, 2], ends
         (refused,) = [error for _, error, status in ends if status == 2]
-        assert "another run uses it (process" in refused and refused.count("\n") == 1
+        assert "another run uses it (" in refused and refused.count("\n") == 1
         lines = (workdir / "metrics.jsonl").read_text().splitlines()
         assert sum('"train/total"' in line for line in lines) == 6
         assert not (workdir / "run.lock").exists()
