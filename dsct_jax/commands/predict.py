@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 from dsct_jax.batch import Predictions
 from dsct_jax.cli import progress, whole_file
 from dsct_jax.commands.flags import finder_of, load_model, selection
+from dsct_jax.commands.frames import FOLDER, Frames, write_document
 from dsct_jax.commands.inputs import DRAWN, drawing_names, find_inputs
 from dsct_jax.commands.unfinished import Unfinished
 from dsct_jax.errors import UserError
@@ -159,34 +161,45 @@ def predict_videos(
     done = answers.unfinished.done(names)
     entries = []
     for source in sources:
-        if source in done:
-            entries.append(done[source])
-            continue
         name = f"camera{source}.mp4" if isinstance(source, int) else names[source]
-        target = output / DRAWN / name
+        target, frames = output / DRAWN / name, Path(FOLDER, f"{name}.jsonl")
+        if source in done and (output / frames).is_file():
+            entries.append(done[source] | {"frames": Frames(output / frames)})
+            continue
         try:
             with Video(source) as video:
-                frames = video.frames or "unknown number of"
-                print(f"{video.name}: {frames} frames, {video.rate:.4g} frames/s", flush=True)
-                entry = _predict_video(answers, video, target, **limits)
+                number = video.frames or "unknown number of"
+                print(f"{video.name}: {number} frames, {video.rate:.4g} frames/s", flush=True)
+                found = Frames(output / frames, fresh=True)
+                entry = _predict_video(answers, video, target, found, **limits)
         except UserError as error:
             answers.skip(source, error)
         else:
-            entries.append(entry | {"drawn": target.relative_to(output).as_posix()})
-            answers.unfinished.add(entries[-1:])
+            entry |= {"drawn": target.relative_to(output).as_posix()}
+            answers.unfinished.add([entry])
+            entries.append(entry | {"frames": found})
     return entries
 
 
 def _predict_video(
-    answers: Answers, video: Video, target: Path, *, every: int, seconds: float | None
+    answers: Answers,
+    video: Video,
+    target: Path,
+    frames: Frames,
+    *,
+    every: int,
+    seconds: float | None,
 ) -> dict[str, Any]:
-    frames: list[dict[str, Any]] = []
+    """The video's entry without its frames, which go to `frames`."""
     size = (0, 0)
     total = None if video.frames is None else -(-video.frames // every)
     pictures = progress(_limit_duration(video, every, seconds), total=total, unit="frame")
     tracker, chosen = _tracker(answers) if answers.follow else (None, None)
     try:
-        with video_writer(target, video.rate / every) as add:
+        with (
+            video_writer(target, video.rate / every) as add,
+            frames.path.open("a", encoding="utf-8") as file,
+        ):
             how: dict[str, Any] = {"batch_size": 1 if video.live else None, "selection": chosen}
             for index, image, subjects in answers.people(pictures, **how):
                 size, frame = image.size, index * every
@@ -196,12 +209,14 @@ def _predict_video(
                 add(draw_subjects(image, sort_left_to_right(subjects)))
                 entry = {"frame": frame, "seconds": round(frame / video.rate, 3)}
                 people = [dataclasses.asdict(subject) for subject in subjects]
-                frames.append(entry | {"subjects": people})
+                file.write(json.dumps(entry | {"subjects": people}) + "\n")
     except KeyboardInterrupt:
-        if not frames:
+        if size == (0, 0):
             raise
+    if tracker is not None:
+        frames.number(tracker.numbers)
     about = {"file": video.name, "width": size[0], "height": size[1]}
-    return {**about, "frames_per_second": video.rate, "every": every, "frames": frames}
+    return {**about, "frames_per_second": video.rate, "every": every}
 
 
 def _tracker(answers: Answers) -> tuple[Any, Selection]:
@@ -223,18 +238,17 @@ def _limit_duration(video: Video, every: int, seconds: float | None) -> Iterator
         yield picture
 
 
-def _rows(document: Mapping[str, Any]) -> list[tuple[str, int | str, dict[str, Any]]]:
+def _rows(document: Mapping[str, Any]) -> Iterator[tuple[str, int | str, dict[str, Any]]]:
     """(file, frame, "" for images, the person) for every person of predictions.json."""
-    return [
-        (entry["file"], frame.get("frame", ""), subject)
-        for entry in (*document["images"], *document["videos"])
-        for frame in entry.get("frames", [entry])
-        for subject in frame["subjects"]
-    ]
+    for entry in (*document["images"], *document["videos"]):
+        for frame in entry.get("frames", [entry]):
+            for subject in frame["subjects"]:
+                yield entry["file"], frame.get("frame", ""), subject
 
 
-def write_csv(path: Path, class_names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """One line per person."""
+def write_csv(path: Path, class_names: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
+    """One line per person; returns how many they are."""
+    count = 0
     numbers = ("x1", "y1", "x2", "y2", "paper_score", "confidence")
     with whole_file(path, newline="") as file:
         writer = csv.writer(file)
@@ -244,6 +258,8 @@ def write_csv(path: Path, class_names: Sequence[str], rows: Iterable[Sequence[An
             probabilities = [subject["probabilities"][class_name] for class_name in class_names]
             first, last = ([f"{x:.6g}" for x in part] for part in (scores, probabilities))
             writer.writerow([name, frame, *first, "; ".join(subject["labels"]), *last])
+            count += 1
+    return count
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -298,6 +314,7 @@ def run(arguments: argparse.Namespace) -> None:
         paths = write_timelines(videos, decoder.class_names, output)
         print(f"timelines: {'   '.join(map(str, paths))}")
     unfinished.finish()
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
     print(model.report())
 
 
@@ -312,10 +329,8 @@ def _write(document: Mapping[str, Any], output: Path, seconds: float, *, fitted:
     """predictions.json, predictions.csv and contact_sheet.png, and what to know about them."""
     images, videos = document["images"], document["videos"]
     numbers, table = output / "predictions.json", output / "predictions.csv"
-    with whole_file(numbers) as file:
-        file.write(json.dumps(document, indent=1) + "\n")
-    rows = _rows(document)
-    write_csv(table, document["class_names"], rows)
+    write_document(numbers, document)
+    people = write_csv(table, document["class_names"], _rows(document))
     if shown := images[:SHEET_IMAGES]:
         drawn = [output / entry["drawn"] for entry in shown]
         pictures = [read_rgb(path, max_megapixels=math.inf) for path in drawn]
@@ -325,10 +340,10 @@ def _write(document: Mapping[str, Any], output: Path, seconds: float, *, fitted:
     frames = sum(len(entry["frames"]) for entry in videos)
     watched = f", {frames} frames of {len(videos)} videos" if videos else ""
     print(
-        f"{len(images)} images{watched}, {len(rows)} people in {seconds:.1f} s "
+        f"{len(images)} images{watched}, {people} people in {seconds:.1f} s "
         f"({(len(images) + frames) / seconds:.1f} images/s, with reading, drawing and compilation)"
     )
-    if not rows:
+    if not people:
         cut = document["selection"]["min_confidence"]
         remedy = "" if fitted else "; train.py --mode=eval --split=val fits it"
         lower = f"a lower --min-confidence shows what there was{remedy}"

@@ -1,6 +1,8 @@
 """What each person of a video felt when: timeline.csv and a picture per video."""
 
+import array
 import csv
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +13,24 @@ from dsct_jax.cli import whole_file
 from dsct_jax.commands.inputs import DRAWN
 from dsct_jax.inference.tracking import smoothed
 
+MOST_BARS = 1000  # of a person in the picture; each is the mean of its time
+
 
 def person_series(entry: Mapping[str, Any], class_names: Sequence[str]) -> dict[int, Any]:
     """Number -> (seconds [n], boxes [n 4], confidence [n], probabilities [n k], smoothed [n k]) of
     a video's entry in predictions.json.
     """
-    seen: dict[int, list[tuple[float, dict[str, Any]]]] = {}
+    seen: dict[int, array.array[float]] = defaultdict(lambda: array.array("d"))
     for frame in entry["frames"]:
         for person in frame["subjects"]:
             if person.get("person") is not None:
-                seen.setdefault(person["person"], []).append((frame["seconds"], person))
+                scores = (person["probabilities"][name] for name in class_names)
+                row = frame["seconds"], *person["box"], person["confidence"], *scores
+                seen[person["person"]].extend(row)
     series = {}
-    for number, rows in sorted(seen.items()):
-        seconds = np.array([at for at, _ in rows])
-        boxes, confidence = (np.array([p[key] for _, p in rows]) for key in ("box", "confidence"))
-        raw = np.array([[p["probabilities"][name] for name in class_names] for _, p in rows])
+    for number, values in sorted(seen.items()):
+        rows = np.array(values).reshape(-1, 6 + len(class_names))
+        seconds, boxes, confidence, raw = rows[:, 0], rows[:, 1:5], rows[:, 5], rows[:, 6:]
         series[number] = seconds, boxes, confidence, raw, smoothed(seconds, raw, confidence)
     return series
 
@@ -74,12 +79,18 @@ def draw_timeline(entry: Mapping[str, Any], class_names: Sequence[str]) -> Any:
     size = (10, 1.2 + 0.6 * len(series))
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     axes, step = figure.subplots(), entry["every"] / entry["frames_per_second"]
+    start = min(seconds[0] for seconds, *_ in series.values())
+    end = max(seconds[-1] for seconds, *_ in series.values())
+    step = max(step, (end - start) / MOST_BARS)
     colors = [PALETTE[i % len(PALETTE)] for i in range(len(class_names))]
     for row, (seconds, *_, smooth) in enumerate(series.values()):
-        likeliest = smooth.argmax(1)
-        heights = -0.9 * smooth[np.arange(len(smooth)), likeliest]  # the axis points down
-        shades = [colors[index] for index in likeliest]
-        axes.bar(seconds, heights, width=step, bottom=row + 0.45, color=shades, align="edge")
+        places = np.round((seconds - start) / step).astype(int)
+        bars, first = np.unique(places, return_index=True)
+        means = np.add.reduceat(smooth, first) / np.diff([*first, len(smooth)])[:, None]
+        likeliest = means.argmax(1)
+        heights = -0.9 * means[np.arange(len(means)), likeliest]  # the axis points down
+        shades, left = [colors[index] for index in likeliest], start + bars * step
+        axes.bar(left, heights, width=step, bottom=row + 0.45, color=shades, align="edge")
     axes.set_yticks(range(len(series)), [f"person {number}" for number in series])
     axes.set(xlabel="seconds", ylim=(len(series) - 0.4, -0.6), title=Path(entry["file"]).name)
     shown = sorted({int(i) for *_, smooth in series.values() for i in smooth.argmax(1)})

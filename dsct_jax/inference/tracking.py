@@ -26,15 +26,16 @@ class FollowedSubject(Subject):
     """One person in one frame of a video."""
 
     person: int | None = None  # the same number through the video; None: seen too seldom yet
+    track: int = 0  # the same from the first sighting on; Tracker.numbers knows whose it became
 
 
 @dataclasses.dataclass
 class _Track:
+    key: int
     box: np.ndarray  # (x1, y1, x2, y2), where they are at `seconds`
     seconds: float
     velocity: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(4))
     sightings: int = 1
-    number: int | None = None
 
     def expected(self, seconds: float) -> np.ndarray:
         return self.box + self.velocity * (seconds - self.seconds)
@@ -49,11 +50,12 @@ class _Track:
 
 class Tracker:
     """Gives the people of one frame after another their numbers. `certain`: the confidence that
-    begins a person.
+    begins a person. `numbers`: of the tracks that have one.
     """
 
     def __init__(self, certain: float):
-        self._certain, self._tracks, self._next = certain, list[_Track](), 1
+        self.numbers: dict[int, int] = {}
+        self._certain, self._tracks, self._begun = certain, list[_Track](), 0
         self._last: np.ndarray | None = None
 
     def cut_at(self, image: Image.Image) -> bool:
@@ -86,26 +88,32 @@ class Tracker:
         for place, track in owners.items():
             track.see(boxes[place], seconds)
         for new in [int(place) for place in np.flatnonzero(certain) if int(place) not in owners]:
-            owners[new] = _Track(boxes[new], seconds)
+            self._begun += 1
+            owners[new] = _Track(self._begun, boxes[new], seconds)
             self._tracks.append(owners[new])
         owned = sorted(owners.items(), key=lambda pair: pair[0])
         for _, track in owned:
-            if track.number is None and track.sightings >= SIGHTINGS:
-                track.number, self._next = self._next, self._next + 1
+            if track.sightings >= SIGHTINGS:
+                self.numbers.setdefault(track.key, len(self.numbers) + 1)
         return [
-            FollowedSubject(**vars(subjects[place]), person=track.number) for place, track in owned
+            FollowedSubject(**vars(subjects[place]), person=self.numbers.get(key), track=key)
+            for place, key in ((place, track.key) for place, track in owned)
         ]
 
 
 def smoothed(
     seconds: np.ndarray, probabilities: np.ndarray, confidence: np.ndarray, *, window: float = 1.0
 ) -> np.ndarray:
-    """[n k] probabilities of one person as the mean of those within `window` seconds around each,
-    weighted by confidence.
+    """[n k] probabilities of one person, in the order of `seconds`, as the mean of those within
+    `window` seconds around each, weighted by confidence.
     """
-    near = np.abs(seconds[:, None] - seconds[None]) <= window / 2
-    weights = near * confidence[None]
-    return weights @ probabilities / weights.sum(1, keepdims=True)
+    half = window / 2 + 1e-9
+    first = np.searchsorted(seconds, seconds - half)
+    last = np.searchsorted(seconds, seconds + half, side="right")
+    weighted = np.hstack([confidence[:, None], confidence[:, None] * probabilities])
+    sums = np.vstack([np.zeros_like(weighted[:1]), weighted.cumsum(0)])
+    near = sums[last] - sums[first]
+    return near[:, 1:] / near[:, :1]
 
 
 def subjects_to_supervision(subjects: Sequence[Subject]):

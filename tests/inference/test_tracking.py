@@ -4,8 +4,10 @@ the command leaves behind.
 
 import csv
 import json
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from PIL import Image
 
 from dsct_jax.__main__ import main
 from dsct_jax.commands import predict
-from dsct_jax.commands.timeline import draw_timeline, person_series, write_timelines
+from dsct_jax.commands.frames import FOLDER
+from dsct_jax.commands.timeline import MOST_BARS, draw_timeline, person_series, write_timelines
 from dsct_jax.inference.tracking import (
     SIGHTINGS,
     FollowedSubject,
@@ -25,7 +28,7 @@ from dsct_jax.inference.video import video_writer
 from dsct_jax.postprocess import Subject
 from tests.commands.test_unfinished import Brightness
 
-RATE = 25.0
+ROOT, RATE = Path(__file__).parents[2], 25.0
 
 
 def subject(box, confidence=0.9, **scores):
@@ -127,14 +130,63 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     document = json.loads((tmp_path / "out/predictions.json").read_text())
     (film,) = document["videos"]
     numbers = [frame["subjects"][0]["person"] for frame in film["frames"]]
-    assert numbers == [None, None, *[1] * 10]
+    assert numbers == [1] * 12 and "track" not in film["frames"][0]["subjects"][0]
+    assert not (tmp_path / "out" / FOLDER).exists()
     with (tmp_path / "out/timeline.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 10 and {row["person"] for row in rows} == {"1"}
-    assert float(rows[0]["seconds"]) == 0.08 and "light_smooth" in rows[0]
+    assert len(rows) == 12 and {row["person"] for row in rows} == {"1"}
+    assert float(rows[2]["seconds"]) == 0.08 and "light_smooth" in rows[0]
     series = person_series(film, document["class_names"])
     assert list(series) == [1] and draw_timeline(film, document["class_names"]) is not None
     assert (tmp_path / "out/timeline_film.png").stat().st_size > 1000
+
+
+def test_a_long_film_is_drawn_with_few_bars():
+    person = {"person": 1, "box": [0, 0, 9, 9], "confidence": 0.9, "probabilities": {"calm": 1.0}}
+    times = [i / RATE for i in range(10_000) if not 4_000 <= i < 6_000]
+    frames = [{"seconds": at, "subjects": [person]} for at in times]
+    entry = {"file": "film.mp4", "frames": frames, "every": 1, "frames_per_second": RATE}
+    (axes,) = draw_timeline(entry, ["calm"]).axes
+    bars = axes.patches
+    assert 0.7 * MOST_BARS < len(bars) < 0.9 * MOST_BARS
+    lefts = np.array([bar.get_x() for bar in bars])
+    assert not ((lefts > 161) & (lefts < 239)).any()  # a gap stays a gap
+    np.testing.assert_allclose([bar.get_height() for bar in bars], -0.9)
+
+
+LONG_FILM = """
+import resource, sys
+from pathlib import Path
+from PIL import Image
+from dsct_jax.__main__ import main
+from dsct_jax.commands import predict
+from dsct_jax.inference.video import video_writer
+from tests.commands.test_unfinished import Brightness
+
+folder, frames = Path(sys.argv[1]), int(sys.argv[2])
+with video_writer(folder / "film.mp4", 25.0) as add:
+    for i in range(frames):
+        add(Image.new("RGB", (64, 64), (100 + i % 50, 90, 80)))
+predict.load_model = lambda _: Brightness()
+flags = ["--checkpoint=run", f"--output={folder / 'out'}", "--follow"]
+assert main(["predict", str(folder / "film.mp4"), *flags]) == 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+"""
+
+
+@pytest.mark.slow
+def test_half_an_hour_of_film_takes_no_more_memory(tmp_path):
+    pytest.importorskip("cv2", reason="the video extra is not installed")
+    peaks = []
+    for minutes in (1, 30):
+        folder = tmp_path / str(minutes)
+        folder.mkdir()
+        command = [sys.executable, "-c", LONG_FILM, str(folder), str(minutes * 60 * 25)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(float(done.stdout.splitlines()[-1]))
+    print(f"peak MiB of a film of 1 and 30 minutes: {peaks}")
+    # 45,000 sightings as dictionaries would take about 100 MiB, as numbers they take 3
+    assert peaks[1] - peaks[0] < 60, peaks
 
 
 def test_films_of_one_name_have_a_timeline_each(tmp_path):
