@@ -16,9 +16,9 @@ from dsct_jax.postprocess import Subject
 DOUBTFUL = 0.1  # confidence from which somebody may go on, if not begin
 SIGHTINGS = 3  # before somebody gets a number
 SECONDS_LOST = 1.0  # after which somebody unseen is gone
-_LEAST_IOU = (0.3, 0.5)  # of the two rounds
+_LEAST_IOU = (0.15, 0.3)  # of the two rounds: detections jitter, and people are small
 _CUT = 0.16  # mean change of brightness (0..1) from frame to frame that is a cut
-_FOLLOW, _TURN = 0.6, 0.3  # how far position and velocity go with what is seen
+_FOLLOW, _TURN = 0.6, 0.15  # how far position and velocity go with what is seen
 
 
 @dataclasses.dataclass(frozen=True)
