@@ -35,15 +35,16 @@ def deformable_attention(
     q, p = sampling_locations.shape[1], sampling_locations.shape[4]
     dtype = jnp.promote_types(value.dtype, jnp.float32)
     heads = value.astype(dtype).transpose(0, 2, 3, 1)  # b n d s
-    grid = (2 * sampling_locations.astype(dtype) - 1).transpose(3, 0, 2, 1, 4, 5)  # l b n q p 2
-    weights = attention_weights.astype(dtype).transpose(3, 0, 2, 1, 4)  # l b n q p
+    # queries last: runtimes add up the points of a query faster along an outer axis
+    grid = (2 * sampling_locations.astype(dtype) - 1).transpose(3, 0, 2, 4, 1, 5)  # l b n p q 2
+    weights = attention_weights.astype(dtype).transpose(3, 0, 2, 4, 1)  # l b n p q
     out, start = jnp.zeros((b * n, d, q), dtype), 0
     for level, (height, width) in enumerate(spatial_shapes):
         end = start + height * width
         maps = jax.lax.slice_in_dim(heads, start, end, axis=3).reshape(b * n, d, height, width)
         start = end
-        sampled = grid_sample(maps, grid[level].reshape(b * n, q, p, 2))
-        out += (sampled * weights[level].reshape(b * n, 1, q, p)).sum(-1)
+        sampled = grid_sample(maps, grid[level].reshape(b * n, p, q, 2))
+        out += (sampled * weights[level].reshape(b * n, 1, p, q)).sum(2)
     return out.reshape(b, n * d, q).transpose(0, 2, 1).astype(value.dtype)
 
 

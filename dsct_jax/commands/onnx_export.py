@@ -60,12 +60,18 @@ def write_onnx(model: Model, path: Path, size: Size, *, notes: dict[str, str]) -
     path.write_bytes(written.SerializeToString(deterministic=True))
 
 
-def onnx_session(path: Path) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Both inputs -> (logits, boxes), computed by onnxruntime from the file on the CPU."""
+def onnx_session(
+    path: Path, *, threads: int = 0
+) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Both inputs -> (logits, boxes), computed by onnxruntime from the file on the CPU, with that
+    many threads (0: one per physical core).
+    """
     try:
         import onnxruntime
     except ImportError:
         raise UserError(f"--format=onnx is checked with onnxruntime: {_INSTALL}") from None
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
     return lambda *inputs: tuple(session.run(list(OUTPUTS), dict(zip(names, inputs, strict=True))))
