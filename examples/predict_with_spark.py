@@ -1,4 +1,4 @@
-"""An archive of images through Spark: a model in each Python worker, a row of Parquet for each
+"""An archive of images through Spark: a model for each partition, a row of Parquet for each
 image.
 
     pip install pyspark pandas pyarrow         # and Java
@@ -9,21 +9,14 @@ image.
 
 import argparse
 import dataclasses
-import functools
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 from pyspark.sql import SparkSession
-
-
-@functools.cache
-def model(checkpoint: str):
-    """Loaded once per worker."""
-    import dsct_jax
-
-    return dsct_jax.load(checkpoint)
 
 
 def main() -> None:
@@ -41,14 +34,17 @@ def main() -> None:
     def predict(batches: Iterator[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         import dsct_jax
 
+        model = dsct_jax.load(checkpoint)
         for batch in batches:
-            answers = dsct_jax.predict(model(checkpoint), batch["path"].tolist())
+            answers = dsct_jax.predict(model, batch["path"].tolist())
             people = [json.dumps([dataclasses.asdict(one) for one in found]) for found in answers]
             yield pd.DataFrame({"path": batch["path"], "people": people})
 
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # of the workers: this one
     master = f"local[{arguments.workers}]"
     spark = SparkSession.builder.master(master).appName("dsct").getOrCreate()
     rows = spark.createDataFrame([(path,) for path in paths], "path string")
+    rows = rows.repartition(arguments.workers)
     rows.mapInPandas(predict, "path string, people string").write.parquet(output)
     spark.stop()
 
