@@ -39,7 +39,7 @@ def measure_ours(
     mode: str, runs: int, implementation: str | None = None, modalities: Sequence[str] = ()
 ) -> tuple[list[float], dict[str, float]]:
     """Seconds of `runs` forward passes or training steps of configs/emotic_r50, dropout on in
-    training, compiled before; and how many million parameters are trained and frozen.
+    training, compiled before; and how many million parameters and values of frozen networks and norms there are.
 
     `implementation` names one of deformable attention's; None is what the model picks by itself.
     """
@@ -235,7 +235,7 @@ def format_results(results: dict[str, dict], threads: int) -> str:
         f"{platform.machine()})"
     )
     columns = (
-        "what", "seconds, median (min to max)", "peak memory GiB", "trained + frozen, M",
+        "what", "seconds, median (min to max)", "peak memory GiB", "parameters + frozen values, M",
         "speed against transformers",
     )  # fmt: skip
     rows = []
