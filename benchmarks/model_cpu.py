@@ -39,7 +39,8 @@ def measure_ours(
     mode: str, runs: int, implementation: str | None = None, modalities: Sequence[str] = ()
 ) -> tuple[list[float], dict[str, float]]:
     """Seconds of `runs` forward passes or training steps of configs/emotic_r50, dropout on in
-    training, compiled before; and how many million parameters and values of frozen networks and norms there are.
+    training, compiled before; and how many million parameters, and values of frozen networks and
+    norms, there are.
 
     `implementation` names one of deformable attention's; None is what the model picks by itself.
     """
